@@ -1,0 +1,1 @@
+"""What the project ships; `README.md` in this folder names sources, licences and checksums."""

@@ -1,0 +1,344 @@
+# %% [markdown]
+# # Where would the light be without the lines?
+# > The pseudo-continuum of every star at once, the pixels it is drawn through, and what becomes of the pixels nobody should trust.
+#
+# **Question.** The same giant seen from twice as far, through dust, or through a fibre that drinks some of its light gives another spectrum but is the
+# same star. Which part of the numbers is the star's?
+#
+# **Idea.** Divide it out. A smooth curve $c(\lambda)$ through pixels that hardly any line touches stands for lamp, dust and spectrograph together, and the
+# star's lines are what is left: $f/c$ with the inverse variance $c^2/\sigma^2$. The curve is a polynomial of degree two on each of the three chips, and the
+# weighted least squares behind it need nothing but *moments of the weights*,
+# $$ \sum_k\Bigl(\sum_p w_p\,x_p^{\,j+k}\Bigr)a_k = \sum_p w_p\,x_p^{\,j}\,f_p ,\qquad w_p = 1/\sigma_p^2 , $$
+# which are two matrix products for all stars together, and then a 3 × 3 system a star.
+#
+# It is called *pseudo*-continuum because in a cool, metal-rich giant no pixel is free of lines: the curve is a convention, and what counts is that
+# it is the same for every star. You need the table of stars of the two chapters before; the rule is that of
+# [Ness et al. 2015](https://doi.org/10.1088/0004-637X/808/1/16) as the lab applied it.
+
+# %%
+#| default_exp normalize
+
+# %%
+#| export
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from astropy.table import Table
+from numpy.polynomial.polynomial import polyvander
+
+from stellar_lab.survey import (
+    CHIP_COLORS, CHIPS, LOG10_START, LOG10_STEP, N_PIXELS, PIXMASK, PIXMASK_NAMES, LabError, Spectra, chip_slices, on_band, wavelength,
+)
+
+# %%
+#| hide
+import tempfile
+
+import pytest
+from IPython.display import Markdown
+
+from stellar_lab.survey import plot_spectrum, real_data, use_style
+
+# %% [markdown]
+# ## Pixels that lines hardly touch
+# The lab came with a ready list: 529 of the 7,214 pixels, chosen by [Ness et al. 2015](https://doi.org/10.1088/0004-637X/808/1/16) from the data
+# because their flux is close to one in all stars and depends least on the labels. (Chapter 4 finds such a list itself: one needs a model of the stars
+# for it.)
+
+# %%
+#| export
+def lab_continuum_pixels() -> np.ndarray:   # (7214,) bool, on-band grid
+    "The lab's 529 continuum pixels (Ness et al. 2015)."
+    with as_file(files("stellar_lab.data") / "continuum_pixels.npy") as path:
+        return np.load(path)
+
+# %%
+continuum_pixels = lab_continuum_pixels()
+chips = chip_slices(wavelength)
+assert continuum_pixels.shape == wavelength.shape and continuum_pixels.sum() == 529
+{name: int(continuum_pixels[chip].sum()) for name, chip in chips.items()}
+
+# %% [markdown]
+# Your own list may come as a file: flags or pixel numbers saved by numpy, or plain text with a wavelength a line. A wavelength has to meet a pixel within a
+# quarter of its width. That is strict on purpose: a list in *air* wavelengths, 4.4 Å off, would otherwise fall on the wrong pixels in silence.
+
+# %%
+#| export
+def read_continuum_pixels(
+    path,            # .npy: flags of the on-band or the full grid, or numbers of on-band pixels; else text: vacuum wavelengths [Angstrom], # comments
+) -> np.ndarray:     # (7214,) bool, on-band grid
+    "Read a list of continuum pixels; a `LabError` says what is wrong with it."
+    path = Path(path)
+    try:
+        values = np.load(path) if path.suffix == ".npy" else np.loadtxt(path, ndmin=1)
+    except (OSError, ValueError, EOFError) as error:
+        raise LabError(f"cannot read continuum pixels from {path} ({error}): give a .npy file of flags or a text file, a wavelength a line") from error
+    if values.ndim != 1 or values.dtype.kind not in "biuf" or not len(values):
+        raise LabError(f"{path} holds an array of shape {values.shape} and type {values.dtype}: give one row of flags, pixel numbers or wavelengths")
+    if len(values) in (len(wavelength), N_PIXELS) and np.isin(values, (0, 1)).all():
+        chosen = np.flatnonzero(values) if len(values) == N_PIXELS else on_band[values != 0]
+    elif values.dtype.kind == "b":
+        raise LabError(f"{path} holds {len(values)} flags, but the grids have {len(wavelength)} (on the chips) or {N_PIXELS} (all) pixels")
+    elif path.suffix == ".npy" and values.dtype.kind in "iu":
+        wrong = (values < 0) | (values >= len(wavelength))
+        if wrong.any():
+            raise LabError(f"{path} names pixel {values[wrong][0]}, but the on-band pixels are numbered 0 to {len(wavelength) - 1}")
+        chosen = on_band[values]
+    else:
+        chosen = _pixels_at(values, path)
+    off = ~np.isin(chosen, on_band)
+    if off.any():
+        raise LabError(f"{path}: {off.sum()} of {len(chosen)} pixels lie beside the chips, the first at {_wavelength_of(chosen[off][0]):.2f} "
+                       "Angstrom, where not every star has light: take them out")
+    return np.isin(on_band, chosen)
+
+
+def _wavelength_of(pixel):
+    return 10 ** (LOG10_START + LOG10_STEP * pixel)
+
+
+def _pixels_at(wavelengths, path):
+    "Full-grid pixels at these wavelengths."
+    with np.errstate(divide="ignore", invalid="ignore"):
+        position = (np.log10(wavelengths) - LOG10_START) / LOG10_STEP
+    pixel = np.rint(np.nan_to_num(position, nan=-1, posinf=-1, neginf=-1)).astype(int)
+    wrong = ~(np.abs(position - pixel) <= 0.25) | (pixel < 0) | (pixel >= N_PIXELS)
+    if wrong.any():
+        raise LabError(f"{path}: {wrong.sum()} of {len(wavelengths)} wavelengths meet no pixel of the survey's grid, the first is "
+                       f"{wavelengths[wrong][0]:.2f}: give vacuum wavelengths in Angstrom from survey.wavelength")
+    return pixel
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    text = Path(folder) / "pixels.txt"
+    np.savetxt(text, wavelength[continuum_pixels], fmt="%.1f", header="vacuum wavelengths [Angstrom]")
+    assert np.array_equal(read_continuum_pixels(text), continuum_pixels)
+    np.savetxt(text, wavelength[continuum_pixels] - 4.4)   # air
+    with pytest.raises(LabError, match="wavelengths meet no pixel.*give vacuum wavelengths"):
+        read_continuum_pixels(text)
+
+# %% [markdown]
+# ## Outliers first
+# A cosmic ray on a continuum pixel would pull the curve up. So the chip's continuum pixels, taken in order, are cut into *runs* of 20 of the list, whatever
+# gaps lie between them; the last run takes what remains (20 to 39 pixels, for a run of one pixel would be its own median and could never be
+# doubted). The median of a run is that of its usable pixels, and whoever is further than 10 % from it is dropped. Cutting by the list and not by
+# what is usable in this star makes the runs the same for all stars, and medians of all runs of all stars one sort of a three-dimensional array.
+
+# %%
+#| export
+def inliers(
+    flux: np.ndarray,       # (N, M) flux at the M continuum pixels of a chip, in order
+    good: np.ndarray,       # (N, M) bool, usable
+    run: int = 20,          # pixels of the list in a run; the last run takes the remainder
+    tolerance: float = 0.1, # largest distance from the run's median, relative to it
+) -> np.ndarray:            # (N, M) bool: usable and within the tolerance
+    "Which continuum pixels are left when the outliers of each run are dropped."
+    n_stars, n_pixels = flux.shape
+    head = max(n_pixels // run - 1, 0) * run   # pixels of all runs but the last
+    values = np.where(good, flux, np.nan)
+    median = np.empty_like(values)
+    runs = values[:, :head].reshape(n_stars, head // run, run)
+    median[:, :head] = np.repeat(_nan_median(runs), run, axis=1)
+    median[:, head:] = _nan_median(values[:, head:])[:, None]
+    return np.abs(values - median) <= tolerance * np.abs(median)   # False where either is NaN
+
+
+def _nan_median(values):
+    "Median along the last axis without NaNs, NaN where nothing is left; a sort puts NaNs last (nanmedian does it 20 times slower)."
+    ordered = np.sort(values, axis=-1)
+    count = np.isfinite(values).sum(axis=-1, keepdims=True)
+    middle = [np.take_along_axis(ordered, np.maximum(k, 0) // 2, axis=-1) for k in (count - 1, count)]
+    return 0.5 * (middle[0] + middle[1])[..., 0]
+
+# %% [markdown]
+# The witness is the plain loop over stars and runs.
+
+# %%
+def inliers_loop(flux, good, run=20, tolerance=0.1):
+    keep = np.zeros_like(good)
+    starts = [run * i for i in range(max(flux.shape[1] // run, 1))]
+    for n in range(len(flux)):
+        for first, last in zip(starts, [*starts[1:], flux.shape[1]]):
+            pixels = [p for p in range(first, last) if good[n, p]]
+            if pixels:
+                middle = np.median(flux[n, pixels])
+                keep[n, [p for p in pixels if abs(flux[n, p] - middle) <= tolerance * middle]] = True
+    return keep
+
+# %%
+rng = np.random.default_rng(3)
+for n_pixels in (5, 20, 39, 40, 41, 108):
+    y, usable = rng.normal(1, 0.07, (30, n_pixels)), rng.random((30, n_pixels)) < 0.7
+    usable[:3] = False
+    assert np.array_equal(inliers(y, usable), inliers_loop(y, usable))
+
+# %% [markdown]
+# ## The polynomials of all stars
+# Powers of the wavelength in Ångström would be numbers like $10^{17}$, and their sums would lose all digits, so $x$ runs from -1 to 1 over the
+# chip. All is done in float64: it is a small part of the work. A system is called singular when its condition number says that fewer than four digits of
+# the answer would hold, which happens when one pixel outweighs all others.
+
+# %%
+#| export
+MAX_CONDITION = 1e12
+
+
+def fit_polynomials(
+    x: np.ndarray,          # (M,) abscissa, scaled to about -1 … 1
+    y: np.ndarray,          # (N, M), finite wherever it has a weight
+    weights: np.ndarray,    # (N, M) inverse variances, 0 leaves a point out
+    degree: int = 2,
+) -> tuple:                 # (N, degree + 1) float64 coefficients of 1, x, x², …; (N,) bool: the points determine them. Zeros where they do not
+    "Weighted least squares of N polynomials at once, from the moments of the weights."
+    powers = polyvander(x, 2 * degree)
+    weights = np.asarray(weights, float)
+    with np.errstate(invalid="ignore"):
+        weights = np.nan_to_num(weights / weights.max(axis=1, initial=0, keepdims=True))
+    moments = weights @ powers
+    matrix = moments[:, np.add.outer(np.arange(degree + 1), np.arange(degree + 1))]
+    right = np.where(weights > 0, weights * y, 0) @ powers[:, :degree + 1]
+    solvable = np.linalg.cond(matrix) < MAX_CONDITION
+    matrix[~solvable], right[~solvable] = np.eye(degree + 1), 0
+    return np.linalg.solve(matrix, right[..., None])[..., 0], solvable
+
+# %% [markdown]
+# Two witnesses: `np.polyfit` (its weights multiply the residuals, so it wants $1/\sigma$), and points that lie on a parabola.
+
+# %%
+x = np.linspace(-1, 1, 50)
+ivar = rng.gamma(2, 1, (40, 50)) * (rng.random((40, 50)) < 0.8)
+y = 50 + 10 * x - 5 * x**2 + rng.standard_normal((40, 50))
+coefficients, solvable = fit_polynomials(x, y, ivar)
+by_numpy = [np.polyfit(x, f, 2, w=np.sqrt(w))[::-1] for f, w in zip(y, ivar)]
+assert solvable.all() and np.allclose(coefficients, by_numpy, rtol=1e-10)
+
+# %%
+coefficients, solvable = fit_polynomials(x, np.tile(3 - x + 2 * x**2, (3, 1)), np.eye(3, 50) + [[1], [1], [0]])
+assert np.allclose(coefficients[:2], [3, -1, 2], atol=1e-12)
+assert not solvable[2] and np.all(coefficients[2] == 0)   # one point determines no parabola
+
+# %% [markdown]
+# ## The continuum, chip by chip
+# As in the lab every pixel with a valid error takes part in the fit, even if its bitmask warns of it: most bits do little harm to the level of the
+# light. But a chip on which nearly every pixel carries a warning has a level that nobody should believe. So a chip's fit **fails** when fewer than
+# `min_pixels` of its continuum pixels are usable, no outliers *and* free of bits. The default is four a coefficient, twelve: the curve's
+# variance is on average $(d+1)/n$ of a pixel's, so that its own error is then at most half of a pixel's. It also fails where the curve is not
+# positive on a usable pixel.
+
+# %%
+#| export
+CHIP_BITS = {name: 1 << bit for bit, name in enumerate(CHIPS)}   # of the column CHIPS_FAILED
+
+
+@dataclass(frozen=True)
+class ContinuumFit:
+    "The pseudo-continuum of N stars and what it was drawn through."
+    continuum: np.ndarray   # (N, P) float32, positive; NaN on a chip that failed
+    used: np.ndarray        # (N, P) bool, continuum pixels that were fitted
+    rejected: np.ndarray    # (N, P) bool, usable continuum pixels dropped as outliers
+    failed: np.ndarray      # (N, 3) bool, by chip in the order of `survey.CHIPS`
+
+
+def continuum(
+    spectra: Spectra,
+    continuum_pixels: np.ndarray = None,    # (P,) bool; the lab's 529 by default
+    degree: int = 2,                        # of the polynomial in wavelength
+    run: int = 20,                          # continuum pixels in a run
+    tolerance: float = 0.1,                 # largest relative distance from the run's median
+    min_pixels: int = None,                 # trustworthy continuum pixels that a chip needs; 4 (degree + 1) by default
+) -> ContinuumFit:
+    "Fit the pseudo-continuum of all stars: per chip a polynomial through the continuum pixels, weighted by 1/error (Ness et al. 2015)."
+    min_pixels = 4 * (degree + 1) if min_pixels is None else min_pixels
+    _check(degree, run, tolerance, min_pixels)
+    listed = _on_grid(continuum_pixels, spectra.wavelength)
+    curve = np.ones(spectra.flux.shape, np.float32)
+    used, rejected = np.zeros(curve.shape, bool), np.zeros(curve.shape, bool)
+    failed = np.zeros((len(spectra), len(CHIPS)), bool)
+    for number, (name, chip) in enumerate(chip_slices(spectra.wavelength).items()):
+        grid, pixels = spectra.wavelength[chip], chip.start + np.flatnonzero(listed[chip])
+        if not len(grid):
+            continue
+        if len(pixels) < min_pixels:
+            raise LabError(f"the list holds {len(pixels)} continuum pixels on the {name} chip, a fit needs {min_pixels}: give a longer list")
+        middle, half = 0.5 * (grid[0] + grid[-1]), 0.5 * (grid[-1] - grid[0])
+        flux, ivar = spectra.flux[:, pixels].astype(float), spectra.ivar[:, pixels].astype(float)
+        good = np.isfinite(flux) & np.isfinite(ivar) & (ivar > 0)
+        keep = inliers(flux, good, run, tolerance)
+        used[:, pixels], rejected[:, pixels] = keep, good & ~keep
+        trusted = keep if spectra.mask is None else keep & (spectra.mask[:, pixels] == 0)
+        coefficients, solvable = fit_polynomials((spectra.wavelength[pixels] - middle) / half, flux, np.where(keep, ivar, 0), degree)
+        curve[:, chip] = coefficients @ polyvander((grid - middle) / half, degree).T
+        sinks = ((curve[:, chip] <= 0) & (spectra.ivar[:, chip] > 0)).any(axis=1)
+        failed[:, number] = (trusted.sum(axis=1) < min_pixels) | ~solvable | sinks
+        curve[:, chip][failed[:, number]] = np.nan
+    return ContinuumFit(curve, used, rejected, failed)
+
+
+def _check(degree, run, tolerance, min_pixels):
+    for name, value, low in (("degree", degree, 0), ("run", run, 1), ("min_pixels", min_pixels, degree + 1)):
+        if value != int(value) or value < low:
+            raise LabError(f"{name} is {value!r}: it must be a whole number of at least {low}")
+    if not tolerance > 0:
+        raise LabError(f"tolerance is {tolerance!r}: it must be positive")
+
+
+def _on_grid(continuum_pixels, grid):
+    "The continuum pixels as flags on `grid`; by default the lab's."
+    if continuum_pixels is None:
+        position = (np.log10(grid) - LOG10_START) / LOG10_STEP
+        pixel = np.rint(position).astype(int)
+        if np.abs(position - pixel).max(initial=0) > 0.01:
+            raise LabError("the lab's continuum pixels are those of the survey's grid, and these spectra stand on another: give continuum_pixels")
+        return np.isin(pixel, on_band[lab_continuum_pixels()])
+    continuum_pixels = np.asarray(continuum_pixels)
+    if continuum_pixels.shape != grid.shape or continuum_pixels.dtype != bool:
+        raise LabError(f"continuum_pixels has the shape {continuum_pixels.shape} and type {continuum_pixels.dtype}: "
+                       f"give one flag (bool) for each of the {len(grid)} pixels of the spectra")
+    return continuum_pixels
+
+# %% [markdown]
+# ## Divide, then mask
+# Flux and error are divided by the curve. After that every pixel with a bit in its mask is unusable, and so is every chip that failed: weight zero, and a
+# finite flux, so that a product of both is zero and not NaN. The column `CHIPS_FAILED` says which chips failed (1 blue, 2 green, 4 red). Spectra that the
+# survey has normalized itself (aspcapStar) come back as they are. The stars go through in blocks, so that besides the result only a few megabytes
+# are needed.
+
+# %%
+#| export
+def normalize(
+    spectra: Spectra,
+    continuum_pixels: np.ndarray = None,    # (P,) bool; the lab's 529 by default
+    degree: int = 2,                        # of the polynomial in wavelength
+    run: int = 20,                          # continuum pixels in a run
+    tolerance: float = 0.1,                 # largest relative distance from the run's median
+    min_pixels: int = None,                 # trustworthy continuum pixels that a chip needs; 4 (degree + 1) by default
+    block: int = 256,                       # stars at a time
+) -> Spectra:                               # flux finite everywhere; ivar 0 at masked pixels and on failed chips; stars get CHIPS_FAILED
+    "Flux relative to the pseudo-continuum, masked pixels unusable; spectra already normalized come back unchanged."
+    if spectra.stars.meta.get("normalized", False):
+        return spectra
+    flux, ivar = np.empty(spectra.flux.shape, np.float32), np.empty(spectra.flux.shape, np.float32)
+    failed = np.zeros((len(spectra), len(CHIPS)), bool)
+    for start in range(0, len(spectra), block):
+        rows = slice(start, start + block)
+        part = spectra[rows]
+        fit = continuum(part, continuum_pixels, degree, run, tolerance, min_pixels)
+        flux[rows], ivar[rows] = _divide(part, fit.continuum)
+        failed[rows] = fit.failed
+    stars = spectra.stars.copy()
+    stars["CHIPS_FAILED"] = (failed @ list(CHIP_BITS.values())).astype(np.uint8)
+    stars["CHIPS_FAILED"].description = "chips without a continuum: " + ", ".join(f"{bit} {name}" for name, bit in CHIP_BITS.items())
+    stars.meta["normalized"] = True
+    return spectra.replace(flux=flux, ivar=ivar, stars=stars)
+
+
+def _divide(spectra, curve):
+    with np.errstate(all="ignore"):
+        flux, ivar = spectra.flux / curve, spectra.ivar * curve * curve
+    good = np.isfinite(flux) & np.isfinite(ivar) & (ivar > 0)
+    if spectra.mask is not None:
+        good &= spectra.mask == 0
+    return np.where(np.isfinite(flux), flux, 1), np.where(good, ivar, 0)

@@ -233,11 +233,11 @@ class Product:
     error: int = 2
     mask: int | None = None         # HDU of the bitmask, None where there is none
     normalized: bool = False        # flux is already relative to a pseudo-continuum
-    max_error: float = np.inf       # a pixel with a larger error is unusable
+    max_error: float = np.inf       # a pixel with this error or a larger one is unusable
 
 
 PRODUCTS = {product.name: product for product in (
-    Product("apstar", hdus=10, mask=3),
+    Product("apstar", hdus=10, mask=3, max_error=1e10),   # 1e10 is how the survey writes "no value"
     Product("aspcapstar", hdus=5, normalized=True, max_error=0.3),
 )}
 
@@ -539,8 +539,9 @@ class Spectra:
 
     @property
     def label_names(self) -> tuple:
-        "Names of the labels that the stars table holds, in the order of `LABELS`."
-        return tuple(name for name in LABELS if name in self.stars.colnames)
+        "Names of the labels that were asked for (`labels` of the stars' meta), else of all that the table holds; in the order of `LABELS`."
+        asked = self.stars.meta.get("labels", LABELS)
+        return tuple(name for name in LABELS if name in asked and name in self.stars.colnames)
 
     def labels(
         self,
@@ -570,6 +571,8 @@ spectra
 hot = spectra[spectra.labels(["TEFF"])[:, 0] > 4200]
 assert list(hot.stars["APOGEE_ID"]) == ["two"] and hot.flux.shape == (1, 2)
 assert len(spectra[1]) == len(spectra[-2:-1]) == len(spectra[[True, False, False]]) == 1   # a single star is still a table
+hot.stars.meta["labels"] = ()   # a temperature that only a cut needs is not a label of this run
+assert spectra.label_names == ("TEFF",) and hot.label_names == ()
 with pytest.raises(LabError, match=r"flux has the shape \(2, 2\), but 3 stars and 2 wavelengths need \(3, 2\)"):
     spectra.replace(flux=np.ones((2, 2), "f4"))
 with pytest.raises(LabError, match="no column LOGG: there are APOGEE_ID, TEFF, TEFF_ERR"):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_CONDITION', 'CHIP_BITS', 'lab_continuum_pixels', 'read_continuum_pixels', 'inliers', 'fit_polynomials',
-           'ContinuumFit', 'continuum', 'normalize']
+           'ContinuumFit', 'continuum', 'normalize', 'plot_continuum', 'unusable_pixels']
 
-# %% ../nbs/03_normalize.ipynb #f780b5f9
+# %% ../nbs/03_normalize.ipynb #c4c21ccd
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -17,16 +17,17 @@ from astropy.table import Table
 from numpy.polynomial.polynomial import polyvander
 
 from stellar_lab.survey import (
-    CHIP_COLORS, CHIPS, LOG10_START, LOG10_STEP, N_PIXELS, PIXMASK, PIXMASK_NAMES, LabError, Spectra, chip_slices, on_band, wavelength,
+    CHIP_COLORS, CHIPS, LOG10_START, LOG10_STEP, N_PIXELS, PIXMASK, PIXMASK_NAMES, LabError, Spectra, chip_slices, full_wavelength,
+    on_band, wavelength,
 )
 
-# %% ../nbs/03_normalize.ipynb #c1f16e69
+# %% ../nbs/03_normalize.ipynb #c7b3ce89
 def lab_continuum_pixels() -> np.ndarray:   # (7214,) bool, on-band grid
     "The lab's 529 continuum pixels (Ness et al. 2015)."
     with as_file(files("stellar_lab.data") / "continuum_pixels.npy") as path:
         return np.load(path)
 
-# %% ../nbs/03_normalize.ipynb #1a983d12
+# %% ../nbs/03_normalize.ipynb #b612eac8
 def read_continuum_pixels(
     path,            # .npy: flags of the on-band or the full grid, or numbers of on-band pixels; else text: vacuum wavelengths [Angstrom], # comments
 ) -> np.ndarray:     # (7214,) bool, on-band grid
@@ -51,19 +52,20 @@ def read_continuum_pixels(
         chosen = _pixels_at(values, path)
     off = ~np.isin(chosen, on_band)
     if off.any():
-        raise LabError(f"{path}: {off.sum()} of {len(chosen)} pixels lie beside the chips, the first at {_wavelength_of(chosen[off][0]):.2f} "
+        raise LabError(f"{path}: {off.sum()} of {len(chosen)} pixels lie beside the chips, the first at {full_wavelength[chosen[off][0]]:.2f} "
                        "Angstrom, where not every star has light: take them out")
     return np.isin(on_band, chosen)
 
 
-def _wavelength_of(pixel):
-    return 10 ** (LOG10_START + LOG10_STEP * pixel)
+def _position(wavelengths):
+    "Place on the full grid, in pixels."
+    return (np.log10(wavelengths) - LOG10_START) / LOG10_STEP
 
 
 def _pixels_at(wavelengths, path):
     "Full-grid pixels at these wavelengths."
     with np.errstate(divide="ignore", invalid="ignore"):
-        position = (np.log10(wavelengths) - LOG10_START) / LOG10_STEP
+        position = _position(wavelengths)
     pixel = np.rint(np.nan_to_num(position, nan=-1, posinf=-1, neginf=-1)).astype(int)
     wrong = ~(np.abs(position - pixel) <= 0.25) | (pixel < 0) | (pixel >= N_PIXELS)
     if wrong.any():
@@ -71,7 +73,7 @@ def _pixels_at(wavelengths, path):
                        f"{wavelengths[wrong][0]:.2f}: give vacuum wavelengths in Angstrom from survey.wavelength")
     return pixel
 
-# %% ../nbs/03_normalize.ipynb #ee06868a
+# %% ../nbs/03_normalize.ipynb #1e394e92
 def inliers(
     flux: np.ndarray,       # (N, M) flux at the M continuum pixels of a chip, in order
     good: np.ndarray,       # (N, M) bool, usable
@@ -96,7 +98,7 @@ def _nan_median(values):
     middle = [np.take_along_axis(ordered, np.maximum(k, 0) // 2, axis=-1) for k in (count - 1, count)]
     return 0.5 * (middle[0] + middle[1])[..., 0]
 
-# %% ../nbs/03_normalize.ipynb #44d9e089
+# %% ../nbs/03_normalize.ipynb #8bf17d58
 MAX_CONDITION = 1e12
 
 
@@ -118,14 +120,14 @@ def fit_polynomials(
     matrix[~solvable], right[~solvable] = np.eye(degree + 1), 0
     return np.linalg.solve(matrix, right[..., None])[..., 0], solvable
 
-# %% ../nbs/03_normalize.ipynb #fce3a152
+# %% ../nbs/03_normalize.ipynb #282550e0
 CHIP_BITS = {name: 1 << bit for bit, name in enumerate(CHIPS)}   # of the column CHIPS_FAILED
 
 
 @dataclass(frozen=True)
 class ContinuumFit:
     "The pseudo-continuum of N stars and what it was drawn through."
-    continuum: np.ndarray   # (N, P) float32, positive; NaN on a chip that failed
+    continuum: np.ndarray   # (N, P) float32, positive at usable pixels; NaN on a chip that failed
     used: np.ndarray        # (N, P) bool, continuum pixels that were fitted
     rejected: np.ndarray    # (N, P) bool, usable continuum pixels dropped as outliers
     failed: np.ndarray      # (N, 3) bool, by chip in the order of `survey.CHIPS`
@@ -142,28 +144,33 @@ def continuum(
     "Fit the pseudo-continuum of all stars: per chip a polynomial through the continuum pixels, weighted by 1/error (Ness et al. 2015)."
     min_pixels = 4 * (degree + 1) if min_pixels is None else min_pixels
     _check(degree, run, tolerance, min_pixels)
-    listed = _on_grid(continuum_pixels, spectra.wavelength)
-    curve = np.ones(spectra.flux.shape, np.float32)
-    used, rejected = np.zeros(curve.shape, bool), np.zeros(curve.shape, bool)
-    failed = np.zeros((len(spectra), len(CHIPS)), bool)
+    listed, shape = _on_grid(continuum_pixels, spectra.wavelength), spectra.flux.shape
+    fit = ContinuumFit(np.ones(shape, np.float32), np.zeros(shape, bool), np.zeros(shape, bool), np.zeros((len(spectra), len(CHIPS)), bool))
     for number, (name, chip) in enumerate(chip_slices(spectra.wavelength).items()):
-        grid, pixels = spectra.wavelength[chip], chip.start + np.flatnonzero(listed[chip])
-        if not len(grid):
-            continue
-        if len(pixels) < min_pixels:
-            raise LabError(f"the list holds {len(pixels)} continuum pixels on the {name} chip, a fit needs {min_pixels}: give a longer list")
-        middle, half = 0.5 * (grid[0] + grid[-1]), 0.5 * (grid[-1] - grid[0])
-        flux, ivar = spectra.flux[:, pixels].astype(float), spectra.ivar[:, pixels].astype(float)
-        good = np.isfinite(flux) & np.isfinite(ivar) & (ivar > 0)
-        keep = inliers(flux, good, run, tolerance)
-        used[:, pixels], rejected[:, pixels] = keep, good & ~keep
-        trusted = keep if spectra.mask is None else keep & (spectra.mask[:, pixels] == 0)
-        coefficients, solvable = fit_polynomials((spectra.wavelength[pixels] - middle) / half, flux, np.where(keep, ivar, 0), degree)
-        curve[:, chip] = coefficients @ polyvander((grid - middle) / half, degree).T
-        sinks = ((curve[:, chip] <= 0) & (spectra.ivar[:, chip] > 0)).any(axis=1)
-        failed[:, number] = (trusted.sum(axis=1) < min_pixels) | ~solvable | sinks
-        curve[:, chip][failed[:, number]] = np.nan
-    return ContinuumFit(curve, used, rejected, failed)
+        if chip.stop > chip.start:
+            pixels = chip.start + np.flatnonzero(listed[chip])
+            if len(pixels) < min_pixels:
+                raise LabError(f"the list holds {len(pixels)} continuum pixels on the {name} chip, a fit needs {min_pixels}: give a longer list")
+            fit.failed[:, number] = _fit_chip(spectra, fit, chip, pixels, degree, run, tolerance, min_pixels)
+    return fit
+
+
+def _fit_chip(spectra, fit, chip, pixels, degree, run, tolerance, min_pixels):
+    "Fill the chip's part of `fit`; which stars failed."
+    flux, ivar = spectra.flux[:, pixels].astype(float), spectra.ivar[:, pixels].astype(float)
+    good = np.isfinite(flux) & np.isfinite(ivar) & (ivar > 0)
+    keep = inliers(flux, good, run, tolerance)
+    fit.used[:, pixels], fit.rejected[:, pixels] = keep, good & ~keep
+    grid = spectra.wavelength[chip]
+    x = (2 * spectra.wavelength - grid[0] - grid[-1]) / (grid[-1] - grid[0])   # -1 to 1 over the chip
+    coefficients, solvable = fit_polynomials(x[pixels], flux, np.where(keep, ivar, 0), degree)
+    curve = fit.continuum[:, chip]
+    curve[:] = coefficients @ polyvander(x[chip], degree).T
+    sinks = ((curve <= 0) & (spectra.ivar[:, chip] > 0)).any(axis=1)
+    trusted = keep if spectra.mask is None else keep & (spectra.mask[:, pixels] == 0)
+    failed = (trusted.sum(axis=1) < min_pixels) | ~solvable | sinks
+    curve[failed] = np.nan
+    return failed
 
 
 def _check(degree, run, tolerance, min_pixels):
@@ -177,7 +184,7 @@ def _check(degree, run, tolerance, min_pixels):
 def _on_grid(continuum_pixels, grid):
     "The continuum pixels as flags on `grid`; by default the lab's."
     if continuum_pixels is None:
-        position = (np.log10(grid) - LOG10_START) / LOG10_STEP
+        position = _position(grid)
         pixel = np.rint(position).astype(int)
         if np.abs(position - pixel).max(initial=0) > 0.01:
             raise LabError("the lab's continuum pixels are those of the survey's grid, and these spectra stand on another: give continuum_pixels")
@@ -188,7 +195,7 @@ def _on_grid(continuum_pixels, grid):
                        f"give one flag (bool) for each of the {len(grid)} pixels of the spectra")
     return continuum_pixels
 
-# %% ../nbs/03_normalize.ipynb #df215128
+# %% ../nbs/03_normalize.ipynb #0ff5da0b
 def normalize(
     spectra: Spectra,
     continuum_pixels: np.ndarray = None,    # (P,) bool; the lab's 529 by default
@@ -223,3 +230,31 @@ def _divide(spectra, curve):
     if spectra.mask is not None:
         good &= spectra.mask == 0
     return np.where(np.isfinite(flux), flux, 1), np.where(good, ivar, 0)
+
+# %% ../nbs/03_normalize.ipynb #ee0e90e0
+def plot_continuum(
+    spectra: Spectra,           # as they were before the division
+    fit: ContinuumFit,
+    star: int = 0,              # row
+    chip: str = None,           # "blue", "green" or "red"; all three by default
+    ax=None,
+):
+    "The raw spectrum of one star, its continuum, and the pixels fitted and rejected; returns the Axes."
+    ax = plt.subplots(figsize=(9, 2.8))[1] if ax is None else ax
+    pieces = chip_slices(spectra.wavelength)
+    for name in [chip] if chip else pieces:
+        grid, flux, good = spectra.wavelength[pieces[name]], spectra.flux[star, pieces[name]], spectra.ivar[star, pieces[name]] > 0
+        used, rejected = fit.used[star, pieces[name]], fit.rejected[star, pieces[name]]
+        ax.plot(grid, np.where(good, flux, np.nan), color="0.7", lw=0.5)
+        ax.plot(grid[used], flux[used], ".", ms=3, color=CHIP_COLORS[name])
+        ax.plot(grid[rejected], flux[rejected], "x", ms=6, mew=1.5, color="red")
+        ax.plot(grid, fit.continuum[star, pieces[name]], color="black", lw=1.2)
+    ax.set(xlabel="vacuum wavelength [Å]", ylabel="flux")
+    ax.margins(x=0.01)
+    return ax
+
+# %% ../nbs/03_normalize.ipynb #b571444f
+def unusable_pixels(spectra: Spectra) -> np.ndarray:   # (N,) int
+    "How many on-band pixels of each star have no weight."
+    inside = np.isin(np.rint(_position(spectra.wavelength)), on_band)
+    return np.sum(~(spectra.ivar[:, inside] > 0), axis=1)

@@ -1,0 +1,73 @@
+# Every target sets up what it needs and does nothing twice. `make help` lists them.
+#   PYTHON=python3.12 make test     another interpreter (3.11 to 3.13)
+#   VENV=/somewhere make test       another place for the environment
+
+VENV ?= .venv
+PYTHON ?=
+ARCHIVE = clusters
+PROFILE = quick
+NB =
+
+override VENV := $(abspath $(VENV))
+BIN := $(VENV)/bin
+STAMP := $(VENV)/stellar_lab.stamp
+CLUSTERS := $(CURDIR)/data/archives/clusters
+
+# The caller's shell must not decide what the tests see. STELLAR_LAB_REAL_DATA, the optional folder of raw survey files, may.
+unexport STELLAR_LAB_ARCHIVE STELLAR_LAB_PROFILE PYTHONPATH PYTHONHOME PYTHONSTARTUP
+export MPLBACKEND = Agg
+export PATH := $(BIN):$(PATH)
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help env lab test notebook sync check archive outputs bench constraints clean FORCE
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+env: $(STAMP) ## the environment in .venv alone
+
+$(STAMP): settings.ini setup.py constraints.txt tools/environment.sh
+	@sh tools/environment.sh "$(VENV)" "$(PYTHON)"
+
+ifneq ($(shell sh tools/environment.sh --ready "$(VENV)" "$(PYTHON)" && echo yes),yes)
+$(STAMP): FORCE
+endif
+FORCE:
+
+lab: $(STAMP) ## the whole lab into _build/ [ARCHIVE=clusters|URL|folder] [PROFILE=quick|full]
+	@$(BIN)/python tools/lab.py run --archive "$(ARCHIVE)" --profile "$(PROFILE)"
+
+test: archive check ## all tests: generated files, notebooks, then tests/
+	@echo "== notebooks"
+	@$(BIN)/python tools/test_notebooks.py
+	@echo "== tests"
+	@$(BIN)/python -m pytest tests --timeout 300
+
+notebook: archive ## JupyterLab in nbs/
+	@unset MPLBACKEND; $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs
+
+sync: $(STAMP) ## regenerate package and text twins from the notebooks, and clean these
+	@sh tools/sync.sh
+
+check: $(STAMP) ## do package, twins and notebooks agree, and are all outputs there?
+	@echo "== checks"
+	@$(BIN)/python tools/check_generated.py
+	@$(BIN)/python tools/check_notebooks.py
+
+archive: $(STAMP) ## write the embedded archive of real stars into data/archives/clusters
+	@$(BIN)/python tools/lab.py archive
+
+outputs: archive ## refresh the outputs that the notebooks carry [NB="03_normalize …"]
+	@$(BIN)/python tools/lab.py outputs $(NB)
+
+bench: $(STAMP) ## time training and inversion beside their bare matrix products
+	@$(BIN)/python tools/bench.py
+
+constraints: $(STAMP) ## fix the newest versions that go together, for all three Pythons
+	@$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet uv
+	@$(BIN)/python -m uv pip compile setup.py --all-extras --universal --python-version 3.11 --fork-strategy fewest --upgrade --refresh-package stellar-lab \
+		--no-annotate --custom-compile-command "make constraints" --quiet --output-file constraints.txt
+
+clean: ## remove what was made: _build/ and the archives, not the environment
+	rm -rf _build build data/archives

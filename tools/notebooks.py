@@ -1,0 +1,42 @@
+"""What the tools know of the notebooks: their order, their title, the directives of their cells."""
+import re
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT / "nbs"
+ROOMY = 2_000_000   # bytes: a notebook above this is no longer read where it lies
+
+
+def natural(path):
+    "Sort key: 2 before 10, numbers before letters."
+    room = Path(path).stem.split("_")[0]
+    return (0, int(room), "") if room.isdigit() else (1, 0, room)
+
+
+def notebooks(names=()):
+    "The notebooks in the order of the lab, all of them or those named (`03_normalize`, or `03`)."
+    found = sorted(NBS.glob("*.ipynb"), key=natural)
+    chosen = [path for path in found if not names or any(path.stem == Path(name).stem or path.stem.split("_")[0] == name for name in names)]
+    if not chosen:
+        raise SystemExit(f"no such notebook: {' '.join(names)}. There are {', '.join(path.stem for path in found)}")
+    return chosen
+
+
+def read(path):
+    return nbformat.read(path, as_version=4)
+
+
+def directives(cell):
+    "The `#| name value` lines of a code cell as a dict."
+    lines = re.findall(r"^#\|\s*([\w-]+):?[ \t]*(.*)$", cell.source, re.MULTILINE) if cell.cell_type == "code" else []
+    return dict(lines)
+
+
+def title(notebook):
+    "Title and one-line subtitle: the first heading and the quotation below it."
+    text = next((cell.source for cell in notebook.cells if cell.cell_type == "markdown"), "")
+    heading = re.search(r"^# (.+)$", text, re.MULTILINE)
+    subtitle = re.search(r"^> (.+)$", text, re.MULTILINE)
+    return (heading.group(1) if heading else ""), (subtitle.group(1) if subtitle else "")

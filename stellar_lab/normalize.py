@@ -6,7 +6,7 @@
 __all__ = ['MAX_CONDITION', 'CHIP_BITS', 'lab_continuum_pixels', 'read_continuum_pixels', 'inliers', 'fit_polynomials',
            'ContinuumFit', 'continuum', 'normalize', 'plot_continuum', 'unusable_pixels']
 
-# %% ../nbs/03_normalize.ipynb #c4c21ccd
+# %% ../nbs/03_normalize.ipynb #0c72fd19
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -21,13 +21,13 @@ from stellar_lab.survey import (
     on_band, wavelength,
 )
 
-# %% ../nbs/03_normalize.ipynb #c7b3ce89
+# %% ../nbs/03_normalize.ipynb #e21ead1d
 def lab_continuum_pixels() -> np.ndarray:   # (7214,) bool, on-band grid
     "The lab's 529 continuum pixels (Ness et al. 2015)."
     with as_file(files("stellar_lab.data") / "continuum_pixels.npy") as path:
         return np.load(path)
 
-# %% ../nbs/03_normalize.ipynb #b612eac8
+# %% ../nbs/03_normalize.ipynb #f48dd20c
 def read_continuum_pixels(
     path,            # .npy: flags of the on-band or the full grid, or numbers of on-band pixels; else text: vacuum wavelengths [Angstrom], # comments
 ) -> np.ndarray:     # (7214,) bool, on-band grid
@@ -73,7 +73,7 @@ def _pixels_at(wavelengths, path):
                        f"{wavelengths[wrong][0]:.2f}: give vacuum wavelengths in Angstrom from survey.wavelength")
     return pixel
 
-# %% ../nbs/03_normalize.ipynb #1e394e92
+# %% ../nbs/03_normalize.ipynb #c72485db
 def inliers(
     flux: np.ndarray,       # (N, M) flux at the M continuum pixels of a chip, in order
     good: np.ndarray,       # (N, M) bool, usable
@@ -98,7 +98,7 @@ def _nan_median(values):
     middle = [np.take_along_axis(ordered, np.maximum(k, 0) // 2, axis=-1) for k in (count - 1, count)]
     return 0.5 * (middle[0] + middle[1])[..., 0]
 
-# %% ../nbs/03_normalize.ipynb #8bf17d58
+# %% ../nbs/03_normalize.ipynb #9e3bdcf0
 MAX_CONDITION = 1e12
 
 
@@ -115,12 +115,12 @@ def fit_polynomials(
         weights = np.nan_to_num(weights / weights.max(axis=1, initial=0, keepdims=True))
     moments = weights @ powers
     matrix = moments[:, np.add.outer(np.arange(degree + 1), np.arange(degree + 1))]
-    right = np.where(weights > 0, weights * y, 0) @ powers[:, :degree + 1]
+    right = (weights * np.where(weights > 0, y, 0)) @ powers[:, :degree + 1]
     solvable = np.linalg.cond(matrix) < MAX_CONDITION
     matrix[~solvable], right[~solvable] = np.eye(degree + 1), 0
     return np.linalg.solve(matrix, right[..., None])[..., 0], solvable
 
-# %% ../nbs/03_normalize.ipynb #282550e0
+# %% ../nbs/03_normalize.ipynb #a8e0f832
 CHIP_BITS = {name: 1 << bit for bit, name in enumerate(CHIPS)}   # of the column CHIPS_FAILED
 
 
@@ -195,7 +195,7 @@ def _on_grid(continuum_pixels, grid):
                        f"give one flag (bool) for each of the {len(grid)} pixels of the spectra")
     return continuum_pixels
 
-# %% ../nbs/03_normalize.ipynb #0ff5da0b
+# %% ../nbs/03_normalize.ipynb #4f560c88
 def normalize(
     spectra: Spectra,
     continuum_pixels: np.ndarray = None,    # (P,) bool; the lab's 529 by default
@@ -231,7 +231,7 @@ def _divide(spectra, curve):
         good &= spectra.mask == 0
     return np.where(np.isfinite(flux), flux, 1), np.where(good, ivar, 0)
 
-# %% ../nbs/03_normalize.ipynb #ee0e90e0
+# %% ../nbs/03_normalize.ipynb #8da45e4b
 def plot_continuum(
     spectra: Spectra,           # as they were before the division
     fit: ContinuumFit,
@@ -253,7 +253,7 @@ def plot_continuum(
     ax.margins(x=0.01)
     return ax
 
-# %% ../nbs/03_normalize.ipynb #b571444f
+# %% ../nbs/03_normalize.ipynb #de96c12d
 def unusable_pixels(spectra: Spectra) -> np.ndarray:   # (N,) int
     "How many on-band pixels of each star have no weight."
     inside = np.isin(np.rint(_position(spectra.wavelength)), on_band)

@@ -201,7 +201,7 @@ def fit_polynomials(
         weights = np.nan_to_num(weights / weights.max(axis=1, initial=0, keepdims=True))
     moments = weights @ powers
     matrix = moments[:, np.add.outer(np.arange(degree + 1), np.arange(degree + 1))]
-    right = np.where(weights > 0, weights * y, 0) @ powers[:, :degree + 1]
+    right = (weights * np.where(weights > 0, y, 0)) @ powers[:, :degree + 1]
     solvable = np.linalg.cond(matrix) < MAX_CONDITION
     matrix[~solvable], right[~solvable] = np.eye(degree + 1), 0
     return np.linalg.solve(matrix, right[..., None])[..., 0], solvable

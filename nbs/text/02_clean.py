@@ -1,0 +1,832 @@
+# %% [markdown]
+# # Which stars can we trust?
+# > From a folder of survey files to spectra with labels, and a ledger that says where every star went that did not make it.
+#
+# **Question.** Thousands of files, a catalogue with hundreds of columns, and some of both are broken, noisy, doubled or missing. Which stars and which
+# pixels can we learn from, and how does a reader check that we lost no good one on the way?
+#
+# **Idea.** Three kinds of "no" are kept apart. A *pixel* that knows nothing gets the weight zero, $w=1/\sigma^2=0$, and its star stays. A *star* that
+# breaks a named rule is dropped. And every rule writes into a **ledger**, which must balance like any other,
+# $$ N_\mathrm{found} = N_\mathrm{left} + \sum_\mathrm{rules} N_\mathrm{dropped} . $$
+#
+# You learn what stands in an APOGEE file, how files and catalogue rows find each other, and what the cuts of a sample do to it. You need
+# [the survey's facts](00_survey.ipynb); files and catalogue are described by
+# [Holtzman et al. 2015](https://doi.org/10.1088/0004-6256/150/5/148) and the survey's [data model](https://data.sdss.org/datamodel).
+
+# %%
+#| default_exp clean
+
+# %%
+#| export
+import os
+import re
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from glob import escape
+from pathlib import Path, PurePosixPath
+from string import Formatter
+from typing import NamedTuple
+
+import corner
+import matplotlib.pyplot as plt
+import numpy as np
+from astropy.io import fits
+from astropy.table import Column, QTable, Table
+from astropy.utils.exceptions import AstropyWarning
+from tqdm.auto import tqdm
+
+from stellar_lab.survey import (
+    APOGEE_ID, ARCHIVES, LABELS, LOG10_START, LOG10_STEP, MISSING, N_PIXELS, PRODUCTS, RELEASES, LabError, Spectra, archive_record,
+    label_records, on_band, plot_spectrum, wavelength,
+)
+
+# %%
+#| hide
+import tempfile
+
+import pytest
+from IPython.display import Markdown
+
+from stellar_lab.survey import archive_root, real_data, use_style
+
+use_style()
+
+# %% [markdown]
+# ## The ledger
+# A ledger starts with the number of files found. Each rule then takes stars away, by name, or only counts something worth knowing. A ledger is never
+# changed: a rule returns a new one, so the state before a cut is still there after it, and later chapters simply go on writing.
+
+# %%
+#| export
+class Step(NamedTuple):
+    "One line of a ledger."
+    rule: str
+    stars: tuple = ()    # APOGEE_ID of each star that fell to the rule
+    counted: int = 0     # for rules that count without dropping
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Ledger:
+    "How many stars were found, and which rule dropped which of them."
+    found: int
+    steps: tuple = ()
+
+    def drop(self, rule: str, stars, reason: str = "") -> "Ledger":
+        "The ledger with one more rule, to which the `stars` (APOGEE_IDs) fell."
+        stars = tuple(map(str, stars))
+        if len(stars) > self.left:
+            raise LabError(f"rule {rule!r} drops {len(stars)} stars, but the ledger has only {self.left} left")
+        return Ledger(self.found, (*self.steps, Step(rule, stars, 0, reason)))
+
+    def count(self, rule: str, number: int, reason: str = "") -> "Ledger":
+        "The ledger with one more line that drops nothing."
+        return Ledger(self.found, (*self.steps, Step(rule, (), int(number), reason)))
+
+    @property
+    def left(self) -> int:
+        "Stars that no rule dropped."
+        return self.found - sum(len(step.stars) for step in self.steps)
+
+    @property
+    def dropped(self) -> dict:
+        "APOGEE_ID -> the rule it fell to (rules joined by '; ' if the star was found more than once)."
+        fallen = {}
+        for step in self.steps:
+            for star in step.stars:
+                fallen[star] = f"{fallen[star]}; {step.rule}" if star in fallen else step.rule
+        return fallen
+
+    @property
+    def table(self) -> QTable:
+        "One row a rule, in their order: how many stars it dropped, how many were left after it, and what it counted."
+        drops = np.array([0] + [len(step.stars) for step in self.steps])
+        return QTable({"rule": ["files found"] + [step.rule for step in self.steps], "dropped": drops, "left": self.found - np.cumsum(drops),
+                       "counted": [0] + [step.counted for step in self.steps], "reason": [""] + [step.reason for step in self.steps]})
+
+    def __str__(self):
+        return "\n".join(self.table.pformat(max_lines=-1, max_width=-1, align=["<", ">", ">", ">", "<"]))
+
+    def _repr_html_(self):
+        return self.table._repr_html_()
+
+    def to_dict(self) -> dict:
+        "Plain numbers, strings and lists, for JSON."
+        return {"found": self.found, "left": self.left, "steps": [step._asdict() | {"stars": list(step.stars)} for step in self.steps]}
+
+    @classmethod
+    def from_dict(cls, plain: dict) -> "Ledger":
+        "The ledger that `to_dict` wrote."
+        return cls(plain["found"], tuple(Step(**(step | {"stars": tuple(step["stars"])})) for step in plain["steps"]))
+
+# %%
+ledger = Ledger(5).drop("too noisy", ["Castor", "Pollux"]).count("seen twice", 1, "the better one counts").drop("no label", ["Mizar"])
+ledger
+
+# %% [markdown]
+# The user may ask for a star by name, and the books balance. Taking away more stars than there are is a mistake, not a negative number.
+
+# %%
+assert ledger.left == 2 and ledger.dropped == {"Castor": "too noisy", "Pollux": "too noisy", "Mizar": "no label"}
+assert list(ledger.table["left"]) == [5, 3, 3, 2] and list(ledger.table["dropped"]) == [0, 2, 0, 1]
+assert Ledger.from_dict(ledger.to_dict()) == ledger
+assert Ledger(2).drop("a", ["Mira"]).drop("b", ["Mira"]).dropped == {"Mira": "a; b"}   # two files of one star
+with pytest.raises(LabError, match="rule 'x' drops 3 stars, but the ledger has only 2 left"):
+    ledger.drop("x", ["a", "b", "c"])
+
+# %% [markdown]
+# As a picture: a bar a rule, what is left in blue, what the rule took in orange.
+
+# %%
+#| export
+def plot_ledger(
+    ledger: Ledger,
+    ax=None,
+):
+    "Bars of what each dropping rule left and took; returns the Axes."
+    table = ledger.table
+    table = table[(table["dropped"] > 0) | (np.arange(len(table)) == 0)]
+    ax = plt.subplots(figsize=(8, 0.6 + 0.35 * len(table)))[1] if ax is None else ax
+    y = -np.arange(len(table))
+    ax.barh(y, table["left"], color="C0", label="left")
+    ax.barh(y, table["dropped"], left=table["left"], color="C1", label="dropped by this rule")
+    for place, left, dropped in zip(y, table["left"], table["dropped"]):
+        ax.text(left + dropped, place, f"  {left}" + (f"  ($-${dropped})" if dropped else ""), va="center", fontsize="small")
+    ax.set(yticks=y, yticklabels=table["rule"], xlabel="stars", xlim=(0, 1.18 * max(ledger.found, 1)))
+    ax.legend(loc="upper left", bbox_to_anchor=(0, 1.0 + 0.9 / len(table)), ncols=2, frameon=False, fontsize="small")
+    return ax
+
+# %% [markdown]
+# ## One file
+# A combined spectrum (`apStar`) is a FITS file of ten HDUs: flux, error and bitmask in the first three, sky and tellurics behind them. Its arrays have a
+# row per combination and visit: row 0 combines the visits pixel by pixel, row 1 with one weight a visit, the visits follow. The lab takes row 1. The
+# traps: a star seen once has arrays *without* rows; DR17 writes float64 and int64 where others wrote float32 and int16; "no value" is an error of
+# $10^{10}$.
+#
+# We read only what we need: `hdu.section[row]` fetches 34 kB from the middle of a file and leaves the visits on the disk. An error becomes a weight at
+# once, and that weight is zero for every pixel of which the file itself says that it knows nothing.
+
+# %%
+#| export
+def inverse_variance(
+    flux: np.ndarray,    # any shape
+    error: np.ndarray,   # same shape, 1-sigma
+    product,             # survey.Product: says which errors are too large, and whether flux must be positive
+) -> np.ndarray:         # same shape, float32
+    "1/error^2, and 0 where error or flux are not usable."
+    error = np.asarray(error, np.float64)
+    good = np.isfinite(flux) & np.isfinite(error) & (error > 0) & (error < product.max_error)
+    if product.normalized:
+        good &= np.asarray(flux) > 0   # a bad pixel of an aspcapStar file is a zero
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        ivar = np.where(good, 1 / error**2, 0).astype(np.float32)
+    return np.where(np.isfinite(ivar), ivar, np.float32(0))
+
+# %%
+cases = np.array([1.0, 1.0, 1.0, 1.0, np.nan, 0.0]), np.array([0.1, 0.0, 1e10, np.nan, 0.1, 0.1])
+assert np.allclose(inverse_variance(*cases, PRODUCTS["apstar"]), [100, 0, 0, 0, 0, 100])      # zero flux is a measurement here
+assert np.allclose(inverse_variance(*cases, PRODUCTS["aspcapstar"]), [100, 0, 0, 0, 0, 0])    # and a hole here
+
+# %% [markdown]
+# What a file is called says what it is and whose it is. The last one of these has lost its name (it is the lab's mystery star): then the HDUs have to say
+# what it is, for the third holds integers, a mask, in one product, and floats, the best-fitting model, in the other.
+
+# %%
+#| export
+FILE_NAME = re.compile(rf"(?P<kind>aspcap|ap|as)Star-(?:.*?-)?(?P<id>{APOGEE_ID})(?:-\d+)?\.fits(?:\.gz)?")
+
+
+def product_of(
+    path,          # a file
+) -> str | None:   # "apstar" or "aspcapstar", None if neither
+    "Which product a file is: from its name, else from its HDUs."
+    match = FILE_NAME.fullmatch(Path(path).name)
+    if match:
+        return "aspcapstar" if match["kind"] == "aspcap" else "apstar"
+    try:
+        with fits.open(path, lazy_load_hdus=True) as hdus:
+            return _product_of_hdus(hdus)
+    except Exception:   # whatever a damaged file makes astropy raise
+        return None
+
+
+def _product_of_hdus(hdus):
+    third = hdus[3]
+    if not third.is_image or third.shape is None or third.shape[-1:] != (N_PIXELS,):
+        return None
+    return "apstar" if third.header["BITPIX"] in (16, 32, 64) else "aspcapstar"
+
+# %%
+for name, product, star in [
+    ("apStar-r8-2M21334193-0048169.fits", "apstar", "2M21334193-0048169"),
+    ("asStar-dr17-2M01020000-7100000.fits", "apstar", "2M01020000-7100000"),
+    ("aspcapStar-r8-l31c.2-2M21334193-0048169.fits", "aspcapstar", "2M21334193-0048169"),
+    ("aspcapStar-v304-VESTA.fits", "aspcapstar", "VESTA"),
+]:
+    assert product_of(name) == product and FILE_NAME.fullmatch(name)["id"] == star
+assert product_of("no_such_file.fits") is None
+
+# %% [markdown]
+# Header facts go into the stars table under the names that the survey's catalogue uses for them.
+
+# %%
+#| export
+class Fact(NamedTuple):
+    "A column of the stars table that comes from a file's header."
+    column: str
+    keys: tuple      # header cards, the first that exists counts
+    missing: object  # value where no card exists; its type is the column's
+
+    def read(self, header):
+        "Its value in a header."
+        value = next((header[key] for key in self.keys if key in header), self.missing)
+        try:
+            return type(self.missing)(str(value).strip() if isinstance(self.missing, str) else value)
+        except (TypeError, ValueError):
+            return self.missing
+
+
+FACTS = (
+    Fact("APOGEE_ID", ("OBJID", "OBJ"), ""), Fact("TELESCOPE", ("TELESCOP",), ""), Fact("FIELD", ("FIELD",), ""),
+    Fact("LOCATION_ID", ("LOCID",), -1), Fact("SNR", ("SNR",), np.nan), Fact("NVISITS", ("NVISITS",), -1),
+    Fact("J", ("J",), np.nan), Fact("H", ("H",), np.nan), Fact("K", ("K",), np.nan), Fact("RA", ("RA",), np.nan), Fact("DEC", ("DEC",), np.nan),
+)
+
+# %%
+header = fits.Header({"OBJ": "2M21334193-0048169", "LOCID": 4419, "SNR": 88.5, "J": "unknown"})
+print({fact.column: fact.read(header) for fact in FACTS})
+
+# %% [markdown]
+# Now the reader of one file. Whatever is wrong with it (cut short, a web page under a FITS name, HDUs of something else, another grid, no such row)
+# becomes a `Problem` with the reason, never an exception: one bad file must not stop a thousand good ones.
+
+# %%
+#| export
+class Problem(NamedTuple):
+    "A file that could not be read, and why."
+    path: str
+    reason: str
+
+    def __str__(self):
+        return f"{Path(self.path).name}: {self.reason}"
+
+
+class _Star(NamedTuple):
+    facts: dict
+    flux: np.ndarray
+    ivar: np.ndarray
+    mask: np.ndarray | None
+
+
+def _check_whole(hdus, path, product):
+    "Raise ValueError unless the file has all its bytes, HDUs of the right kind and the survey's grid."
+    last, size = hdus[-1], os.path.getsize(path)
+    end = last.fileinfo()["datLoc"] + last.size
+    if size < end and not str(path).endswith(".gz"):
+        raise ValueError(f"cut short: {size} of {end} bytes")
+    if len(hdus) < product.hdus:
+        raise ValueError(f"has {len(hdus)} HDUs, a whole {product.name} file at least {product.hdus}")
+    found = _product_of_hdus(hdus)
+    flux = hdus[product.flux]
+    shapes = {getattr(hdus[k], "shape", None) for k in (product.flux, product.error, product.mask) if k is not None}
+    if found != product.name or len(shapes) > 1 or len(flux.shape) not in (1, 2):
+        raise ValueError(f"its HDUs are not those of an {product.name} file" + (f", but of an {found} file" if found else ""))
+    grid = [hdus[product.flux].header.get(key, hdus[0].header.get(key, np.nan)) for key in ("CRVAL1", "CDELT1", "NAXIS1")]
+    if not np.allclose(grid, [LOG10_START, LOG10_STEP, N_PIXELS], rtol=1e-7):
+        raise ValueError("another wavelength grid: CRVAL1 {}, CDELT1 {}, NAXIS1 {}".format(*grid))
+
+
+def _pixels(hdu, row):
+    "On-band pixels of one row; an array without rows is the only row there is."
+    if len(hdu.shape) == 1 or hdu.shape[0] == 1:
+        if row > 1:
+            raise ValueError(f"row {row} does not exist: the star was seen once, and the file holds one spectrum")
+        data = hdu.section[:] if len(hdu.shape) == 1 else hdu.section[0, :]
+    else:
+        if row >= hdu.shape[0]:
+            raise ValueError(f"row {row} does not exist: the file has rows 0 to {hdu.shape[0] - 1}")
+        data = hdu.section[row, :]
+    return np.asarray(data)[on_band]
+
+
+def _read_star(path, product, row) -> _Star:
+    with fits.open(path, memmap=True, lazy_load_hdus=True) as hdus:
+        _check_whole(hdus, path, product)
+        flux, error = _pixels(hdus[product.flux], row), _pixels(hdus[product.error], row)
+        mask = None if product.mask is None else _pixels(hdus[product.mask], row).astype(np.int32)
+        facts = {fact.column: fact.read(hdus[0].header) for fact in FACTS}
+    match = FILE_NAME.fullmatch(Path(path).name)
+    facts["APOGEE_ID"] = match["id"] if match else facts["APOGEE_ID"] or Path(path).stem
+    facts["FILE"] = Path(path).name
+    ivar = inverse_variance(flux, error, product)
+    return _Star(facts, np.nan_to_num(flux, nan=0, posinf=0, neginf=0).astype(np.float32), ivar, mask)
+
+
+def _try_star(path, product, row) -> _Star | Problem:
+    try:
+        return _read_star(path, product, row)
+    except Exception as error:   # a damaged file can make any layer below raise anything
+        return Problem(str(path), _reason(path, error))
+
+
+def _reason(path, error):
+    try:
+        with open(path, "rb") as file:
+            start = file.read(80)
+    except OSError as problem:
+        return problem.strerror or str(problem)
+    if not start:
+        return "empty"
+    if not start.startswith((b"SIMPLE", b"\x1f\x8b")):
+        return f"not a FITS file: it begins with {start[:20].decode('latin-1')!r}"
+    return str(error) or type(error).__name__
+
+# %% [markdown]
+# ## Many files
+# Room for all stars is made first, in float32, and each file goes straight into its row. Good stars close ranks: a damaged file leaves no hole. A few
+# threads read ahead.
+
+# %%
+#| export
+def _read_stars(paths, product, row, workers=None, keep=None, progress=True):
+    "Spectra of the files where `keep`, their places in `paths`, and the problems of all."
+    if not isinstance(row, (int, np.integer)) or row < 0:
+        raise LabError(f"row must be 0, 1, 2 … (0 and 1 are the combinations, the visits follow), not {row!r}")
+    keep = np.ones(len(paths), bool) if keep is None else keep
+    flux, ivar = (np.empty((keep.sum(), len(on_band)), np.float32) for _ in range(2))
+    mask = None if product.mask is None else np.empty(flux.shape, np.int32)
+    facts, places, problems = [], [], []
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers or 4) as pool:
+        warnings.simplefilter("ignore", AstropyWarning)   # said by the problem's reason
+        stars = pool.map(partial(_try_star, product=product, row=row), paths)
+        for place, star in enumerate(tqdm(stars, total=len(paths), desc="reading", unit="file", disable=not progress, leave=False)):
+            if isinstance(star, Problem):
+                problems.append(star)
+            elif keep[place]:
+                n = len(places)
+                flux[n], ivar[n] = star.flux, star.ivar
+                if mask is not None:
+                    mask[n] = star.mask
+                facts.append(star.facts)
+                places.append(place)
+    n = len(places)
+    stars = Table({name: [fact[name] for fact in facts] for name in (*(fact.column for fact in FACTS), "FILE")}) if n else Table()
+    stars.meta = {"product": product.name, "release": None, "archive": None, "normalized": product.normalized}
+    spectra = Spectra(wavelength, flux[:n], ivar[:n], stars, None if mask is None else mask[:n])
+    return spectra, np.array(places, int), problems
+
+
+def read_files(
+    paths,                   # files in any order; a single path works, too
+    product: str = None,     # "apstar" or "aspcapstar"; from the files by default
+    row: int = 1,            # apStar only: 0 and 1 are the combinations, the visits follow
+    workers: int = None,     # threads that read ahead, 4 by default
+    progress: bool = True,
+) -> tuple:                  # Spectra of the good files in their order, list of `Problem` of the others
+    "Read loose apStar or aspcapStar files of any release; LabError if none is good or if they are of both kinds."
+    paths = [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
+    if product is None:
+        kinds = {kind for kind in map(product_of, paths) if kind}
+        if len(kinds) > 1:
+            raise LabError(f"the files are of two kinds, {' and '.join(sorted(kinds))}: choose one with product=…")
+        product = kinds.pop() if kinds else "apstar"
+    if product not in PRODUCTS:
+        raise LabError(f"unknown product {product!r}: choose from {', '.join(PRODUCTS)}")
+    spectra, _, problems = _read_stars(paths, PRODUCTS[product], row, workers, progress=progress)
+    if not len(spectra):
+        raise LabError(f"none of {len(paths)} files is a good {product} file" + _first(problems))
+    return spectra, problems
+
+
+def _first(problems, n=3):
+    more = f"; and {len(problems) - n} more" if len(problems) > n else ""
+    return (": " + "; ".join(map(str, problems[:n])) + more) if problems else ": no file was given"
+
+# %% [markdown]
+# ## Finding the files
+# Where files are is data: the release's templates, turned into folders. A folder may follow the survey's tree or one of the other layouts that the record
+# knows, such as the lab's own `stars/<location>/`. Files of single visits are left out.
+
+# %%
+#| export
+def find_files(
+    root,                      # of an archive
+    product: str = "apstar",
+    fields=None,               # names of folders; the record's by default, "all" for whatever is there
+    telescopes=None,           # all of the release's by default
+    release: str = None,       # the record's by default
+) -> Table:                    # path, APOGEE_ID, TELESCOPE and FOLDER of each star's file, sorted; maybe empty
+    "The stars' files below `root`; a star that stands in several layouts is taken from the first."
+    record = archive_record(root)
+    rules = _rules(record, release)
+    if fields is None and rules is record.rules:
+        fields = record.fields
+    fields = ["*"] if fields is None or isinstance(fields, str) and fields == "all" else [escape(str(name)) for name in np.atleast_1d(fields)]
+    telescopes = list(np.atleast_1d(telescopes)) if telescopes is not None else list(rules.telescopes)
+    found = {}
+    for template in rules.templates(product):
+        for telescope, folder in _folders(Path(root), template, fields, telescopes):
+            for entry in sorted(os.listdir(folder)):
+                star = rules.parse_name(product, entry)
+                if star:
+                    found.setdefault((telescope, folder.name, star), str(folder / entry))
+    rows = [(path, star, telescope, folder) for (telescope, folder, star), path in found.items()]
+    return Table(rows=rows, names=["path", "APOGEE_ID", "TELESCOPE", "FOLDER"]) if rows else Table(names=["path", "APOGEE_ID", "TELESCOPE", "FOLDER"],
+                                                                                                  dtype=["U1"] * 4)
+
+
+def _folders(root, template, fields, telescopes):
+    "The folders of a template that exist, with the telescope; a template that names no telescope means the first."
+    parent = str(PurePosixPath(template).parent)
+    for telescope in telescopes if "{telescope}" in parent else telescopes[:1]:
+        for field in fields:
+            for folder in sorted(root.glob(parent.format(telescope=telescope, field=field))):
+                if folder.is_dir():
+                    yield str(telescope), folder
+
+
+def _rules(record, release):
+    if release is None:
+        return record.rules
+    if str(release).lower() not in RELEASES:
+        raise LabError(f"unknown release {release!r}: choose from {', '.join(RELEASES)}")
+    return RELEASES[str(release).lower()]
+
+
+def find_catalogue(
+    root,                  # of an archive
+    release: str = None,   # the record's by default
+) -> Path:
+    "The allStar table below `root`, packed (.gz) or not; LabError if there is none."
+    rules = _rules(archive_record(root), release)
+    tried = [Path(root) / (template + suffix) for template in rules.templates("allstar") for suffix in ("", ".gz")]
+    for path in tried:
+        if path.is_file():
+            return path
+    raise LabError(f"no allStar table below {root}: looked for {', '.join(str(p.relative_to(root)) for p in tried if p.suffix != '.gz')}; "
+                   "fetch it with 'stellar-lab fetch'")
+
+# %% [markdown]
+# ## The catalogue
+# The survey's allStar table of DR14 has 263,000 rows of several hundred columns, 1.5 GB, of which we need twenty columns. It is mapped into memory, not
+# read, and only these columns are copied, block by block, in the machine's own byte order. A value at or below -9000 means "none" and becomes NaN.
+
+# %%
+#| export
+KEYS = ("APOGEE_ID", "TARGET_ID", "TELESCOPE", "FIELD", "LOCATION_ID")   # what a row can be found by
+BLOCK = 8192   # rows of the catalogue that are mapped at a time
+
+
+def read_catalogue(
+    path,              # allStar table, .fits or .fits.gz
+    labels=None,       # label names; all that the table has by default
+    columns=(),        # further labels or columns, for cuts
+) -> Table:            # keys, SNR, labels and their errors with units; NaN where there is no value. meta["labels"]: the label names
+    "The needed columns of an allStar table of any release; LabError if it lacks one."
+    try:
+        with fits.open(path, memmap=True) as hdus:
+            table = hdus[1]
+            known = {name.upper(): name for name in table.columns.names}
+            rows = table.header["NAXIS2"]
+    except Exception as error:   # a damaged file can make any layer below raise anything
+        raise LabError(f"{path} is not an allStar table ({_reason(path, error)}): fetch it again") from error
+    if "APOGEE_ID" not in known:
+        raise LabError(f"{path} is not an allStar table: it has no column APOGEE_ID")
+    wanted = _label_columns(path, known, labels)
+    extra = _label_columns(path, known, [name for name in columns if name in LABELS and name not in wanted])
+    plain = {name: _column(path, known, name) for name in columns if name not in LABELS}
+    sources = {name: known[name] for name in (*KEYS, "SNR") if name in known} | plain
+    sources |= {name: source for pair in (wanted | extra).values() for name, source in pair.items() if source}
+    table = _copy_columns(path, sources, rows)
+    for name in (*wanted, *extra):
+        for column in (name, f"{name}_ERR"):
+            values = table[column] if column in table.colnames else np.full(rows, np.nan)
+            table[column] = Column(values, unit=LABELS[name].unit)
+    table.meta = {"labels": list(wanted), "catalogue": Path(path).name}
+    return table
+
+
+def _label_columns(path, known, labels):
+    "label -> {label: its column, label_ERR: its error's column or None}"
+    has = {name: pair for name, label in LABELS.items() for pair in [_pair(label, known)] if pair}
+    if labels is None:
+        return has
+    names = [label.name for label in label_records(labels)]
+    lacking = [name for name in names if name not in has]
+    if lacking:
+        tried = ", ".join(column for name in lacking for column in LABELS[name].columns)
+        raise LabError(f"{path} has no label {', '.join(lacking)} (looked for the columns {tried}): it has {', '.join(has) or 'none'}")
+    return {name: has[name] for name in names}
+
+
+def _pair(label, known):
+    for column, error in zip(label.columns, label.errors):
+        if column in known:
+            return {label.name: known[column], f"{label.name}_ERR": known.get(error)}
+
+
+def _column(path, known, name):
+    if name.upper() not in known:
+        raise LabError(f"{path} has no column {name}: a cut needs it")
+    return known[name.upper()]
+
+
+def _copy_columns(path, sources, rows):
+    "Copies of some columns, a block of rows at a time so that no more than a block is ever resident."
+    step = rows if str(path).endswith(".gz") else BLOCK   # what is packed has to be unpacked whole
+    blocks = []
+    for start in range(0, rows, max(step, 1)):
+        with fits.open(path, memmap=True) as hdus:
+            data = hdus[1].data[start:start + step]
+            blocks.append({name: _native(data[source]) for name, source in sources.items()})
+    return Table({name: np.concatenate([block[name] for block in blocks]) for name in sources}) if blocks else Table(names=list(sources))
+
+
+def _native(values):
+    "A copy in the machine's byte order; text without padding, floats with NaN for missing values."
+    values = np.asarray(values)
+    if values.dtype.kind in "SU":
+        return np.char.strip(values.astype(str))
+    if values.dtype.kind == "f":
+        values = values.astype(np.float64)
+        return np.where(values <= MISSING, np.nan, values)
+    return values.astype(values.dtype.newbyteorder("="))
+
+# %% [markdown]
+# ## Files meet rows
+# Which row is a file's? The survey's own key, TARGET_ID, holds field and star, as the release's template says. Where a table uses it otherwise, telescope,
+# field and star together do the same. The star's name alone is the last resort, for a file whose folder is no field of the catalogue.
+#
+# All of it is one sort and one binary search, not a scan of the table for every star. Rows of the same target are put in order of falling SNR before, so
+# the first one found is the best. (The lab's text said the lowest; its aim was the best measurement.)
+
+# %%
+#| export
+def match_catalogue(
+    stars: Table,       # N rows: APOGEE_ID, TELESCOPE, FOLDER
+    catalogue: Table,   # of `read_catalogue`
+    rules,              # survey.Release
+) -> tuple:             # (N,) row of the catalogue, -1 where there is none; (N,) further rows of the same target
+    "Row of each star, that with the highest SNR."
+    ids, folders = (np.asarray(stars[name], str) for name in ("APOGEE_ID", "FOLDER"))
+    near = np.flatnonzero(np.isin(catalogue["APOGEE_ID"], ids))
+    snr = np.asarray(catalogue["SNR"])[near] if "SNR" in catalogue.colnames else np.zeros(len(near))
+    near = near[np.argsort(-np.nan_to_num(snr, nan=-np.inf), kind="stable")]
+    rows, further = np.full(len(stars), -1), np.zeros(len(stars), int)
+    for mine, theirs, applies in _keys(stars, catalogue, near, rules):
+        place, count = _look_up(mine, theirs)
+        new = applies & (rows < 0) & (place >= 0)
+        rows[new], further[new] = near[place[new]], count[new] - 1
+    return rows, further
+
+
+def _look_up(mine, theirs):
+    "For each of `mine` the first place in `theirs` and how many there are."
+    if not len(theirs):
+        return np.full(len(mine), -1), np.zeros(len(mine), int)
+    unique, first, count = np.unique(theirs, return_index=True, return_counts=True)
+    place = np.minimum(np.searchsorted(unique, mine), len(unique) - 1)
+    hit = unique[place] == mine
+    return np.where(hit, first[place], -1), np.where(hit, count[place], 0)
+
+
+def _keys(stars, catalogue, near, rules):
+    "Pairs of keys (the stars', the rows') from the surest to the weakest, and for which stars they apply."
+    everyone = np.ones(len(stars), bool)
+    columns = {name: _text(catalogue[name]) for name in KEYS if name in catalogue.colnames}
+    ids, folders, telescopes = (_text(stars[name]) for name in ("APOGEE_ID", "FOLDER", "TELESCOPE"))
+    if "TARGET_ID" in columns:
+        yield _fill(rules.target_id, telescope=telescopes, field=folders, id=ids), columns["TARGET_ID"][near], everyone
+    known = np.zeros(len(stars), bool)
+    for name in ("FIELD", "LOCATION_ID"):
+        if name in columns:
+            known |= np.isin(folders, columns[name])
+            mine, theirs = _fill("{a}\n{b}", a=folders, b=ids), _fill("{a}\n{b}", a=columns[name][near], b=columns["APOGEE_ID"][near])
+            if "TELESCOPE" in columns:
+                mine, theirs = _fill("{a}\n{b}", a=telescopes, b=mine), _fill("{a}\n{b}", a=columns["TELESCOPE"][near], b=theirs)
+            yield mine, theirs, everyone
+    yield ids, columns["APOGEE_ID"][near], ~known
+
+
+def _text(values):
+    return np.asarray(values).astype(str)
+
+
+def _fill(template, **parts):
+    "`template.format` for arrays of strings."
+    text = np.array("")
+    for literal, name, _, _ in Formatter().parse(template):
+        text = np.char.add(text, literal)
+        if name is not None:
+            text = np.char.add(text, parts[name])
+    return text
+
+# %%
+rules = RELEASES["dr14"]
+stars = Table({"APOGEE_ID": ["a", "b", "c", "d"], "TELESCOPE": ["apo25m"] * 4, "FOLDER": ["4230", "4230", "4230", "elsewhere"]})
+rows = Table({"TARGET_ID": ["4230.a", "4230.a", "x", "9.c", "9.d"], "TELESCOPE": ["apo25m"] * 5, "LOCATION_ID": [4230, 4230, 4230, 9, 9],
+              "APOGEE_ID": ["a", "a", "b", "c", "d"], "SNR": [60.0, 90.0, 70.0, 80.0, 80.0]})
+match_catalogue(stars, rows, rules)
+
+# %% [markdown]
+# Star *a* gets the better of its two rows, *b* is found by field and name, *d* by its name alone. Star *c* has a row, but in another field: that is
+# another observation, and *c* goes without.
+
+# %%
+assert [list(x) for x in match_catalogue(stars, rows, rules)] == [[1, 2, -1, 4], [1, 0, 0, 0]]
+
+# %% [markdown]
+# ## Dark pixels
+# Chip edges move with the star's velocity, so a pixel may see nothing in one star and the full light in the others. The lab's rule: a pixel below 5 % of
+# its median over all stars is unusable. Taken literally it compares a faint star with bright ones, and stars of the archive differ by a factor of
+# hundreds. So we divide each star by its own median $m_n$ over usable pixels first,
+# $$ \frac{f_{np}}{m_n} < 0.05\;\operatorname{median}_{k}\frac{f_{kp}}{m_k} \quad\Rightarrow\quad w_{np}=0 , $$
+# which no longer depends on how bright the companions happen to be.
+
+# %%
+#| export
+def dark_pixels(
+    flux: np.ndarray,          # (N, P)
+    ivar: np.ndarray,          # (N, P)
+    fraction: float = 0.05,
+    block: int = 256,          # stars or pixels in work at a time
+) -> np.ndarray:               # (N, P) bool
+    "Pixels below `fraction` of the pixel's median over stars, each star relative to its own median. One star alone has none."
+    dark = np.zeros(flux.shape, bool)
+    if len(flux) < 2:
+        return dark
+    level = np.concatenate([_median(flux[a:a + block], ivar[a:a + block]) for a in range(0, len(flux), block)])
+    level = np.where(level > 0, level, np.nan).astype(np.float32)[:, None]   # without a level a star neither judges nor is judged
+    for start in range(0, flux.shape[1], block):
+        relative = flux[:, start:start + block] / level
+        typical = _median(relative.T, ivar[:, start:start + block].T)
+        with np.errstate(invalid="ignore"):
+            dark[:, start:start + block] = relative < fraction * typical
+    return dark
+
+
+def _median(values, ivar):
+    "Median of each row over usable values, NaN where there is none; numpy's nanmedian, ten times faster."
+    ordered = np.where((ivar > 0) & np.isfinite(values), values, np.nan)
+    ordered.sort(axis=1)   # NaN last
+    n = np.isfinite(ordered).sum(axis=1)
+    rows = np.arange(len(ordered))
+    return 0.5 * (ordered[rows, np.maximum(n - 1, 0) // 2] + ordered[rows, np.minimum(n // 2, ordered.shape[1] - 1)])
+
+
+def drop_dark_pixels(
+    spectra: Spectra,
+    fraction: float = 0.05,
+) -> Spectra:                # shares everything but ivar
+    "The spectra with weight 0 on dark pixels."
+    return spectra.replace(ivar=np.where(dark_pixels(spectra.flux, spectra.ivar, fraction), np.float32(0), spectra.ivar))
+
+# %% [markdown]
+# ## An archive
+# All of it together: find, match, read, darken. The result are the stars that have a file and a row, with the labels that the archive's record asks for.
+
+# %%
+#| export
+def read_archive(
+    root,                     # of an archive
+    product: str = None,      # "apstar" or "aspcapstar"; the first of the record's that has files by default
+    fields=None,              # folders; the record's by default, "all" for whatever is there
+    labels=None,              # label names; the record's by default
+    row: int = 1,             # apStar only: 0 and 1 are the combinations, the visits follow
+    workers: int = None,      # threads that read ahead, 4 by default
+    telescopes=None,          # all of the release's by default
+    release: str = None,      # the record's by default
+    dark: float = 0.05,       # `fraction` of `drop_dark_pixels`, for products with raw flux
+    progress: bool = True,
+) -> tuple:                   # Spectra with labels, Ledger
+    "Stars of an archive that have a good file and a row in the catalogue; LabError if there are none."
+    record = archive_record(root)
+    rules = _rules(record, release)
+    product, files = _archive_files(root, record, rules, product, fields, telescopes, release)
+    names = record.labels if labels is None else labels
+    catalogue = read_catalogue(find_catalogue(root, release), names, [cut.column for cut in record.cuts])
+    rows, further = match_catalogue(files, catalogue, rules)
+    lonely = _rows_without_file(files, catalogue, rules)
+    catalogue, rows = catalogue[rows], np.where(rows < 0, -1, np.arange(len(rows)))   # one row a file; -1 takes any
+    spectra, places, problems = _read_stars(list(files["path"]), PRODUCTS[product], row, workers, rows >= 0, progress)
+
+    broken = np.isin(files["path"], [problem.path for problem in problems])
+    ledger = Ledger(len(files)).drop("damaged", files["APOGEE_ID"][broken], "; ".join(map(str, problems)))
+    ledger = ledger.drop("no row in the catalogue", files["APOGEE_ID"][~broken & (rows < 0)])
+    ledger = ledger.count("duplicate rows resolved", further[places].sum(), "the row with the highest SNR counts")
+    ledger = ledger.count("rows of the catalogue without a file", lonely)
+    if not len(spectra):
+        raise LabError(f"no star of {root} is left: {len(files)} {product} files found, of which {broken.sum()} are damaged"
+                       f"{_first(problems) if problems else ''}, and the others have no row in {catalogue.meta['catalogue']}")
+    stars = _with_labels(spectra.stars, files[places], catalogue[places], rules)
+    stars.meta |= {"release": rules.name.lower(), "archive": record.name, "labels": list(catalogue.meta["labels"])}
+    if not PRODUCTS[product].normalized and dark:
+        spectra.ivar[dark_pixels(spectra.flux, spectra.ivar, dark)] = 0   # our own array, nobody else has seen it
+    return spectra.replace(stars=stars), ledger
+
+
+def _archive_files(root, record, rules, product, fields, telescopes, release):
+    if not Path(root).is_dir():
+        raise LabError(f"there is no folder {root}: write an archive with 'stellar-lab archive', or fetch one with 'stellar-lab fetch'")
+    products = record.products if product is None else (product,)
+    for name in products:
+        files = find_files(root, name, fields, telescopes, release)
+        if len(files):
+            return name, files
+    tried = ", ".join(template for name in products for template in rules.templates(name))
+    where = "all fields" if isinstance(fields, str) and fields == "all" else f"fields {', '.join(map(str, np.atleast_1d(fields or record.fields)))}"
+    raise LabError(f"no star's file below {root}: looked for {tried} in {where}; "
+                   "fetch them with 'stellar-lab fetch', or name other fields or another release")
+
+
+def _rows_without_file(files, catalogue, rules):
+    "Targets of the catalogue in the same folders that no file belongs to."
+    if rules.field_column not in catalogue.colnames:
+        return 0
+    folders = _text(catalogue[rules.field_column])
+    here = np.isin(folders, _text(files["FOLDER"]))
+    if "TELESCOPE" in catalogue.colnames:
+        here &= np.isin(catalogue["TELESCOPE"], files["TELESCOPE"])
+    theirs = _fill("{a}\n{b}", a=folders[here], b=_text(catalogue["APOGEE_ID"])[here])
+    return len(np.setdiff1d(theirs, _fill("{a}\n{b}", a=_text(files["FOLDER"]), b=_text(files["APOGEE_ID"]))))
+
+
+def _with_labels(stars, files, catalogue, rules):
+    "The stars table with what path and catalogue know beyond the header."
+    stars = stars.copy()
+    stars["APOGEE_ID"] = files["APOGEE_ID"]
+    stars["TELESCOPE"] = np.where(_text(stars["TELESCOPE"]) == "", _text(files["TELESCOPE"]), _text(stars["TELESCOPE"]))
+    for name in ("FIELD", "LOCATION_ID"):
+        if name in catalogue.colnames:
+            unknown = np.isin(_text(stars[name]), ["", "-1"])
+            stars[name] = np.where(unknown, catalogue[name], stars[name])
+    for name in catalogue.colnames:
+        if name == "SNR":
+            stars["SNR"] = np.where(np.isfinite(catalogue["SNR"]), catalogue["SNR"], stars["SNR"])
+        elif name not in KEYS:
+            stars[name] = catalogue[name]
+    return stars
+
+# %% [markdown]
+# ## Cuts
+# A star must have light, all its labels, and pass the cuts that the archive's record names. Each rule sees only the stars that earlier rules left.
+
+# %%
+#| export
+def keep(
+    spectra: Spectra,
+    good: np.ndarray,          # (N,) bool
+    rule: str,
+    ledger: Ledger = None,     # to go on with; a new one by default
+    reason: str = "",
+) -> tuple:                    # Spectra, Ledger
+    "The stars that a rule calls `good`, and the ledger with one more rule."
+    ledger = _going_on(spectra, ledger)
+    good = np.asarray(good, bool)
+    return spectra[good], ledger.drop(rule, spectra.stars["APOGEE_ID"][~good], reason)
+
+
+def _going_on(spectra, ledger):
+    if ledger is None:
+        return Ledger(len(spectra))
+    if ledger.left != len(spectra):
+        raise LabError(f"the ledger has {ledger.left} stars left, but there are {len(spectra)} spectra: go on with the ledger of these spectra")
+    return ledger
+
+
+def apply_cuts(
+    spectra: Spectra,
+    cuts=None,                 # survey.Cut records; those of the archive's record by default
+    ledger: Ledger = None,     # to go on with; a new one by default
+) -> tuple:                    # Spectra, Ledger
+    "Drop stars without light, without all labels, or outside a cut; LabError if a column is missing or nothing is left."
+    ledger = _going_on(spectra, ledger)
+    good = np.ones(len(spectra), bool)
+    for rule, passed, reason in _rules_of(spectra, _cuts_of(spectra, cuts)):
+        ledger = ledger.drop(rule, spectra.stars["APOGEE_ID"][good & ~passed], reason)
+        good &= passed
+    if not good.any():
+        raise LabError(f"no star passed the cuts, widen them:\n{ledger}")
+    return spectra[good], ledger
+
+
+def _cuts_of(spectra, cuts):
+    if cuts is not None:
+        return cuts
+    name = spectra.stars.meta.get("archive")
+    if name not in ARCHIVES:
+        raise LabError("these spectra come from no known archive: say which cuts to apply, cuts=[Cut(…)] or cuts=()")
+    return ARCHIVES[name].cuts
+
+
+def _rules_of(spectra, cuts):
+    "Name, stars that pass, and reason of each rule."
+    yield "flux all zero", np.any((spectra.flux != 0) & (spectra.ivar > 0), axis=1), "no usable pixel"
+    yield "missing labels", np.isfinite(spectra.labels()).all(axis=1), "needs " + ", ".join(spectra.label_names)
+    for cut in cuts:
+        if cut.column not in spectra.stars.colnames:
+            raise LabError(f"the cut {cut.name!r} needs a column {cut.column}, which the stars lack: there are {', '.join(spectra.stars.colnames)}")
+        values = np.ma.filled(np.ma.asarray(spectra.stars[cut.column], dtype=float), np.nan)
+        yield cut.name, (values > cut.low) & (values < cut.high), f"keep {cut}" + (f": {cut.reason}" if cut.reason else "")

@@ -22,6 +22,7 @@ import os
 import re
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from glob import escape
@@ -63,8 +64,9 @@ use_style()
 class Step(NamedTuple):
     "One line of a ledger."
     rule: str
-    stars: tuple = ()    # APOGEE_ID of each star that fell to the rule
-    counted: int = 0     # for rules that count without dropping
+    stars: tuple = ()     # APOGEE_ID of each star that fell to the rule
+    details: tuple = ()   # what was wrong with each of them, where a rule has more to say than its name
+    counted: int = 0      # for rules that count without dropping
     reason: str = ""
 
 
@@ -74,16 +76,16 @@ class Ledger:
     found: int
     steps: tuple = ()
 
-    def drop(self, rule: str, stars, reason: str = "") -> "Ledger":
-        "The ledger with one more rule, to which the `stars` (APOGEE_IDs) fell."
+    def drop(self, rule: str, stars, reason: str = "", details=()) -> "Ledger":
+        "The ledger with one more rule, to which the `stars` (APOGEE_IDs) fell; `details` may say of each why."
         stars = tuple(map(str, stars))
         if len(stars) > self.left:
             raise LabError(f"rule {rule!r} drops {len(stars)} stars, but the ledger has only {self.left} left")
-        return Ledger(self.found, (*self.steps, Step(rule, stars, 0, reason)))
+        return Ledger(self.found, (*self.steps, Step(rule, stars, tuple(map(str, details)), 0, reason)))
 
     def count(self, rule: str, number: int, reason: str = "") -> "Ledger":
         "The ledger with one more line that drops nothing."
-        return Ledger(self.found, (*self.steps, Step(rule, (), int(number), reason)))
+        return Ledger(self.found, (*self.steps, Step(rule, counted=int(number), reason=reason)))
 
     @property
     def left(self) -> int:
@@ -98,6 +100,15 @@ class Ledger:
             for star in step.stars:
                 fallen[star] = f"{fallen[star]}; {step.rule}" if star in fallen else step.rule
         return fallen
+
+    def why(self, apogee_id: str) -> str:
+        "Why a star is not there any more; empty if no rule dropped it."
+        said = []
+        for step in self.steps:
+            for k in np.flatnonzero(np.array(step.stars, dtype=object) == apogee_id):
+                more = step.details[k] if step.details else step.reason
+                said.append(f"{step.rule} ({more})" if more else step.rule)
+        return "; ".join(said)
 
     @property
     def table(self) -> QTable:
@@ -114,12 +125,13 @@ class Ledger:
 
     def to_dict(self) -> dict:
         "Plain numbers, strings and lists, for JSON."
-        return {"found": self.found, "left": self.left, "steps": [step._asdict() | {"stars": list(step.stars)} for step in self.steps]}
+        return {"found": self.found, "left": self.left, "steps": [step._asdict() | {"stars": list(step.stars), "details": list(step.details)} for step in self.steps]}
 
     @classmethod
     def from_dict(cls, plain: dict) -> "Ledger":
         "The ledger that `to_dict` wrote."
-        return cls(plain["found"], tuple(Step(**(step | {"stars": tuple(step["stars"])})) for step in plain["steps"]))
+        steps = (Step(**(step | {"stars": tuple(step["stars"]), "details": tuple(step["details"])})) for step in plain["steps"])
+        return cls(plain["found"], tuple(steps))
 
 # %%
 ledger = Ledger(5).drop("too noisy", ["Castor", "Pollux"]).count("seen twice", 1, "the better one counts").drop("no label", ["Mizar"])
@@ -280,22 +292,27 @@ class _Star(NamedTuple):
     mask: np.ndarray | None
 
 
-def _check_whole(hdus, path, product):
-    "Raise ValueError unless the file has all its bytes, HDUs of the right kind and the survey's grid."
-    last, size = hdus[-1], os.path.getsize(path)
-    end = last.fileinfo()["datLoc"] + last.size
+def _check_bytes(hdu, path):
+    "Raise ValueError if the file ends before the HDU does; a packed file finds out for itself."
+    size, end = os.path.getsize(path), hdu.fileinfo()["datLoc"] + hdu.size
     if size < end and not str(path).endswith(".gz"):
         raise ValueError(f"cut short: {size} of {end} bytes")
+
+
+def _check_whole(hdus, path, product):
+    "Raise ValueError unless the file has all its bytes, HDUs of the right kind and the survey's grid."
+    _check_bytes(hdus[-1], path)
+    found = _product_of_hdus(hdus) if len(hdus) > 3 else None
+    if found not in (None, product.name):
+        raise ValueError(f"its HDUs are those of an {found} file, not of an {product.name} file")
     if len(hdus) < product.hdus:
         raise ValueError(f"has {len(hdus)} HDUs, a whole {product.name} file at least {product.hdus}")
-    found = _product_of_hdus(hdus)
-    flux = hdus[product.flux]
-    shapes = {getattr(hdus[k], "shape", None) for k in (product.flux, product.error, product.mask) if k is not None}
-    if found != product.name or len(shapes) > 1 or len(flux.shape) not in (1, 2):
-        raise ValueError(f"its HDUs are not those of an {product.name} file" + (f", but of an {found} file" if found else ""))
     grid = [hdus[product.flux].header.get(key, hdus[0].header.get(key, np.nan)) for key in ("CRVAL1", "CDELT1", "NAXIS1")]
     if not np.allclose(grid, [LOG10_START, LOG10_STEP, N_PIXELS], rtol=1e-7):
         raise ValueError("another wavelength grid: CRVAL1 {}, CDELT1 {}, NAXIS1 {}".format(*grid))
+    shapes = {getattr(hdus[k], "shape", None) for k in (product.flux, product.error, product.mask) if k is not None}
+    if found is None or len(shapes) > 1 or len(shapes.pop()) > 2:
+        raise ValueError(f"its HDUs are not those of an {product.name} file")
 
 
 def _pixels(hdu, row):
@@ -432,9 +449,9 @@ def find_files(
                 star = rules.parse_name(product, entry)
                 if star:
                     found.setdefault((telescope, folder.name, star), str(folder / entry))
-    rows = [(path, star, telescope, folder) for (telescope, folder, star), path in found.items()]
-    return Table(rows=rows, names=["path", "APOGEE_ID", "TELESCOPE", "FOLDER"]) if rows else Table(names=["path", "APOGEE_ID", "TELESCOPE", "FOLDER"],
-                                                                                                  dtype=["U1"] * 4)
+    names = ("path", "TELESCOPE", "FOLDER", "APOGEE_ID")
+    columns = zip(*((path, *key) for key, path in found.items())) if found else [[]] * 4
+    return Table({name: np.array(list(column), str) for name, column in zip(names, columns)})
 
 
 def _folders(root, template, fields, telescopes):
@@ -485,27 +502,35 @@ def read_catalogue(
     columns=(),        # further labels or columns, for cuts
 ) -> Table:            # keys, SNR, labels and their errors with units; NaN where there is no value. meta["labels"]: the label names
     "The needed columns of an allStar table of any release; LabError if it lacks one."
-    try:
-        with fits.open(path, memmap=True) as hdus:
-            table = hdus[1]
-            known = {name.upper(): name for name in table.columns.names}
-            rows = table.header["NAXIS2"]
-    except Exception as error:   # a damaged file can make any layer below raise anything
-        raise LabError(f"{path} is not an allStar table ({_reason(path, error)}): fetch it again") from error
-    if "APOGEE_ID" not in known:
-        raise LabError(f"{path} is not an allStar table: it has no column APOGEE_ID")
+    with _catalogue_errors(path), fits.open(path, memmap=True) as hdus:
+        _check_bytes(hdus[1], path)
+        known = {name.upper(): name for name in hdus[1].columns.names}
+        rows = hdus[1].header["NAXIS2"]
+    if "APOGEE_ID" not in known or not rows:
+        raise LabError(f"{path} is not an allStar table: it has {'no rows' if not rows else 'no column APOGEE_ID'}")
     wanted = _label_columns(path, known, labels)
     extra = _label_columns(path, known, [name for name in columns if name in LABELS and name not in wanted])
     plain = {name: _column(path, known, name) for name in columns if name not in LABELS}
     sources = {name: known[name] for name in (*KEYS, "SNR") if name in known} | plain
     sources |= {name: source for pair in (wanted | extra).values() for name, source in pair.items() if source}
-    table = _copy_columns(path, sources, rows)
+    with _catalogue_errors(path):
+        table = _copy_columns(path, sources, rows)
     for name in (*wanted, *extra):
-        for column in (name, f"{name}_ERR"):
-            values = table[column] if column in table.colnames else np.full(rows, np.nan)
-            table[column] = Column(values, unit=LABELS[name].unit)
+        error = np.asarray(table[f"{name}_ERR"]) if f"{name}_ERR" in table.colnames else np.full(rows, np.nan)
+        table[name] = Column(table[name], unit=LABELS[name].unit)
+        table[f"{name}_ERR"] = Column(np.where(error > 0, error, np.nan), unit=LABELS[name].unit)   # older tables write -1 for "none"
     table.meta = {"labels": list(wanted), "catalogue": Path(path).name}
     return table
+
+
+@contextmanager
+def _catalogue_errors(path):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", AstropyWarning)   # said by the error
+            yield
+    except Exception as error:   # a damaged file can make any layer below raise anything
+        raise LabError(f"{path} is not a whole allStar table ({_reason(path, error)}): fetch it again") from error
 
 
 def _label_columns(path, known, labels):
@@ -537,11 +562,11 @@ def _copy_columns(path, sources, rows):
     "Copies of some columns, a block of rows at a time so that no more than a block is ever resident."
     step = rows if str(path).endswith(".gz") else BLOCK   # what is packed has to be unpacked whole
     blocks = []
-    for start in range(0, rows, max(step, 1)):
+    for start in range(0, rows, step):
         with fits.open(path, memmap=True) as hdus:
             data = hdus[1].data[start:start + step]
             blocks.append({name: _native(data[source]) for name, source in sources.items()})
-    return Table({name: np.concatenate([block[name] for block in blocks]) for name in sources}) if blocks else Table(names=list(sources))
+    return Table({name: np.concatenate([block[name] for block in blocks]) for name in sources})
 
 
 def _native(values):
@@ -713,7 +738,7 @@ def read_archive(
     spectra, places, problems = _read_stars(list(files["path"]), PRODUCTS[product], row, workers, rows >= 0, progress)
 
     broken = np.isin(files["path"], [problem.path for problem in problems])
-    ledger = Ledger(len(files)).drop("damaged", files["APOGEE_ID"][broken], "; ".join(map(str, problems)))
+    ledger = Ledger(len(files)).drop("damaged", files["APOGEE_ID"][broken], "the file cannot be read", [p.reason for p in problems])
     ledger = ledger.drop("no row in the catalogue", files["APOGEE_ID"][~broken & (rows < 0)])
     ledger = ledger.count("duplicate rows resolved", further[places].sum(), "the row with the highest SNR counts")
     ledger = ledger.count("rows of the catalogue without a file", lonely)

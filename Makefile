@@ -45,7 +45,8 @@ test: archive check ## all tests: generated files, notebooks, then tests/
 	@$(BIN)/python -m pytest tests --timeout 300
 
 notebook: archive ## JupyterLab in nbs/
-	@unset MPLBACKEND; $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs
+	@unset MPLBACKEND; $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs \
+		$(if $(filter 0,$(shell id -u)),--allow-root)
 
 sync: $(STAMP) ## regenerate package and text twins from the notebooks, and clean these
 	@sh tools/sync.sh

@@ -191,8 +191,9 @@ def error_table(root):
 # ---- outputs that the notebooks carry
 
 def plain(text):
-    "Text without what differs from machine to machine: the places of the project and of temporary files."
+    "Text without what differs from run to run: the places of the project and of temporary files, ids made of memory addresses."
     text = text.replace(f"{ROOT}/", "").replace(str(ROOT), ".")
+    text = re.sub(r'(<table) id="table\d+"', r"\1", text)
     return re.sub(re.escape(tempfile.gettempdir()) + r"/[\w.-]+", "…", text)
 
 

@@ -1,6 +1,20 @@
 # %% [markdown]
 # # Where do the stars come from?
-# > Real spectra that fit into a repository, and a writer that gives them back the survey's own files, flaws included.
+# > Real spectra small enough for a repository, and a writer that gives them back the survey's own files, flaws included.
+#
+# **Question.** A lab on real stars wants real files, but the survey's weigh gigabytes, sit on a server and hide their faults. How do we get
+# stars that are real, files that are the survey's in every byte that a reader touches, and faults that we know the number of?
+#
+# **Idea.** Take apart and put together. The *spectra* are real: 553 stars of star clusters, published by the survey and carried on in the test data of
+# a small program. They come relative to a pseudo-continuum, $f = F/C$, and that is what we ship. The *instrument* is ours: a writer multiplies by
+# a continuum that it knows,
+# $$ F(\lambda) = f(\lambda)\; 10^{-0.4H}F_0\,\frac{B_\lambda(T_\mathrm{eff})}{B_{\lambda_0}(T_\mathrm{eff})}\;t(\lambda), $$
+# a black body of the star's temperature $T_\mathrm{eff}$, scaled to its magnitude $H$, seen through a smooth throughput $t$, and lays the result out in
+# the files of data release 14. Whoever reads them has to do all that the lab does with the sky's; but where the sky keeps its answers, here we can look.
+#
+# You learn where the stars of all later chapters come from, who they are, and how much of each file is real. You need numpy and astropy's FITS files.
+# The data model is that of [Holtzman et al. 2015](https://doi.org/10.1088/0004-6256/150/5/148), the stars are those of
+# [Mészáros et al. 2013](https://doi.org/10.1088/0004-6256/146/5/133).
 
 # %%
 #| default_exp archives
@@ -32,15 +46,35 @@ from stellar_lab.survey import (
 )
 
 # %%
+#| hide
+import astropy.units as u
+import matplotlib.pyplot as plt
+import pytest
+from astropy.modeling.models import BlackBody
+from IPython.display import Markdown
+
+from stellar_lab.survey import PIXMASK_NAMES, archive_record, full_wavelength, plot_spectrum, use_style
+
+# %%
+#| hide
+use_style()
+
+# %% [markdown]
+# ## From a tarball to one file
+# Version 0.3.5 of the program *TheCannon* (A. Y. Q. Ho, MIT licence) carried its example in its source distribution: 553 `aspcapStar` files of SDSS DR10
+# and a table of labels, the stars on which [Ness et al. 2015](https://doi.org/10.1088/0004-637X/808/1/16) trained. The package registry still has it:
+# `pip download --no-deps --no-binary :all: TheCannon==0.3.5`. Later versions dropped the data, so we keep a copy, and say by checksums what it is a copy of.
+
+# %%
 #| export
 PACKED_STARS = "clusters_dr10.fits"   # in stellar_lab.data, beside clusters.ecsv and continuum_pixels.npy
 TARBALL_SHA256 = "4c65eb239868b90f944d4fe268d8f839f0e6926e8cb862e6c6a6867281fd9d58"   # TheCannon-0.3.5.tar.gz
 EXAMPLE = "TheCannon-0.3.5/TheCannon/example_DR10"                                     # the folder in it that we take
 EXAMPLE_DIGEST = "68fe3779aa948dba0dceb76009340ce47a8a4793db59ea15297a494a5af59494"   # its 553 spectra and their label table
-FLUX_STEP, LOG_ERROR_STEP, NO_ERROR = 1e-4, 5e-4, -32768   # NO_ERROR stands where the survey wrote an error of zero
-MAX_ERROR = 0.3                                            # a pixel with a larger error is unusable
-# 1-sigma floors: the covariance of the survey's fit is formal, far below what clusters show
-ERROR_FLOORS = {"TEFF": 50.0, "LOGG": 0.1, "M_H": 0.05, "ALPHA_M": 0.04, "C_M": 0.07, "N_M": 0.07}
+
+# %% [markdown]
+# A source is either the tarball or its unpacked folder. Both are checked, file by file, before anything is believed: a truncated download or a folder with
+# one file edited is refused with the reason. `tree_digest` does the same for any folder; we shall need it again when two archives are compared.
 
 # %%
 #| export
@@ -85,6 +119,21 @@ def _example_digest(folder):
     return digest.hexdigest()
 
 # %%
+with tempfile.TemporaryDirectory() as folder:
+    with pytest.raises(LabError, match="no reference_labels.csv: name the tarball"):
+        _example_folder(folder, folder)
+    (Path(folder) / "TheCannon-0.3.5.tar.gz").write_bytes(b"half a download")
+    with pytest.raises(LabError, match="is not TheCannon-0.3.5.tar.gz as we know it .*: download it again"):
+        _example_folder(Path(folder) / "TheCannon-0.3.5.tar.gz", folder)
+
+# %% [markdown]
+# ### Which labels
+# The table holds two sets. The *raw* ones are what the survey's pipeline ASPCAP fitted; the *calibrated* ones, `_{corr}`, were moved onto the scale of
+# independent measurements (asteroseismic gravities, literature metallicities of these very clusters: Mészáros et al. 2013). We take the calibrated
+# temperature, gravity and metallicity, and keep the raw ones beside them as `TEFF_RAW`, `LOGG_RAW`, `M_H_RAW`. [α/M], [C/M] and [N/M] were never
+# calibrated. A file's own parameter vector `FPARAM` holds raw values too, but for some stars others than the table: the table counts, as in Ness et al.
+
+# %%
 #| export
 CSV_LABELS = {"TEFF": "Teff_{corr}", "LOGG": "logg_{corr}", "M_H": "[M/H]_{corr}", "ALPHA_M": "[a/M]", "C_M": "[C/M]", "N_M": "[N/M]",
               "TEFF_RAW": "Teff", "LOGG_RAW": "logg", "M_H_RAW": "[M/H]"}
@@ -94,7 +143,18 @@ FACTS = {"FIELD": "FIELD", "LOCATION_ID": "LOC", "RA": "RA", "DEC": "DEC", "GLON
          "SNR": "SNR", "NVISITS": "NVISITS", "VHELIO": "VHELIO", "VSCATTER": "VSCATTER", "VERR": "VERR", "STARFLAG": "STARFLAG",
          "ANDFLAG": "ANDFLAG", "ASPCAPFLAG": "ASPCAPFLAG", "CHI2": "PARAM_CHI2", "TARG1": "TARG1", "TARG2": "TARG2"}   # ours -> HDU 4
 
+# %% [markdown]
+# ### Which errors
+# Calibration errors exist for temperature and metallicity, for most stars. Everything else has only the covariance of the pipeline's fit, which knows photon
+# noise and nothing else: its median is 6 K and 0.017 dex in gravity, when cluster members scatter by ten times that. We put a floor under it. The
+# floors are a judgement of ours, rounded from how far apart stars of one cluster lie; they say "not better than this", and nothing more.
 
+# %%
+#| export
+ERROR_FLOORS = {"TEFF": 50.0, "LOGG": 0.1, "M_H": 0.05, "ALPHA_M": 0.04, "C_M": 0.07, "N_M": 0.07}
+
+# %%
+#| export
 def _catalogue_row(file, table, labels):
     "One star's row of the packed table, from its file's HDU 4 and its row of reference_labels.csv."
     row = {"APOGEE_ID": str(table["OBJ"]).strip(), "FILE": file.name}
@@ -107,7 +167,24 @@ def _catalogue_row(file, table, labels):
         row[f"{name}_ERR"] = given if given > 0 else max(float(table["FPARAM_COV"][place, place]) ** 0.5, ERROR_FLOORS[name])
     return row
 
+# %% [markdown]
+# ### How it becomes small
+# In float32, flux and error of 553 stars take 32 MB, most of it noise in digits that mean nothing. The spectra's errors are 0.005 or more, so a flux in
+# steps of $10^{-4}$ loses nothing: rounding adds a variance of $(10^{-4})^2/12$, less than $10^{-4}$ of the smallest noise. Errors run over four decades and are
+# kept as logarithms, in steps of 0.05 %. Integers compress well: FITS's own Rice compression brings both to about 8 MB. Off-band pixels are zero in all
+# 553 files and are left out.
 
+# %%
+#| export
+FLUX_STEP, LOG_ERROR_STEP, NO_ERROR = 1e-4, 5e-4, -32768   # NO_ERROR stands where the survey wrote an error of zero
+MAX_ERROR = 0.3                                            # a pixel with a larger error is unusable
+
+# %% [markdown]
+# One thing must survive exactly: whether a pixel is *good* (flux above zero, error between 0 and 0.3). An error of 0.29999 may not become 0.30001. So
+# `_encode` rounds towards the right side of the limit, and a faint flux never to zero.
+
+# %%
+#| export
 def _encode(flux, error):
     "Flux and error as 16-bit steps; a pixel never changes between usable and unusable."
     flux, error = flux.astype(float), error.astype(float)
@@ -118,7 +195,14 @@ def _encode(flux, error):
     levels = np.where(error < MAX_ERROR, np.minimum(np.rint(levels), limit), np.maximum(np.rint(levels), limit + 1)).astype("i2")
     return np.where(flux > 0, np.maximum(steps, 1), steps).astype("i2"), levels
 
+# %%
+flux, error = np.array([0, 4e-5, 0.9, 1.0]), np.array([0, 0.29999, 0.30001, 0.02])
+steps, levels = _encode(flux, error)
+assert list(steps) == [0, 1, 9000, 10000] and levels[0] == NO_ERROR
+assert list(np.exp(levels[1:] * LOG_ERROR_STEP) < MAX_ERROR) == [True, False, True]
 
+# %%
+#| export
 def pack_real_stars(
     source,             # TheCannon-0.3.5.tar.gz, or the folder example_DR10 in it
     path,               # the FITS file to write
@@ -145,6 +229,9 @@ def pack_real_stars(
         fits.HDUList([fits.PrimaryHDU(), *images, table]).writeto(temporary)
     return _sha256(path)
 
+# %% [markdown]
+# Data files of the package are opened through `importlib.resources`, so a clone, an editable install and a wheel find the same ones.
+
 # %%
 #| export
 def _data_file(name):
@@ -154,13 +241,45 @@ def _data_file(name):
         raise LabError(f"the installed package lacks its data file {name}: install stellar_lab again")
     return as_file(file)
 
+# %% [markdown]
+# The shipped file is what this function makes of that tarball. Its checksum is tested always. That it can be *remade*, bit by bit, is tested when the
+# variable `STELLAR_LAB_CANNON_TARBALL` names the tarball (or the unpacked folder `example_DR10`).
 
+# %%
+with _data_file(PACKED_STARS) as packed:
+    assert _sha256(packed) == "f4aa9313225a39cfb82ca8132aae671b423ec51f4cde51d1e7491ad379ac22f3"
+    print(f"{PACKED_STARS}: {packed.stat().st_size / 1e6:.1f} MB, checksum as it should be")
+
+# %%
+source = os.environ.get("STELLAR_LAB_CANNON_TARBALL")
+if source:
+    with tempfile.TemporaryDirectory() as folder, _data_file(PACKED_STARS) as packed:
+        assert pack_real_stars(source, Path(folder) / "again.fits", progress=False) == _sha256(packed)
+print("remade, same bytes" if source else "remaking skipped: STELLAR_LAB_CANNON_TARBALL is not set")
+
+# %% [markdown]
+# ## Reading them
+# The table of clusters is text (ECSV), with units, and can be read by eye.
+
+# %%
+#| export
 def clusters() -> QTable:   # one row a cluster: CLUSTER, KIND, FIELDS, LOCATION_ID, FE_H, AGE, FE_H_SOURCE, AGE_SOURCE, NOTE
     "The star clusters of the real stars, with literature metallicities and ages; `FIELDS` holds the survey's names with blanks between."
     with _data_file("clusters.ecsv") as path:
         return QTable.read(path, format="ascii.ecsv")
 
 
+def _cluster_of(fields):
+    "The cluster that each field of the survey was pointed at."
+    names = {field: row["CLUSTER"] for row in clusters() for field in str(row["FIELDS"]).split()}
+    return [names[str(field).strip()] for field in fields]
+
+# %% [markdown]
+# `real_stars` gives what every later chapter starts from: `Spectra` on the lab's grid, sorted by the names of the survey's files, unusable pixels with
+# `ivar = 0`, a table of labels and facts beside them.
+
+# %%
+#| export
 def _unpack():
     "Flux (553, 7214), its error with 0 where the survey gave none, and the stars table."
     with _data_file(PACKED_STARS) as path, fits.open(path) as hdus:
@@ -183,18 +302,101 @@ def real_stars() -> Spectra:   # 553 stars, 7,214 pixels, sorted by the name of 
     with np.errstate(divide="ignore"):
         return Spectra(wavelength, flux, np.where(good, 1 / error**2, 0).astype("f4"), stars)
 
+# %%
+spectra = real_stars()
+spectra
 
-def _cluster_of(fields):
-    "The cluster that each field of the survey was pointed at."
-    names = {field: row["CLUSTER"] for row in clusters() for field in str(row["FIELDS"]).split()}
-    return [names[str(field).strip()] for field in fields]
+# %%
+stars = spectra.stars
+giants = np.asarray(stars["LOGG"]) < 3.8
+assert len(spectra) == 553 and giants.sum() == 479
+assert np.all(stars["CLUSTER"][~giants] == "Pleiades") and np.all(stars["CLUSTER"][giants] != "Pleiades")
+assert abs(np.mean(spectra.ivar > 0) - 0.888) < 0.001           # 11 % of the on-band pixels are bad
+assert spectra.ivar.max() <= 1.001 / 0.005**2                    # no error below the survey's floor
+assert np.isfinite(spectra.labels()).all() and (spectra.label_errors() > 0).all()
+assert np.sum(["-" in name for name in stars["APOGEE_ID"]]) == 36   # southern stars
 
 # %% [markdown]
-# WRITER
+# ## Who they are
+# Eighteen clusters of giants and one of dwarfs. A cluster is a laboratory of its own: its stars were born together from one cloud, so they share age and
+# (to some hundredths of a dex, at least in iron) composition. Whatever metallicity a method reads, it must read the same for all of them, and the
+# literature knows which. No label of the survey enters that test.
+
+# %%
+table = clusters()
+table["STARS"] = [int(np.sum(stars["CLUSTER"] == name)) for name in table["CLUSTER"]]
+table["median SNR"] = [round(float(np.median(stars["SNR"][stars["CLUSTER"] == name]))) for name in table["CLUSTER"]]
+Table(table["CLUSTER", "KIND", "FIELDS", "LOCATION_ID", "STARS", "median SNR", "FE_H", "AGE", "FE_H_SOURCE", "AGE_SOURCE"])
+
+# %%
+#| echo: false
+Markdown(f"Globular clusters: [Fe/H] of Carretta et al. (2009), ages of VandenBerg et al. (2013). Open clusters: each row names its own sources, by ADS "
+         f"bibcode; the column `NOTE` says what to know about a row, and an age source `round` means a round literature value without one source. "
+         f"Authors differ by 0.05 to 0.1 dex, for NGC 6791 by more. {table['STARS'].sum()} stars, signal-to-noise from "
+         f"{stars['SNR'].min():.0f} to {stars['SNR'].max():.0f}, {np.min(stars['NVISITS'])} to {np.max(stars['NVISITS'])} visits each.")
+
+# %%
+assert table["STARS"].sum() == 553 and len(table) == 19
+assert table["FE_H"].unit == u.dex and table["AGE"].unit == u.Gyr
+assert set(stars["CLUSTER"]) == set(table["CLUSTER"]) and np.all(table["STARS"] > 0)
+where = dict(zip(table["CLUSTER"], table["LOCATION_ID"]))
+assert all(where[name] == location for name, location in zip(stars["CLUSTER"], stars["LOCATION_ID"]))
+assert set(np.unique(stars["LOCATION_ID"]).astype(str)) == set(ARCHIVES["clusters"].fields)
+
+# %%
+fig, axes = plt.subplots(1, 2, figsize=(10, 4), gridspec_kw={"width_ratios": [1.25, 1]})
+points = axes[0].scatter(stars["TEFF"], stars["LOGG"], c=stars["M_H"], s=14, cmap="viridis")
+axes[0].set(xlabel=LABELS["TEFF"].axis, ylabel=LABELS["LOGG"].axis)
+axes[0].invert_xaxis()
+axes[0].invert_yaxis()
+axes[0].axhline(3.8, color="0.6", ls="--", lw=1)
+fig.colorbar(points, ax=axes[0], label=LABELS["M_H"].axis)
+axes[1].hist(stars["SNR"], bins=np.geomspace(60, 1400, 30), color="C0")
+axes[1].axvline(50, color="0.6", ls="--", lw=1)
+axes[1].set(xscale="log", xlabel="signal-to-noise ratio per pixel", ylabel="stars")
+axes[1].set_xticks([50, 100, 200, 500, 1000], ["50", "100", "200", "500", "1000"]);
+
+# %% [markdown]
+# **What to see.** Left: giants climb to the upper right, cool and large; the metal-poor clusters (dark) form the hotter branch, the metal-rich ones (bright)
+# the cooler. The dwarfs below the dashed line are the Pleiades, and the cut at log g 3.8 takes them out. Right: every star lies well above the lab's cut
+# at 50 (dashed). These are good spectra.
+
+# %%
+order = np.argsort(table["FE_H"].value)
+fig, ax = plt.subplots(figsize=(10, 3.4))
+for x, row in enumerate(order):
+    values = np.asarray(stars["M_H"][stars["CLUSTER"] == table["CLUSTER"][row]])
+    ax.plot(x + np.linspace(-0.25, 0.25, len(values)), values, ".", ms=4, color="C0", label="a star" if x == 0 else None)
+ax.plot(np.arange(len(order)), table["FE_H"].value[order], "_", ms=18, mew=2, color="C3", label="literature")
+ax.set_xticks(range(len(order)), table["CLUSTER"][order], rotation=60, ha="right")
+ax.set(ylabel=LABELS["M_H"].axis)
+ax.legend();
+
+# %%
+#| echo: false
+inside, offset = [], []
+for row in table:
+    if row["CLUSTER"] != "Pleiades":
+        values = np.asarray(stars["M_H"][stars["CLUSTER"] == row["CLUSTER"]])
+        inside.append(np.std(values, ddof=1))
+        offset.append(np.median(values) - row["FE_H"].value)
+Markdown(f"**What to see.** The survey's calibrated [M/H] follows the literature over 2.7 dex: the median of a cluster of giants lies within "
+         f"{np.abs(offset).max():.2f} dex of it at worst, {np.median(np.abs(offset)):.2f} in the middle. Its stars scatter by {np.median(inside):.2f} dex in "
+         f"the typical cluster and by {max(inside):.2f} in the worst: this is what the labels that we train on are worth.")
+
+# %%
+assert np.abs(offset).max() < 0.35 and np.median(inside) < 0.1
+
+# %% [markdown]
+# ## Bad pixels become bits
+# The raw files of the survey carry a bitmask; the pseudo-normalized ones do not. What ASPCAP did not trust it left with a flux of zero (and an error of 10) or with an
+# error blown up a hundredfold and more. We do not know its reasons, so the bits are read off the shape: nothing there is `BADPIX`; a blown-up error is
+# `BADERR`, and where five or more neighbours have one it is surely a sky line, `SIG_SKYLINE` too; on a chip's rim, `NOT_ENOUGH_PSF` is added.
 
 # %%
 #| export
 EDGE, RUN = 60, 5   # pixels from a chip's edge that count as its rim; neighbours in a row that make a sky line
+_CHIP_SIZES = [last - first + 1 for first, last in CHIPS.values()]
 
 
 def pixel_bits(
@@ -210,13 +412,42 @@ def pixel_bits(
     return (bits + ((empty | inflated) & rim) * PIXMASK.NOT_ENOUGH_PSF).astype("i2")
 
 
-_CHIP_SIZES = [last - first + 1 for first, last in CHIPS.values()]
+def _with_bad_pixels():
+    "The packed spectra with the errors of their bad pixels kept, and the reasons as mask bits: what the writer takes."
+    flux, error, stars = _unpack()
+    with np.errstate(divide="ignore"):
+        ivar = np.where(error > 0, 1 / error**2, 0).astype("f4")
+    return Spectra(wavelength, flux, ivar, stars, pixel_bits(flux, error))
+
+# %%
+full = _with_bad_pixels()
+assert np.array_equal(full.mask == 0, spectra.ivar > 0)   # bits on exactly the bad pixels
+assert np.array_equal(full.ivar[full.mask == 0], spectra.ivar[spectra.ivar > 0])
+bits = pixel_bits(np.array([[1.0] * 7212 + [0, 0]]), np.array([[0.01] * 1000 + [5.0] * 6 + [0.01] * 50 + [5.0] * 2 + [0.01] * 6154 + [10, 0]]))
+assert np.all(bits[0, 1000:1006] == PIXMASK.BADERR + PIXMASK.SIG_SKYLINE) and np.all(bits[0, 1056:1058] == PIXMASK.BADERR)
+assert np.all(bits[0, -2:] == PIXMASK.BADPIX + PIXMASK.NOT_ENOUGH_PSF) and np.count_nonzero(bits) == 10
+
+# %%
+share = {name: float(np.mean(full.mask >> bit & 1)) for bit, name in enumerate(PIXMASK_NAMES)}
+fig, axes = plt.subplots(1, 2, figsize=(10, 3), gridspec_kw={"width_ratios": [1, 2]})
+axes[0].barh([name for name in share if share[name]], [100 * value for value in share.values() if value], color="C0")
+axes[0].set(xlabel="on-band pixels [%]")
+plot_spectrum(wavelength, 100 * np.mean(full.mask != 0, axis=0), ax=axes[1])
+axes[1].set(ylabel="stars with a bad pixel [%]");
+
+# %% [markdown]
+# **What to see.** Sky lines make most of it. They stand still in the observatory's frame, and the stars move: at rest each line smears into a hump that is
+# as wide as the clusters' velocities differ. Real bad pixels are neither random nor the same for all stars.
+
+# %% [markdown]
+# ## A flux scale
+# Now the instrument. 2MASS magnitudes are fluxes: a star of $H=0$ sends $1.133\times10^{-10}$ erg/s/cm²/Å in the middle of the band
+# ([Cohen et al. 2003](https://doi.org/10.1086/374362)), and the survey counts in units of $10^{-17}$ of that.
 
 # %%
 #| export
 H_ZERO = 1.133e7              # flux of a star with H = 0 [1e-17 erg/s/cm^2/Angstrom] (Cohen et al. 2003)
 H_WAVELENGTH = 16_300.0       # where a star's black body has the flux of its H magnitude [Angstrom]
-THROUGHPUT = ((1, 0, 0, 0, 0), (0.03, 0.04, 0.03, 0.004, 0.004))   # mean and spread of a chip's five Legendre coefficients
 
 
 def black_body(wave, teff):
@@ -224,6 +455,22 @@ def black_body(wave, teff):
     def planck(x):
         return x**-5 / np.expm1(constants.h * constants.c / (x * 1e-10 * constants.k * np.asarray(teff, float)[:, None]))
     return planck(np.asarray(wave)[None]) / planck(np.array([[H_WAVELENGTH]]))
+
+# %% [markdown]
+# The witness is astropy's own black body, normalized at the same wavelength.
+
+# %%
+planck = BlackBody(4500 * u.K, scale=1 * u.erg / (u.s * u.cm**2 * u.AA * u.sr))
+assert np.allclose(black_body(wavelength, [4500])[0], planck(wavelength * u.AA) / planck(H_WAVELENGTH * u.AA), rtol=1e-6)
+
+# %% [markdown]
+# The throughput is a polynomial of fourth degree a chip, drawn for each star: level, slope and curvature of some percent, as raw spectra
+# show them, and a third and a fourth order of a few tenths of a percent. The lab fits parabolas: most of this a parabola removes, and some it cannot. The
+# draw depends on the seed and the star's name alone, so a star looks the same in a small archive and in a large one, in any order.
+
+# %%
+#| export
+THROUGHPUT = ((1, 0, 0, 0, 0), (0.03, 0.04, 0.03, 0.004, 0.004))   # mean and spread of a chip's five Legendre coefficients
 
 
 def draw_throughput(
@@ -238,8 +485,9 @@ def draw_throughput(
 def _star_rng(seed, apogee_id, purpose):
     return np.random.default_rng([seed, zlib.crc32(f"{purpose} {apogee_id}".encode())])
 
-
-def continuum(
+# %%
+#| export
+def instrument_continuum(
     teff: np.ndarray,         # (N,) [K]
     h_magnitude: np.ndarray,  # (N,) 2MASS H
     throughput: np.ndarray,   # (N, 3, 5) Legendre coefficients a star and chip
@@ -247,6 +495,41 @@ def continuum(
     "What the instrument would record of stars without lines: a black body through a smooth throughput per chip."
     shape = [legval(np.linspace(-1, 1, n), throughput[:, chip].T) for chip, n in enumerate(_CHIP_SIZES)]
     return H_ZERO * 10 ** (-0.4 * np.asarray(h_magnitude, float)[:, None]) * black_body(wavelength, teff) * np.concatenate(shape, axis=1)
+
+# %%
+names = [str(name) for name in stars["APOGEE_ID"]]
+curves = instrument_continuum(stars["TEFF"], stars["H"], np.array([draw_throughput(42, name) for name in names]))
+ideal = instrument_continuum([4500], [10], np.array([[[1, 0, 0, 0, 0]] * 3]))[0]
+assert np.isclose(np.interp(H_WAVELENGTH, wavelength, ideal), 1133, rtol=1e-3)    # H = 10 is ten thousand times fainter than H = 0
+assert np.array_equal(draw_throughput(42, names[7]), draw_throughput(42, names[7]))
+assert not np.allclose(draw_throughput(42, names[7]), draw_throughput(43, names[7]))
+
+# %%
+chip = slice(0, 2920)   # blue
+x = np.linspace(-1, 1, 2920)
+residual = np.array([1 - np.polyval(np.polyfit(x, curve[chip], 2), x) / curve[chip] for curve in curves[::20]])
+fig, axes = plt.subplots(1, 2, figsize=(10, 3))
+for curve in curves[:60:10]:
+    plot_spectrum(wavelength, curve / curve.mean(), color=None, ax=axes[0])
+axes[0].set(ylabel="continuum / its mean")
+axes[1].plot(wavelength[chip], 100 * residual.T[:, :6])
+axes[1].set(xlabel="vacuum wavelength [Å]", ylabel="left by a parabola [%]");
+
+# %%
+#| echo: false
+Markdown(f"**What to see.** Left: each star has its own slope and steps between the chips, the black body falls to the red. Right: what a parabola fitted "
+         f"to the noiseless continuum of a blue chip leaves over, {100 * residual.std():.2f} % in the rms and up to {100 * np.abs(residual).max():.1f} %. No "
+         f"normalization by parabolas can be better than this.")
+
+# %%
+assert 0.0005 < residual.std() < 0.004
+
+# %% [markdown]
+# ## Visits
+# A star was observed on several nights and the file holds each night beside the combination. Our 553 come combined; the visits are **simulated** so that they
+# could have been the ones. With weights $w_v$ that sum to one, a visit's error is $\sigma/\sqrt{w_v}$, and noise of that size, less its own
+# weighted mean, is added to the combination: the weighted mean of the visits then *is* the combination, exactly, and their scatter is what
+# the errors promise. Real is only the sum, and how many there were.
 
 # %%
 #| export
@@ -268,6 +551,22 @@ def split_visits(
     return flux + noise - weights @ noise, errors, weights
 
 # %%
+rng = np.random.default_rng(1)
+flux, error = np.full(20_000, 100.0), np.full(20_000, 2.0)
+visits, errors, weights = split_visits(flux, error, 4, rng)
+assert np.allclose(weights @ visits, flux, rtol=1e-12)                      # they average to the combination
+assert np.allclose(1 / (1 / errors**2).sum(axis=0), error**2)               # and so do their errors
+chi2 = (((visits - flux) / errors) ** 2).sum(axis=0)
+assert abs(chi2.mean() - 3) < 4 * np.sqrt(2 * 3 / len(flux))                # four visits, one mean: three degrees of freedom
+
+# %% [markdown]
+# ## The survey's files
+# An `apStar` file has ten parts: a header; flux, error, mask, sky, sky error, telluric, telluric error as rows (two combinations, then the visits); the
+# line-spread function; a table of velocities. A star with a single visit has arrays of one dimension, and readers stumble over it. Everything stands on
+# the full grid of 8,575 pixels; beyond the on-band ones we have nothing, so flux is zero there, the error $10^{10}$ (the survey's "no value"), and the mask
+# says `BADPIX`, where a detector does see `NOT_ENOUGH_PSF` too.
+
+# %%
 #| export
 def _cards(*cards):
     header = fits.Header()
@@ -278,8 +577,6 @@ def _cards(*cards):
 
 _GRID_CARDS = (("CRVAL1", LOG10_START), ("CDELT1", LOG10_STEP), ("CRPIX1", 1), ("CTYPE1", "LOG-LINEAR"), ("DC-FLAG", 1))
 _DETECTORS = {"B": (213, 3308), "G": (3553, 6116), "R": (6309, 8369)}   # full-grid pixels that light can reach, of a real file
-_LSF = (1, 4287, 5, 1, 1, 1, 1, 1, 0, 1.715, -7.9e-6, -0.033, 9e-7, -0.227, 5.7e-6, 0.093, -8.4e-6, 0.244, -4e-6, -0.046, 1, 2, 0, 0, 0.01,
-        0.057)   # a Gauss-Hermite profile as wide as the instrument's, one for all stars
 _UNIT = "(10^-17 erg/s/cm^2/Ang)"
 
 
@@ -297,7 +594,17 @@ def _mask_image(bits):
         fill[first:last + 1] |= PIXMASK.NOT_ENOUGH_PSF
     return _image(bits, fill, "Flag Mask (bitwise)", ">i2")
 
+# %%
+image, bits = _image(np.ones((3, 7214)), 0, "Flux"), _mask_image(np.zeros(7214, int)).data
+assert image.data.shape == (3, 8575) and image.data.sum() == 3 * 7214 and image.header["CRVAL1"] == 4.179
+assert bits[0] == PIXMASK.BADPIX and bits[321] == PIXMASK.BADPIX + PIXMASK.NOT_ENOUGH_PSF and bits[322] == 0
 
+# %% [markdown]
+# The header carries the survey's keywords. Position, magnitudes, velocity and its scatter are real; dates, fibers and the velocity of each visit are
+# drawn, so that they add up (heliocentric velocity = Doppler shift + barycentric correction). No file holds the date it was written: same seed, same bytes.
+
+# %%
+#| export
 def _star_header(star, visits):
     "Primary header of an apStar file, with the survey's keywords."
     cards = [("OBJID", star["APOGEE_ID"], "Object ID"), *((band, round(star[band], 4), f"2MASS {band} magnitude") for band in "JHK"),
@@ -321,7 +628,8 @@ def _star_header(star, visits):
                "HDU4 sky, 5 sky error, 6 telluric, 7 telluric error, 8 LSF, 9 RV", "written by stellar_lab: flux scale, visits, HDU4-9 simulated")
     return _cards(*cards, ("NWAVE", N_PIXELS), *_GRID_CARDS, *(("HISTORY", line) for line in history))
 
-
+# %%
+#| export
 def _draw_visits(star, weights, rng):
     "Facts about each visit that a header wants: dates, fibers, velocities. Invented, but they add up."
     days = np.sort(rng.choice(np.arange(55_800, 56_500), len(weights), replace=False))
@@ -350,6 +658,15 @@ def _rv_table(visits):
     table["CCFLAG"], table["CCFDW"] = np.arange(-200, 201), LOG10_STEP
     return fits.BinTableHDU(table)
 
+# %% [markdown]
+# Mask bits follow the survey's rule: the first row is the OR of all visits, the second the AND. The bits of the real bad pixels are in
+# every visit; beside them a cosmic ray hits one pixel in a thousand in one of the visits, so the OR holds them and the AND does not.
+
+# %%
+#| export
+_LSF = (1, 4287, 5, 1, 1, 1, 1, 1, 0, 1.715, -7.9e-6, -0.033, 9e-7, -0.227, 5.7e-6, 0.093, -8.4e-6, 0.244, -4e-6, -0.046, 1, 2, 0, 0, 0.01,
+        0.057)   # a Gauss-Hermite profile as wide as the instrument's, one for all stars
+
 
 def apstar_hdus(
     star: dict,          # a row of the stars table
@@ -377,9 +694,14 @@ def apstar_hdus(
     lsf = fits.ImageHDU(np.array(_LSF, ">f8"), _cards(("CTYPE1", "Parameters"), ("BUNIT", "LSF Coefficients")))
     return fits.HDUList([fits.PrimaryHDU(header=_star_header(star, visits)), *images, lsf, _rv_table(visits)])
 
+# %% [markdown]
+# The *mystery star* of the lab is an apStar file of one row from which name, place, brightness and velocities are taken. The pseudo-normalized product,
+# `aspcapStar`, gets flux and error as they are. The survey's third array, ASPCAP's best fit, was not packed and is zero.
+
 # %%
 #| export
-_SECRETS = ("OBJID", "RA", "DEC", "J", "H", "K", "LOCID", "FIELD", "TARG1", "TARG2", "SFILE1", "JD1", "FIBER1", "BC1", "VRAD1", "VHELIO1", "VHELIO")
+_SECRETS = ("OBJID", "RA", "DEC", "J", "H", "K", "LOCID", "FIELD", "TARG1", "TARG2", "SFILE1", "JD1", "FIBER1", "BC1", "VRAD1", "VHELIO1", "VHELIO",
+            "VSCATTER", "VERR")
 
 
 def mystery_hdus(star, flux, error, mask, rng) -> fits.HDUList:
@@ -390,7 +712,8 @@ def mystery_hdus(star, flux, error, mask, rng) -> fits.HDUList:
     hdus[9] = fits.BinTableHDU(np.zeros_like(np.asarray(hdus[9].data)))
     return hdus
 
-
+# %%
+#| export
 def aspcapstar_hdus(
     star: dict,
     flux: np.ndarray,    # (7214,) relative to the pseudo-continuum
@@ -412,6 +735,12 @@ def aspcapstar_hdus(
 def _filled(value):
     "-9999 for a missing number, as the survey writes it."
     return value if isinstance(value, (str, int)) or np.isfinite(value) else -9999.0
+
+# %% [markdown]
+# ## Flaws, planted and counted
+# Real archives are dirty, and a reader that was never fed dirt chokes on its first. But a real star is too precious to be spoiled: the flaws are carried by *copies* under
+# invented names (a right ascension of 99 hours does not exist). Each flaw is a record that a test can ask for, and says what the reader has to do. The copies
+# are made of stars that would pass every cut, so one rule alone stands between them and the training set.
 
 # %%
 #| export
@@ -437,7 +766,19 @@ FLAWS = {flaw.name: flaw for flaw in (
 )}
 _HTML = "<!DOCTYPE html>\n<html><head><title>503 Service Unavailable</title></head><body>Try again later.</body></html>\n"
 
+# %%
+#| echo: false
+Table(rows=[(flaw.name, flaw.count, flaw.what, flaw.reader) for flaw in FLAWS.values()], names=["flaw", "copies", "what is wrong", "what a reader does"])
 
+# %% [markdown]
+# A duplicate is the subtle one. Its better row has a label beyond the archive's cuts, its worse row looks fine: who takes the first row, or the worse one, keeps a star
+# that should go, and the count of stars betrays it.
+#
+# The plan of an archive is a table: who is in it, under which name, with which flaw. One star, well measured and from the middle of every label, is
+# taken out to be the mystery.
+
+# %%
+#| export
 def passes_cuts(stars: Table, record) -> np.ndarray:
     "Which stars pass the cuts of an archive's record: (N,) bool."
     passed = np.ones(len(stars), bool)
@@ -482,6 +823,20 @@ def _pick_mystery(spectra, good, record, rng):
     return int(rng.choice(good[middle] if middle.any() else good))
 
 # %%
+plan = plan_archive(full, ARCHIVES["clusters"], seed=42)
+counts = {name: int(np.sum(plan["FLAW"] == name)) for name in np.unique(plan["FLAW"])}
+assert counts == {"": 552, "mystery": 1} | {flaw.name: flaw.count for flaw in FLAWS.values()}
+assert len(set(plan["APOGEE_ID"])) == len(plan) and np.all(np.char.startswith(plan["APOGEE_ID"][553:].astype(str), "2M99"))
+assert np.all(passes_cuts(full.stars[plan["SOURCE"][553:]], ARCHIVES["clusters"]))
+with pytest.raises(LabError, match="unknown flaw meteorite: choose from low-snr, no-labels"):
+    plan_archive(full, ARCHIVES["clusters"], flaws={"meteorite": 1})
+
+# %% [markdown]
+# ## One star, written
+# A worker process writes a star's files from numbers alone: the noise of a faint copy, the visits, the headers come from a random generator of the
+# star's own, so workers may finish in any order.
+
+# %%
 #| export
 def write_star(
     root,                # of the archive
@@ -503,7 +858,7 @@ def write_star(
     if flaw == "low-snr":
         flux = np.where(error > 0, flux + rng.standard_normal(len(flux)) / star["SNR"], flux)
         error = np.where(error > 0, np.hypot(error, 1 / star["SNR"]), 0)
-    scale = continuum([star["TEFF"]], [star["H"]], draw_throughput(seed, star["APOGEE_ID"])[None])[0]
+    scale = instrument_continuum([star["TEFF"]], [star["H"]], draw_throughput(seed, star["APOGEE_ID"])[None])[0]
     raw = (star, flux * scale, np.where(error > 0, error * scale, NO_VALUE), mask, rng)
     if flaw == "mystery":
         mystery_hdus(*raw).writeto(Path(root) / MYSTERY_FILE)
@@ -519,7 +874,7 @@ def write_star(
 
 def _damage(path, flaw):
     if flaw == "truncated":
-        path.write_bytes(path.read_bytes()[: int(0.4 * path.stat().st_size)])
+        path.write_bytes(path.read_bytes()[: int(0.4 * path.stat().st_size) + 1])   # within a block of 2,880 bytes
     if flaw == "html":
         path.write_text(_HTML)
 
@@ -528,22 +883,13 @@ def _write_stars(root, rules, jobs, seed, products):
     "A worker's share of the stars."
     return sum(write_star(root, rules, *job, seed, products) for job in jobs)
 
+# %% [markdown]
+# ## The catalogue and the truth
+# `allStar` has the survey's column names and number types. The labels stand in it as its readers know them, -9999 for what is missing. Which
+# labels there are is up to the spectra: the writer has no list of its own.
+
 # %%
 #| export
-MYSTERY_FILE, TRUTH_FILE, FORMAT = "mystery_spec_wiped.fits", "truth.fits", 1
-
-
-def _star_dicts(spectra, plan):
-    "The stars table as plain dicts in the order of the plan, under the plan's names."
-    columns = {name: spectra.stars[name].tolist() for name in spectra.stars.colnames}
-    stars = []
-    for source, apogee_id, _, snr in plan.iterrows():
-        star = {name: column[source] for name, column in columns.items()}
-        stars.append({name: value.strip() if isinstance(value, str) else value for name, value in star.items()}
-                     | {"APOGEE_ID": str(apogee_id), "SNR": float(snr)})
-    return stars
-
-
 def allstar_table(
     stars: list,        # star dicts
     flaws: list,        # the flaw of each
@@ -582,7 +928,12 @@ def _catalogue_facts(star, rules):
             "APOGEE_ID": star["APOGEE_ID"], "TELESCOPE": star["TELESCOPE"], "LOCATION_ID": star["LOCATION_ID"], "FIELD": star["FIELD"],
             **copied, "VHELIO_AVG": star["VHELIO"], "COMMISS": 0, "EXTRATARG": 0}
 
+# %% [markdown]
+# Beside the tree lies what no survey can give: the truth table. It says whose spectrum a file holds (the mystery star's name is sealed in it; do not look), which flaw
+# it has, and the parameters of its continuum, five numbers a chip. `true_continuum` turns them back into curves, against which a normalization can be judged.
 
+# %%
+#| export
 def truth_table(spectra, plan, seed, truth=None) -> Table:
     "What only the writer knows: whose spectrum it is, which flaw it has, its labels and its continuum's parameters."
     stars = spectra.stars[plan["SOURCE"]] if truth is None else truth[plan["SOURCE"]]
@@ -605,10 +956,18 @@ def true_continuum(
     if not file.is_file():
         raise LabError(f"{file} is missing: only an archive that stellar_lab wrote knows its continua")
     table = Table.read(file)
-    return np.array(table["APOGEE_ID"].astype(str)), continuum(table["TEFF_CONTINUUM"], table["H"], np.asarray(table["THROUGHPUT"]))
+    return np.array(table["APOGEE_ID"].astype(str)), instrument_continuum(table["TEFF_CONTINUUM"], table["H"], np.asarray(table["THROUGHPUT"]))
+
+# %% [markdown]
+# ## The whole tree
+# The tree grows in a hidden folder beside its place and is renamed when it is whole: an interrupted run leaves nothing that looks like an archive.
+# `archive.json` says what it is (the record's name, the seed, a digest of what went in), so a second run can tell that nothing is left to do.
 
 # %%
 #| export
+MYSTERY_FILE, TRUTH_FILE, FORMAT = "mystery_spec_wiped.fits", "truth.fits", 1
+
+
 @dataclass(frozen=True)
 class ArchiveSummary:
     "What was written where."
@@ -624,7 +983,8 @@ class ArchiveSummary:
         state = "written to" if self.new else "is already at"
         return f"archive of {self.stars} stars {state} {self.root}: {self.files} files, {self.size / 1e6:.0f} MB; planted flaws: {flaws}"
 
-
+# %%
+#| export
 def write_archive(
     root,                  # folder to make; must not exist, be empty or hold this very archive
     spectra: Spectra,      # normalized, on-band grid, with a mask; ivar of bad pixels says their error, 0 where there is none
@@ -684,6 +1044,18 @@ def _already_there(root, card):
                        "name another folder, or remove it")
     return True
 
+# %%
+#| export
+def _star_dicts(spectra, plan):
+    "The stars table as plain dicts in the order of the plan, under the plan's names."
+    columns = {name: spectra.stars[name].tolist() for name in spectra.stars.colnames}
+    stars = []
+    for source, apogee_id, _, snr in plan.iterrows():
+        star = {name: column[source] for name, column in columns.items()}
+        stars.append({name: value.strip() if isinstance(value, str) else value for name, value in star.items()}
+                     | {"APOGEE_ID": str(apogee_id), "SNR": float(snr)})
+    return stars
+
 
 def _fill(tree, spectra, plan, record, seed, truth, workers, progress):
     "Write everything but archive.json."
@@ -708,6 +1080,10 @@ def _summary(root, card, new):
     sizes = [file.stat().st_size for file in root.rglob("*") if file.is_file()]
     return ArchiveSummary(root, card["stars"], len(sizes), sum(sizes), card["flaws"], new)
 
+# %% [markdown]
+# The generic writer takes any normalized spectra with labels, a mask and a record, so synthetic stars pass through the same lines one day. For the real
+# stars there is a shorthand. Here is a small archive, every flaw in it.
+
 # %%
 #| export
 def write_clusters(
@@ -730,10 +1106,154 @@ def _spread(n, count):
         raise LabError(f"cannot take {count} stars: the archive of real stars has {n}, choose 2 to {n}")
     return np.linspace(0, n - 1, int(count)).round().astype(int)
 
+# %%
+scratch = tempfile.TemporaryDirectory()
+root = Path(scratch.name) / "clusters"
+summary = write_clusters(root, stars=24, progress=False)
+print(str(summary).replace(scratch.name, "…"))
 
-def _with_bad_pixels():
-    "The packed spectra with the errors of their bad pixels kept, and the reasons as mask bits: what the writer takes."
-    flux, error, stars = _unpack()
-    with np.errstate(divide="ignore"):
-        ivar = np.where(error > 0, 1 / error**2, 0).astype("f4")
-    return Spectra(wavelength, flux, ivar, stars, pixel_bits(flux, error))
+# %%
+assert archive_record(root).name == "clusters" and summary.stars == 23 and summary.new
+assert summary.flaws == {flaw.name: flaw.count for flaw in FLAWS.values()}
+assert not write_clusters(root, stars=24, progress=False).new                 # nothing is done twice
+assert [path.name for path in Path(scratch.name).iterdir()] == ["clusters"]   # no temporary folder is left
+
+# %% [markdown]
+# ## One spectrum, step by step
+# From what the survey published to what its file looks like, and the visits that were made up for it.
+
+# %%
+rules = ARCHIVES["clusters"].rules
+truth = Table.read(root / TRUTH_FILE)
+ids, curves = true_continuum(root)
+subset = full[_spread(553, 24)]
+row = int(np.flatnonzero((subset.stars["NVISITS"] > 3) & (subset.stars["LOGG"] < 2.5) & (subset.stars["M_H"] > -0.9))[0])
+star, k = subset.stars[row], list(ids).index(subset.stars["APOGEE_ID"][row])
+with fits.open(root / rules.path("apstar", str(star["LOCATION_ID"]), star["APOGEE_ID"])) as hdus:
+    flux, error, mask = (hdus[i].data[:, on_band].astype(float) for i in (1, 2, 3))
+    weights = np.array([hdus[0].header[f"SNRVIS{v + 1}"] ** 2 for v in range(star["NVISITS"])])
+weights /= weights.sum()
+
+# %%
+fig, axes = plt.subplots(4, 1, figsize=(10, 9), sharex=True)
+window = (15_930, 16_130)
+inside = (wavelength > window[0]) & (wavelength < window[1])
+plot_spectrum(wavelength, subset.flux[row], ax=axes[0], window=window, color="0.7")
+plot_spectrum(wavelength, subset.flux[row], subset.mask[row] == 0, ax=axes[0], window=window)
+axes[0].set(ylabel="published:\nflux / continuum", xlabel="", title=f"{star['APOGEE_ID']}, {star['CLUSTER']}")
+plot_spectrum(wavelength, curves[k], ax=axes[1], window=window, color="C3")
+plot_spectrum(wavelength, flux[1], ax=axes[1], window=window)
+axes[1].set(ylabel="file, row 1:\n[$10^{-17}$ erg/s/cm²/Å]", xlabel="")
+for i in range(2, 5):
+    plot_spectrum(wavelength, flux[i] - flux[1], mask[1] == 0, ax=axes[2], window=window, color=f"C{i}")
+axes[2].set(ylabel="three visits\nless the combination", xlabel="")
+for bit in np.flatnonzero([np.any(mask[0][inside].astype(int) >> b & 1) for b in range(15)]):
+    marked = inside & (mask[0].astype(int) >> bit & 1 == 1)
+    axes[3].plot(wavelength[marked], np.full(marked.sum(), PIXMASK_NAMES[bit]), "|", ms=10)
+axes[3].set(xlabel="vacuum wavelength [Å]")
+axes[3].margins(y=0.3);
+
+# %% [markdown]
+# **What to see.** First: the published spectrum, in grey what it marks as bad. Second: the same lines on a flux scale, the red curve is the continuum that was put
+# in. Third: the visits scatter around their mean by their noise. Last: the mask's bits (OR of the visits) sit on the grey stretches, and single cosmic rays elsewhere.
+
+# %%
+good = subset.mask[row] == 0
+assert np.abs(flux[1] / curves[k] - subset.flux[row])[good].max() < 1e-6         # the file gives back what was packed
+assert np.allclose((curves[k] / error[1]) ** 2, subset.ivar[row], rtol=1e-5)
+assert np.abs(weights @ flux[2:] - flux[1])[good].max() < 1e-6 * np.median(flux[1])
+assert np.array_equal(flux[0], flux[1])
+assert np.array_equal(mask[1] == 0, good) and np.all(mask[0][~good] != 0)        # row 1: bits on exactly the bad pixels
+extra = (mask[0] != 0) & good
+assert np.all(mask[0][extra] == PIXMASK.CRPIX) and extra.mean() < 3 * COSMIC_RAYS
+
+# %% [markdown]
+# ## What stands on disk
+# A plain walk through the tree, without any of our reading code, finds the flaws in the numbers that the list promises.
+
+# %%
+catalogue = Table.read(root / rules.allstar)
+target, times = np.unique(catalogue["TARGET_ID"], return_counts=True)
+names = {rules.parse_name("apstar", file.name) for file in root.rglob("apStar-*.fits")}
+listed = {str(name).strip() for name in catalogue["APOGEE_ID"]}
+broken = [file for file in root.rglob("apStar-*.fits") if file.stat().st_size % 2880]
+
+# %%
+found = {"low-snr": int(np.sum(catalogue["SNR"] < 50)), "no-labels": int(np.sum(catalogue["TEFF"] < -9000)), "duplicate": int(np.sum(times > 1)),
+         "no-row": len(names - listed), "no-file": len(listed - names), "truncated and html": len(broken)}
+Table(rows=list(found.items()), names=["flaw", "found"])
+
+# %%
+expected = {name: FLAWS[name].count for name in list(found)[:-1]} | {"truncated and html": FLAWS["truncated"].count + FLAWS["html"].count}
+assert found == expected
+for name in truth["APOGEE_ID"][truth["FLAW"] == "zero-flux"]:
+    file = next(root.rglob(f"apStar-r8-{name}.fits"))
+    assert not fits.getdata(file, 1).any()
+
+# %% [markdown]
+# The files have the shapes and number types of the survey's; a star of one visit has one dimension, and the mystery star has no name.
+
+# %%
+for file in sorted(root.rglob("apStar-*.fits")):
+    if file not in broken:
+        with fits.open(file) as hdus:
+            visits = hdus[0].header["NVISITS"]
+            assert len(hdus) == 10 and hdus[1].data.shape == ((visits + 2, 8575) if visits > 1 else (8575,))
+            assert [hdus[i].data.dtype.str for i in range(1, 9)] == [">f4", ">f4", ">i2", ">f4", ">f4", ">f4", ">f4", ">f8"]
+
+# %%
+with fits.open(root / MYSTERY_FILE) as hdus:
+    assert hdus[1].data.shape == (8575,) and not set(_SECRETS) & set(hdus[0].header)
+    sealed = list(ids).index("mystery")
+    source = list(subset.stars["APOGEE_ID"]).index(truth["SOURCE_ID"][sealed])
+    assert np.allclose(hdus[1].data[on_band] / curves[sealed], subset.flux[source], atol=1e-6)
+    assert truth["SOURCE_ID"][sealed] not in listed | names
+
+# %% [markdown]
+# ## Same seed, same bytes
+# Two archives made in different folders by a different number of workers are the same to the last bit; another seed gives the same stars in other
+# files. And what stands in the way is never overwritten.
+
+# %%
+few = {"low-snr": 1, "duplicate": 1, "truncated": 1}
+again = [Path(scratch.name) / name for name in ("first", "second", "third")]
+for place, seed, workers in zip(again, (1, 1, 2), (1, 2, 1)):
+    write_clusters(place, seed=seed, stars=5, flaws=few, workers=workers, progress=False)
+digests = [tree_digest(place) for place in again]
+assert digests[0] == digests[1] != digests[2]
+
+# %%
+with pytest.raises(LabError, match=r"holds another archive \(clusters, seed 1, 4 stars\): name another folder"):
+    write_clusters(again[0], seed=3, stars=5, progress=False)
+with pytest.raises(LabError, match="exists and is not an archive of ours"):
+    write_clusters(scratch.name, progress=False)
+with pytest.raises(LabError, match="cannot take 1000 stars: the archive of real stars has 553"):
+    write_clusters(again[0] / "new", stars=1000)
+with pytest.raises(LabError, match="truth.fits is missing: only an archive that stellar_lab wrote"):
+    true_continuum(scratch.name)
+
+# %% [markdown]
+# The writer knows nothing of clusters. A handful of flat spectra with other labels, under another record, goes through the very same lines.
+
+# %%
+flat = Spectra(wavelength, np.ones((9, 7214), "f4"), np.full((9, 7214), 1e4, "f4"), full.stars[:9].copy(), np.zeros((9, 7214), "i2"))
+for name in ("M_H", "ALPHA_M", "C_M", "N_M"):
+    flat.stars.remove_columns([name, f"{name}_ERR"])
+for name in ("FE_H", "MG_FE", "SI_FE"):
+    flat.stars[name], flat.stars[f"{name}_ERR"] = np.linspace(-0.5, 0.3, 9), 0.05
+write_archive(Path(scratch.name) / "mock", flat, "mock", seed=7, flaws={"duplicate": 2}, progress=False)
+
+# %%
+mock = Table.read(Path(scratch.name) / "mock" / rules.allstar)
+assert "FE_H" in mock.colnames and "M_H" not in mock.colnames and len(mock) == 8 + 2 * 2
+assert np.sum(mock["FE_H"] < -1) == 2             # the better row of a duplicate lies outside the cut of *this* record
+with pytest.raises(LabError, match="takes spectra on the 7214 on-band pixels with a mask; these have 7214 pixels and no mask"):
+    write_archive(Path(scratch.name) / "x", flat.replace(mask=None), "mock")
+
+# %%
+#| hide
+scratch.cleanup()
+
+# %% [markdown]
+# **Exercise.** The visits here differ by noise only. Give a binary star visits that move against each other by its velocity, and find it again from
+# its apStar file: which of the ten parts do you need?

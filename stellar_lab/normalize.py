@@ -7,7 +7,7 @@ __all__ = ['MAX_CONDITION', 'CHIP_BITS', 'lab_continuum_pixels', 'read_continuum
            'ContinuumFit', 'continuum', 'normalize', 'plot_continuum', 'count_mask_bits', 'unusable_pixels',
            'drop_masked', 'plot_normalization']
 
-# %% ../nbs/03_normalize.ipynb #df52e660
+# %% ../nbs/03_normalize.ipynb #914cb84f
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -20,16 +20,16 @@ from numpy.polynomial.polynomial import polyvander
 from .clean import Ledger, keep
 from stellar_lab.survey import (
     CHIP_COLORS, CHIPS, LOG10_START, LOG10_STEP, N_PIXELS, PIXMASK, PIXMASK_NAMES, LabError, Spectra, chip_slices, full_wavelength,
-    on_band, wavelength,
+    on_band, plot_spectrum, wavelength,
 )
 
-# %% ../nbs/03_normalize.ipynb #8a0ace00
+# %% ../nbs/03_normalize.ipynb #71dbb5d7
 def lab_continuum_pixels() -> np.ndarray:   # (7214,) bool, on-band grid
     "The lab's 529 continuum pixels (Ness et al. 2015)."
     with as_file(files("stellar_lab.data") / "continuum_pixels.npy") as path:
         return np.load(path)
 
-# %% ../nbs/03_normalize.ipynb #264e24d2
+# %% ../nbs/03_normalize.ipynb #0368078c
 def read_continuum_pixels(
     path,            # .npy: flags of the on-band or the full grid, or numbers of on-band pixels; else text: vacuum wavelengths [Angstrom], # comments
 ) -> np.ndarray:     # (7214,) bool, on-band grid
@@ -38,7 +38,7 @@ def read_continuum_pixels(
     try:
         values = np.load(path) if path.suffix == ".npy" else np.loadtxt(path, ndmin=1)
     except (OSError, ValueError, EOFError) as error:
-        raise LabError(f"cannot read continuum pixels from {path} ({error}): give a .npy file of flags or a text file, a wavelength a line") from error
+        raise LabError(f"cannot read continuum pixels from {path} ({error}): give a .npy file of flags, or text, a wavelength a line") from error
     if values.ndim != 1 or values.dtype.kind not in "biuf" or not len(values):
         raise LabError(f"{path} holds an array of shape {values.shape} and type {values.dtype}: give one row of flags, pixel numbers or wavelengths")
     if len(values) in (len(wavelength), N_PIXELS) and np.isin(values, (0, 1)).all():
@@ -75,7 +75,7 @@ def _pixels_at(wavelengths, path):
                        f"{wavelengths[wrong][0]:.2f}: give vacuum wavelengths in Angstrom from survey.wavelength")
     return pixel
 
-# %% ../nbs/03_normalize.ipynb #6c02bfdd
+# %% ../nbs/03_normalize.ipynb #0b8d251b
 def inliers(
     flux: np.ndarray,       # (N, M) flux at the M continuum pixels of a chip, in order
     good: np.ndarray,       # (N, M) bool, usable
@@ -100,7 +100,7 @@ def _nan_median(values):
     middle = [np.take_along_axis(ordered, np.maximum(k, 0) // 2, axis=-1) for k in (count - 1, count)]
     return 0.5 * (middle[0] + middle[1])[..., 0]
 
-# %% ../nbs/03_normalize.ipynb #467fe255
+# %% ../nbs/03_normalize.ipynb #d35b8fe4
 MAX_CONDITION = 1e12
 
 
@@ -122,7 +122,7 @@ def fit_polynomials(
     matrix[~solvable], right[~solvable] = np.eye(degree + 1), 0
     return np.linalg.solve(matrix, right[..., None])[..., 0], solvable
 
-# %% ../nbs/03_normalize.ipynb #aa569856
+# %% ../nbs/03_normalize.ipynb #16545311
 CHIP_BITS = {name: 1 << bit for bit, name in enumerate(CHIPS)}   # of the column CHIPS_FAILED
 
 
@@ -197,7 +197,7 @@ def _on_grid(continuum_pixels, grid):
                        f"give one flag (bool) for each of the {len(grid)} pixels of the spectra")
     return continuum_pixels
 
-# %% ../nbs/03_normalize.ipynb #56479588
+# %% ../nbs/03_normalize.ipynb #2f6fd93f
 def normalize(
     spectra: Spectra,
     continuum_pixels: np.ndarray = None,    # (P,) bool; the lab's 529 by default
@@ -233,7 +233,7 @@ def _divide(spectra, curve):
         good &= spectra.mask == 0
     return np.where(np.isfinite(flux), flux, 1), np.where(good, ivar, 0)
 
-# %% ../nbs/03_normalize.ipynb #9dd25f68
+# %% ../nbs/03_normalize.ipynb #73226b5b
 def plot_continuum(
     spectra: Spectra,           # as they were before the division
     fit: ContinuumFit,
@@ -255,7 +255,7 @@ def plot_continuum(
     ax.margins(x=0.01)
     return ax
 
-# %% ../nbs/03_normalize.ipynb #99a82eef
+# %% ../nbs/03_normalize.ipynb #528fca99
 def count_mask_bits(spectra: Spectra) -> Table:   # bit, name, pixels, share of all pixels
     "How often each bit of the survey's pixel mask is set."
     if spectra.mask is None:
@@ -264,7 +264,7 @@ def count_mask_bits(spectra: Spectra) -> Table:   # bit, name, pixels, share of 
     share = np.array(pixels) / max(spectra.mask.size, 1)
     return Table({"bit": np.arange(len(PIXMASK_NAMES)), "name": PIXMASK_NAMES, "pixels": pixels, "share": share})
 
-# %% ../nbs/03_normalize.ipynb #aab0dbe1
+# %% ../nbs/03_normalize.ipynb #93f5115f
 def unusable_pixels(spectra: Spectra) -> np.ndarray:   # (N,) int
     "How many on-band pixels of each star have no weight."
     inside = np.isin(np.rint(_position(spectra.wavelength)), on_band)
@@ -280,7 +280,7 @@ def drop_masked(
     good = unusable_pixels(spectra) <= limit
     return keep(spectra, good, "masked", ledger, f"more than {limit} of {len(on_band)} on-band pixels unusable")
 
-# %% ../nbs/03_normalize.ipynb #8491415e
+# %% ../nbs/03_normalize.ipynb #01392844
 def plot_normalization(
     raw: Spectra,       # before the division
     number: int = 8,    # stars at most, from the first

@@ -1,13 +1,20 @@
 """Normalization: properties that hold for any star, and the files that a user may bring."""
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from astropy.table import Table
 from hypothesis import given, settings, strategies as st
 
+from stellar_lab.clean import read_files
 from stellar_lab.normalize import (
-    CHIP_BITS, continuum, fit_polynomials, inliers, lab_continuum_pixels, normalize, read_continuum_pixels, unusable_pixels,
+    CHIP_BITS, continuum, count_mask_bits, drop_masked, fit_polynomials, inliers, lab_continuum_pixels, normalize, plot_normalization,
+    read_continuum_pixels, unusable_pixels,
 )
-from stellar_lab.survey import CHIPS, LabError, N_PIXELS, Spectra, chip_slices, full_wavelength, on_band, real_data, wavelength
+from stellar_lab.survey import LabError, N_PIXELS, Spectra, chip_slices, full_wavelength, on_band, real_data, wavelength
 
 PIXELS = lab_continuum_pixels()
 SLICES = chip_slices(wavelength)
@@ -216,3 +223,54 @@ def test_unusable_pixels_are_those_on_the_chips():
     spectra.ivar[:, : on_band[0]] = 0
     spectra.ivar[1, on_band[:10]], spectra.ivar[1, on_band[10]] = 0, np.nan
     assert list(unusable_pixels(spectra)) == [0, 11, 0, 0]
+
+
+def test_masked_stars_are_dropped_and_named():
+    spectra = made_up()
+    spectra.mask[1, :3001], spectra.mask[2, :3000] = 1 << 12, 1 << 12
+    kept, ledger = drop_masked(normalize(spectra))
+    assert list(kept.stars["APOGEE_ID"]) == ["star 0", "star 2", "star 3"]
+    assert ledger.left == 3 and ledger.dropped == {"star 1": "masked"}
+    assert len(drop_masked(normalize(spectra), limit=2999)[0]) == 2
+
+
+def test_mask_bits_are_counted():
+    spectra = made_up()
+    spectra.mask[0, :10], spectra.mask[1, :5] = 1 << 12 | 1, 1 << 12
+    bits = count_mask_bits(spectra)
+    assert dict(zip(bits["name"], bits["pixels"]))["SIG_SKYLINE"] == 15 and bits["pixels"][0] == 10 and bits["pixels"].sum() == 25
+
+
+def test_pictures_of_a_failed_chip():
+    spectra = made_up(2)
+    spectra.stars["SNR"] = 100.0
+    spectra.ivar[0, SLICES["red"]] = 0
+    figure = plot_normalization(spectra)
+    assert "failed: red" in figure.axes[0].get_title()
+    plt.close(figure)
+
+
+# ---- the survey's own files
+
+@pytest.mark.skipif(real_data() is None, reason="STELLAR_LAB_REAL_DATA is not set")
+def test_raw_files_of_the_survey():
+    spectra, problems = read_files(sorted(real_data().glob("apStar-*.fits")), progress=False)
+    result = normalize(spectra)
+    assert not problems and np.isfinite(result.flux).all()
+    assert np.all(result.ivar[spectra.mask != 0] == 0)
+    fit = continuum(spectra)
+    for n in range(len(spectra)):
+        for chip, failed in zip(SLICES.values(), fit.failed[n]):
+            level = np.median(spectra.flux[n, chip][fit.used[n, chip]] / fit.continuum[n, chip][fit.used[n, chip]])
+            assert failed or abs(level - 1) < 0.02
+
+
+@pytest.mark.skipif(real_data() is None, reason="STELLAR_LAB_REAL_DATA is not set")
+def test_persistence_makes_a_blue_chip_fail():
+    spectra, _ = read_files(real_data() / "apStar-r6-2M00005143+5615568.fits", row=0, progress=False)
+    assert normalize(spectra).stars["CHIPS_FAILED"][0] == CHIP_BITS["blue"]
+
+
+@pytest.mark.skipif(real_data() is None, reason="STELLAR_LAB_REAL_DATA is not set")
+def test_the_labs_own_list():
+    assert np.array_equal(read_continuum_pixels(real_data() / "pixels_cannon.npy"), PIXELS)

@@ -1,0 +1,824 @@
+# %% [markdown]
+# # What does a star with these labels look like?
+# > The Cannon: every pixel of the spectrum is a polynomial of the star's labels, learned from stars whose labels we trust.
+#
+# **Question.** We have spectra of stars whose temperature, gravity and abundances somebody has measured with care. Can we learn from them, without any
+# physics of line formation, what the spectrum of *any* such star looks like?
+#
+# **Idea.** Two stars with the same labels look the same, and the flux in one pixel changes smoothly with the labels. So we write it as a polynomial,
+# $$ f_{np} = \boldsymbol\theta_p\cdot\mathbf v(\boldsymbol\ell_n) + \text{noise},\qquad \operatorname{Var} = \sigma_{np}^2 + s_p^2 , $$
+# where $\mathbf v(\boldsymbol\ell)$, the *vectorizer*, lists a one, the labels, their squares and products. The coefficients $\boldsymbol\theta_p$ of a
+# pixel follow from a weighted linear fit over the stars, and $s_p$ is the scatter that the noise $\sigma_{np}$ does not explain: what the polynomial
+# gets wrong. This is *The Cannon* of [Ness et al. 2015](https://doi.org/10.1088/0004-637X/808/1/16), named after Annie Jump Cannon; arbitrary terms
+# are those of [Casey et al. 2016](https://arxiv.org/abs/1603.03040).
+#
+# You learn how 7,214 fits become one matrix product, what the scatter is good for, and how to find the pixels without lines.
+
+# %%
+#| default_exp cannon
+
+# %%
+#| export
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations_with_replacement
+from pathlib import Path
+
+import asdf
+import matplotlib.pyplot as plt
+import numpy as np
+import sklearn
+from sklearn.base import BaseEstimator
+from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.validation import check_is_fitted
+from threadpoolctl import ThreadpoolController
+
+from stellar_lab import __version__
+from stellar_lab.clean import apply_cuts, read_archive
+from stellar_lab.normalize import drop_masked, normalize
+from stellar_lab.survey import LABELS, LabError, Spectra, atomic_path, chip_slices, plot_spectrum
+
+# %%
+#| hide
+import tempfile
+from pathlib import Path
+
+import pytest
+from IPython.display import Markdown
+from scipy.optimize import minimize_scalar
+from sklearn.base import clone
+
+from stellar_lab.normalize import lab_continuum_pixels, read_continuum_pixels
+from stellar_lab.survey import archive_record, archive_root, real_data, use_style, wavelength
+
+# %% [markdown]
+# ## The vectorizer
+# A term is a product of powers of labels, `TEFF^2*LOGG` for example, so it is a row of exponents. With all rows as one matrix, any list of terms and its
+# derivatives come from the same few lines. Quadratic in five labels means $1 + 5 + 15 = 21$ terms.
+
+# %%
+#| export
+@dataclass(frozen=True)
+class Vectorizer:
+    "Turns labels into the terms of a polynomial. The first term is the constant."
+    label_names: tuple      # K names
+    exponents: np.ndarray   # (T, K) integers; first row zero
+
+    @classmethod
+    def of_order(cls, label_names: Sequence, order: int) -> "Vectorizer":
+        "All products of the labels up to a total power of `order`."
+        K = len(label_names)
+        factors = [combination for degree in range(order + 1) for combination in combinations_with_replacement(range(K), degree)]
+        return cls(tuple(label_names), np.array([np.bincount(np.array(f, dtype=int), minlength=K) for f in factors]))
+
+    @classmethod
+    def of_terms(cls, label_names: Sequence, terms: Sequence) -> "Vectorizer":
+        "The constant and the given terms, such as `TEFF^4` or `TEFF*LOGG`; unknown labels and powers are errors."
+        label_names = tuple(label_names)
+        rows = [np.zeros(len(label_names), dtype=int)]
+        for term in terms:
+            row = np.zeros(len(label_names), dtype=int)
+            for factor in str(term).replace("**", "^").split("*"):
+                name, _, power = factor.strip().partition("^")
+                if name not in label_names:
+                    raise LabError(f"term {term!r} names {name!r}, which is not among the labels {', '.join(label_names)}")
+                if not (power or "1").isdigit() or int(power or 1) < 1:
+                    raise LabError(f"term {term!r} has the power {power!r}: powers are whole numbers from 1")
+                row[label_names.index(name)] += int(power or 1)
+            rows.append(row)
+        if len(np.unique(rows, axis=0)) < len(rows):
+            raise LabError(f"a term occurs twice in {', '.join(map(str, terms))}")
+        return cls(label_names, np.array(rows))
+
+    @property
+    def terms(self) -> list:
+        "The terms as text, the constant as `1`."
+        def factor(name, power):
+            return name if power == 1 else f"{name}^{power}"
+        return ["*".join(factor(n, p) for n, p in zip(self.label_names, row) if p) or "1" for row in self.exponents]
+
+    def __len__(self):
+        return len(self.exponents)
+
+    def _powers(self, labels):   # (K, N, highest power + 1)
+        return labels.T[:, :, None] ** np.arange(self.exponents.max(initial=1) + 1)
+
+    def __call__(
+        self,
+        labels: np.ndarray,   # (N, K) scaled labels
+    ) -> np.ndarray:          # (N, T)
+        "The terms of each star."
+        powers = self._powers(labels)
+        return np.prod([power[:, e] for power, e in zip(powers, self.exponents.T)], axis=0)
+
+    def derivative(
+        self,
+        labels: np.ndarray,   # (N, K) scaled labels
+    ) -> np.ndarray:          # (N, T, K)
+        "Derivative of each term with respect to each label."
+        powers = self._powers(labels)
+        factors = [power[:, e] for power, e in zip(powers, self.exponents.T)]
+        slopes = [e * power[:, np.maximum(e - 1, 0)] for power, e in zip(powers, self.exponents.T)]
+        columns = range(len(factors))
+        return np.stack([np.prod([slopes[j] if j == k else factors[j] for j in columns], axis=0) for k in columns], axis=-1)
+
+    def curvature(
+        self,
+        labels: np.ndarray,   # (N, K) scaled labels
+        force: np.ndarray,    # (N, T)
+    ) -> np.ndarray:          # (N, K, K)
+        "Second derivatives of the terms, summed over the terms with `force`."
+        lowered = [Vectorizer(self.label_names, np.maximum(self.exponents - step, 0)) for step in np.eye(len(self.label_names), dtype=int)]
+        return np.stack([np.einsum("nt,ntj->nj", force * e, term.derivative(labels)) for e, term in zip(self.exponents.T, lowered)], axis=1)
+
+# %%
+lab = Vectorizer.of_order(["TEFF", "LOGG", "FE_H", "MG_FE", "SI_FE"], 2)
+assert len(lab) == 21
+print(*lab.terms, sep="  ")
+
+# %% [markdown]
+# A test by hand: at (2, 3) the terms are easy sums, and so are the slopes; a general one by finite differences, for a list of terms as strange as allowed.
+
+# %%
+two = Vectorizer.of_order("ab", 2)
+assert two.terms == ["1", "a", "b", "a^2", "a*b", "b^2"]
+assert two(np.array([[2.0, 3.0]])).tolist() == [[1, 2, 3, 4, 6, 9]]
+assert two.derivative(np.array([[2.0, 3.0]]))[0].T.tolist() == [[0, 1, 0, 4, 3, 0], [0, 0, 1, 0, 2, 6]]
+
+odd = Vectorizer.of_terms("abc", ["a^4", "a*c^2", "b", "b^3*c"])
+at, step = np.random.default_rng(0).normal(size=(5, 3)), 1e-5
+numeric = np.stack([(odd(at + step * e) - odd(at - step * e)) / (2 * step) for e in np.eye(3)], axis=-1)
+assert np.allclose(odd.derivative(at), numeric, atol=1e-8)
+force = np.random.default_rng(1).normal(size=(5, len(odd)))
+numeric = np.stack([np.einsum("nt,ntk->nk", force, odd.derivative(at + step * e) - odd.derivative(at - step * e)) for e in np.eye(3)], axis=-1) / (2 * step)
+assert np.allclose(odd.curvature(at, force), numeric, atol=1e-7)
+assert Vectorizer.of_terms("abc", odd.terms[1:]).terms == odd.terms   # text -> exponents -> text
+with pytest.raises(LabError, match="term 'a\\*z' names 'z', which is not among the labels a, b, c"):
+    Vectorizer.of_terms("abc", ["a*z"])
+
+# %% [markdown]
+# ## All pixels at once
+# The weighted fit of pixel $p$ solves the normal equations $A_p\boldsymbol\theta_p = \mathbf b_p$ with
+# $$ A_p = \sum_n w_{np}\,\mathbf v_n\mathbf v_n^\mathsf T ,\qquad \mathbf b_p = \sum_n w_{np} f_{np}\,\mathbf v_n . $$
+# The outer products $\mathbf v_n\mathbf v_n^\mathsf T$ do not depend on the pixel. Written out as the $T(T+1)/2$ distinct products of two terms, they are a matrix $Q$ of
+# one row a star, and *all* $A_p$ are one matrix product $W^\mathsf T Q$. The lab looped over pixels with a dense weight matrix each; this is the
+# same sum in another order, some hundred times faster.
+#
+# Pixels are independent, so blocks of them run in threads side by side, each block small enough to stay in the processor's cache.
+
+# %%
+#| export
+@cache
+def _blas():
+    return ThreadpoolController()
+
+
+def in_blocks(
+    work,                # called with a slice; the result may be anything
+    size: int,           # rows in all
+    block: int = 512,    # rows a call
+) -> list:               # the results in order
+    "Run `work` on blocks of rows, in threads: numpy lets go of the interpreter, and BLAS is kept to one thread a block."
+    slices = [slice(start, min(start + block, size)) for start in range(0, size, block)]
+    with _blas().limit(limits=1), ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(work, slices))
+
+
+def pair_index(
+    T: int,
+) -> tuple:   # two (T(T+1)/2,) arrays of term numbers, and the (T, T) place of each pair among them
+    "The distinct products of two of T terms: which they are, and where each entry of a symmetric matrix finds its own."
+    i, j = np.triu_indices(T)
+    place = np.empty((T, T), dtype=int)
+    place[i, j] = place[j, i] = np.arange(len(i))
+    return i, j, place
+
+# %% [markdown]
+# The scatter of a pixel maximizes its own likelihood $-\frac12\sum_n [\,r_{np}^2 w_{np} - \ln w_{np}]$ with $w = 1/(\sigma^2+s^2)$ and the residuals $r$.
+# Setting the derivative to zero gives an equation that reads like common sense,
+# $$ s_p^2 = \frac{\sum_n w_{np}^2\,(r_{np}^2 - \sigma_{np}^2)}{\sum_n w_{np}^2} : $$
+# the scatter is what the residuals have more than the noise, in a weighted mean (negative means none). Iterating it is Fisher's scoring; between rounds
+# the coefficients are fitted again with the new weights. A few rounds settle it, all pixels in step.
+
+# %%
+#| export
+SCATTER_ROUNDS, SCATTER_TOLERANCE = 40, 1e-4   # at most this many fits a pixel; done when no scatter moves by more than this share
+
+
+def _solve(weight, flux, design, products, place):
+    "Normal equations of a block of pixels: (B, T) coefficients."
+    A = (weight.T @ products)[:, place]
+    b = (weight * flux).T @ design
+    return np.linalg.solve(A, b[..., None])[..., 0]
+
+
+def _scatter_step(residual2, ivar, variance, scatter2):
+    "One step of Fisher's scoring for s^2 of each pixel."
+    weight2 = (ivar / (1 + ivar * scatter2)) ** 2
+    return np.maximum((weight2 * (residual2 - variance)).sum(axis=0) / weight2.sum(axis=0), 0)
+
+
+def _fit_block(flux, ivar, design, products, place, scatter):
+    "Coefficients (B, T) and scatter (B,) of a block of pixels that have enough stars; flux and ivar are (N, B) float64."
+    theta = _solve(ivar, flux, design, products, place)
+    scatter2 = np.zeros(flux.shape[1])
+    if not scatter:
+        return theta, scatter2
+    variance = 1 / np.where(ivar > 0, ivar, np.inf)
+    moving = np.arange(flux.shape[1])
+    for _ in range(SCATTER_ROUNDS):
+        f, w, var = flux[:, moving], ivar[:, moving], variance[:, moving]
+        residual2 = (f - design @ theta[moving].T) ** 2
+        before, now = scatter2[moving], scatter2[moving]
+        for _ in range(3):
+            now = _scatter_step(residual2, w, var, now)
+        theta[moving] = _solve(w / (1 + w * now), f, design, products, place)
+        scatter2[moving] = now
+        moving = moving[np.abs(np.sqrt(now) - np.sqrt(before)) > SCATTER_TOLERANCE * np.sqrt(now)]
+        if not len(moving):
+            break
+    return theta, scatter2
+
+# %% [markdown]
+# ## The estimator
+# `Cannon` is an estimator as scikit-learn means it: parameters in the constructor, `fit` returns the object, what was learned ends in an underscore.
+# Labels come and go in physical units; inside, they are standardized on the training set (mean 0, variance 1), so that a kelvin and a dex weigh alike.
+# A pixel with too few good stars is *marked*: its coefficients are NaN, and the inversion gives it no weight. What cannot be fitted must not look fitted.
+
+# %%
+#| export
+FORMAT_VERSION = 1
+
+
+def train_test_rows(n: int, test_size: float = 0.33, seed: int = 42) -> tuple:
+    "Rows for training and for testing: the lab's split. Cannon and networks share it."
+    return train_test_split(np.arange(n), test_size=test_size, random_state=seed)
+
+
+def fold_numbers(n: int, folds: int = 5, seed: int = 0) -> np.ndarray:
+    "Fold of each of `n` rows: every fifth of a random order, so folds differ by at most one star."
+    if not 2 <= folds <= n:
+        raise LabError(f"{folds} folds of {n} stars: choose from 2 to {n}")
+    numbers = np.empty(n, dtype=int)
+    numbers[np.random.default_rng(seed).permutation(n)] = np.arange(n) % folds
+    return numbers
+
+
+class Cannon(BaseEstimator):
+    "Generative model of a spectrum: each pixel a polynomial of the labels (Ness et al. 2015)."
+
+    def __init__(
+        self,
+        order: int = 2,             # highest total power, where `terms` does not say otherwise
+        terms: Sequence = None,     # terms beside the constant, such as "TEFF^4" or "TEFF*LOGG"
+        scatter: bool = False,      # fit an intrinsic scatter per pixel
+        labels: Sequence = None,    # names of the labels to learn from a `Spectra`; by default all that it holds
+        pivots: Sequence = None,    # (K,) subtracted from the labels; by default the training mean
+        scales: Sequence = None,    # (K,) divides them; by default the training standard deviation
+        min_stars: int = None,      # good stars that a pixel needs; by default twice the number of terms
+    ):
+        self.order, self.terms, self.scatter, self.labels = order, terms, scatter, labels
+        self.pivots, self.scales, self.min_stars = pivots, scales, min_stars
+
+    def fit(
+        self,
+        labels,                       # (N, K) physical units, or a `Spectra` that holds everything
+        flux: np.ndarray = None,      # (N, P) relative to the continuum
+        ivar: np.ndarray = None,      # (N, P) inverse variance, 0 where unusable; all 1 by default
+        label_names: Sequence = None,
+        wavelength: np.ndarray = None,   # (P,) [Angstrom, vacuum]
+    ) -> "Cannon":
+        "Learn the spectrum from stars with known labels."
+        metadata = {}
+        if isinstance(labels, Spectra):
+            spectra = labels
+            label_names = spectra.label_names if self.labels is None else tuple(self.labels)
+            labels, flux, ivar, wavelength = spectra.labels(label_names), spectra.flux, spectra.ivar, spectra.wavelength
+            metadata = {key: value for key, value in spectra.stars.meta.items() if isinstance(value, (str, int, float, bool, list))}
+        labels, flux, ivar, names = self._check_training(labels, flux, ivar, label_names)
+        scaler = StandardScaler().fit(labels)
+        self.label_names_, self.metadata_ = names, metadata
+        self.pivots_ = np.array(scaler.mean_ if self.pivots is None else self.pivots, dtype=float)
+        self.scales_ = np.array(scaler.scale_ if self.scales is None else self.scales, dtype=float)
+        self.vectorizer_ = Vectorizer.of_order(names, self.order) if self.terms is None else Vectorizer.of_terms(names, self.terms)
+        self.wavelength_ = None if wavelength is None else np.array(wavelength, dtype=float)
+        self.training_labels_ = labels
+        self._fit_pixels(flux, ivar)
+        return self
+
+    def _fit_pixels(self, flux, ivar):
+        design = self.vectorizer_(self.scale(self.training_labels_))
+        T, min_stars = len(self.vectorizer_), self._min_stars()
+        rank = np.linalg.matrix_rank(design)
+        if rank < T:
+            raise LabError(f"{len(design)} training stars determine only {rank} of {T} terms: take more stars, a lower order or fewer labels")
+        i, j, place = pair_index(T)
+        products = design[:, i] * design[:, j]
+
+        def work(pixels):
+            f, w = flux[:, pixels].astype(float), ivar[:, pixels].astype(float)
+            f[w == 0] = 0   # whatever stands in an unusable pixel, NaN included
+            theta, scatter = np.full((f.shape[1], T), np.nan), np.full(f.shape[1], np.nan)
+            usable = np.count_nonzero(w, axis=0) >= min_stars
+            f, w = (f, w) if usable.all() else (f[:, usable], w[:, usable])
+            theta[usable], scatter2 = _fit_block(f, w, design, products, place, self.scatter)
+            scatter[usable] = np.sqrt(scatter2)
+            n_good = np.count_nonzero(w, axis=1)
+            if self.scatter:
+                w /= 1 + w * scatter2
+            f -= design @ theta[usable].T
+            f *= f
+            return theta, scatter, n_good, np.einsum("np,np->n", w, f)
+
+        theta, scatter, n_good, chi2 = zip(*in_blocks(work, flux.shape[1]))
+        self.theta_, self.scatter_ = np.concatenate(theta), np.concatenate(scatter)
+        n_good, chi2 = sum(n_good), sum(chi2)
+        self.training_chi2_ = chi2 / np.maximum(n_good, 1)   # a pixel, each training star at its own labels
+        digest = hashlib.sha256(self.training_labels_.tobytes())
+        for part in (n_good, chi2):
+            digest.update(part.tobytes())
+        self.training_digest_ = digest.hexdigest()
+
+    def _min_stars(self):
+        return 2 * len(self.vectorizer_) if self.min_stars is None else self.min_stars
+
+    def _check_training(self, labels, flux, ivar, label_names):
+        labels, flux = np.atleast_2d(np.asarray(labels, dtype=float)), np.asarray(flux)
+        ivar = np.ones(flux.shape) if ivar is None else np.asarray(ivar)
+        names = label_names if label_names is not None else self.labels
+        names = tuple(f"LABEL_{k}" for k in range(labels.shape[1])) if names is None else tuple(names)
+        if flux.ndim != 2 or flux.shape != ivar.shape or len(labels) != len(flux):
+            raise LabError(f"labels {labels.shape}, flux {flux.shape} and ivar {ivar.shape} must be (N, K), (N, P) and (N, P)")
+        if len(names) != labels.shape[1]:
+            raise LabError(f"{len(names)} names ({', '.join(names)}) for {labels.shape[1]} labels")
+        without = ~np.isfinite(labels).all(axis=1)
+        if without.any():
+            raise LabError(f"{without.sum()} of {len(labels)} training stars lack a label (first: row {np.argmax(without)}): leave them out (apply_cuts)")
+        return labels, flux, ivar, names
+
+    @property
+    def usable_(self) -> np.ndarray:
+        "(P,) True where the pixel had enough stars to be fitted."
+        check_is_fitted(self, "theta_")
+        return np.isfinite(self.theta_[:, 0])
+
+    def scale(self, labels) -> np.ndarray:
+        "Labels in physical units (N, K) -> scaled labels (N, K)."
+        return (np.asarray(labels, dtype=float) - self.pivots_) / self.scales_
+
+    def unscale(self, labels) -> np.ndarray:
+        "Scaled labels (N, K) -> labels in physical units (N, K)."
+        return np.asarray(labels, dtype=float) * self.scales_ + self.pivots_
+
+    def _labels(self, labels):
+        check_is_fitted(self, "theta_")
+        labels = np.atleast_2d(np.asarray(labels, dtype=float))
+        if labels.shape[1] != len(self.label_names_):
+            raise LabError(f"{labels.shape[1]} labels a star, but the model has {len(self.label_names_)}: {', '.join(self.label_names_)}")
+        return self.scale(labels)
+
+    def predict(
+        self,
+        labels,           # (N, K) physical units
+    ) -> np.ndarray:      # (N, P) float64; NaN in pixels that could not be fitted
+        "Spectra of stars with these labels."
+        return self.vectorizer_(self._labels(labels)) @ self.theta_.T
+
+    def derivative(
+        self,
+        labels,           # (N, K) physical units
+    ) -> np.ndarray:      # (N, K, P) float64, flux per unit of the label
+        "How the spectrum changes with each label."
+        slopes = self.vectorizer_.derivative(self._labels(labels)) / self.scales_
+        return np.swapaxes(slopes, 1, 2) @ self.theta_.T
+
+    def save(self, path):
+        "Write the model as [ASDF](https://asdf.readthedocs.io), a documented format of text and plain arrays: no pickle."
+        check_is_fitted(self, "theta_")
+        versions = {"stellar_lab": __version__, "numpy": np.__version__, "scikit-learn": sklearn.__version__}
+        learned = {name: value for name, value in vars(self).items() if name.endswith("_") and name != "vectorizer_"}
+        tree = {
+            "stellar_lab_model": "Cannon", "format_version": FORMAT_VERSION, "versions": versions,
+            "parameters": {name: _plain(value) for name, value in self.get_params().items()},
+            "exponents": self.vectorizer_.exponents, **{name: _plain(value) for name, value in learned.items()},
+        }
+        with atomic_path(path) as temporary:
+            asdf.AsdfFile(tree).write_to(temporary)
+
+    @classmethod
+    def load(cls, path) -> "Cannon":
+        "Read a model that `save` wrote; LabError for any other file."
+        try:
+            with asdf.open(path, memmap=False, lazy_load=False) as file:
+                tree = dict(file.tree)
+        except FileNotFoundError as error:
+            raise LabError(f"there is no model at {path}: train one with 'stellar-lab train'") from error
+        except Exception as error:   # whatever asdf makes of a foreign file
+            raise LabError(f"{path} is not a model of stellar_lab ({error})") from error
+        if tree.get("stellar_lab_model") != "Cannon" or tree.get("format_version") != FORMAT_VERSION:
+            raise LabError(f"{path} holds {tree.get('stellar_lab_model')!r} in format {tree.get('format_version')!r}; "
+                           f"this version reads a Cannon in format {FORMAT_VERSION}: train the model again")
+        model = cls(**tree["parameters"])
+        for name, value in tree.items():
+            if name.endswith("_"):
+                setattr(model, name, np.array(value) if isinstance(value, np.ndarray) else value)
+        model.label_names_ = tuple(model.label_names_)
+        model.vectorizer_ = Vectorizer(model.label_names_, np.array(tree["exponents"]))
+        return model
+
+
+def _plain(value):
+    "A value as ASDF takes it."
+    if isinstance(value, np.generic):
+        return value.item()
+    return list(value) if isinstance(value, tuple) else value
+
+# %% [markdown]
+# ## Does it find what we put in?
+# A made-up spectrum of 300 pixels, exactly quadratic in three labels, without noise: the coefficients must come back to rounding, in whatever units the
+# labels are. Then with noise, and with a scatter of our own on top: the fitted scatter must be right within its own error, $s/\sqrt{2N}$, and zero where
+# we put none.
+
+# %%
+def made_up(n_stars=400, n_pixels=300, noise=0.01, scatter=0.0, seed=1):
+    "A model that is right by construction: labels, flux, ivar and the true coefficients in scaled labels."
+    rng = np.random.default_rng(seed)
+    labels = rng.normal([4500, 2.0, -0.3], [400, 0.8, 0.3], size=(n_stars, 3))
+    theta = rng.normal(size=(n_pixels, 10)) * 0.03 + np.eye(10)[0]
+    scaled = (labels - labels.mean(axis=0)) / labels.std(axis=0)
+    sigma = noise * rng.uniform(0.5, 2, size=(n_stars, n_pixels))
+    flux = Vectorizer.of_order("abc", 2)(scaled) @ theta.T
+    flux += np.hypot(sigma, scatter) * rng.standard_normal(flux.shape) if noise else 0
+    return labels, flux, 1 / sigma**2 if noise else np.ones_like(flux), theta
+
+# %%
+labels, flux, ivar, theta = made_up(noise=0)
+assert np.allclose(Cannon().fit(labels, flux, ivar).theta_, theta, atol=1e-10)
+
+scatter = np.where(np.arange(300) < 150, 0.02, 0.0)
+labels, flux, ivar, theta = made_up(scatter=scatter)
+model = Cannon(scatter=True).fit(labels, flux, ivar)
+print(f"scatter put in 0.02, found {model.scatter_[:150].mean():.4f} +- {model.scatter_[:150].std():.4f}; none put in, found {model.scatter_[150:].mean():.4f}")
+
+# %%
+assert abs(model.scatter_[:150].mean() / 0.02 - 1) < 0.05           # maximum likelihood forgets its 10 fitted terms of 400 stars: 1.3 % low
+assert np.all(np.abs(model.scatter_[:150] - 0.02) < 5 * 0.02 / np.sqrt(2 * 400) * 1.5)
+assert np.median(model.scatter_[150:]) < 0.004
+
+# %% [markdown]
+# ## Real stars
+# The training set: the stars of the archive at hand that pass its cuts, normalized. `training_set` is the way all later chapters, and the command line,
+# get it.
+
+# %%
+#| export
+def training_set(
+    root,                       # archive root
+    product: str = None,        # "apstar" or "aspcapstar"; by default the archive's first
+    fields: Sequence = None,    # fields to take; by default the archive's
+    labels: Sequence = None,    # labels that a star must have; by default the archive's
+    continuum_pixels: np.ndarray = None,   # (P,) bool; by default the lab's 529
+    progress: bool = True,
+) -> tuple:                     # Spectra of the stars that pass all cuts, and the ledger
+    "Normalized spectra of the stars to learn from, and the account of those that fell."
+    spectra, ledger = read_archive(root, product=product, fields=fields, labels=labels, progress=progress)
+    spectra, ledger = apply_cuts(spectra, ledger=ledger)
+    spectra = normalize(spectra, continuum_pixels=continuum_pixels)
+    return drop_masked(spectra, ledger=ledger)
+
+# %%
+use_style()
+spectra, ledger = training_set(archive_root(), progress=False)
+train, test = train_test_rows(len(spectra))
+spectra
+
+# %% [markdown]
+# Two thirds of them are for training. A kelvin is not a dex, so labels are standardized on the training stars: the same shape, around zero, one wide.
+
+# %%
+#| export
+def plot_labels(labels, names, axes=None, **histogram):
+    "Histograms of labels (N, K), one panel each; returns the Axes."
+    axes = plt.subplots(1, len(names), figsize=(2 * len(names), 2), sharey=True)[1] if axes is None else axes
+    for ax, name, column in zip(np.atleast_1d(axes), names, np.asarray(labels).T):
+        ax.hist(column, **({"bins": 25} | histogram))
+        ax.set_xlabel(LABELS[name].axis if name in LABELS else name)
+    np.atleast_1d(axes)[0].set_ylabel("stars")
+    return axes
+
+# %%
+names = list(archive_record(archive_root()).labels)
+model = Cannon(scatter=True, labels=names).fit(spectra[train])
+plot_labels(spectra[train].labels(names), names)
+axes = plot_labels(model.scale(spectra[train].labels(names)), names, color="C1")
+for ax, name in zip(axes, names):
+    ax.set_xlabel(f"scaled {LABELS[name].symbol}")
+
+# %%
+scaled = model.scale(spectra[train].labels(names))
+assert np.allclose(scaled.mean(axis=0), 0, atol=1e-9) and np.allclose(scaled.std(axis=0), 1)
+assert np.allclose(model.unscale(scaled), spectra[train].labels(names))
+
+# %% [markdown]
+# ### Four stars and their models
+# The model draws each training star from its catalogue labels alone. The error stands on the second axis, and the rms difference in the title counts good
+# pixels only.
+
+# %%
+#| export
+def plot_fit(
+    spectra: Spectra, row: int,     # the star
+    model_flux: np.ndarray,         # (P,) what the model says
+    window: tuple = None,           # (low, high) [Angstrom]
+    ax=None, name: str = None,
+):
+    "A star, the model's spectrum over it, the error on a second axis; the title holds the rms over good pixels. Returns the Axes."
+    flux, ivar = spectra.flux[row], spectra.ivar[row]
+    good = (ivar > 0) & np.isfinite(model_flux)
+    rms = np.sqrt(np.mean((flux - model_flux)[good] ** 2))
+    name = spectra.stars["APOGEE_ID"][row] if name is None else name
+    ax = plot_spectrum(spectra.wavelength, flux, ivar, window, error=True, ax=ax, color="k", label="star")
+    plot_spectrum(spectra.wavelength, model_flux, good, window, ax=ax, color="C3", alpha=0.8, label="model")
+    ax.set(title=f"{name}: rms {rms:.4f}", ylabel="flux / continuum", ylim=(0.4, 1.25))
+    ax.legend(loc="lower right", ncols=2, frameon=False)
+    return ax
+
+# %%
+rows = train[:4]
+fig, axes = plt.subplots(4, 1, figsize=(9, 9), sharex=True)
+for ax, row, flux in zip(axes, rows, model.predict(spectra[rows].labels(names))):
+    plot_fit(spectra, row, flux, (15990, 16210), ax)
+    ax.label_outer()
+
+# %%
+#| echo: false
+residual = (spectra[train].flux - model.predict(spectra[train].labels(names)))[(spectra[train].ivar > 0) & model.usable_]
+outside = (spectra[test].flux - model.predict(spectra[test].labels(names)))[(spectra[test].ivar > 0) & model.usable_]
+Markdown(f"**What to see.** The lines are where the model draws them, and as deep. Over all {len(train)} training stars the rms difference is "
+         f"{residual.std():.4f}, over the {len(test)} stars that it has never seen {outside.std():.4f}: it learned stars, not noise.")
+
+# %%
+assert outside.std() < 1.2 * residual.std()   # no overfitting
+assert residual.std() < 0.7 * (spectra[train].flux - np.median(spectra[train].flux, axis=0))[(spectra[train].ivar > 0) & model.usable_].std()
+
+# %% [markdown]
+# ## Witnesses
+# The batched fit against the plain one, pixel by pixel, on fifty real pixels: `numpy.linalg.lstsq` on rows weighted by $1/\sigma$. The predicted spectra
+# must agree to a millionth. And the scatter against a general optimizer that knows nothing of scoring steps: it maximizes the likelihood over $s$, with the fit
+# redone inside.
+
+# %%
+plain = Cannon(labels=names).fit(spectra[train])
+design = plain.vectorizer_(plain.scale(spectra[train].labels(names)))
+for pixel in np.flatnonzero(plain.usable_)[::140]:
+    root_weight = np.sqrt(spectra[train].ivar[:, pixel].astype(float))
+    slow = np.linalg.lstsq(design * root_weight[:, None], spectra[train].flux[:, pixel] * root_weight)[0]
+    assert np.allclose(design @ plain.theta_[pixel], design @ slow, rtol=1e-6)
+
+# %%
+def minus_log_likelihood(s, flux, variance):
+    total = variance + s**2
+    fit = np.linalg.lstsq(design / np.sqrt(total)[:, None], flux / np.sqrt(total))[0]
+    return 0.5 * np.sum((flux - design @ fit) ** 2 / total + np.log(total))
+
+
+for pixel in np.flatnonzero(model.usable_ & (model.scatter_ > 0))[100::900]:
+    good = spectra[train].ivar[:, pixel] > 0
+    flux, variance = spectra[train].flux[good, pixel].astype(float), 1 / spectra[train].ivar[good, pixel].astype(float)
+    full_design, design = design, design[good]
+    slow = minimize_scalar(minus_log_likelihood, bounds=(0, 0.2), args=(flux, variance), method="bounded", options={"xatol": 1e-8}).x
+    design = full_design
+    assert abs(model.scatter_[pixel] / slow - 1) < 1e-2, (pixel, model.scatter_[pixel], slow)
+
+# %% [markdown]
+# A pixel that almost no star has must be marked, and whatever stands in unusable pixels, NaN included, must not matter.
+
+# %%
+few = spectra[train]
+ivar = few.ivar.copy()
+ivar[5:, 100] = 0
+flux = np.where(ivar > 0, few.flux, np.nan)
+marked = Cannon(labels=names).fit(few.replace(flux=flux, ivar=ivar))
+others = np.delete(np.arange(len(few.wavelength)), 100)
+assert not marked.usable_[100] and np.isnan(marked.predict(few.labels(names)[:1])[0, 100])
+assert np.allclose(marked.theta_[others], plain.theta_[others], equal_nan=True, rtol=1e-9, atol=1e-12)
+
+# %% [markdown]
+# ## Where the polynomial is not enough
+# The scatter tells: it is large where the labels do not explain the flux, because other elements have lines there, because the night sky does, or because a
+# line's strength bends more than a parabola can.
+
+# %%
+fig, axes = plt.subplots(2, 1, figsize=(9, 4), sharex=True)
+plot_spectrum(wavelength, model.theta_[:, 0], model.usable_, ax=axes[0], title="the spectrum at the mean labels").set_ylabel("flux")
+plot_spectrum(wavelength, model.scatter_, model.usable_, ax=axes[1], color="C3", title="the scatter that noise does not explain")
+axes[1].set(ylabel="$s$", ylim=(0, 0.06))
+axes[0].label_outer()
+
+# %%
+#| echo: false
+deep = model.theta_[:, 0] < 0.8
+Markdown(f"**What to see.** Half of the pixels have a scatter below {np.nanmedian(model.scatter_):.4f}, where the smallest error that the survey "
+         f"states for a pixel is 0.005; in the {np.nansum(deep)} pixels that are deeper than 0.8 at the mean labels it is "
+         f"{np.nanmedian(model.scatter_[deep]):.4f}.")
+
+# %% [markdown]
+# ## What a label does to the spectrum
+# The derivative is a product, too. Each panel shows how the flux changes when one label grows by one standard deviation of the training set.
+
+# %%
+centre = model.pivots_[None]
+slopes = model.derivative(centre)[0] * model.scales_[:, None]
+fig, axes = plt.subplots(len(names), 1, figsize=(9, 1.2 * len(names)), sharex=True, sharey=True)
+for ax, name, slope in zip(axes, names, slopes):
+    plot_spectrum(wavelength, slope, model.usable_, (15990, 16210), ax=ax).set(ylabel=LABELS[name].symbol)
+    ax.axhline(0, color="0.8", zorder=0)
+    ax.label_outer()
+
+# %% [markdown]
+# **What to see.** More metals, deeper lines: the slope of the metallicity is negative almost everywhere, and strongest in the lines. A hotter star has
+# weaker lines: there the temperature points up. Where two panels look alike, two labels are hard to tell apart; the next chapter's covariance says so.
+#
+# Against finite differences, at a star that is not the mean:
+
+# %%
+at = spectra[test].labels(names)[:1]
+for k, step in enumerate(1e-4 * model.scales_):
+    shift = step * np.eye(len(names))[k]
+    numeric = (model.predict(at + shift) - model.predict(at - shift)) / (2 * step)
+    assert np.allclose(model.derivative(at)[0, k], numeric[0], rtol=1e-5, atol=1e-7 / step * 1e-4, equal_nan=True)
+metallicity = slopes[[name in ("FE_H", "M_H") for name in names]][0]
+assert np.nanmean(metallicity < 0) > 0.7   # metals darken
+names
+
+# %% [markdown]
+# ## Keep it
+# A model is saved as [ASDF](https://asdf.readthedocs.io): text that a person can read, and arrays. No pickle, so loading a stranger's model runs no
+# stranger's code. The file knows its format, grid, labels, scaling, a digest of the training set and the versions that made it, and a file that is not a
+# model is refused.
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "giants.asdf"
+    model.save(path)
+    again = Cannon.load(path)
+    (Path(folder) / "notes.txt").write_text("not a model")
+    with pytest.raises(LabError, match="notes.txt is not a model of stellar_lab"):
+        Cannon.load(Path(folder) / "notes.txt")
+    with pytest.raises(LabError, match="there is no model at .*: train one with 'stellar-lab train'"):
+        Cannon.load(Path(folder) / "nowhere.asdf")
+assert np.array_equal(again.predict(at), model.predict(at), equal_nan=True)
+assert again.get_params() == model.get_params() and again.training_digest_ == model.training_digest_
+
+# %%
+assert clone(model).get_params() == model.get_params() and not hasattr(clone(model), "theta_")
+with pytest.raises(LabError, match="2 labels a star, but the model has"):
+    model.predict([[4500, 2.0]])
+with pytest.raises(LabError, match="10 training stars determine only 10 of"):
+    Cannon(labels=names).fit(spectra[:10])
+
+# %% [markdown]
+# ## The pixels without lines
+# Normalization needs pixels that lines hardly touch (chapter 3), and the model knows which these are: the ones whose flux is near one at the mean labels and whose linear
+# coefficients are small. But the model needs normalized spectra first. [Ness et al. 2015](https://doi.org/10.1088/0004-637X/808/1/16) break the circle
+# with a *naive* continuum: in runs of 100 pixels the flux that nine tenths of the pixels stay below, and a parabola through these. It lies wrong by a
+# percent or two, smoothly, and that is good enough to find the quiet pixels.
+
+# %%
+#| export
+NAIVE_RUN, NAIVE_QUANTILE = 100, 0.9
+
+
+def naive_normalize(
+    spectra: Spectra,     # raw flux
+) -> Spectra:
+    "Divide each chip by a parabola through the upper edge of the flux; masked pixels are left out."
+    flux, ivar = spectra.flux.copy(), spectra.ivar.copy()
+    if spectra.mask is not None:
+        ivar[spectra.mask != 0] = 0
+    for name, chip in chip_slices(spectra.wavelength).items():
+        edge, x, place = _upper_edge(np.where(ivar[:, chip] > 0, flux[:, chip], np.nan), name)
+        coefficients = np.polynomial.polynomial.polyfit(x, edge.T, 2)
+        curve = np.polynomial.polynomial.polyval(place, coefficients).astype(flux.dtype)
+        good = curve > 0
+        flux[:, chip] = np.where(good, flux[:, chip] / np.where(good, curve, 1), 1)
+        ivar[:, chip] = np.where(good, ivar[:, chip] * curve**2, 0)
+    return spectra.replace(flux=flux, ivar=ivar)
+
+
+def _upper_edge(flux, chip):
+    "High quantile of each run of pixels (N, R), where the runs are (R,), and where the pixels are (P,)."
+    runs = flux.shape[1] // NAIVE_RUN
+    if runs < 3:
+        raise LabError(f"the {chip} chip has {flux.shape[1]} pixels: a naive continuum needs {3 * NAIVE_RUN}")
+    place = np.linspace(-1, 1, flux.shape[1])
+    cut = np.sort(flux[:, :runs * NAIVE_RUN].reshape(len(flux), runs, NAIVE_RUN), axis=2)   # NaN last
+    good = np.isfinite(cut).sum(axis=2)
+    rank = np.maximum(np.round(NAIVE_QUANTILE * (good - 1)), 0).astype(int)
+    edge = np.take_along_axis(cut, rank[:, :, None], axis=2)[:, :, 0].astype(float)
+    level = np.nan_to_num(np.nanmedian(np.where((good > 0).any(axis=1, keepdims=True), edge, 0), axis=1, keepdims=True))
+    return np.where(good > NAIVE_RUN // 10, edge, level), place[:runs * NAIVE_RUN].reshape(runs, NAIVE_RUN).mean(axis=1), place
+
+
+def find_continuum_pixels(
+    spectra: Spectra,            # raw flux, with labels
+    labels: Sequence = None,     # label names; all of the spectra's by default
+    share: float = 529 / 7214,   # of each chip's pixels to choose; the lab's list has this many
+    baseline: float = 0.15,      # largest distance of the flux at the mean labels from 1
+) -> np.ndarray:                 # (P,) bool
+    "Continuum pixels found from the data: near 1, and the least sensitive to any label (Ness et al. 2015)."
+    model = Cannon(scatter=True, labels=labels).fit(naive_normalize(spectra))
+    linear = model.vectorizer_.exponents.sum(axis=1) == 1
+    slope, near = np.abs(model.theta_[:, linear]), np.abs(model.theta_[:, 0] - 1) < baseline
+    chosen = np.zeros(len(near), dtype=bool)
+    for chip in chip_slices(spectra.wavelength).values():
+        candidates = chip.start + np.flatnonzero(near[chip])
+        worst_rank = slope[candidates].argsort(axis=0).argsort(axis=0).max(axis=1)   # the label that moves the pixel most, among its kind
+        chosen[candidates[worst_rank.argsort(kind="stable")[:round(share * (chip.stop - chip.start))]]] = True
+    return chosen
+
+# %%
+raw, _ = apply_cuts(read_archive(archive_root(), product="apstar", progress=False)[0])
+found, theirs = find_continuum_pixels(raw, names), lab_continuum_pixels()
+fig, ax = plt.subplots(figsize=(9, 2.5))
+window = (15990, 16210)
+plot_spectrum(wavelength, model.theta_[:, 0], model.usable_, window, ax=ax, color="0.5", title="the spectrum at the mean labels, and pixels for its continuum")
+for pixels, marker, height, label in ((theirs, "v", 1.06, "the lab's list"), (found, "^", 1.04, "found here")):
+    shown = pixels & (wavelength > window[0]) & (wavelength < window[1])
+    ax.plot(wavelength[shown], np.full(shown.sum(), height), marker, ms=4, label=label)
+ax.legend(loc="lower right", frameon=False, ncols=2);
+
+# %%
+#| echo: false
+chips = chip_slices(wavelength)
+chance = found.sum() * theirs.sum() / len(found)
+by_chip = ", ".join(f"{found[chip].sum()} and {theirs[chip].sum()} in the {name} chip" for name, chip in chips.items())
+depth = [1 - np.nanmean(model.theta_[pixels, 0]) for pixels in (found, theirs)]
+shift = [np.sqrt(np.nanmean((model.theta_[pixels, 1:1 + len(names)]) ** 2)) for pixels in (found, theirs)]
+Markdown(f"**What to see.** {(found & theirs).sum()} of our {found.sum()} pixels are among the lab's {theirs.sum()} ({chance:.0f} would be by chance): {by_chip}. "
+         f"At the mean labels they are {depth[0]:.4f} deep on average, the lab's {depth[1]:.4f}; one standard deviation of a label moves them by {shift[0]:.4f} (rms), "
+         f"the lab's by {shift[1]:.4f}. The lab's list was found on other stars, mostly of solar metallicity; what either costs in labels "
+         "stands in the next chapter.")
+
+# %%
+assert (found & theirs).sum() > 2 * chance
+assert shift[0] < 0.5 * np.sqrt(np.nanmean(model.theta_[:, 1:1 + len(names)] ** 2))   # quieter than pixels at large
+assert all(abs(found[chip].mean() - 529 / 7214) < 0.002 for chip in chips.values())
+
+# %% [markdown]
+# On a made-up star the naive continuum must take out a slope that we put in: a flat spectrum with lines in every fifth pixel, times a parabola, comes back
+# flat to a percent, and the same star a thousand times brighter gives the same answer.
+
+# %%
+rng = np.random.default_rng(4)
+lines = 1 - 0.3 * (rng.random(len(wavelength)) < 0.2)
+x = (wavelength - 16000) / 900
+bent = (lines * (5 + x - 0.5 * x**2) * np.array([[1], [1000]])).astype("f4")
+flat = naive_normalize(raw[:2].replace(flux=bent, ivar=np.ones_like(bent), mask=None)).flux
+assert np.ptp(flat[0, lines == 1]) < 0.02 and abs(flat[0, lines == 1].mean() - 1) < 0.02
+assert np.allclose(flat[0], flat[1], rtol=1e-5)
+
+# %% [markdown]
+# ## A published model, made again
+# The Cannon 2 carries a test set: 671 giants, 100 pixels, and the coefficients of a fit with twelve terms up to the fourth power of the temperature. Its terms and pivots are options of our estimator;
+# fitted to the same stars, ours must say the same. (Where `STELLAR_LAB_REAL_DATA` names a folder with the file.)
+
+# %%
+#| export
+def published_giants(folder):
+    "The Cannon 2's test set of 671 giants: labels, flux, ivar, label names, and what its authors fitted."
+    with np.load(Path(folder) / "apogee_671_stars_100_pixels.npz") as file:
+        giants = dict(file)
+    return giants["labels"], giants["flux"], giants["flux_err"] ** -2.0, [str(name) for name in giants["label_names"]], giants
+
+# %%
+if real_data():
+    labels, flux, ivar, published_names, published = published_giants(real_data())
+    ours = Cannon(terms=published["terms"], pivots=published["pivots"], scales=np.ones(3), scatter=True).fit(labels, flux, ivar, published_names)
+    theirs_flux = ours.vectorizer_(ours.scale(labels)) @ published["theta_first_50"].T
+    difference = np.std(ours.predict(labels)[:, :50] - theirs_flux, axis=0) / np.std(theirs_flux, axis=0)
+    ratio = ours.scatter_[:50] / published["scatter_first_50"]
+    print(f"largest rms difference of the predictions, in units of their spread: {difference.max():.1e}")
+    print(f"scatter, ours / theirs: {ratio.min():.4f} to {ratio.max():.4f}")
+    assert difference.max() < 1e-5 and np.all(np.abs(ratio - 1) < 0.01)
+else:
+    print("skipped: STELLAR_LAB_REAL_DATA names no folder with the published model")
+
+# %% [markdown]
+# With the variable set, the lab's own list of continuum pixels goes through the same reader as a user's, and is the one that the project ships.
+
+# %%
+if real_data():
+    assert np.array_equal(read_continuum_pixels(real_data() / "pixels_cannon.npy"), lab_continuum_pixels())
+    assert np.allclose(np.load(real_data() / "wavelength.npy"), wavelength, atol=1e-8, rtol=0)
+else:
+    print("skipped: STELLAR_LAB_REAL_DATA is not set")
+
+# %% [markdown]
+# **Exercise.** Train with `order=1` and with `order=3` (fewer labels, or `terms`), and compare the rms difference on the stars left out of training. At which order do the stars stop paying
+# for the terms?

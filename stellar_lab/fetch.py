@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'PLAIN_NAME', 'CHUNK', 'MAX_TEXT', 'MIN_RATE', 'MAX_WAIT', 'MAX_FAILURES', 'file_problem', 'Listing',
-           'parse_index', 'SourceError', 'Missing', 'Refused', 'Dropped', 'Remote', 'Body', 'FolderSource',
+           'parse_index', 'SourceError', 'Missing', 'Refused', 'Dropped', 'Damaged', 'Remote', 'Body', 'FolderSource',
            'HttpSource', 'open_source', 'ArchiveHandler', 'serve', 'Item', 'fetch_file', 'Wanted', 'find_stars',
-           'FetchSummary', 'fetch']
+           'list_fields', 'FetchSummary', 'fetch']
 
-# %% ../nbs/01_fetch.ipynb #f35651bc
+# %% ../nbs/01_fetch.ipynb #df41653e
 import codecs
 import errno
 import ipaddress
@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -41,7 +42,7 @@ from urllib3.util import Retry
 from . import __version__
 from .survey import ARCHIVE_FILE, ARCHIVES, PRODUCTS, RELEASES, Archive, LabError, Release, atomic_path
 
-# %% ../nbs/01_fetch.ipynb #dabf440f
+# %% ../nbs/01_fetch.ipynb #bcfc2fe1
 BLOCK = 2880   # bytes; headers and arrays of a FITS file fill whole blocks (FITS standard 4.0, section 3.1)
 
 
@@ -82,7 +83,7 @@ def _fits_problem(file, size, hdus):
         file.seek(end)
     return "" if count >= hdus else f"only {count} of {hdus} HDUs"
 
-# %% ../nbs/01_fetch.ipynb #e97949e1
+# %% ../nbs/01_fetch.ipynb #ccf7e31f
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")   # of files and folders: no slash, no hidden file, no "..", nothing that a shell would read
 
 
@@ -118,7 +119,7 @@ class _Links(HTMLParser):
             return
         steps = self._steps(parts.path)
         folder = steps[-1] == ""
-        *parents, name = steps[:-1] if folder else steps
+        *parents, name = (steps[:-1] if folder else steps) or [""]
         if server == self.server and parents == self.here and PLAIN_NAME.fullmatch(name) and not (parts.query or parts.fragment):
             (self.folders if folder else self.files)[name] = None
 
@@ -137,7 +138,7 @@ def parse_index(
         pass
     return Listing(tuple(links.files), tuple(links.folders))
 
-# %% ../nbs/01_fetch.ipynb #697e2be9
+# %% ../nbs/01_fetch.ipynb #675f99cd
 CHUNK = 1 << 16          # bytes read at a time
 MAX_TEXT = 1 << 26       # bytes; an index or archive.json beyond that is not one
 MIN_RATE = 500           # bytes a second; a body that comes slower has stalled
@@ -157,7 +158,11 @@ class Refused(SourceError):
 
 
 class Dropped(SourceError):
-    "It broke off or came out wrong: worth another try."
+    "It broke off: worth another try."
+
+
+class Damaged(Dropped):
+    "It came as promised and is wrong all the same: worth one more try, no more."
 
 
 @dataclass(frozen=True)
@@ -174,7 +179,7 @@ class Body:
     offset: int        # the first byte that `chunks` brings
     chunks: object     # iterator of bytes
 
-
+# %% ../nbs/01_fetch.ipynb #50df4ecd
 class FolderSource:
     "An archive in a folder."
 
@@ -227,7 +232,7 @@ def _refusing():
     except OSError as error:
         raise Refused(error.strerror or str(error)) from error
 
-# %% ../nbs/01_fetch.ipynb #24ea781d
+# %% ../nbs/01_fetch.ipynb #118a0055
 class _Patience(Retry):
     "urllib3's Retry, but a server's Retry-After of a day does not keep us for a day."
 
@@ -236,6 +241,32 @@ class _Patience(Retry):
         return None if wait is None else min(wait, MAX_WAIT)
 
 
+def _is_loopback(host):
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _bounded(chunks):
+    "The same chunks, but no more than a text can have."
+    total = 0
+    for chunk in chunks:
+        total += len(chunk)
+        if total > MAX_TEXT:
+            raise Refused(f"more than {MAX_TEXT >> 20} MB where a page was expected")
+        yield chunk
+
+
+def _why(error):
+    "The innermost reason of an error of requests or urllib3, without its addresses in memory."
+    while True:
+        inner = getattr(error, "reason", None) or next((arg for arg in error.args if isinstance(arg, Exception)), None)
+        if not isinstance(inner, Exception):
+            return re.sub(r"^.*?(?:HTTPS?Connection(?:Pool)?\(.*?\)|<[^>]*>): ", "", str(error)) or type(error).__name__
+        error = inner
+
+# %% ../nbs/01_fetch.ipynb #7d91b610
 class HttpSource:
     "An archive on a web server."
 
@@ -328,7 +359,7 @@ class HttpSource:
             try:
                 chunk = response.raw.read1(CHUNK, decode_content=False)
             except (HTTPError, HTTPException, OSError) as error:
-                raise Dropped(_why(error)) from error
+                raise Dropped(f"broke off: {_why(error)}") from error
             if not chunk:
                 return
             yield chunk
@@ -345,33 +376,7 @@ class HttpSource:
             tag = response.headers.get("Last-Modified", "")
         return Remote(int(length) if length.isdecimal() and length.isascii() else None, tag)
 
-
-def _is_loopback(host):
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _bounded(chunks):
-    "The same chunks, but no more than a text can have."
-    total = 0
-    for chunk in chunks:
-        total += len(chunk)
-        if total > MAX_TEXT:
-            raise Refused(f"more than {MAX_TEXT >> 20} MB where a page was expected")
-        yield chunk
-
-
-def _why(error):
-    "The innermost reason of an error of requests or urllib3, without its addresses in memory."
-    while True:
-        inner = getattr(error, "reason", None) or next((arg for arg in error.args if isinstance(arg, Exception)), None)
-        if not isinstance(inner, Exception):
-            return re.sub(r"^.*?(?:HTTPS?Connection(?:Pool)?\(.*?\)|<[^>]*>): ", "", str(error)) or type(error).__name__
-        error = inner
-
-
+# %% ../nbs/01_fetch.ipynb #acef15cb
 def open_source(
     source,               # an https or http URL, or a folder: the root of an archive
     **settings,           # workers, timeout, tries, backoff of an HttpSource
@@ -390,7 +395,7 @@ def open_source(
         pass
     raise LabError(f"cannot fetch from {text}: give a folder or a URL such as https://data.sdss.org/sas")
 
-# %% ../nbs/01_fetch.ipynb #f45888ff
+# %% ../nbs/01_fetch.ipynb #48576103
 class ArchiveHandler(SimpleHTTPRequestHandler):
     "Serves a folder: HTML index, ETag, and open-ended ranges (RFC 9110)."
     protocol_version = "HTTP/1.1"      # connections stay open
@@ -422,6 +427,13 @@ class ArchiveHandler(SimpleHTTPRequestHandler):
         self.end_headers()
         return file
 
+# %% ../nbs/01_fetch.ipynb #c4f04a1b
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        "A client that hangs up is no news; other errors are printed."
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
 
 @contextmanager
 def serve(
@@ -433,7 +445,7 @@ def serve(
     if not Path(folder).is_dir():
         raise LabError(f"there is no folder {folder} to serve")
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), partial(handler, directory=os.fspath(folder)))
+        server = _Server(("127.0.0.1", port), partial(handler, directory=os.fspath(folder)))
     except (OSError, OverflowError) as error:
         raise LabError(f"cannot serve on port {port}: {error}; choose another one, or 0 for any that is free") from error
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -445,7 +457,7 @@ def serve(
         server.server_close()
         thread.join()
 
-# %% ../nbs/01_fetch.ipynb #8405d0c5
+# %% ../nbs/01_fetch.ipynb #896932a8
 @dataclass(slots=True)
 class Item:
     "One file to bring home."
@@ -456,7 +468,7 @@ class Item:
     size: int | None = None   # bytes, as the source says
     state: str = "to fetch"   # then "fetched", "already there" or "failed"
     reason: str = ""          # why it failed
-    missing: bool = False     # it failed because the source does not have it
+    cause: str = ""           # "missing", "refused", "dropped" or "damaged" if it failed
     received: int = 0         # bytes that came
     shown: int = 0            # bytes that the progress bar knows of
 
@@ -475,7 +487,7 @@ def _started(part, note):
     known = isinstance(remote.size, int) and isinstance(remote.tag, str) and offset < remote.size
     return (offset, remote) if known else (0, None)
 
-
+# %% ../nbs/01_fetch.ipynb #e58e9387
 def _receive(source, item, part, note, show, stop):
     "One try: the whole file, or the rest of it, into `part`."
     offset, expected = _started(part, note)
@@ -499,21 +511,21 @@ def _receive(source, item, part, note, show, stop):
     if body.remote.size not in (None, length):
         raise Dropped(f"truncated: {length:,} of {body.remote.size:,} bytes came")
 
-
+# %% ../nbs/01_fetch.ipynb #8787d19d
 def _persist(action, tries, backoff, stop, progress=lambda: 0):
-    "Do it again while it is dropped, `tries` times in a row without a megabyte of progress."
-    attempt, best = 0, progress()
+    "Do it again while it is dropped, `tries` times in a row without a megabyte of progress; if it comes damaged, once."
+    attempt, damaged, best = 0, 0, progress()
     while True:
         try:
             return action()
-        except Dropped:
-            attempt += 1
+        except Dropped as error:
+            attempt, damaged = attempt + 1, damaged + isinstance(error, Damaged)
             if progress() > best + (1 << 20):
                 attempt, best = 0, progress()
-            if attempt >= tries or stop.wait(min(backoff * 2 ** attempt, MAX_WAIT)):
+            if attempt >= tries or damaged > 1 or stop.wait(min(backoff * 2 ** attempt, MAX_WAIT)):
                 raise
 
-
+# %% ../nbs/01_fetch.ipynb #e744eb25
 def _put_aside(target, hdus):
     "Take its name from a file that cannot be whole: nothing wrong stays under a final name, whatever happens next."
     if target.exists() and (not hdus or file_problem(target, hdus)):
@@ -537,26 +549,26 @@ def fetch_file(
         _receive(source, item, part, note, show, stop)
         problem = file_problem(part, item.hdus)
         if problem:
-            note.unlink()
+            note.unlink(missing_ok=True)
             part.unlink()
-            raise Dropped(problem)
+            raise Damaged(problem)
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _put_aside(target, item.hdus)
         _persist(attempt, tries, backoff, stop, lambda: part.stat().st_size if part.exists() else 0)
         os.replace(part, target)
-        note.unlink()
+        note.unlink(missing_ok=True)
         target.with_name(f"{target.name}.old").unlink(missing_ok=True)
         item.state = "fetched"
     except SourceError as error:
-        item.state, item.reason, item.missing = "failed", str(error), isinstance(error, Missing)
+        item.state, item.reason, item.cause = "failed", str(error), type(error).__name__.lower()
     except OSError as error:
         raise LabError(f"cannot write {target}: {error.strerror or error}; free the disk or choose another root, then run the same again: "
                        "what is whole stays") from error
     return item
 
-# %% ../nbs/01_fetch.ipynb #b05ae2ae
+# %% ../nbs/01_fetch.ipynb #9efd0b39
 def _read_marker(source, tries, backoff):
     "archive.json of a source: its bytes (None without one), the record it names, further files."
     def read():
@@ -593,7 +605,7 @@ def _is_safe(path):
     plain = isinstance(path, str) and all(PLAIN_NAME.fullmatch(step) for step in path.split("/"))
     return plain and path != ARCHIVE_FILE and not path.endswith((".part", ".part.note", ".old"))
 
-
+# %% ../nbs/01_fetch.ipynb #ff2c79b3
 def _release(release, record):
     "The path rules that were asked for, else the archive's own."
     if release is None or isinstance(release, Release):
@@ -634,7 +646,7 @@ def _wanted(record, release, fields, products, telescopes):
             raise LabError(f"{rules.name} has no {what} {unknown[0]!r}: choose from {', '.join(known)}")
     return Wanted(rules, fields, products, telescopes)
 
-# %% ../nbs/01_fetch.ipynb #c4321a52
+# %% ../nbs/01_fetch.ipynb #fb256e8c
 def _fill(template, release, field, telescope, star="x"):
     return template.format(field=field, telescope=telescope, id=star, prefix=release.prefixes.get(telescope, "ap"))
 
@@ -668,22 +680,26 @@ def find_stars(
             return list(items.values())
     raise Missing("no such folder")
 
-
-def _existing_fields(source, wanted, product):
-    "Names of the fields that a source has."
-    names = {}
-    for telescope in wanted.telescopes:
-        for template in wanted.release.templates(product):
-            parent = PurePosixPath(_fill(template, wanted.release, "x", telescope)).parent.parent
+# %% ../nbs/01_fetch.ipynb #4acbd016
+def list_fields(
+    source,                # a FolderSource or HttpSource
+    release: Release,
+    product: str = "apstar",
+) -> list:                 # sorted names; empty if the source has none or does not list its folders
+    "Names of the fields that a source has, whatever the telescope."
+    names = set()
+    for telescope in release.telescopes:
+        for template in release.templates(product):
+            parent = PurePosixPath(_fill(template, release, "x", telescope)).parent.parent
             try:
-                names.update(dict.fromkeys(source.list(str(parent)).folders))
+                names.update(source.list(str(parent)).folders)
             except SourceError:
                 continue
     return sorted(names)
 
 
 def _no_field(source, wanted, product, field):
-    there = _existing_fields(source, wanted, product)
+    there = list_fields(source, wanted.release, product)
     folder = wanted.release.folder(product, field, wanted.telescopes[0])
     if not there:
         return LabError(f"{source.name} has no field {field!r}: there is no {folder} in it; the root of an archive is the folder that holds "
@@ -692,17 +708,29 @@ def _no_field(source, wanted, product, field):
     more = f" and {len(there) - len(close)} more" if len(there) > len(close) else ""
     return LabError(f"{source.name} has no field {field!r} with {product} files of {wanted.release.name}; it has {', '.join(close)}{more}")
 
+# %% ../nbs/01_fetch.ipynb #e1c83674
+def _run(items, work, workers, stop):
+    "Do `work` on each item with a few threads; gives the results as they come. Whatever breaks the loop (close it!) stops the workers."
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for future in as_completed([pool.submit(work, item) for item in items]):
+                yield future.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
 
-def _find_catalogue(source, release, retry):
+
+def _find_catalogue(source, release):
     "The allStar table, wherever the release or the lab keeps it."
     path, *others = release.templates("allstar")
     for template in (path, *others):
         try:
-            retry(lambda: source.stat(template))
+            source.stat(template)
             return Item(path, template, 2, tuple(others))
-        except Missing:
+        except SourceError:
             continue
-    return Item(path, path, 2, tuple(others), state="failed", reason="the source has no such catalogue", missing=True)
+    return Item(path, path, 2, tuple(others))
 
 
 def _find_field(source, wanted, product, field, retry):
@@ -724,11 +752,11 @@ def _find_all(source, wanted, extra, catalogue, workers, retry, stop):
         stars = sorted((item for items in found for item in items), key=lambda item: item.path)
     if all(item.state == "failed" for item in stars):
         raise LabError(f"found nothing to fetch at {source.name}: {stars[0].path}: {stars[0].reason}")
-    items = [_find_catalogue(source, wanted.release, retry)] if catalogue else []
+    items = [_find_catalogue(source, wanted.release)] if catalogue else []
     items += [Item(path, path, 1 if path.endswith(".fits") else 0) for path in extra]
     return list({item.path: item for item in items + stars}.values())
 
-# %% ../nbs/01_fetch.ipynb #346196cf
+# %% ../nbs/01_fetch.ipynb #66a016e2
 @dataclass
 class FetchSummary:
     "What a fetch found and did."
@@ -764,6 +792,11 @@ class FetchSummary:
         return self.count("failed")
 
     @property
+    def damaged(self) -> int:
+        "Failed files that came as the source has them, which is wrong: another run will not help."
+        return sum(item.cause == "damaged" for item in self.items)
+
+    @property
     def bytes(self) -> int:
         "Bytes that came over the line."
         return sum(item.received for item in self.items)
@@ -795,7 +828,9 @@ class FetchSummary:
         lines += [f"  failed: {path}: {reason}" for path, reason in self.problems[:20]]
         if self.failed > 20:
             lines.append(f"  and {self.failed - 20:,} more")
-        if self.failed:
+        if self.damaged:
+            lines.append(f"{self.damaged} of these came as the source has them: they are damaged there")
+        if self.failed > self.damaged:
             lines.append("run the same again: what is whole stays, what has begun goes on")
         return "\n".join(lines)
 
@@ -804,7 +839,7 @@ def _bytes(number):
     "A number of bytes as people read it."
     return next(f"{number / scale:.1f} {unit}" for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")) if number >= scale or scale == 1)
 
-# %% ../nbs/01_fetch.ipynb #7e5ee92e
+# %% ../nbs/01_fetch.ipynb #be7e84db
 def _is_there(root, item):
     "A whole file of the right size stands at home, in the survey's layout or another one."
     for path in (item.path, *item.elsewhere):
@@ -817,18 +852,18 @@ def _is_there(root, item):
     return False
 
 
-def _look(source, root, item, retry):
+def _look(source, root, item):
     "Ask for the size of a file, and whether it is at home."
-    if item.state == "failed":
-        return item
-    try:
-        item.size = retry(lambda: source.stat(item.origin)).size
-        item.state = "already there" if _is_there(root, item) else "to fetch"
-    except SourceError as error:
-        item.state, item.reason = "failed", str(error)
+    if item.origin:
+        try:
+            item.size = source.stat(item.origin).size
+        except SourceError as error:
+            item.state, item.reason, item.cause = "failed", str(error), type(error).__name__.lower()
+        if _is_there(root, item):
+            item.state, item.reason, item.cause = "already there", "", ""
     return item
 
-
+# %% ../nbs/01_fetch.ipynb #3e740566
 def _check_root(root, source, marker, record, release):
     "A root holds one archive, and it is not the source's own."
     if isinstance(source, FolderSource) and root.exists() and root.samefile(source.root):
@@ -869,20 +904,8 @@ def _locked(root):
     finally:
         os.close(handle)
 
-
+# %% ../nbs/01_fetch.ipynb #4c273f9b
 MAX_FAILURES = 20   # in a row; then the source is left alone
-
-
-def _run(items, work, workers, stop):
-    "Do `work` on each item with a few threads; gives the results as they come. Whatever breaks the loop (close it!) stops the workers."
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for future in as_completed([pool.submit(work, item) for item in items]):
-                yield future.result()
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
 
 
 def _download(source, root, items, workers, tries, backoff, progress, stop):
@@ -904,14 +927,14 @@ def _download(source, root, items, workers, tries, backoff, progress, stop):
         bar = stack.enter_context(tqdm(total=missing, unit="B", unit_scale=True, desc="fetching", disable=not progress))
         done = stack.enter_context(closing(_run(todo, work, workers, stop)))
         for item in done:
-            failures = failures + 1 if item.state == "failed" and not item.missing else 0 if item.state == "fetched" else failures
+            failures = 0 if item.state == "fetched" else failures + (item.cause not in ("", "missing"))
             if failures >= MAX_FAILURES:
                 stop.set()
     for item in todo:
         if item.state == "to fetch":
             item.state, item.reason = "failed", f"not tried, for {MAX_FAILURES} others failed in a row"
 
-
+# %% ../nbs/01_fetch.ipynb #d8c77d65
 def fetch(
     root,                       # folder where the archive goes
     source,                     # an https or http URL, or a folder: the root of the archive to fetch from
@@ -939,7 +962,7 @@ def fetch(
         marked = _check_root(root, origin, marker, record, wanted.release)
         retry = partial(_persist, tries=tries, backoff=backoff, stop=stop)
         items = _find_all(origin, wanted, extra, catalogue, workers, retry, stop)
-        looking = stack.enter_context(closing(_run(items, lambda item: _look(origin, root, item, retry), workers, stop)))
+        looking = stack.enter_context(closing(_run(items, lambda item: _look(origin, root, item), workers, stop)))
         list(tqdm(looking, total=len(items), unit="file", desc="looking", disable=not progress))
         if marker is not None:
             items.insert(0, Item(ARCHIVE_FILE, ARCHIVE_FILE, size=len(marker), state="already there" if marked else "to fetch"))

@@ -27,6 +27,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -57,8 +58,9 @@ from stellar_lab.survey import ARCHIVE_FILE, ARCHIVES, PRODUCTS, RELEASES, Archi
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from IPython.display import Markdown, display
 
-from stellar_lab.survey import LABELS, archive_root, use_style
+from stellar_lab.survey import archive_record, archive_root, use_style
 
 # %%
 #| hide
@@ -154,10 +156,11 @@ ax.axvline(200_000, color="C3", lw=2)
 ax.set(yticks=[], xlabel="byte of the file (grey: headers; numbers: HDU)", xlim=(0, star.stat().st_size));
 
 # %% [markdown]
-# **What to see.** The red line falls into HDU 5, and the verdict names it. The next test cuts the file at *every* block: none of the halves passes, although
+# **What to see.** The red line falls into HDU 6, and the verdict names it. The next test cuts the file at *every* block: none of the halves passes, although
 # each opens in astropy without an error. A cut exactly between two HDUs leaves a perfect FITS file; only the number of HDUs gives it away.
 
 # %%
+assert file_problem(cut, hdus=10).startswith("truncated: HDU 6 ends at byte")
 content = star.read_bytes()
 for end in range(0, len(content), BLOCK):
     cut.write_bytes(content[:end])
@@ -211,7 +214,7 @@ class _Links(HTMLParser):
             return
         steps = self._steps(parts.path)
         folder = steps[-1] == ""
-        *parents, name = steps[:-1] if folder else steps
+        *parents, name = (steps[:-1] if folder else steps) or [""]
         if server == self.server and parents == self.here and PLAIN_NAME.fullmatch(name) and not (parts.query or parts.fragment):
             (self.folders if folder else self.files)[name] = None
 
@@ -248,7 +251,7 @@ assert parse_index(['<a href="/else/a.fits">'], base).files == ()
 # ## Two sources with one face
 # An archive stands on a server or in a folder, on a disk that a colleague lent us, say. For the rest of this chapter both are a *source* that can do three
 # things: `list` a folder, `stat` a file (its size and a tag that changes when the file does), `open` it from some byte on. All that can go wrong is one of
-# three: it is *missing*, the source *refuses*, or the connection was *dropped*. Only the last is worth another try.
+# four: it is *missing*, the source *refuses*, the connection was *dropped*, or what came is *damaged*. Only the last two are worth another try.
 
 # %%
 #| export
@@ -271,7 +274,11 @@ class Refused(SourceError):
 
 
 class Dropped(SourceError):
-    "It broke off or came out wrong: worth another try."
+    "It broke off: worth another try."
+
+
+class Damaged(Dropped):
+    "It came as promised and is wrong all the same: worth one more try, no more."
 
 
 @dataclass(frozen=True)
@@ -289,6 +296,11 @@ class Body:
     chunks: object     # iterator of bytes
 
 
+# %% [markdown]
+# A folder is the simple one.
+
+# %%
+#| export
 class FolderSource:
     "An archive in a folder."
 
@@ -356,6 +368,47 @@ class _Patience(Retry):
         return None if wait is None else min(wait, MAX_WAIT)
 
 
+def _is_loopback(host):
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _bounded(chunks):
+    "The same chunks, but no more than a text can have."
+    total = 0
+    for chunk in chunks:
+        total += len(chunk)
+        if total > MAX_TEXT:
+            raise Refused(f"more than {MAX_TEXT >> 20} MB where a page was expected")
+        yield chunk
+
+
+def _why(error):
+    "The innermost reason of an error of requests or urllib3, without its addresses in memory."
+    while True:
+        inner = getattr(error, "reason", None) or next((arg for arg in error.args if isinstance(arg, Exception)), None)
+        if not isinstance(inner, Exception):
+            return re.sub(r"^.*?(?:HTTPS?Connection(?:Pool)?\(.*?\)|<[^>]*>): ", "", str(error)) or type(error).__name__
+        error = inner
+
+# %%
+assert _Patience(3).new().get_retry_after(requests.Response()) is None
+assert _is_loopback("127.0.0.1") and _is_loopback("::1") and _is_loopback("localhost") and not _is_loopback("data.sdss.org")
+try:
+    requests.get("http://127.0.0.1:9/", timeout=1)
+except requests.RequestException as error:
+    print(f"requests says {len(str(error))} characters, we say: {_why(error)}")
+
+# %% [markdown]
+# Now the source itself. Three of its decisions deserve a sentence. The tag of a file is its `ETag` or, if that is missing or *weak* (the server then
+# promises only that the meaning is the same, not the bytes), its date. The rest of a file (status 206) is taken only if it starts at the byte that we asked
+# for, belongs to a file of the same size and carries the same tag; anything else is thrown away and the whole file asked for. And of an index it is the
+# address that *answered* which counts, for a server may have led us elsewhere.
+
+# %%
+#| export
 class HttpSource:
     "An archive on a web server."
 
@@ -448,7 +501,7 @@ class HttpSource:
             try:
                 chunk = response.raw.read1(CHUNK, decode_content=False)
             except (HTTPError, HTTPException, OSError) as error:
-                raise Dropped(_why(error)) from error
+                raise Dropped(f"broke off: {_why(error)}") from error
             if not chunk:
                 return
             yield chunk
@@ -465,33 +518,11 @@ class HttpSource:
             tag = response.headers.get("Last-Modified", "")
         return Remote(int(length) if length.isdecimal() and length.isascii() else None, tag)
 
+# %% [markdown]
+# Which of the two it is, the address says.
 
-def _is_loopback(host):
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _bounded(chunks):
-    "The same chunks, but no more than a text can have."
-    total = 0
-    for chunk in chunks:
-        total += len(chunk)
-        if total > MAX_TEXT:
-            raise Refused(f"more than {MAX_TEXT >> 20} MB where a page was expected")
-        yield chunk
-
-
-def _why(error):
-    "The innermost reason of an error of requests or urllib3, without its addresses in memory."
-    while True:
-        inner = getattr(error, "reason", None) or next((arg for arg in error.args if isinstance(arg, Exception)), None)
-        if not isinstance(inner, Exception):
-            return re.sub(r"^.*?(?:HTTPS?Connection(?:Pool)?\(.*?\)|<[^>]*>): ", "", str(error)) or type(error).__name__
-        error = inner
-
-
+# %%
+#| export
 def open_source(
     source,               # an https or http URL, or a folder: the root of an archive
     **settings,           # workers, timeout, tries, backoff of an HttpSource
@@ -548,6 +579,17 @@ class ArchiveHandler(SimpleHTTPRequestHandler):
         self.end_headers()
         return file
 
+# %% [markdown]
+# `serve` runs it in a thread while a `with` block lasts. With port 0 the system chooses a free one, so two notebooks never quarrel over it.
+
+# %%
+#| export
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        "A client that hangs up is no news; other errors are printed."
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
 
 @contextmanager
 def serve(
@@ -559,7 +601,7 @@ def serve(
     if not Path(folder).is_dir():
         raise LabError(f"there is no folder {folder} to serve")
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), partial(handler, directory=os.fspath(folder)))
+        server = _Server(("127.0.0.1", port), partial(handler, directory=os.fspath(folder)))
     except (OSError, OverflowError) as error:
         raise LabError(f"cannot serve on port {port}: {error}; choose another one, or 0 for any that is free") from error
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -607,7 +649,7 @@ class Item:
     size: int | None = None   # bytes, as the source says
     state: str = "to fetch"   # then "fetched", "already there" or "failed"
     reason: str = ""          # why it failed
-    missing: bool = False     # it failed because the source does not have it
+    cause: str = ""           # "missing", "refused", "dropped" or "damaged" if it failed
     received: int = 0         # bytes that came
     shown: int = 0            # bytes that the progress bar knows of
 
@@ -626,7 +668,13 @@ def _started(part, note):
     known = isinstance(remote.size, int) and isinstance(remote.tag, str) and offset < remote.size
     return (offset, remote) if known else (0, None)
 
+# %% [markdown]
+# One try is: look how much is there, ask for the rest, append it. The order in which note and bytes are written matters, for we may be killed between any
+# two lines: a note must never stand beside bytes of another version. So when a file starts anew, the old note goes first, then the old bytes, and only
+# then comes the new note.
 
+# %%
+#| export
 def _receive(source, item, part, note, show, stop):
     "One try: the whole file, or the rest of it, into `part`."
     offset, expected = _started(part, note)
@@ -650,21 +698,45 @@ def _receive(source, item, part, note, show, stop):
     if body.remote.size not in (None, length):
         raise Dropped(f"truncated: {length:,} of {body.remote.size:,} bytes came")
 
+# %% [markdown]
+# How often do we try? A connection that drops five times in a row is hopeless, but over a shaky line a catalogue of 4 GB may need fifty drops to arrive, and
+# each of them brought us further. So a megabyte of progress wipes the slate clean. A file that arrived complete and is wrong gets one more chance (a proxy's
+# apology may be gone in a moment); after that we believe that the source itself has it so.
 
+# %%
+#| export
 def _persist(action, tries, backoff, stop, progress=lambda: 0):
-    "Do it again while it is dropped, `tries` times in a row without a megabyte of progress."
-    attempt, best = 0, progress()
+    "Do it again while it is dropped, `tries` times in a row without a megabyte of progress; if it comes damaged, once."
+    attempt, damaged, best = 0, 0, progress()
     while True:
         try:
             return action()
-        except Dropped:
-            attempt += 1
+        except Dropped as error:
+            attempt, damaged = attempt + 1, damaged + isinstance(error, Damaged)
             if progress() > best + (1 << 20):
                 attempt, best = 0, progress()
-            if attempt >= tries or stop.wait(min(backoff * 2 ** attempt, MAX_WAIT)):
+            if attempt >= tries or damaged > 1 or stop.wait(min(backoff * 2 ** attempt, MAX_WAIT)):
                 raise
 
+# %%
+calls = []
 
+
+def drops():
+    calls.append(len(calls))
+    raise Dropped
+
+
+with pytest.raises(Dropped):
+    _persist(drops, 3, 0.001, threading.Event(), progress=lambda: min(len(calls), 4) * (2 << 20))
+assert len(calls) == 4 + 3   # four tries got further and count for nothing; then three in a row were in vain
+
+# %% [markdown]
+# `fetch_file` ties these together. If something damaged already stands under the final name (another tool left it there), it loses that name before we
+# start, so that even a failure leaves nothing wrong behind.
+
+# %%
+#| export
 def _put_aside(target, hdus):
     "Take its name from a file that cannot be whole: nothing wrong stays under a final name, whatever happens next."
     if target.exists() and (not hdus or file_problem(target, hdus)):
@@ -688,20 +760,20 @@ def fetch_file(
         _receive(source, item, part, note, show, stop)
         problem = file_problem(part, item.hdus)
         if problem:
-            note.unlink()
+            note.unlink(missing_ok=True)
             part.unlink()
-            raise Dropped(problem)
+            raise Damaged(problem)
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _put_aside(target, item.hdus)
         _persist(attempt, tries, backoff, stop, lambda: part.stat().st_size if part.exists() else 0)
         os.replace(part, target)
-        note.unlink()
+        note.unlink(missing_ok=True)
         target.with_name(f"{target.name}.old").unlink(missing_ok=True)
         item.state = "fetched"
     except SourceError as error:
-        item.state, item.reason, item.missing = "failed", str(error), isinstance(error, Missing)
+        item.state, item.reason, item.cause = "failed", str(error), type(error).__name__.lower()
     except OSError as error:
         raise LabError(f"cannot write {target}: {error.strerror or error}; free the disk or choose another root, then run the same again: "
                        "what is whole stays") from error
@@ -739,14 +811,13 @@ with serve(desk / "server", handler=HangsUp) as url:
 HangsUp.asked
 
 # %%
-fig, ax = plt.subplots(figsize=(7, 1.6))
-for k, asked in enumerate(HangsUp.asked):
-    start = int(asked[6:-1])
-    ax.barh(k, min(100_000, len(content) - start), left=start, color="C0" if k == 0 else "C2")
-    ax.text(start + 3000, k, ("first run" if k == 0 else "second run") + f", from byte {start:,}", va="center", fontsize=9, color="w")
+starts = [int(asked[len("bytes="):-1]) for asked in HangsUp.asked]
+fig, ax = plt.subplots(figsize=(7, 1.8))
+ax.barh(range(len(starts)), [min(100_000, len(content) - start) for start in starts], left=starts, color=["C0", "C2", "C2", "C2"])
 ax.axvline(len(content), color="0.4", lw=1)
-ax.set(xlabel="byte of the file", yticks=[], xlim=(0, len(content) * 1.01))
-ax.invert_yaxis();
+ax.set(xlabel="byte of the file", xlim=(0, len(content) * 1.01))
+ax.set_yticks(range(len(starts)), ["first run"] + [f"second run, try {k}" for k in (1, 2, 3)])
+ax.invert_yaxis()
 
 # %% [markdown]
 # **What to see.** No byte travelled twice, and the sum of the pieces is the file, to the byte. Only now it has its name.
@@ -800,7 +871,15 @@ def _is_safe(path):
     plain = isinstance(path, str) and all(PLAIN_NAME.fullmatch(step) for step in path.split("/"))
     return plain and path != ARCHIVE_FILE and not path.endswith((".part", ".part.note", ".old"))
 
+# %%
+assert all(_is_safe(path) for path in ("truth.fits", "more/truth.ecsv"))
+assert not any(_is_safe(path) for path in ("../x", "/etc/passwd", "a//b", "a/../b", ".ssh/key", "C:\\x", "", "archive.json", "x.part", 7, None))
 
+# %% [markdown]
+# What the user asks for is checked before anything is asked of the source: release, fields, products, telescopes. Whatever is left out comes from the record.
+
+# %%
+#| export
 def _release(release, record):
     "The path rules that were asked for, else the archive's own."
     if release is None or isinstance(release, Release):
@@ -880,22 +959,36 @@ def find_stars(
             return list(items.values())
     raise Missing("no such folder")
 
+# %%
+with serve(desk / "server") as url:
+    stars = find_stars(HttpSource(url), dr14, "apstar", "4262", ("apo25m", "apo1m"))
+assert [dr14.parse_name("apstar", Path(item.path).name) for item in stars] == [f"2M2133419{k}-0048169" for k in range(4)]   # southern ones, too
+Table(rows=[(Path(item.path).name, item.hdus, item.elsewhere[0]) for item in stars], names=["file", "HDUs", "or here"])
 
-def _existing_fields(source, wanted, product):
-    "Names of the fields that a source has."
-    names = {}
-    for telescope in wanted.telescopes:
-        for template in wanted.release.templates(product):
-            parent = PurePosixPath(_fill(template, wanted.release, "x", telescope)).parent.parent
+# %% [markdown]
+# For that we need the fields that are there: the folder above a field's folder lists them.
+
+# %%
+#| export
+def list_fields(
+    source,                # a FolderSource or HttpSource
+    release: Release,
+    product: str = "apstar",
+) -> list:                 # sorted names; empty if the source has none or does not list its folders
+    "Names of the fields that a source has, whatever the telescope."
+    names = set()
+    for telescope in release.telescopes:
+        for template in release.templates(product):
+            parent = PurePosixPath(_fill(template, release, "x", telescope)).parent.parent
             try:
-                names.update(dict.fromkeys(source.list(str(parent)).folders))
+                names.update(source.list(str(parent)).folders)
             except SourceError:
                 continue
     return sorted(names)
 
 
 def _no_field(source, wanted, product, field):
-    there = _existing_fields(source, wanted, product)
+    there = list_fields(source, wanted.release, product)
     folder = wanted.release.folder(product, field, wanted.telescopes[0])
     if not there:
         return LabError(f"{source.name} has no field {field!r}: there is no {folder} in it; the root of an archive is the folder that holds "
@@ -904,17 +997,38 @@ def _no_field(source, wanted, product, field):
     more = f" and {len(there) - len(close)} more" if len(there) > len(close) else ""
     return LabError(f"{source.name} has no field {field!r} with {product} files of {wanted.release.name}; it has {', '.join(close)}{more}")
 
+# %%
+assert list_fields(FolderSource(desk / "server"), dr14) == ["4230", "4262"]
+assert list_fields(FolderSource(desk / "server"), RELEASES["dr17"]) == []
 
-def _find_catalogue(source, release, retry):
+# %% [markdown]
+# All of it together: the catalogue once, the further files, and the stars of each field and product. The folders are listed side by side. One that cannot
+# be listed does not stop the others, but the summary will say that it is not complete; one that does not exist stops everything, before a byte has moved.
+
+# %%
+#| export
+def _run(items, work, workers, stop):
+    "Do `work` on each item with a few threads; gives the results as they come. Whatever breaks the loop (close it!) stops the workers."
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for future in as_completed([pool.submit(work, item) for item in items]):
+                yield future.result()
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _find_catalogue(source, release):
     "The allStar table, wherever the release or the lab keeps it."
     path, *others = release.templates("allstar")
     for template in (path, *others):
         try:
-            retry(lambda: source.stat(template))
+            source.stat(template)
             return Item(path, template, 2, tuple(others))
-        except Missing:
+        except SourceError:
             continue
-    return Item(path, path, 2, tuple(others), state="failed", reason="the source has no such catalogue", missing=True)
+    return Item(path, path, 2, tuple(others))
 
 
 def _find_field(source, wanted, product, field, retry):
@@ -936,15 +1050,9 @@ def _find_all(source, wanted, extra, catalogue, workers, retry, stop):
         stars = sorted((item for items in found for item in items), key=lambda item: item.path)
     if all(item.state == "failed" for item in stars):
         raise LabError(f"found nothing to fetch at {source.name}: {stars[0].path}: {stars[0].reason}")
-    items = [_find_catalogue(source, wanted.release, retry)] if catalogue else []
+    items = [_find_catalogue(source, wanted.release)] if catalogue else []
     items += [Item(path, path, 1 if path.endswith(".fits") else 0) for path in extra]
     return list({item.path: item for item in items + stars}.values())
-
-# %%
-with serve(desk / "server") as url:
-    stars = find_stars(HttpSource(url), dr14, "apstar", "4262", ("apo25m", "apo1m"))
-assert [dr14.parse_name("apstar", Path(item.path).name) for item in stars] == [f"2M2133419{k}-0048169" for k in range(4)]   # southern ones, too
-Table(rows=[(Path(item.path).name, item.hdus, item.elsewhere[0]) for item in stars], names=["file", "HDUs", "or here"])
 
 # %% [markdown]
 # ## All of them
@@ -987,6 +1095,11 @@ class FetchSummary:
         return self.count("failed")
 
     @property
+    def damaged(self) -> int:
+        "Failed files that came as the source has them, which is wrong: another run will not help."
+        return sum(item.cause == "damaged" for item in self.items)
+
+    @property
     def bytes(self) -> int:
         "Bytes that came over the line."
         return sum(item.received for item in self.items)
@@ -1018,7 +1131,9 @@ class FetchSummary:
         lines += [f"  failed: {path}: {reason}" for path, reason in self.problems[:20]]
         if self.failed > 20:
             lines.append(f"  and {self.failed - 20:,} more")
-        if self.failed:
+        if self.damaged:
+            lines.append(f"{self.damaged} of these came as the source has them: they are damaged there")
+        if self.failed > self.damaged:
             lines.append("run the same again: what is whole stays, what has begun goes on")
         return "\n".join(lines)
 
@@ -1046,18 +1161,23 @@ def _is_there(root, item):
     return False
 
 
-def _look(source, root, item, retry):
+def _look(source, root, item):
     "Ask for the size of a file, and whether it is at home."
-    if item.state == "failed":
-        return item
-    try:
-        item.size = retry(lambda: source.stat(item.origin)).size
-        item.state = "already there" if _is_there(root, item) else "to fetch"
-    except SourceError as error:
-        item.state, item.reason = "failed", str(error)
+    if item.origin:
+        try:
+            item.size = source.stat(item.origin).size
+        except SourceError as error:
+            item.state, item.reason, item.cause = "failed", str(error), type(error).__name__.lower()
+        if _is_there(root, item):
+            item.state, item.reason, item.cause = "already there", "", ""
     return item
 
+# %% [markdown]
+# A root holds one archive. Stars of two archives in one tree could not be told apart afterwards, so the second one is refused. And while we write, the root
+# is locked: on Linux and macOS a folder itself can be locked, and the lock vanishes with the process that held it, however that ends.
 
+# %%
+#| export
 def _check_root(root, source, marker, record, release):
     "A root holds one archive, and it is not the source's own."
     if isinstance(source, FolderSource) and root.exists() and root.samefile(source.root):
@@ -1098,20 +1218,13 @@ def _locked(root):
     finally:
         os.close(handle)
 
+# %% [markdown]
+# The downloads are independent, so a few threads share them; they wait for the network most of the time. The bar counts bytes, and a file that has to
+# start over takes its bytes back from it. Whatever interrupts us (Ctrl-C, a full disk) tells the threads to stop at their next chunk.
 
+# %%
+#| export
 MAX_FAILURES = 20   # in a row; then the source is left alone
-
-
-def _run(items, work, workers, stop):
-    "Do `work` on each item with a few threads; gives the results as they come. Whatever breaks the loop (close it!) stops the workers."
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for future in as_completed([pool.submit(work, item) for item in items]):
-                yield future.result()
-        except BaseException:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
 
 
 def _download(source, root, items, workers, tries, backoff, progress, stop):
@@ -1133,14 +1246,18 @@ def _download(source, root, items, workers, tries, backoff, progress, stop):
         bar = stack.enter_context(tqdm(total=missing, unit="B", unit_scale=True, desc="fetching", disable=not progress))
         done = stack.enter_context(closing(_run(todo, work, workers, stop)))
         for item in done:
-            failures = failures + 1 if item.state == "failed" and not item.missing else 0 if item.state == "fetched" else failures
+            failures = 0 if item.state == "fetched" else failures + (item.cause not in ("", "missing"))
             if failures >= MAX_FAILURES:
                 stop.set()
     for item in todo:
         if item.state == "to fetch":
             item.state, item.reason = "failed", f"not tried, for {MAX_FAILURES} others failed in a row"
 
+# %% [markdown]
+# And the one function that the user sees.
 
+# %%
+#| export
 def fetch(
     root,                       # folder where the archive goes
     source,                     # an https or http URL, or a folder: the root of the archive to fetch from
@@ -1168,7 +1285,7 @@ def fetch(
         marked = _check_root(root, origin, marker, record, wanted.release)
         retry = partial(_persist, tries=tries, backoff=backoff, stop=stop)
         items = _find_all(origin, wanted, extra, catalogue, workers, retry, stop)
-        looking = stack.enter_context(closing(_run(items, lambda item: _look(origin, root, item, retry), workers, stop)))
+        looking = stack.enter_context(closing(_run(items, lambda item: _look(origin, root, item), workers, stop)))
         list(tqdm(looking, total=len(items), unit="file", desc="looking", disable=not progress))
         if marker is not None:
             items.insert(0, Item(ARCHIVE_FILE, ARCHIVE_FILE, size=len(marker), state="already there" if marked else "to fetch"))
@@ -1196,3 +1313,155 @@ with serve(desk / "server") as url:
     plan = fetch(home, url, fields=["4230", "4262"], dry_run=True, progress=False)
 assert plan.ok and not home.exists()
 plan.table()["path", "size", "state"]
+
+# %% [markdown]
+# Then in earnest, and once more. The second run asks for every size, finds every file whole, and downloads nothing.
+
+# %%
+with serve(desk / "server") as url:
+    once = fetch(home, url, fields=["4230", "4262"], progress=False)
+    twice = fetch(home, url, fields=["4230", "4262"], progress=False)
+print(str(once).replace(url, "http://…").replace(str(desk), "…"), str(twice).splitlines()[1], sep="\n\n")
+
+# %%
+def tree(root):
+    return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+
+
+assert tree(home) == tree(desk / "server")
+assert once.ok and once.fetched == once.found == 8 and twice.ok and twice.already_there == 8 and twice.bytes == 0
+
+# %% [markdown]
+# From a folder it is the same call. And a folder in the lab's own layout, `stars/4230/…`, counts as home: who has done the lab by hand downloads nothing.
+
+# %%
+by_hand = desk / "by hand"
+for file in (desk / "server").rglob("*.fits"):
+    place = by_hand / "stars" / (file.name if "allStar" in file.name else f"{file.parent.name}/{file.name}")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(file, place)
+assert fetch(by_hand, desk / "server", fields="4230,4262", progress=False).already_there == 8
+assert fetch(desk / "again", by_hand, fields="4230,4262", progress=False).fetched == 8   # and it is a source
+assert tree(desk / "again") == tree(home)                                                # which comes out in the survey's layout
+
+# %% [markdown]
+# ## A bad day
+# Now the server fails in four ways at once: one star's file breaks off, of another there is only an apology, the third comes only when asked a second time
+# (503 first), and the catalogue is missing.
+
+# %%
+class BadDay(ArchiveHandler):
+    "Misbehaves by the last digit before the sign of a star's name."
+    busy = True
+
+    def do_GET(self):
+        if "34192" in self.path and BadDay.busy:
+            BadDay.busy = False
+            self.send_error(503)
+        elif "34191" in self.path:
+            self.send_response(200)
+            self.send_header("Content-Length", "28")
+            self.end_headers()
+            self.wfile.write(b"<html>back tomorrow</html>\r\n")
+        else:
+            self.send_error(404) if "allStar" in self.path else super().do_GET()
+
+    def copyfile(self, source, outputfile):
+        self.close_connection = "34190" in self.path
+        outputfile.write(source.read(100_000 if self.close_connection else None))
+
+# %%
+with serve(desk / "server", handler=BadDay) as url:
+    bad = fetch(desk / "bad day", url, fields=["4230"], progress=False, tries=3, backoff=0.01)
+table = bad.table()
+table["path"] = [Path(path).name for path in table["path"]]
+table["path", "state", "reason"]
+
+# %% [markdown]
+# **What to see.** The summary is not `ok`, and says why of each. On the disk: the one star that came whole under its name, and the start of the broken one
+# under another. The next day it goes on from there.
+
+# %%
+assert not bad.ok and bad.fetched == 1 and bad.failed == 3
+assert [not file_problem(file, 10) for file in (desk / "bad day").rglob("*.fits")] == [True]
+with serve(desk / "server") as url:
+    good = fetch(desk / "bad day", url, fields=["4230"], progress=False)
+assert good.ok and good.already_there == 1 and good.bytes < sum(item.size for item in good.items if item.state == "fetched")   # resumed
+sorted(file.name for file in (desk / "bad day").rglob("*") if file.is_file())
+
+# %% [markdown]
+# ## The archive at hand
+# The same on the archive that the other chapters work on (the real stars unless `STELLAR_LAB_ARCHIVE` names another): a dry run counts what it holds, and
+# five of its stars travel over the loopback.
+
+# %%
+try:
+    root = archive_root()
+except LabError as error:
+    root = None
+    print("skipped:", str(error).split(":")[0].split(" at ")[0])
+
+# %%
+if root:
+    record = archive_record(root)
+    there = list_fields(FolderSource(root), record.rules)
+    known = [name for name in record.fields if name in there]
+    plan = fetch(desk / "elsewhere", root, fields=known, dry_run=True, progress=False)
+    stars_at = {name: [item.size / 1e6 for item in plan.items if f"/{name}/" in item.origin] for name in known}
+    fig, ax = plt.subplots(figsize=(8, 2.6))
+    ax.bar(stars_at.keys(), [len(sizes) for sizes in stars_at.values()], color="C0")
+    ax.set(xlabel="field (location ID)", ylabel="apStar files")
+    ax.tick_params(axis="x", rotation=60)
+
+# %%
+#| echo: false
+if root:
+    sizes = np.concatenate([*stars_at.values()])
+    display(Markdown(f"**What to see.** The archive `{record.name}` holds {len(sizes):,} apStar files in {len(known)} fields, {sizes.sum():,.0f} MB; a file "
+                     f"has {np.median(sizes):.1f} MB at the median and up to {sizes.max():.1f} MB: each further visit adds a row to its arrays."))
+
+# %%
+if root:
+    few = find_stars(FolderSource(root), record.rules, "apstar", known[0], record.rules.telescopes)[:5]
+    with serve(root) as url:
+        came = [fetch_file(HttpSource(url), item, desk / "five") for item in few]
+    for item in came:   # damaged files are part of our archives; they must not arrive
+        whole = not file_problem(root / item.origin, item.hdus)
+        assert (item.state == "fetched") == whole == (desk / "five" / item.path).exists()
+    print([item.state for item in came])
+
+# %% [markdown]
+# ## What a user can get wrong
+# A field that is not there, an address that leads nowhere, a root that cannot be written, two archives in one root: each has an answer that helps.
+
+# %%
+with serve(desk / "server") as url:
+    with pytest.raises(LabError, match="no field '4262x' with apstar files of DR14; it has 4262"):
+        fetch(desk / "x", url, fields=["4230", "4262x"], progress=False)
+    with pytest.raises(LabError, match="there is no dr14/.* the root of an archive is the folder that holds dr14"):
+        fetch(desk / "x", f"{url}/dr14", progress=False)
+    with pytest.raises(LabError, match="unknown release 'dr15': choose from dr10, dr14"):
+        fetch(desk / "x", url, release="dr15", progress=False)
+    with pytest.raises(LabError, match="cannot write to .*page.fits"):
+        fetch(desk / "page.fits", url, fields=["4230"], progress=False)
+with pytest.raises(LabError, match="Connection refused; check the address"):   # nobody is listening any more
+    fetch(desk / "x", url, progress=False, tries=1)
+with pytest.raises(LabError, match="cannot fetch from ftp://archive: give a folder or a URL such as"):
+    fetch(desk / "x", "ftp://archive")
+assert not (desk / "x").exists()   # an error on the way in leaves no trace
+
+# %%
+(desk / "server" / ARCHIVE_FILE).write_text('{"archive": "mock", "files": ["../../.profile"]}')
+with pytest.raises(LabError, match="names the file '../../.profile', which is not a path below its root"):
+    fetch(desk / "x", desk / "server", fields=["4230"], progress=False)
+(desk / "server" / ARCHIVE_FILE).write_text('{"archive": "mock"}')
+with pytest.raises(LabError, match="home holds the archive 'survey', but .* is 'mock': choose another root"):
+    fetch(home, desk / "server", fields=["4230"], progress=False)
+
+# %%
+#| hide
+shutil.rmtree(desk)
+
+# %% [markdown]
+# **Exercise.** Our check reads the headers and believes the arrays. Let a server change one byte in the middle of a spectrum: does anything notice? FITS
+# knows `CHECKSUM` and `DATASUM` keywords (`astropy.io.fits`, `checksum=True`); what would it cost to demand them, and what if a file has none?

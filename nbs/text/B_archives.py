@@ -2,19 +2,20 @@
 # # Where do the stars come from?
 # > Real spectra small enough for a repository, and a writer that gives them back the survey's own files, flaws included.
 #
-# **Question.** A lab on real stars wants real files, but the survey's weigh gigabytes, sit on a server and hide their faults. How do we get
-# stars that are real, files that are the survey's in every byte that a reader touches, and faults that we know the number of?
+# **Question.** A lab on real stars wants real files, but the survey's weigh gigabytes, sit on a server and hide their faults. How do we get stars
+# that are real, files laid out as the survey lays out its own, and faults that we know the number of?
 #
-# **Idea.** Take apart and put together. The *spectra* are real: 553 stars of star clusters, published by the survey and carried on in the test data of
-# a small program. They come relative to a pseudo-continuum, $f = F/C$, and that is what we ship. The *instrument* is ours: a writer multiplies by
-# a continuum that it knows,
+# **Idea.** Take apart and put together. The *spectra* are real: 553 stars of star clusters, published by the survey and carried on in the test data
+# of a small program. They come relative to a pseudo-continuum, $f = F/C$, and that is what we ship. The *instrument* is ours: a writer multiplies
+# by a continuum that it knows,
 # $$ F(\lambda) = f(\lambda)\; 10^{-0.4H}F_0\,\frac{B_\lambda(T_\mathrm{eff})}{B_{\lambda_0}(T_\mathrm{eff})}\;t(\lambda), $$
-# a black body of the star's temperature $T_\mathrm{eff}$, scaled to its magnitude $H$, seen through a smooth throughput $t$, and lays the result out in
-# the files of data release 14. Whoever reads them has to do all that the lab does with the sky's; but where the sky keeps its answers, here we can look.
+# a black body of the star's temperature $T_\mathrm{eff}$, scaled to its magnitude $H$, seen through a smooth throughput $t$, and lays the result
+# out in the files of data release 14. Whoever reads them has to do all that the lab does with the sky's; but where the sky keeps its answers, here
+# we can look.
 #
-# You learn where the stars of all later chapters come from, who they are, and how much of each file is real. You need numpy and astropy's FITS files.
-# The data model is that of [Holtzman et al. 2015](https://doi.org/10.1088/0004-6256/150/5/148), the stars are those of
-# [Mészáros et al. 2013](https://doi.org/10.1088/0004-6256/146/5/133).
+# You learn where the stars of all later chapters come from, who they are, and how much of each file is real. You need numpy and astropy's FITS
+# files. The data model is that of [Holtzman et al. 2015](https://doi.org/10.1088/0004-6256/150/5/148), the stars are those of [Mészáros et al.
+# 2013](https://doi.org/10.1088/0004-6256/146/5/133).
 
 # %%
 #| default_exp archives
@@ -61,9 +62,10 @@ use_style()
 
 # %% [markdown]
 # ## From a tarball to one file
-# Version 0.3.5 of the program *TheCannon* (A. Y. Q. Ho, MIT licence) carried its example in its source distribution: 553 `aspcapStar` files of SDSS DR10
-# and a table of labels, the stars on which [Ness et al. 2015](https://doi.org/10.1088/0004-637X/808/1/16) trained. The package registry still has it:
-# `pip download --no-deps --no-binary :all: TheCannon==0.3.5`. Later versions dropped the data, so we keep a copy, and say by checksums what it is a copy of.
+# Version 0.3.5 of the program *TheCannon* (A. Y. Q. Ho, MIT licence) carried its example in its source distribution: 553 `aspcapStar` files of SDSS
+# DR10 and a table of labels, the stars on which [Ness et al. 2015](https://doi.org/10.1088/0004-637X/808/1/16) trained. The package registry still
+# has it: `pip download --no-deps --no-binary :all: TheCannon==0.3.5`. Later versions dropped the data, so we keep a copy, and say by checksums what
+# it is a copy of.
 
 # %%
 #| export
@@ -72,9 +74,11 @@ TARBALL_SHA256 = "4c65eb239868b90f944d4fe268d8f839f0e6926e8cb862e6c6a6867281fd9d
 EXAMPLE = "TheCannon-0.3.5/TheCannon/example_DR10"                                     # the folder in it that we take
 EXAMPLE_DIGEST = "68fe3779aa948dba0dceb76009340ce47a8a4793db59ea15297a494a5af59494"   # its 553 spectra and their label table
 
+
 # %% [markdown]
-# A source is either the tarball or its unpacked folder. Both are checked, file by file, before anything is believed: a truncated download or a folder with
-# one file edited is refused with the reason. `tree_digest` does the same for any folder; we shall need it again when two archives are compared.
+# A source is either the tarball or its unpacked folder. Both are checked, file by file, before anything is believed: a truncated download or a
+# folder with one file edited is refused with the reason. `tree_digest` does the same for any folder; we shall need it again when two archives are
+# compared.
 
 # %%
 #| export
@@ -93,6 +97,7 @@ def tree_digest(
         if not any(part.startswith(".") for part in name.split("/")):
             digest.update(f"{name} {_sha256(file)}\n".encode())
     return digest.hexdigest()
+
 
 # %%
 #| export
@@ -118,6 +123,7 @@ def _example_digest(folder):
         digest.update(f"{file.name} {_sha256(file)}\n".encode())
     return digest.hexdigest()
 
+
 # %%
 with tempfile.TemporaryDirectory() as folder:
     with pytest.raises(LabError, match="no reference_labels.csv: name the tarball"):
@@ -128,10 +134,11 @@ with tempfile.TemporaryDirectory() as folder:
 
 # %% [markdown]
 # ### Which labels
-# The table holds two sets. The *raw* ones are what the survey's pipeline ASPCAP fitted; the *calibrated* ones, `_{corr}`, were moved onto the scale of
-# independent measurements (asteroseismic gravities, literature metallicities of these very clusters: Mészáros et al. 2013). We take the calibrated
-# temperature, gravity and metallicity, and keep the raw ones beside them as `TEFF_RAW`, `LOGG_RAW`, `M_H_RAW`. [α/M], [C/M] and [N/M] were never
-# calibrated. A file's own parameter vector `FPARAM` holds raw values too, but for some stars others than the table: the table counts, as in Ness et al.
+# The table holds two sets. The *raw* ones are what the survey's pipeline ASPCAP fitted; the *calibrated* ones, `_{corr}`, were moved onto the scale
+# of independent measurements (asteroseismic gravities, literature metallicities of these very clusters: Mészáros et al. 2013). We take the
+# calibrated temperature, gravity and metallicity, and keep the raw ones beside them as `TEFF_RAW`, `LOGG_RAW`, `M_H_RAW`. [α/M], [C/M] and [N/M]
+# were never calibrated. A file's own parameter vector `FPARAM` holds raw values too, but for some stars others than the table: the table counts, as
+# in Ness et al.
 
 # %%
 #| export
@@ -145,13 +152,15 @@ FACTS = {"FIELD": "FIELD", "LOCATION_ID": "LOC", "RA": "RA", "DEC": "DEC", "GLON
 
 # %% [markdown]
 # ### Which errors
-# Calibration errors exist for temperature and metallicity, for most stars: in the median 139 K and 0.10 dex. Everything else has only the covariance of
-# the pipeline's fit, which knows photon noise and nothing else: its median is 6 K and 0.017 dex in gravity, and no comparison of ASPCAP with other
-# measurements ever came out that well. We put a floor under it. The floors are a judgement of ours; they say "not better than this", and nothing more.
+# Calibration errors exist for temperature and metallicity, for most stars: in the median 139 K and 0.10 dex. Everything else has only the
+# covariance of the pipeline's fit, which knows photon noise and nothing else: its median is 6 K and 0.017 dex in gravity, and no comparison of
+# ASPCAP with other measurements ever came out that well. We put a floor under it. The floors are a judgement of ours; they say "not better than
+# this", and nothing more.
 
 # %%
 #| export
 ERROR_FLOORS = {"TEFF": 50.0, "LOGG": 0.1, "M_H": 0.05, "ALPHA_M": 0.04, "C_M": 0.07, "N_M": 0.07}
+
 
 # %%
 #| export
@@ -167,21 +176,23 @@ def _catalogue_row(file, table, labels):
         row[f"{name}_ERR"] = given if given > 0 else max(float(table["FPARAM_COV"][place, place]) ** 0.5, ERROR_FLOORS[name])
     return row
 
+
 # %% [markdown]
 # ### How it becomes small
-# In float32, flux and error of 553 stars take 32 MB, most of it noise in digits that mean nothing. The spectra's errors are 0.005 or more, so a flux in
-# steps of $10^{-4}$ loses nothing: rounding adds a variance of $(10^{-4})^2/12$, less than $10^{-4}$ of the smallest noise. Errors run over four decades and are
-# kept as logarithms, in steps of 0.05 %. Integers compress well: FITS's own Rice compression brings both to about 8 MB. Off-band pixels are zero in all
-# 553 files and are left out.
+# In float32, flux and error of 553 stars take 32 MB, most of it noise in digits that mean nothing. The spectra's errors are 0.005 or more, so a
+# flux in steps of $10^{-4}$ loses nothing: rounding adds a variance of $(10^{-4})^2/12$, less than $10^{-4}$ of the smallest noise. Errors run over
+# four decades and are kept as logarithms, in steps of 0.05 %. Integers compress well: FITS's own Rice compression brings both to about 8 MB.
+# Off-band pixels are zero in all 553 files and are left out.
 
 # %%
 #| export
 FLUX_STEP, LOG_ERROR_STEP, NO_ERROR = 1e-4, 5e-4, -32768   # NO_ERROR stands where the survey wrote an error of zero
 MAX_ERROR = 0.3                                            # a pixel with a larger error is unusable
 
+
 # %% [markdown]
-# One thing must survive exactly: whether a pixel is *good* (flux above zero, error between 0 and 0.3). An error of 0.29999 may not become 0.30001. So
-# `_encode` rounds towards the right side of the limit, and a faint flux never to zero.
+# One thing must survive exactly: whether a pixel is *good* (flux above zero, error between 0 and 0.3). An error of 0.29999 may not become 0.30001.
+# So `_encode` rounds towards the right side of the limit, and a faint flux never to zero.
 
 # %%
 #| export
@@ -195,11 +206,13 @@ def _encode(flux, error):
     levels = np.where(error < MAX_ERROR, np.minimum(np.rint(levels), limit), np.maximum(np.rint(levels), limit + 1)).astype("i2")
     return np.where(flux > 0, np.maximum(steps, 1), steps).astype("i2"), levels
 
+
 # %%
 flux, error = np.array([0, 4e-5, 0.9, 1.0]), np.array([0, 0.29999, 0.30001, 0.02])
 steps, levels = _encode(flux, error)
 assert list(steps) == [0, 1, 9000, 10000] and levels[0] == NO_ERROR
 assert list(np.exp(levels[1:] * LOG_ERROR_STEP) < MAX_ERROR) == [True, False, True]
+
 
 # %%
 #| export
@@ -229,6 +242,7 @@ def pack_real_stars(
         fits.HDUList([fits.PrimaryHDU(), *images, table]).writeto(temporary)
     return _sha256(path)
 
+
 # %% [markdown]
 # Data files of the package are opened through `importlib.resources`, so a clone, an editable install and a wheel find the same ones.
 
@@ -241,9 +255,10 @@ def _data_file(name):
         raise LabError(f"the installed package lacks its data file {name}: install stellar_lab again")
     return as_file(file)
 
+
 # %% [markdown]
-# The shipped file is what this function makes of that tarball. Its checksum is tested always. That it can be *remade*, bit by bit, is tested when the
-# variable `STELLAR_LAB_CANNON_TARBALL` names the tarball (or the unpacked folder `example_DR10`).
+# The shipped file is what this function makes of that tarball. Its checksum is tested always. That it can be *remade*, bit by bit, is tested when
+# the variable `STELLAR_LAB_CANNON_TARBALL` names the tarball (or the unpacked folder `example_DR10`).
 
 # %%
 with _data_file(PACKED_STARS) as packed:
@@ -256,6 +271,7 @@ if source:
     with tempfile.TemporaryDirectory() as folder, _data_file(PACKED_STARS) as packed:
         assert pack_real_stars(source, Path(folder) / "again.fits", progress=False) == _sha256(packed)
 print("remade, same bytes" if source else "remaking skipped: STELLAR_LAB_CANNON_TARBALL is not set")
+
 
 # %% [markdown]
 # ## Reading them
@@ -274,9 +290,10 @@ def _cluster_of(fields):
     names = {field: row["CLUSTER"] for row in clusters() for field in str(row["FIELDS"]).split()}
     return [names[str(field).strip()] for field in fields]
 
+
 # %% [markdown]
-# `real_stars` gives what every later chapter starts from: `Spectra` on the lab's grid, sorted by the names of the survey's files, unusable pixels with
-# `ivar = 0`, a table of labels and facts beside them.
+# `real_stars` gives what every later chapter starts from: `Spectra` on the lab's grid, sorted by the names of the survey's files, unusable pixels
+# with `ivar = 0`, a table of labels and facts beside them.
 
 # %%
 #| export
@@ -302,6 +319,7 @@ def real_stars() -> Spectra:   # 553 stars, 7,214 pixels, sorted by the name of 
     with np.errstate(divide="ignore"):
         return Spectra(wavelength, flux, np.where(good, 1 / error**2, 0).astype("f4"), stars)
 
+
 # %%
 spectra = real_stars()
 spectra
@@ -318,9 +336,9 @@ assert np.sum(["-" in name for name in stars["APOGEE_ID"]]) == 36   # southern s
 
 # %% [markdown]
 # ## Who they are
-# Eighteen clusters of giants and one of dwarfs. A cluster is a laboratory of its own: its stars were born together from one cloud, so they share age and
-# (to some hundredths of a dex, at least in iron) composition. Whatever metallicity a method reads, it must read the same for all of them, and the
-# literature knows which. No label of the survey enters that test.
+# Eighteen clusters of giants and one of dwarfs. A cluster is a laboratory of its own: its stars were born together from one cloud, so they share
+# age and (to some hundredths of a dex, at least in iron) composition. Whatever metallicity a method reads, it must read the same for all of them,
+# and the literature knows which. No label of the survey enters that test.
 
 # %%
 table = clusters()
@@ -330,8 +348,8 @@ Table(table["CLUSTER", "KIND", "FIELDS", "LOCATION_ID", "STARS", "median SNR", "
 
 # %%
 #| echo: false
-Markdown(f"Globular clusters: [Fe/H] of Carretta et al. (2009), ages of VandenBerg et al. (2013). Open clusters: each row names its own sources, by ADS "
-         f"bibcode; the column `NOTE` says what to know about a row, and an age source `round` means a round literature value without one source. "
+Markdown(f"Globular clusters: [Fe/H] of Carretta et al. (2009), ages of VandenBerg et al. (2013). Open clusters: each row names its own sources, "
+         f"by ADS bibcode; the column `NOTE` says what to know about a row, and an age source `round` is a round literature value without one source. "
          f"Authors differ by 0.05 to 0.1 dex, for NGC 6791 by more. {table['STARS'].sum()} stars, signal-to-noise from "
          f"{stars['SNR'].min():.0f} to {stars['SNR'].max():.0f}, {np.min(stars['NVISITS'])} to {np.max(stars['NVISITS'])} visits each.")
 
@@ -357,9 +375,9 @@ axes[1].set(xscale="log", xlabel="signal-to-noise ratio per pixel", ylabel="star
 axes[1].set_xticks([50, 100, 200, 500, 1000], ["50", "100", "200", "500", "1000"]);
 
 # %% [markdown]
-# **What to see.** Left: giants climb to the upper right, cool and large; the metal-poor clusters (dark) form the hotter branch, the metal-rich ones (bright)
-# the cooler. The dwarfs below the dashed line are the Pleiades, and the cut at log g 3.8 takes them out. Right: every star lies well above the lab's cut
-# at 50 (dashed). These are good spectra.
+# **What to see.** Left: giants climb to the upper right, cool and large; the metal-poor clusters (dark) form the hotter branch, the metal-rich ones
+# (bright) the cooler. The dwarfs below the dashed line are the Pleiades, and the cut at log g 3.8 takes them out. Right: every star lies well above
+# the lab's cut at 50 (dashed). These are good spectra.
 
 # %%
 order = np.argsort(table["FE_H"].value)
@@ -382,18 +400,19 @@ for row in table:
         offset.append(np.median(values) - row["FE_H"].value)
 odd = np.max(stars["M_H"][stars["CLUSTER"] == "M107"])
 Markdown(f"**What to see.** The survey's calibrated [M/H] follows the literature over 2.7 dex: the median of a cluster of giants lies within "
-         f"{np.abs(offset).max():.2f} dex of it at worst, {np.median(np.abs(offset)):.2f} in the middle. Its stars scatter by {np.median(inside):.2f} dex in "
-         f"the typical cluster: this is what the labels that we train on are worth. One star of M107 stands at {odd:.2f}, a whole dex above its cluster. "
-         f"It can hardly be a member, but it is in the published set, its spectrum and its labels belong together, and it stays.")
+         f"{np.abs(offset).max():.2f} dex of it at worst, {np.median(np.abs(offset)):.2f} in the middle. Its stars scatter by {np.median(inside):.2f} "
+         f"dex in the typical cluster: this is what the labels that we train on are worth. One star of M107 stands at {odd:.2f}, a whole dex above its "
+         f"cluster. It can hardly be a member, but it is in the published set, its spectrum and its labels belong together, and it stays.")
 
 # %%
 assert np.abs(offset).max() < 0.35 and np.median(inside) < 0.1
 
 # %% [markdown]
 # ## Bad pixels become bits
-# The raw files of the survey carry a bitmask; the pseudo-normalized ones do not. What ASPCAP did not trust it left with a flux of zero (and an error of 10) or with an
-# error blown up a hundredfold and more. We do not know its reasons, so the bits are read off the shape: nothing there is `BADPIX`; a blown-up error is
-# `BADERR`, and where five or more neighbours have one it is surely a sky line, `SIG_SKYLINE` too; on a chip's rim, `NOT_ENOUGH_PSF` is added.
+# The raw files of the survey carry a bitmask; the pseudo-normalized ones do not. What ASPCAP did not trust it left with a flux of zero (and an
+# error of 10) or with an error blown up a hundredfold and more. We do not know its reasons, so the bits are read off the shape: nothing there is
+# `BADPIX`; a blown-up error is `BADERR`, and where five or more neighbours have one it is surely a sky line, `SIG_SKYLINE` too; on a chip's rim,
+# `NOT_ENOUGH_PSF` is added.
 
 # %%
 #| export
@@ -421,6 +440,7 @@ def _with_bad_pixels():
         ivar = np.where(error > 0, 1 / error**2, 0).astype("f4")
     return Spectra(wavelength, flux, ivar, stars, pixel_bits(flux, error))
 
+
 # %%
 full = _with_bad_pixels()
 assert np.array_equal(full.mask == 0, spectra.ivar > 0)   # bits on exactly the bad pixels
@@ -438,13 +458,13 @@ plot_spectrum(wavelength, 100 * np.mean(full.mask != 0, axis=0), ax=axes[1])
 axes[1].set(ylabel="stars with a bad pixel [%]");
 
 # %% [markdown]
-# **What to see.** Sky lines make most of it. They stand still in the observatory's frame, and the stars move: at rest each line smears into a hump that is
-# as wide as the clusters' velocities differ. Real bad pixels are neither random nor the same for all stars.
+# **What to see.** Sky lines make most of it. They stand still in the observatory's frame, and the stars move: at rest each line smears into a hump
+# that is as wide as the clusters' velocities differ. Real bad pixels are neither random nor the same for all stars.
 
 # %% [markdown]
 # ## A flux scale
-# Now the instrument. 2MASS magnitudes are fluxes: a star of $H=0$ sends $1.133\times10^{-10}$ erg/s/cm²/Å in the middle of the band
-# ([Cohen et al. 2003](https://doi.org/10.1086/374362)), and the survey counts in units of $10^{-17}$ of that.
+# Now the instrument. 2MASS magnitudes are fluxes: a star of $H=0$ sends $1.133\times10^{-10}$ erg/s/cm²/Å in the middle of the band ([Cohen et al.
+# 2003](https://doi.org/10.1086/376474)), and the survey counts in units of $10^{-17}$ of that.
 
 # %%
 #| export
@@ -458,6 +478,7 @@ def black_body(wave, teff):
         return x**-5 / np.expm1(constants.h * constants.c / (x * 1e-10 * constants.k * np.asarray(teff, float)[:, None]))
     return planck(np.asarray(wave)[None]) / planck(np.array([[H_WAVELENGTH]]))
 
+
 # %% [markdown]
 # The witness is astropy's own black body, normalized at the same wavelength.
 
@@ -466,9 +487,9 @@ planck = BlackBody(4500 * u.K, scale=1 * u.erg / (u.s * u.cm**2 * u.AA * u.sr))
 assert np.allclose(black_body(wavelength, [4500])[0], planck(wavelength * u.AA) / planck(H_WAVELENGTH * u.AA), rtol=1e-6)
 
 # %% [markdown]
-# The throughput is a polynomial of fourth degree a chip, drawn for each star: level, slope and curvature of some percent, as raw spectra
-# show them, and a third and a fourth order of a few tenths of a percent. The lab fits parabolas: most of this a parabola removes, and some it cannot. The
-# draw depends on the seed and the star's name alone, so a star looks the same in a small archive and in a large one, in any order.
+# The throughput is a polynomial of fourth degree a chip, drawn for each star: level, slope and curvature of some percent, as raw spectra show them,
+# and a third and a fourth order of a few tenths of a percent. The lab fits parabolas: most of this a parabola removes, and some it cannot. The draw
+# depends on the seed and the star's name alone, so a star looks the same in a small archive and in a large one, in any order.
 
 # %%
 #| export
@@ -487,6 +508,7 @@ def draw_throughput(
 def _star_rng(seed, apogee_id, purpose):
     return np.random.default_rng([seed, zlib.crc32(f"{purpose} {apogee_id}".encode())])
 
+
 # %%
 #| export
 def instrument_continuum(
@@ -497,6 +519,7 @@ def instrument_continuum(
     "What the instrument would record of stars without lines: a black body through a smooth throughput per chip."
     shape = [legval(np.linspace(-1, 1, n), throughput[:, chip].T) for chip, n in enumerate(_CHIP_SIZES)]
     return H_ZERO * 10 ** (-0.4 * np.asarray(h_magnitude, float)[:, None]) * black_body(wavelength, teff) * np.concatenate(shape, axis=1)
+
 
 # %%
 names = [str(name) for name in stars["APOGEE_ID"]]
@@ -519,19 +542,19 @@ axes[1].set(xlabel="vacuum wavelength [Å]", ylabel="left by a parabola [%]");
 
 # %%
 #| echo: false
-Markdown(f"**What to see.** Left: each star has its own slope and steps between the chips, the black body falls to the red. Right: what a parabola fitted "
-         f"to the noiseless continuum of a blue chip leaves over, {100 * residual.std():.2f} % in the rms and up to {100 * np.abs(residual).max():.1f} %. No "
-         f"normalization by parabolas can be better than this.")
+Markdown(f"**What to see.** Left: each star has its own slope and steps between the chips, the black body falls to the red. Right: what a parabola "
+         f"fitted to the noiseless continuum of a blue chip leaves over, {100 * residual.std():.2f} % in the rms and up to "
+         f"{100 * np.abs(residual).max():.1f} %. No normalization by parabolas can be better than this.")
 
 # %%
 assert 0.0005 < residual.std() < 0.004
 
 # %% [markdown]
 # ## Visits
-# A star was observed on several nights and the file holds each night beside the combination. Our 553 come combined; the visits are **simulated** so that they
-# could have been the ones. With weights $w_v$ that sum to one, a visit's error is $\sigma/\sqrt{w_v}$, and noise of that size, less its own
-# weighted mean, is added to the combination: the weighted mean of the visits then *is* the combination, exactly, and their scatter is what
-# the errors promise. Real is only the sum, and how many there were.
+# A star was observed on several nights and the file holds each night beside the combination. Our 553 come combined; the visits are **simulated** so
+# that they could have been the ones. With weights $w_v$ that sum to one, a visit's error is $\sigma/\sqrt{w_v}$, and noise of that size, less its
+# own weighted mean, is added to the combination: the weighted mean of the visits then *is* the combination, exactly, and their scatter is what the
+# errors promise. Real is only the sum, and how many there were.
 
 # %%
 #| export
@@ -552,6 +575,7 @@ def split_visits(
     noise = rng.standard_normal((visits, len(flux))) * np.minimum(errors, 0.1 * np.abs(flux))   # a bad pixel's error is no noise
     return flux + noise - weights @ noise, errors, weights
 
+
 # %%
 rng = np.random.default_rng(1)
 flux, error = np.full(20_000, 100.0), np.full(20_000, 2.0)
@@ -561,12 +585,13 @@ assert np.allclose(1 / (1 / errors**2).sum(axis=0), error**2)               # an
 chi2 = (((visits - flux) / errors) ** 2).sum(axis=0)
 assert abs(chi2.mean() - 3) < 4 * np.sqrt(2 * 3 / len(flux))                # four visits, one mean: three degrees of freedom
 
+
 # %% [markdown]
 # ## The survey's files
-# An `apStar` file has ten parts: a header; flux, error, mask, sky, sky error, telluric, telluric error as rows (two combinations, then the visits); the
-# line-spread function; a table of velocities. A star with a single visit has arrays of one dimension, and readers stumble over it. Everything stands on
-# the full grid of 8,575 pixels; beyond the on-band ones we have nothing, so flux is zero there, the error $10^{10}$ (the survey's "no value"), and the mask
-# says `BADPIX`, where a detector does see `NOT_ENOUGH_PSF` too.
+# An `apStar` file has ten parts: a header; flux, error, mask, sky, sky error, telluric, telluric error as rows (two combinations, then the visits);
+# the line-spread function; a table of velocities. A star with a single visit has arrays of one dimension, and readers stumble over it. Everything
+# stands on the full grid of 8,575 pixels; beyond the on-band ones we have nothing, so flux is zero there, the error $10^{10}$ (the survey's "no
+# value"), and the mask says `BADPIX`, where a detector does see `NOT_ENOUGH_PSF` too.
 
 # %%
 #| export
@@ -596,14 +621,17 @@ def _mask_image(bits):
         fill[first:last + 1] |= PIXMASK.NOT_ENOUGH_PSF
     return _image(bits, fill, "Flag Mask (bitwise)", ">i2")
 
+
 # %%
 image, bits = _image(np.ones((3, 7214)), 0, "Flux"), _mask_image(np.zeros(7214, int)).data
 assert image.data.shape == (3, 8575) and image.data.sum() == 3 * 7214 and image.header["CRVAL1"] == 4.179
 assert bits[0] == PIXMASK.BADPIX and bits[321] == PIXMASK.BADPIX + PIXMASK.NOT_ENOUGH_PSF and bits[322] == 0
 
+
 # %% [markdown]
-# The header carries the survey's keywords. Position, magnitudes, velocity and its scatter are real; dates, fibers and the velocity of each visit are
-# drawn, so that they add up (heliocentric velocity = Doppler shift + barycentric correction). No file holds the date it was written: same seed, same bytes.
+# The header carries the survey's keywords. Position, magnitudes, velocity and its scatter are real; dates, fibers and the velocity of each visit
+# are drawn, so that they add up (heliocentric velocity = Doppler shift + barycentric correction). No file holds the date it was written: same seed,
+# same bytes.
 
 # %%
 #| export
@@ -629,6 +657,7 @@ def _star_header(star, visits):
                "row 3-nvisits+2: individual visit spectra; nvisits=1: a single row", "HDU1 flux, 2 error, 3 mask (row 1 OR, row 2 AND of visits)",
                "HDU4 sky, 5 sky error, 6 telluric, 7 telluric error, 8 LSF, 9 RV", "written by stellar_lab: flux scale, visits, HDU4-9 simulated")
     return _cards(*cards, ("NWAVE", N_PIXELS), *_GRID_CARDS, *(("HISTORY", line) for line in history))
+
 
 # %%
 #| export
@@ -660,9 +689,10 @@ def _rv_table(visits):
     table["CCFLAG"], table["CCFDW"] = np.arange(-200, 201), LOG10_STEP
     return fits.BinTableHDU(table)
 
+
 # %% [markdown]
-# Mask bits follow the survey's rule: the first row is the OR of all visits, the second the AND. The bits of the real bad pixels are in
-# every visit; beside them a cosmic ray hits one pixel in a thousand in one of the visits, so the OR holds them and the AND does not.
+# Mask bits follow the survey's rule: the first row is the OR of all visits, the second the AND. The bits of the real bad pixels are in every visit;
+# beside them a cosmic ray hits one pixel in a thousand in one of the visits, so the OR holds them and the AND does not.
 
 # %%
 #| export
@@ -696,9 +726,10 @@ def apstar_hdus(
     lsf = fits.ImageHDU(np.array(_LSF, ">f8"), _cards(("CTYPE1", "Parameters"), ("BUNIT", "LSF Coefficients")))
     return fits.HDUList([fits.PrimaryHDU(header=_star_header(star, visits)), *images, lsf, _rv_table(visits)])
 
+
 # %% [markdown]
-# The *mystery star* of the lab is an apStar file of one row from which name, place, brightness and velocities are taken. The pseudo-normalized product,
-# `aspcapStar`, gets flux and error as they are. The survey's third array, ASPCAP's best fit, was not packed and is zero.
+# The *mystery star* of the lab is an apStar file of one row from which name, place, brightness and velocities are taken. The pseudo-normalized
+# product, `aspcapStar`, gets flux and error as they are. The survey's third array, ASPCAP's best fit, was not packed and is zero.
 
 # %%
 #| export
@@ -713,6 +744,7 @@ def mystery_hdus(star, flux, error, mask, rng) -> fits.HDUList:
         del hdus[0].header[key]
     hdus[9] = fits.BinTableHDU(np.zeros_like(np.asarray(hdus[9].data)))
     return hdus
+
 
 # %%
 #| export
@@ -738,11 +770,12 @@ def _filled(value):
     "-9999 for a missing number, as the survey writes it."
     return value if isinstance(value, (str, int)) or np.isfinite(value) else -9999.0
 
+
 # %% [markdown]
 # ## Flaws, planted and counted
-# Real archives are dirty, and a reader that was never fed dirt chokes on its first. But a real star is too precious to be spoiled: the flaws are carried by *copies* under
-# invented names (a right ascension of 99 hours does not exist). Each flaw is a record that a test can ask for, and says what the reader has to do. The copies
-# are made of stars that would pass every cut, so one rule alone stands between them and the training set.
+# Real archives are dirty, and a reader that was never fed dirt chokes on its first. But a real star is too precious to be spoiled: the flaws are
+# carried by *copies* under invented names (a right ascension of 99 hours does not exist). Each flaw is a record that a test can ask for, and says
+# what the reader has to do. The copies are made of stars that would pass every cut, so one rule alone stands between them and the training set.
 
 # %%
 #| export
@@ -770,11 +803,13 @@ _HTML = "<!DOCTYPE html>\n<html><head><title>503 Service Unavailable</title></he
 
 # %%
 #| echo: false
-Table(rows=[(flaw.name, flaw.count, flaw.what, flaw.reader) for flaw in FLAWS.values()], names=["flaw", "copies", "what is wrong", "what a reader does"])
+Table(rows=[(flaw.name, flaw.count, flaw.what, flaw.reader) for flaw in FLAWS.values()],
+      names=["flaw", "copies", "what is wrong", "what a reader does"])
+
 
 # %% [markdown]
-# A duplicate is the subtle one. Its better row has a label beyond the archive's cuts, its worse row looks fine: who takes the first row, or the worse one, keeps a star
-# that should go, and the count of stars betrays it.
+# A duplicate is the subtle one. Its better row has a label beyond the archive's cuts, its worse row looks fine: who takes the first row, or the
+# worse one, keeps a star that should go, and the count of stars betrays it.
 #
 # The plan of an archive is a table: who is in it, under which name, with which flaw. One star, well measured and from the middle of every label, is
 # taken out to be the mystery.
@@ -824,6 +859,7 @@ def _pick_mystery(spectra, good, record, rng):
     middle = (snr >= np.median(snr)) & np.all((labels >= low) & (labels <= high), axis=1)
     return int(rng.choice(good[middle] if middle.any() else good))
 
+
 # %%
 plan = plan_archive(full, ARCHIVES["clusters"], seed=42)
 counts = {name: int(np.sum(plan["FLAW"] == name)) for name in np.unique(plan["FLAW"])}
@@ -832,6 +868,7 @@ assert len(set(plan["APOGEE_ID"])) == len(plan) and np.all(np.char.startswith(pl
 assert np.all(passes_cuts(full.stars[plan["SOURCE"][553:]], ARCHIVES["clusters"]))
 with pytest.raises(LabError, match="unknown flaw meteorite: choose from low-snr, no-labels"):
     plan_archive(full, ARCHIVES["clusters"], flaws={"meteorite": 1})
+
 
 # %% [markdown]
 # ## One star, written
@@ -885,10 +922,11 @@ def _write_stars(root, rules, jobs, seed, products):
     "A worker's share of the stars."
     return sum(write_star(root, rules, *job, seed, products) for job in jobs)
 
+
 # %% [markdown]
 # ## The catalogue and the truth
-# `allStar` has the survey's column names and number types. The labels stand in it as its readers know them, -9999 for what is missing. Which
-# labels there are is up to the spectra: the writer has no list of its own.
+# `allStar` has the survey's column names and number types. The labels stand in it as its readers know them, -9999 for what is missing. Which labels
+# there are is up to the spectra: the writer has no list of its own.
 
 # %%
 #| export
@@ -930,9 +968,11 @@ def _catalogue_facts(star, rules):
             "APOGEE_ID": star["APOGEE_ID"], "TELESCOPE": star["TELESCOPE"], "LOCATION_ID": star["LOCATION_ID"], "FIELD": star["FIELD"],
             **copied, "VHELIO_AVG": star["VHELIO"], "COMMISS": 0, "EXTRATARG": 0}
 
+
 # %% [markdown]
-# Beside the tree lies what no survey can give: the truth table. It says whose spectrum a file holds (the mystery star's name is sealed in it; do not look), which flaw
-# it has, and the parameters of its continuum, five numbers a chip. `true_continuum` turns them back into curves, against which a normalization can be judged.
+# Beside the tree lies what no survey can give: the truth table. It says whose spectrum a file holds (the mystery star's name is sealed in it; do
+# not look), which flaw it has, and the parameters of its continuum, five numbers a chip. `true_continuum` turns them back into curves, against
+# which a normalization can be judged.
 
 # %%
 #| export
@@ -960,6 +1000,7 @@ def true_continuum(
     table = Table.read(file)
     return np.array(table["APOGEE_ID"].astype(str)), instrument_continuum(table["TEFF_CONTINUUM"], table["H"], np.asarray(table["THROUGHPUT"]))
 
+
 # %% [markdown]
 # ## The whole tree
 # The tree grows in a hidden folder beside its place and is renamed when it is whole: an interrupted run leaves nothing that looks like an archive.
@@ -984,6 +1025,7 @@ class ArchiveSummary:
         flaws = ", ".join(f"{count} {name}" for name, count in self.flaws.items()) or "none"
         state = "written to" if self.new else "is already at"
         return f"archive of {self.stars} stars {state} {self.root}: {self.files} files, {self.size / 1e6:.0f} MB; planted flaws: {flaws}"
+
 
 # %%
 #| export
@@ -1046,6 +1088,7 @@ def _already_there(root, card):
                        "name another folder, or remove it")
     return True
 
+
 # %%
 #| export
 def _star_dicts(spectra, plan):
@@ -1082,9 +1125,10 @@ def _summary(root, card, new):
     sizes = [file.stat().st_size for file in root.rglob("*") if file.is_file()]
     return ArchiveSummary(root, card["stars"], len(sizes), sum(sizes), card["flaws"], new)
 
+
 # %% [markdown]
-# The generic writer takes any normalized spectra with labels, a mask and a record, so synthetic stars pass through the same lines one day. For the real
-# stars there is a shorthand. Here is a small archive, every flaw in it.
+# The generic writer takes any normalized spectra with labels, a mask and a record, so synthetic stars pass through the same lines one day. For the
+# real stars there is a shorthand. Here is a small archive, every flaw in it.
 
 # %%
 #| export
@@ -1107,6 +1151,7 @@ def _spread(n, count):
     if not 2 <= count <= n:
         raise LabError(f"cannot take {count} stars: the archive of real stars has {n}, choose 2 to {n}")
     return np.linspace(0, n - 1, int(count)).round().astype(int)
+
 
 # %%
 scratch = tempfile.TemporaryDirectory()
@@ -1156,9 +1201,9 @@ axes[3].set(xlabel="vacuum wavelength [Å]")
 axes[3].margins(y=0.3);
 
 # %% [markdown]
-# **What to see.** First: the published spectrum, in grey what it marks as bad. Second: the same lines on a flux scale, the red curve is the continuum that was put
-# in. Third: the visits scatter around their mean by their noise, which grows towards a sky line. Last: the mask's bits (OR of the visits) sit on the
-# grey stretches, and a cosmic ray in one of the visits adds a bit of its own, `CRPIX`, where all else is good.
+# **What to see.** First: the published spectrum, in grey what it marks as bad. Second: the same lines on a flux scale, the red curve is the
+# continuum that was put in. Third: the visits scatter around their mean by their noise, which grows towards a sky line. Last: the mask's bits (OR
+# of the visits) sit on the grey stretches, and a cosmic ray in one of the visits adds a bit of its own, `CRPIX`, where all else is good.
 
 # %%
 good = subset.mask[row] == 0

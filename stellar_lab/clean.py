@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FILE_NAME', 'FACTS', 'KEYS', 'BLOCK', 'Step', 'Ledger', 'plot_ledger', 'inverse_variance', 'product_of', 'Fact',
            'Problem', 'read_files', 'find_files', 'find_catalogue', 'read_catalogue', 'match_catalogue', 'dark_pixels',
-           'drop_dark_pixels', 'read_archive', 'keep', 'apply_cuts']
+           'drop_dark_pixels', 'read_archive', 'keep', 'apply_cuts', 'plot_corner', 'plot_raw']
 
-# %% ../nbs/02_clean.ipynb #b3257dd3
+# %% ../nbs/02_clean.ipynb #329fd2a4
 import os
 import re
 import warnings
@@ -26,14 +26,14 @@ import numpy as np
 from astropy.io import fits
 from astropy.table import Column, QTable, Table
 from astropy.utils.exceptions import AstropyWarning
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from stellar_lab.survey import (
     APOGEE_ID, ARCHIVES, LABELS, LOG10_START, LOG10_STEP, MISSING, N_PIXELS, PRODUCTS, RELEASES, LabError, Spectra, archive_record,
     label_records, on_band, plot_spectrum, wavelength,
 )
 
-# %% ../nbs/02_clean.ipynb #4afc0fca
+# %% ../nbs/02_clean.ipynb #e1fea7db
 class Step(NamedTuple):
     "One line of a ledger."
     rule: str
@@ -43,7 +43,7 @@ class Step(NamedTuple):
     reason: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ledger:
     "How many stars were found, and which rule dropped which of them."
     found: int
@@ -93,6 +93,8 @@ class Ledger:
     def __str__(self):
         return "\n".join(self.table.pformat(max_lines=-1, max_width=-1, align=["<", ">", ">", ">", "<"]))
 
+    __repr__ = __str__
+
     def _repr_html_(self):
         return self.table._repr_html_()
 
@@ -106,7 +108,7 @@ class Ledger:
         steps = (Step(**(step | {"stars": tuple(step["stars"]), "details": tuple(step["details"])})) for step in plain["steps"])
         return cls(plain["found"], tuple(steps))
 
-# %% ../nbs/02_clean.ipynb #dc5cf865
+# %% ../nbs/02_clean.ipynb #d5965828
 def plot_ledger(
     ledger: Ledger,
     ax=None,
@@ -124,7 +126,7 @@ def plot_ledger(
     ax.legend(loc="upper left", bbox_to_anchor=(0, 1.0 + 0.9 / len(table)), ncols=2, frameon=False, fontsize="small")
     return ax
 
-# %% ../nbs/02_clean.ipynb #c5a60c2a
+# %% ../nbs/02_clean.ipynb #9f58f9fc
 def inverse_variance(
     flux: np.ndarray,    # any shape
     error: np.ndarray,   # same shape, 1-sigma
@@ -139,7 +141,7 @@ def inverse_variance(
         ivar = np.where(good, 1 / error**2, 0).astype(np.float32)
     return np.where(np.isfinite(ivar), ivar, np.float32(0))
 
-# %% ../nbs/02_clean.ipynb #a21f3e16
+# %% ../nbs/02_clean.ipynb #d64c8e05
 FILE_NAME = re.compile(rf"(?P<kind>aspcap|ap|as)Star-(?:.*?-)?(?P<id>{APOGEE_ID})(?:-\d+)?\.fits(?:\.gz)?")
 
 
@@ -163,7 +165,7 @@ def _product_of_hdus(hdus):
         return None
     return "apstar" if third.header["BITPIX"] in (16, 32, 64) else "aspcapstar"
 
-# %% ../nbs/02_clean.ipynb #d9100c5f
+# %% ../nbs/02_clean.ipynb #1ca4a314
 class Fact(NamedTuple):
     "A column of the stars table that comes from a file's header."
     column: str
@@ -185,7 +187,7 @@ FACTS = (
     Fact("J", ("J",), np.nan), Fact("H", ("H",), np.nan), Fact("K", ("K",), np.nan), Fact("RA", ("RA",), np.nan), Fact("DEC", ("DEC",), np.nan),
 )
 
-# %% ../nbs/02_clean.ipynb #c1b5b5d0
+# %% ../nbs/02_clean.ipynb #1eb9ebdf
 class Problem(NamedTuple):
     "A file that could not be read, and why."
     path: str
@@ -270,7 +272,7 @@ def _reason(path, error):
         return f"not a FITS file: it begins with {start[:20].decode('latin-1')!r}"
     return str(error) or type(error).__name__
 
-# %% ../nbs/02_clean.ipynb #a7845b33
+# %% ../nbs/02_clean.ipynb #4b6d01be
 def _read_stars(paths, product, row, workers=None, keep=None, progress=True):
     "Spectra of the files where `keep`, their places in `paths`, and the problems of all."
     if not isinstance(row, (int, np.integer)) or row < 0:
@@ -302,7 +304,7 @@ def _read_stars(paths, product, row, workers=None, keep=None, progress=True):
 def read_files(
     paths,                   # files in any order; a single path works, too
     product: str = None,     # "apstar" or "aspcapstar"; from the files by default
-    row: int = 1,            # apStar only: 0 and 1 are the combinations, the visits follow
+    row: int = 1,            # apStar only: 0 and 1 are the combinations, the visits follow; DR17 flags pixels in row 0 only
     workers: int = None,     # threads that read ahead, 4 by default
     progress: bool = True,
 ) -> tuple:                  # Spectra of the good files in their order, list of `Problem` of the others
@@ -325,7 +327,7 @@ def _first(problems, n=3):
     more = f"; and {len(problems) - n} more" if len(problems) > n else ""
     return (": " + "; ".join(map(str, problems[:n])) + more) if problems else ": no file was given"
 
-# %% ../nbs/02_clean.ipynb #dda6a23d
+# %% ../nbs/02_clean.ipynb #8150b405
 def find_files(
     root,                      # of an archive
     product: str = "apstar",
@@ -383,7 +385,7 @@ def find_catalogue(
     raise LabError(f"no allStar table below {root}: looked for {', '.join(str(p.relative_to(root)) for p in tried if p.suffix != '.gz')}; "
                    "fetch it with 'stellar-lab fetch'")
 
-# %% ../nbs/02_clean.ipynb #b39c84c8
+# %% ../nbs/02_clean.ipynb #a8dd11a6
 KEYS = ("APOGEE_ID", "TARGET_ID", "TELESCOPE", "FIELD", "LOCATION_ID")   # what a row can be found by
 BLOCK = 8192   # rows of the catalogue that are mapped at a time
 
@@ -471,7 +473,7 @@ def _native(values):
         return np.where(values <= MISSING, np.nan, values)
     return values.astype(values.dtype.newbyteorder("="))
 
-# %% ../nbs/02_clean.ipynb #0a53f1e8
+# %% ../nbs/02_clean.ipynb #06871aa2
 def match_catalogue(
     stars: Table,       # N rows: APOGEE_ID, TELESCOPE, FOLDER
     catalogue: Table,   # of `read_catalogue`
@@ -531,7 +533,7 @@ def _fill(template, **parts):
             text = np.char.add(text, parts[name])
     return text
 
-# %% ../nbs/02_clean.ipynb #70cfe4d0
+# %% ../nbs/02_clean.ipynb #3c3f561a
 def dark_pixels(
     flux: np.ndarray,          # (N, P)
     ivar: np.ndarray,          # (N, P)
@@ -568,7 +570,7 @@ def drop_dark_pixels(
     "The spectra with weight 0 on dark pixels."
     return spectra.replace(ivar=np.where(dark_pixels(spectra.flux, spectra.ivar, fraction), np.float32(0), spectra.ivar))
 
-# %% ../nbs/02_clean.ipynb #4372867b
+# %% ../nbs/02_clean.ipynb #b813b5b3
 def read_archive(
     root,                     # of an archive
     product: str = None,      # "apstar" or "aspcapstar"; the first of the record's that has files by default
@@ -649,7 +651,7 @@ def _with_labels(stars, files, catalogue, rules):
             stars[name] = catalogue[name]
     return stars
 
-# %% ../nbs/02_clean.ipynb #ad39fda3
+# %% ../nbs/02_clean.ipynb #bdbf4ff0
 def keep(
     spectra: Spectra,
     good: np.ndarray,          # (N,) bool
@@ -705,3 +707,52 @@ def _rules_of(spectra, cuts):
             raise LabError(f"the cut {cut.name!r} needs a column {cut.column}, which the stars lack: there are {', '.join(spectra.stars.colnames)}")
         values = np.ma.filled(np.ma.asarray(spectra.stars[cut.column], dtype=float), np.nan)
         yield cut.name, (values > cut.low) & (values < cut.high), f"keep {cut}" + (f": {cut.reason}" if cut.reason else "")
+
+# %% ../nbs/02_clean.ipynb #7f6df8f4
+def plot_corner(
+    spectra: Spectra,
+    names=None,          # label names; all that the stars have by default
+    **style,             # for corner.corner
+):
+    "Corner plot of the labels in the survey's plot ranges, with the 16 and 84 % quantiles; returns the Figure."
+    labels = label_records(spectra.label_names if names is None else names)
+    values = spectra.labels([label.name for label in labels])
+    values = values[np.isfinite(values).all(axis=1)]
+    if len(values) < 2:
+        raise LabError(f"a corner plot needs at least two stars with the labels {', '.join(label.name for label in labels)}, there are {len(values)}")
+    fig = plt.figure(figsize=(1.6 * len(labels), 1.6 * len(labels)), layout="none")   # corner spaces its panels itself
+    corner.corner(values, fig=fig, labels=[label.axis for label in labels], range=[label.plot_range for label in labels], max_n_ticks=4,
+                  **({"quantiles": [0.16, 0.84], "bins": 25, "color": "#0173b2", "labelpad": 0.12, "plot_contours": False, "plot_density": False,
+                      "data_kwargs": {"alpha": 0.6, "ms": 3}} | style))
+    return fig
+
+# %% ../nbs/02_clean.ipynb #fcecf0b5
+def plot_raw(
+    spectra: Spectra,
+    rows=(0, 1, 2),             # which stars
+    window=(16_000, 16_150),    # of the zoom [Angstrom]
+):
+    "Some stars, whole on the left and zoomed on the right, each with its error on a second axis; returns the Figure."
+    fig, axes = plt.subplots(len(rows), 2, figsize=(11, 2.2 * len(rows) + 0.3), width_ratios=(3, 2), squeeze=False)
+    for row, pair in zip(rows, axes):
+        star, flux, ivar = spectra.stars[row], spectra.flux[row], spectra.ivar[row]
+        shown = ivar > 0 if spectra.mask is None else (ivar > 0) & (spectra.mask[row] == 0)
+        for ax, part in zip(pair, (None, window)):
+            plot_spectrum(spectra.wavelength, flux, ivar, part, error=True, ax=ax)
+            _show_most(ax, fig.axes[-1], flux[shown], ivar[shown])
+            ax.set(xlabel=None, ylabel=None)
+        pair[0].set_title(f"{star['APOGEE_ID']}, $H$ = {star['H']:.1f}, SNR {star['SNR']:.0f}", fontsize="small", loc="left")
+        fig.axes[-2].set_ylabel(None)   # the error axis of the left panel: the right one's label serves both
+    normalized = spectra.stars.meta.get("normalized")
+    fig.supylabel("flux / continuum" if normalized else r"flux [$10^{-17}$ erg s$^{-1}$ cm$^{-2}$ Å$^{-1}$]", fontsize="small")
+    fig.supxlabel("vacuum wavelength [Å]", fontsize="small")
+    return fig
+
+
+def _show_most(ax, error_ax, flux, ivar):
+    "Limits that show the star; what a sky line left behind may leave the axes."
+    if len(flux):
+        low, high = np.percentile(flux, [0.5, 99.5])
+        ax.set_ylim(low - 0.2 * (high - low), high + 0.2 * (high - low))
+        error_ax.set_ylim(0, 4 / np.sqrt(np.median(ivar)))
+    ax.xaxis.set_major_locator(plt.MaxNLocator(5))

@@ -36,7 +36,7 @@ import numpy as np
 from astropy.io import fits
 from astropy.table import Column, QTable, Table
 from astropy.utils.exceptions import AstropyWarning
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from stellar_lab.survey import (
     APOGEE_ID, ARCHIVES, LABELS, LOG10_START, LOG10_STEP, MISSING, N_PIXELS, PRODUCTS, RELEASES, LabError, Spectra, archive_record,
@@ -70,7 +70,7 @@ class Step(NamedTuple):
     reason: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ledger:
     "How many stars were found, and which rule dropped which of them."
     found: int
@@ -119,6 +119,8 @@ class Ledger:
 
     def __str__(self):
         return "\n".join(self.table.pformat(max_lines=-1, max_width=-1, align=["<", ">", ">", ">", "<"]))
+
+    __repr__ = __str__
 
     def _repr_html_(self):
         return self.table._repr_html_()
@@ -177,6 +179,17 @@ def plot_ledger(
 # traps: a star seen once has arrays *without* rows; DR17 writes float64 and int64 where others wrote float32 and int16; "no value" is an error of
 # $10^{10}$.
 #
+# Here is one from the archive at hand.
+
+# %%
+root = archive_root()
+record = archive_record(root)
+example = sorted(root.rglob("apStar-*.fits"))[0]
+with fits.open(example) as hdus:
+    layout = [(k, hdu.header.get("BUNIT", ""), str(getattr(hdu, "shape", "table")), hdu.header["BITPIX"]) for k, hdu in enumerate(hdus)]
+Table(rows=layout, names=["HDU", "what", "shape", "bits"])
+
+# %% [markdown]
 # We read only what we need: `hdu.section[row]` fetches 34 kB from the middle of a file and leaves the visits on the disk. An error becomes a weight at
 # once, and that weight is zero for every pixel of which the file itself says that it knows nothing.
 
@@ -363,7 +376,8 @@ def _reason(path, error):
 # %% [markdown]
 # ## Many files
 # Room for all stars is made first, in float32, and each file goes straight into its row. Good stars close ranks: a damaged file leaves no hole. A few
-# threads read ahead.
+# threads read ahead, so that waiting for one disk block or server does not stop the next. (Processes were tried, too: a file takes a few milliseconds, and starting
+# processes and sending them back and forth cost more than a second core gains on some hundred files.)
 
 # %%
 #| export
@@ -398,7 +412,7 @@ def _read_stars(paths, product, row, workers=None, keep=None, progress=True):
 def read_files(
     paths,                   # files in any order; a single path works, too
     product: str = None,     # "apstar" or "aspcapstar"; from the files by default
-    row: int = 1,            # apStar only: 0 and 1 are the combinations, the visits follow
+    row: int = 1,            # apStar only: 0 and 1 are the combinations, the visits follow; DR17 flags pixels in row 0 only
     workers: int = None,     # threads that read ahead, 4 by default
     progress: bool = True,
 ) -> tuple:                  # Spectra of the good files in their order, list of `Problem` of the others
@@ -420,6 +434,72 @@ def read_files(
 def _first(problems, n=3):
     more = f"; and {len(problems) - n} more" if len(problems) > n else ""
     return (": " + "; ".join(map(str, problems[:n])) + more) if problems else ": no file was given"
+
+# %% [markdown]
+# Three files of the archive, and what their headers say.
+
+# %%
+paths = [path for path in sorted(example.parent.glob("apStar-*.fits")) if record.rules.parse_name("apstar", path.name)][:3]
+three, problems = read_files(paths, progress=False)
+three.stars["APOGEE_ID", "TELESCOPE", "FIELD", "LOCATION_ID", "SNR", "NVISITS", "J", "H", "K"]
+
+# %% [markdown]
+# The witness is the plain way, one whole array after the other. It has to give the same numbers, whatever we did to be fast.
+
+# %%
+for n, path in enumerate(paths):
+    flux, error, mask = (np.atleast_2d(fits.getdata(path, hdu))[:, on_band] for hdu in (1, 2, 3))
+    k = min(1, len(flux) - 1)   # one visit: one row
+    assert np.array_equal(three.flux[n], flux[k]) and np.array_equal(three.mask[n], mask[k])
+    assert np.array_equal(three.ivar[n] > 0, error[k] < 1e10)
+    usable = error[k] < 1e10
+    assert np.allclose(three.ivar[n][usable], 1 / error[k][usable].astype(float) ** 2, rtol=1e-6)
+
+# %% [markdown]
+# Now we damage copies of the first one on purpose. The healthy file among them comes through, each of the others gets its reason.
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    whole = paths[0].read_bytes()
+    wrong_grid = whole.replace(b"CDELT1  =", b"CDELT9  =")
+    damaged = {"a": whole, "b": whole[: len(whole) // 2], "c": b"<html>404 Not Found</html>", "d": b"", "e": wrong_grid}
+    files = [Path(folder) / f"apStar-r8-{name}.fits" for name in damaged]
+    for file, content in zip(files, damaged.values()):
+        file.write_bytes(content)
+    spectra, problems = read_files(files, progress=False)
+    with pytest.raises(LabError, match="none of 1 files is a good apstar file: apStar-r8-d.fits: empty"):
+        read_files(files[3:4], progress=False)
+print(*problems, sep="\n")
+
+# %%
+assert list(spectra.stars["APOGEE_ID"]) == ["a"] and len(problems) == 4
+assert np.array_equal(spectra.flux[0], three.flux[0])
+
+# %% [markdown]
+# And back again: spectra written into a file of the same layout and read once more are the same spectra. A weight becomes an error and a weight again, so
+# it may move in its last digit; a pixel without weight must stay one.
+
+# %%
+#| hide
+def write_apstar(path, spectra):
+    "One star as the simplest whole apStar file: one visit, arrays without rows, full grid."
+    on_grid = np.zeros((3, N_PIXELS))
+    with np.errstate(divide="ignore"):
+        error = np.where(spectra.ivar[0] > 0, spectra.ivar[0] ** -0.5, 1e10)
+    on_grid[:, on_band] = spectra.flux[0], error, spectra.mask[0]
+    grid = fits.Header({"CRVAL1": LOG10_START, "CDELT1": LOG10_STEP})
+    star = spectra.stars[0]
+    header = fits.Header({"OBJID": star["APOGEE_ID"], "SNR": star["SNR"], "LOCID": star["LOCATION_ID"], "H": star["H"]})
+    images = [fits.ImageHDU(values.astype(kind), grid) for values, kind in zip(on_grid, ("f4", "f4", "i2"))]
+    fits.HDUList([fits.PrimaryHDU(header=header), *images, *(fits.ImageHDU() for _ in range(6))]).writeto(path)
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    write_apstar(Path(folder) / "once.fits", three[:1])   # a name that says nothing
+    again, problems = read_files(Path(folder) / "once.fits", progress=False)
+assert not problems and np.array_equal(again.flux, three.flux[:1]) and np.array_equal(again.mask, three.mask[:1])
+assert np.allclose(again.ivar, three.ivar[:1], rtol=1e-6) and np.array_equal(again.ivar > 0, three.ivar[:1] > 0)
+assert all(again.stars[name][0] == three.stars[name][0] for name in ("APOGEE_ID", "SNR", "LOCATION_ID", "H"))
 
 # %% [markdown]
 # ## Finding the files
@@ -484,6 +564,25 @@ def find_catalogue(
             return path
     raise LabError(f"no allStar table below {root}: looked for {', '.join(str(p.relative_to(root)) for p in tried if p.suffix != '.gz')}; "
                    "fetch it with 'stellar-lab fetch'")
+
+# %%
+files = find_files(root)
+folders, number = np.unique(files["FOLDER"], return_counts=True)
+Table({"folder": folders, "files": number})
+
+# %% [markdown]
+# A record is all it takes to read another release. An empty file under the name that DR17 gives to a southern star of the second telescope is found, a
+# single visit is not.
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    here = Path(folder) / "dr17/apogee/spectro/redux/dr17/stars/lco25m/N362"
+    here.mkdir(parents=True)
+    for name in ("asStar-dr17-2M01020000-7100000.fits", "asStar-dr17-2M01020000-7100000-58000.fits", "asStar-dr17-2M01020000-7100000.png"):
+        (here / name).touch()
+    there = find_files(folder, release="dr17")
+assert list(there["APOGEE_ID"]) == ["2M01020000-7100000"] and list(there["TELESCOPE"]) == ["lco25m"] and list(there["FOLDER"]) == ["N362"]
+assert not np.char.endswith(files["path"], "-56931.fits").any()
 
 # %% [markdown]
 # ## The catalogue
@@ -579,6 +678,23 @@ def _native(values):
         return np.where(values <= MISSING, np.nan, values)
     return values.astype(values.dtype.newbyteorder("="))
 
+# %%
+catalogue = read_catalogue(find_catalogue(root), record.labels)
+catalogue["APOGEE_ID", "LOCATION_ID", "SNR", record.labels[0], f"{record.labels[0]}_ERR", record.labels[2]][:4]
+
+# %% [markdown]
+# Not every release has every label: DR12 wrote [Mg/H], not [Mg/Fe]. Then the error says what was looked for and what there is.
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    old = Path(folder) / "allStar-v603.fits"
+    Table({"APOGEE_ID": ["2M00004994+1621552"], "TEFF": [4705.0], "PARAM_M_H": [-9999.0], "MG_H": [0.01]}).write(old)
+    table = read_catalogue(old)
+    with pytest.raises(LabError, match=r"no label MG_FE \(looked for the columns MG_FE\): it has TEFF, M_H"):
+        read_catalogue(old, ["TEFF", "MG_FE"])
+assert table.meta["labels"] == ["TEFF", "M_H"] and np.isnan(table["M_H"][0]) and np.isnan(table["TEFF_ERR"][0])
+assert table["TEFF"].unit == "K" and not np.any(catalogue["SNR"] < MISSING)
+
 # %% [markdown]
 # ## Files meet rows
 # Which row is a file's? The survey's own key, TARGET_ID, holds field and star, as the release's template says. Where a table uses it otherwise, telescope,
@@ -663,6 +779,17 @@ match_catalogue(stars, rows, rules)
 assert [list(x) for x in match_catalogue(stars, rows, rules)] == [[1, 2, -1, 4], [1, 0, 0, 0]]
 
 # %% [markdown]
+# The witness for the join is what the lab did: for every star a scan through the whole table. It must find the same row.
+
+# %%
+rows, further = match_catalogue(files, catalogue, record.rules)
+for n in range(0, len(files), max(len(files) // 50, 1)):
+    target = record.rules.target_id.format(telescope=files["TELESCOPE"][n], field=files["FOLDER"][n], id=files["APOGEE_ID"][n])
+    same = np.flatnonzero(np.asarray(catalogue["TARGET_ID"]) == target)
+    best = same[np.argmax(catalogue["SNR"][same])] if len(same) else -1
+    assert rows[n] == best and further[n] == max(len(same) - 1, 0)
+
+# %% [markdown]
 # ## Dark pixels
 # Chip edges move with the star's velocity, so a pixel may see nothing in one star and the full light in the others. The lab's rule: a pixel below 5 % of
 # its median over all stars is unusable. Taken literally it compares a faint star with bright ones, and stars of the archive differ by a factor of
@@ -707,6 +834,26 @@ def drop_dark_pixels(
 ) -> Spectra:                # shares everything but ivar
     "The spectra with weight 0 on dark pixels."
     return spectra.replace(ivar=np.where(dark_pixels(spectra.flux, spectra.ivar, fraction), np.float32(0), spectra.ivar))
+
+# %% [markdown]
+# Six stars with the same spectrum, each ten times fainter than the one before; one pixel of the third is dark. The rule finds that pixel and no other.
+
+# %%
+level = 10.0 ** -np.arange(6)[:, None]
+toy = (level * np.random.default_rng(1).uniform(0.5, 1.5, (6, 400))).astype("f4")
+toy[2, 7] *= 1e-3
+weight = np.ones_like(toy)
+weight[:, 50] = 0   # a pixel that nobody has measured judges nobody
+assert np.array_equal(np.argwhere(dark_pixels(toy, weight)), [[2, 7]])
+assert not dark_pixels(toy[:1], weight[:1]).any()   # a star alone has nobody to be compared with
+
+# %% [markdown]
+# The witness is numpy's own median of the usable values, pixel by pixel.
+
+# %%
+relative = np.where(weight > 0, toy, np.nan) / np.nanmedian(np.where(weight > 0, toy, np.nan), axis=1)[:, None]
+slow = [relative[:, p] < 0.05 * np.nanmedian(relative[:, p]) for p in range(400) if p != 50]
+assert np.array_equal(np.delete(dark_pixels(toy, weight), 50, axis=1), np.transpose(slow))
 
 # %% [markdown]
 # ## An archive
@@ -855,3 +1002,254 @@ def _rules_of(spectra, cuts):
             raise LabError(f"the cut {cut.name!r} needs a column {cut.column}, which the stars lack: there are {', '.join(spectra.stars.colnames)}")
         values = np.ma.filled(np.ma.asarray(spectra.stars[cut.column], dtype=float), np.nan)
         yield cut.name, (values > cut.low) & (values < cut.high), f"keep {cut}" + (f": {cut.reason}" if cut.reason else "")
+
+# %% [markdown]
+# ## The stars at hand
+# Now for the archive of this run: read, and see what the ledger says before any cut is made.
+
+# %%
+spectra, found = read_archive(root, progress=False)
+spectra
+
+# %%
+good, ledger = apply_cuts(spectra, ledger=found)
+ledger
+
+# %%
+#| echo: false
+Markdown(f"Of {ledger.found} files {ledger.left} stars are left. " + " ".join(
+    f"To *{step.rule}* fell {len(step.stars)} ({len(step.stars) / ledger.found:.1%})." for step in ledger.steps if step.stars))
+
+# %%
+plot_ledger(ledger);
+
+# %% [markdown]
+# **What to see.** Each bar is as long as the blue one above it: no star leaves without a rule. Which one took a given star, and what was wrong with it?
+
+# %%
+asked = list(ledger.dropped)[:: max(len(ledger.dropped) // 6, 1)]
+Table(rows=[(star, ledger.why(star)) for star in asked], names=["star", "why it is gone"])
+
+# %% [markdown]
+# The ledger is a claim, so we count again without it. Found is left plus dropped; and a plain loop over the rows of the table, with the record's cuts, keeps the
+# same stars.
+
+# %%
+assert ledger.found == len(find_files(root)) == ledger.left + ledger.table["dropped"].sum() and ledger.left == len(good)
+
+# %%
+survivors = []
+for n, star in enumerate(spectra.stars):
+    labelled = all(np.isfinite(star[name]) for name in record.labels)
+    if labelled and all(cut.low < star[cut.column] < cut.high for cut in record.cuts) and spectra.flux[n].any():
+        survivors.append(n)
+assert list(good.stars["FILE"]) == list(spectra.stars["FILE"][survivors])
+assert np.array_equal(good.flux, spectra.flux[survivors]) and np.array_equal(good.labels(), spectra.labels()[survivors])
+
+# %% [markdown]
+# A later chapter goes on with the same ledger, here with a rule of its own. A ledger of other stars is refused.
+
+# %%
+fewer, longer = keep(good, good.stars["NVISITS"] > 1, "seen once", ledger)
+assert longer.left == len(fewer) and longer.steps[:-1] == ledger.steps and longer.steps[-1].rule == "seen once"
+with pytest.raises(LabError, match="go on with the ledger of these spectra"):
+    keep(good, np.ones(len(good), bool), "nothing", found)
+
+# %% [markdown]
+# ## What the literal rule would have done
+# Back to the dark pixels, now on the archive. The lab's literal rule compares flux with the median flux of all stars; ours takes each star's own level out
+# first. We ask both twice: once on (at most some 600) stars of all kinds, once on the brightest tenth and the faintest twentieth of them alone.
+
+# %%
+paths = find_files(root, "apstar")["path"]
+raw, _ = read_files(paths[:: max(len(paths) // 600, 1)], progress=False)   # loose files: nobody has darkened them yet
+level = np.ma.median(np.ma.array(raw.flux, mask=raw.ivar == 0), axis=1).filled(0)
+bright_first = np.argsort(-level)[: np.sum(level > 0)]   # stars without light have no say
+n = len(bright_first)
+samples = {"all stars": bright_first, "brightest and faintest": np.r_[bright_first[: n // 10], bright_first[-n // 20:]]}
+
+# %%
+def literal_rule(spectra):
+    "The lab's rule to the letter."
+    typical = np.ma.median(np.ma.array(spectra.flux, mask=spectra.ivar == 0), axis=0)
+    return (spectra.flux < 0.05 * typical).filled(False) & (spectra.ivar > 0)
+
+
+def our_rule(spectra):
+    return dark_pixels(spectra.flux, spectra.ivar) & (spectra.ivar > 0)
+
+# %%
+rows = []
+for name, sample in samples.items():
+    stars = raw[sample]
+    counts = {rule: dark(stars).sum(axis=1) for rule, dark in (("literal", literal_rule), ("ours", our_rule))}
+    rows += [(name, len(stars), rule, count.sum(), np.sum(count > 3000)) for rule, count in counts.items()]
+Table(rows=rows, names=["sample", "stars", "rule", "dark pixels", "stars that lose more than 3,000 pixels"])
+
+# %%
+fig, ax = plt.subplots(figsize=(7, 3.2))
+for rule, color in (("literal", "C1"), ("ours", "C0")):
+    ax.plot(stars.stars["H"], counts[rule], "o", ms=4, alpha=0.6, color=color, label={"literal": "literal rule", "ours": "our rule"}[rule])
+ax.axhline(3000, color="0.6", ls="--", lw=0.8)
+ax.set(xlabel="$H$ [mag]", ylabel="dark pixels of 7,214", yscale="symlog", ylim=(-0.5, 3e4), title="brightest and faintest stars")
+ax.legend(loc="lower right");
+
+# %%
+#| echo: false
+alone, flagged = rows[2][4], (raw.mask[bright_first][our_rule(raw[bright_first])] != 0).sum()
+Markdown(f"""**What to see.** The brightest star here has {level.max() / level[level > 0].min():,.0f} times the flux of the faintest. Among all {n} stars with light most
+are faint, so the literal rule's median is a faint star's, and the rules find {rows[0][3]:,} and {rows[1][3]:,} dark pixels (of ours, {flagged:,} carry a mask bit
+anyway). In the company of the brightest, the literal rule takes {alone} faint stars whole: beyond the dashed line the lab drops a star. Nothing is wrong
+with them but their neighbours. Our rule takes {rows[3][4]}.""")
+
+# %% [markdown]
+# As a test: dimming every second star a hundredfold changes nothing in our answer, and much in the literal one.
+
+# %%
+dim = raw.replace(flux=raw.flux * np.where(np.arange(len(raw)) % 2, 0.01, 1).astype("f4")[:, None])
+assert np.mean(our_rule(dim) != our_rule(raw)) < 1e-6   # but for float32's last digit
+assert np.mean(literal_rule(dim) != literal_rule(raw)) > 0.1
+
+# %% [markdown]
+# ## The labels
+# What kind of stars are left? A corner plot shows each label's distribution (dashed: 16th and 84th percentile) and each pair against one another.
+
+# %%
+#| export
+def plot_corner(
+    spectra: Spectra,
+    names=None,          # label names; all that the stars have by default
+    **style,             # for corner.corner
+):
+    "Corner plot of the labels in the survey's plot ranges, with the 16 and 84 % quantiles; returns the Figure."
+    labels = label_records(spectra.label_names if names is None else names)
+    values = spectra.labels([label.name for label in labels])
+    values = values[np.isfinite(values).all(axis=1)]
+    if len(values) < 2:
+        raise LabError(f"a corner plot needs at least two stars with the labels {', '.join(label.name for label in labels)}, there are {len(values)}")
+    fig = plt.figure(figsize=(1.6 * len(labels), 1.6 * len(labels)), layout="none")   # corner spaces its panels itself
+    corner.corner(values, fig=fig, labels=[label.axis for label in labels], range=[label.plot_range for label in labels], max_n_ticks=4,
+                  **({"quantiles": [0.16, 0.84], "bins": 25, "color": "#0173b2", "labelpad": 0.12, "plot_contours": False, "plot_density": False,
+                      "data_kwargs": {"alpha": 0.6, "ms": 3}} | style))
+    return fig
+
+# %%
+plot_corner(good);
+
+# %% [markdown]
+# **What to see.** Temperature and gravity lie on a narrow band, the giant branch, and the more metals a star has, the cooler it is at the same gravity. Labels that
+# are tied to one another in the sample will be hard to tell apart in a model trained on it. (In the archive of clusters [M/H] falls into islands: a cluster
+# was born with one metallicity.)
+
+# %%
+with pytest.raises(LabError, match="at least two stars with the labels TEFF, LOGG, there are 1"):
+    plot_corner(good[0], ["TEFF", "LOGG"])
+
+# %% [markdown]
+# ## The spectra
+# Three stars as the telescope saw them, whole and zoomed, with their errors in grey. The axes end where the star does: what a line of the night sky left
+# behind may stick out ten times higher.
+
+# %%
+#| export
+def plot_raw(
+    spectra: Spectra,
+    rows=(0, 1, 2),             # which stars
+    window=(16_000, 16_150),    # of the zoom [Angstrom]
+):
+    "Some stars, whole on the left and zoomed on the right, each with its error on a second axis; returns the Figure."
+    fig, axes = plt.subplots(len(rows), 2, figsize=(11, 2.2 * len(rows) + 0.3), width_ratios=(3, 2), squeeze=False)
+    for row, pair in zip(rows, axes):
+        star, flux, ivar = spectra.stars[row], spectra.flux[row], spectra.ivar[row]
+        shown = ivar > 0 if spectra.mask is None else (ivar > 0) & (spectra.mask[row] == 0)
+        for ax, part in zip(pair, (None, window)):
+            plot_spectrum(spectra.wavelength, flux, ivar, part, error=True, ax=ax)
+            _show_most(ax, fig.axes[-1], flux[shown], ivar[shown])
+            ax.set(xlabel=None, ylabel=None)
+        pair[0].set_title(f"{star['APOGEE_ID']}, $H$ = {star['H']:.1f}, SNR {star['SNR']:.0f}", fontsize="small", loc="left")
+        fig.axes[-2].set_ylabel(None)   # the error axis of the left panel: the right one's label serves both
+    normalized = spectra.stars.meta.get("normalized")
+    fig.supylabel("flux / continuum" if normalized else r"flux [$10^{-17}$ erg s$^{-1}$ cm$^{-2}$ Å$^{-1}$]", fontsize="small")
+    fig.supxlabel("vacuum wavelength [Å]", fontsize="small")
+    return fig
+
+
+def _show_most(ax, error_ax, flux, ivar):
+    "Limits that show the star; what a sky line left behind may leave the axes."
+    if len(flux):
+        low, high = np.percentile(flux, [0.5, 99.5])
+        ax.set_ylim(low - 0.2 * (high - low), high + 0.2 * (high - low))
+        error_ax.set_ylim(0, 4 / np.sqrt(np.median(ivar)))
+    ax.xaxis.set_major_locator(plt.MaxNLocator(5))
+
+# %%
+order = np.argsort(good.labels()[:, 2])   # poor, middling and rich in metals
+plot_raw(good, order[[0, len(good) // 2, -1]]);
+
+# %% [markdown]
+# **What to see.** The slope over a chip is the star's temperature and the instrument's throughput, and the next chapter takes both away. Where the error
+# jumps, a line of the night sky was subtracted. And from the first star to the last the lines multiply: that is metallicity, before any model.
+
+# %% [markdown]
+# ## The survey's own files
+# Our archive is written by our own code, and a reader that agrees with its own writer proves little. The variable `STELLAR_LAB_REAL_DATA` may name a folder
+# of raw files of several releases: with visits and without, float32 and float64, and the mystery star without a name.
+
+# %%
+real = real_data()
+if real is None:
+    print("Skipped: STELLAR_LAB_REAL_DATA is not set, so there are no raw files of the survey to read.")
+else:
+    raw_paths = [*sorted(real.glob("apStar-*.fits")), real / "mystery_spec_wiped.fits"]
+    sky, problems = read_files(raw_paths, progress=False)
+    assert not problems and len(sky) == len(raw_paths) and product_of(raw_paths[-1]) == "apstar"
+    print(sky)
+
+# %%
+if real is not None:
+    sky.stars["usable"] = [f"{share:.2%}" for share in (sky.ivar > 0).mean(axis=1)]
+    sky.stars["flagged"] = [f"{share:.1%}" for share in (sky.mask != 0).mean(axis=1)]
+    display(sky.stars["FILE", "FIELD", "NVISITS", "SNR", "H", "usable", "flagged"])
+
+# %%
+if real is not None:
+    plot_raw(sky, range(len(sky)));
+
+# %% [markdown]
+# **What to see** (where the files are at hand). Seven very different stars on one grid. The fourth is faint, seen once, and its flagged blue chip leaves
+# the axes; in the dwarfs the lines are many and blurred. Two traps show in the table. The third star is flagged on nearly all of its blue chip (persistence), though its errors there look like those of the other
+# chips: flux and error alone do not tell, the mask has to. And DR17's row 1 carries *no* flags, while its row 0 does: who reads DR17 takes `row=0`.
+
+# %%
+if real is not None:
+    seventeen = raw_paths[0]
+    flagged = [(read_files(seventeen, row=k, progress=False)[0].mask != 0).mean() for k in range(3)]
+    print(f"{seventeen.name}: flagged in row 0 {flagged[0]:.1%}, in row 1 {flagged[1]:.1%}, in row 2 (a visit) {flagged[2]:.1%}")
+    assert flagged[0] > 0.05 and flagged[1] == 0
+
+# %% [markdown]
+# Both real catalogues go through the same two functions. In the newer one each star has one row and finds it by TARGET_ID. The older one holds stars several
+# times, and stars of a second telescope under another form of the key: each must find a row of its own name, no worse than the one it came from.
+
+# %%
+if real is not None:
+    new = read_catalogue(real / "allStar-dr16-33rows.fits")
+    own = Table({"APOGEE_ID": new["APOGEE_ID"], "TELESCOPE": new["TELESCOPE"], "FOLDER": new["FIELD"]})
+    rows, further = match_catalogue(own, new, RELEASES["dr16"])
+    assert list(rows) == list(range(len(new))) and not further.any()
+    print(f"{len(new)} rows, labels {', '.join(new.meta['labels'])}; without a [Mg/Fe]: {np.isnan(new['MG_FE']).sum()}")
+
+# %%
+if real is not None:
+    old_path = real / "allStar-v603-hipparcos.fits.gz"
+    old = read_catalogue(old_path)
+    with pytest.raises(LabError, match="no label MG_FE, SI_FE .* it has TEFF, LOGG, FE_H, M_H, ALPHA_M"):
+        read_catalogue(old_path, ["TEFF", "MG_FE", "SI_FE"])
+    own = Table({"APOGEE_ID": old["APOGEE_ID"], "TELESCOPE": old["TELESCOPE"], "FOLDER": old["LOCATION_ID"].astype(str)})
+    rows, further = match_catalogue(own, old, RELEASES["dr14"])
+    assert np.array_equal(old["APOGEE_ID"][rows], old["APOGEE_ID"]) and np.all(old["SNR"][rows] >= old["SNR"])
+    print(f"{len(old)} rows, {np.isfinite(old['TEFF']).sum()} with a temperature, {np.sum(further > 0)} in company of the same target")
+
+# %% [markdown]
+# **Exercise.** Read the archive with `row=0`, the combination weighted pixel by pixel, and compare it with row 1 star by star. Where do they differ by more
+# than the errors, and why there?

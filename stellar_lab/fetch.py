@@ -8,7 +8,7 @@ __all__ = ['BLOCK', 'PLAIN_NAME', 'CHUNK', 'MAX_TEXT', 'MIN_RATE', 'MAX_WAIT', '
            'HttpSource', 'open_source', 'ArchiveHandler', 'serve', 'Item', 'fetch_file', 'Wanted', 'find_stars',
            'list_fields', 'FetchSummary', 'fetch']
 
-# %% ../nbs/01_fetch.ipynb #df41653e
+# %% ../nbs/01_fetch.ipynb #02d32ea2
 import codecs
 import errno
 import ipaddress
@@ -22,7 +22,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
 from html.parser import HTMLParser
@@ -42,7 +42,7 @@ from urllib3.util import Retry
 from . import __version__
 from .survey import ARCHIVE_FILE, ARCHIVES, PRODUCTS, RELEASES, Archive, LabError, Release, atomic_path
 
-# %% ../nbs/01_fetch.ipynb #bcfc2fe1
+# %% ../nbs/01_fetch.ipynb #8d1d9868
 BLOCK = 2880   # bytes; headers and arrays of a FITS file fill whole blocks (FITS standard 4.0, section 3.1)
 
 
@@ -83,7 +83,7 @@ def _fits_problem(file, size, hdus):
         file.seek(end)
     return "" if count >= hdus else f"only {count} of {hdus} HDUs"
 
-# %% ../nbs/01_fetch.ipynb #ccf7e31f
+# %% ../nbs/01_fetch.ipynb #67fe64c3
 PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")   # of files and folders: no slash, no hidden file, no "..", nothing that a shell would read
 
 
@@ -138,7 +138,7 @@ def parse_index(
         pass
     return Listing(tuple(links.files), tuple(links.folders))
 
-# %% ../nbs/01_fetch.ipynb #675f99cd
+# %% ../nbs/01_fetch.ipynb #4e6e5936
 CHUNK = 1 << 16          # bytes read at a time
 MAX_TEXT = 1 << 26       # bytes; an index or archive.json beyond that is not one
 MIN_RATE = 500           # bytes a second; a body that comes slower has stalled
@@ -179,7 +179,7 @@ class Body:
     offset: int        # the first byte that `chunks` brings
     chunks: object     # iterator of bytes
 
-# %% ../nbs/01_fetch.ipynb #50df4ecd
+# %% ../nbs/01_fetch.ipynb #4c816258
 class FolderSource:
     "An archive in a folder."
 
@@ -232,7 +232,7 @@ def _refusing():
     except OSError as error:
         raise Refused(error.strerror or str(error)) from error
 
-# %% ../nbs/01_fetch.ipynb #118a0055
+# %% ../nbs/01_fetch.ipynb #b3edaab4
 class _Patience(Retry):
     "urllib3's Retry, but a server's Retry-After of a day does not keep us for a day."
 
@@ -266,7 +266,7 @@ def _why(error):
             return re.sub(r"^.*?(?:HTTPS?Connection(?:Pool)?\(.*?\)|<[^>]*>): ", "", str(error)) or type(error).__name__
         error = inner
 
-# %% ../nbs/01_fetch.ipynb #7d91b610
+# %% ../nbs/01_fetch.ipynb #25712dc5
 class HttpSource:
     "An archive on a web server."
 
@@ -299,7 +299,8 @@ class HttpSource:
         "Size and tag of a file below the root, as far as the server tells."
         try:
             with self._request("HEAD", path) as response:
-                return self._remote(response)
+                remote = self._remote(response)
+            return Remote(remote.size or None, remote.tag)   # 0 is how some servers say that they do not know
         except Refused:   # some servers do not answer HEAD; the download will tell
             return Remote(None)
 
@@ -313,6 +314,8 @@ class HttpSource:
             body = self._body(response, offset, expected)
             if body:
                 yield body
+            elif not offset:
+                raise Dropped(f"a plain question was answered with {response.status_code} {response.reason}")
         if not body:
             with self.open(path) as body:
                 yield body
@@ -376,7 +379,7 @@ class HttpSource:
             tag = response.headers.get("Last-Modified", "")
         return Remote(int(length) if length.isdecimal() and length.isascii() else None, tag)
 
-# %% ../nbs/01_fetch.ipynb #acef15cb
+# %% ../nbs/01_fetch.ipynb #3dda2434
 def open_source(
     source,               # an https or http URL, or a folder: the root of an archive
     **settings,           # workers, timeout, tries, backoff of an HttpSource
@@ -395,7 +398,7 @@ def open_source(
         pass
     raise LabError(f"cannot fetch from {text}: give a folder or a URL such as https://data.sdss.org/sas")
 
-# %% ../nbs/01_fetch.ipynb #48576103
+# %% ../nbs/01_fetch.ipynb #e19953cd
 class ArchiveHandler(SimpleHTTPRequestHandler):
     "Serves a folder: HTML index, ETag, and open-ended ranges (RFC 9110)."
     protocol_version = "HTTP/1.1"      # connections stay open
@@ -427,7 +430,7 @@ class ArchiveHandler(SimpleHTTPRequestHandler):
         self.end_headers()
         return file
 
-# %% ../nbs/01_fetch.ipynb #c4f04a1b
+# %% ../nbs/01_fetch.ipynb #9e04799c
 class _Server(ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         "A client that hangs up is no news; other errors are printed."
@@ -457,7 +460,7 @@ def serve(
         server.server_close()
         thread.join()
 
-# %% ../nbs/01_fetch.ipynb #896932a8
+# %% ../nbs/01_fetch.ipynb #2b243f77
 @dataclass(slots=True)
 class Item:
     "One file to bring home."
@@ -487,7 +490,7 @@ def _started(part, note):
     known = isinstance(remote.size, int) and isinstance(remote.tag, str) and offset < remote.size
     return (offset, remote) if known else (0, None)
 
-# %% ../nbs/01_fetch.ipynb #e58e9387
+# %% ../nbs/01_fetch.ipynb #669fe325
 def _receive(source, item, part, note, show, stop):
     "One try: the whole file, or the rest of it, into `part`."
     offset, expected = _started(part, note)
@@ -511,7 +514,7 @@ def _receive(source, item, part, note, show, stop):
     if body.remote.size not in (None, length):
         raise Dropped(f"truncated: {length:,} of {body.remote.size:,} bytes came")
 
-# %% ../nbs/01_fetch.ipynb #8787d19d
+# %% ../nbs/01_fetch.ipynb #937f228f
 def _persist(action, tries, backoff, stop, progress=lambda: 0):
     "Do it again while it is dropped, `tries` times in a row without a megabyte of progress; if it comes damaged, once."
     attempt, damaged, best = 0, 0, progress()
@@ -525,7 +528,7 @@ def _persist(action, tries, backoff, stop, progress=lambda: 0):
             if attempt >= tries or damaged > 1 or stop.wait(min(backoff * 2 ** attempt, MAX_WAIT)):
                 raise
 
-# %% ../nbs/01_fetch.ipynb #e744eb25
+# %% ../nbs/01_fetch.ipynb #29521e9e
 def _put_aside(target, hdus):
     "Take its name from a file that cannot be whole: nothing wrong stays under a final name, whatever happens next."
     if target.exists() and (not hdus or file_problem(target, hdus)):
@@ -568,7 +571,7 @@ def fetch_file(
                        "what is whole stays") from error
     return item
 
-# %% ../nbs/01_fetch.ipynb #9efd0b39
+# %% ../nbs/01_fetch.ipynb #fb41409d
 def _read_marker(source, tries, backoff):
     "archive.json of a source: its bytes (None without one), the record it names, further files."
     def read():
@@ -605,7 +608,7 @@ def _is_safe(path):
     plain = isinstance(path, str) and all(PLAIN_NAME.fullmatch(step) for step in path.split("/"))
     return plain and path != ARCHIVE_FILE and not path.endswith((".part", ".part.note", ".old"))
 
-# %% ../nbs/01_fetch.ipynb #ff2c79b3
+# %% ../nbs/01_fetch.ipynb #fa766e99
 def _release(release, record):
     "The path rules that were asked for, else the archive's own."
     if release is None or isinstance(release, Release):
@@ -646,7 +649,7 @@ def _wanted(record, release, fields, products, telescopes):
             raise LabError(f"{rules.name} has no {what} {unknown[0]!r}: choose from {', '.join(known)}")
     return Wanted(rules, fields, products, telescopes)
 
-# %% ../nbs/01_fetch.ipynb #fb256e8c
+# %% ../nbs/01_fetch.ipynb #b3af4870
 def _fill(template, release, field, telescope, star="x"):
     return template.format(field=field, telescope=telescope, id=star, prefix=release.prefixes.get(telescope, "ap"))
 
@@ -680,7 +683,7 @@ def find_stars(
             return list(items.values())
     raise Missing("no such folder")
 
-# %% ../nbs/01_fetch.ipynb #4acbd016
+# %% ../nbs/01_fetch.ipynb #91a2f449
 def list_fields(
     source,                # a FolderSource or HttpSource
     release: Release,
@@ -708,7 +711,7 @@ def _no_field(source, wanted, product, field):
     more = f" and {len(there) - len(close)} more" if len(there) > len(close) else ""
     return LabError(f"{source.name} has no field {field!r} with {product} files of {wanted.release.name}; it has {', '.join(close)}{more}")
 
-# %% ../nbs/01_fetch.ipynb #e1c83674
+# %% ../nbs/01_fetch.ipynb #496d29e2
 def _run(items, work, workers, stop):
     "Do `work` on each item with a few threads; gives the results as they come. Whatever breaks the loop (close it!) stops the workers."
     with ThreadPoolExecutor(workers) as pool:
@@ -756,7 +759,7 @@ def _find_all(source, wanted, extra, catalogue, workers, retry, stop):
     items += [Item(path, path, 1 if path.endswith(".fits") else 0) for path in extra]
     return list({item.path: item for item in items + stars}.values())
 
-# %% ../nbs/01_fetch.ipynb #66a016e2
+# %% ../nbs/01_fetch.ipynb #153a4bef
 @dataclass
 class FetchSummary:
     "What a fetch found and did."
@@ -839,7 +842,7 @@ def _bytes(number):
     "A number of bytes as people read it."
     return next(f"{number / scale:.1f} {unit}" for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")) if number >= scale or scale == 1)
 
-# %% ../nbs/01_fetch.ipynb #be7e84db
+# %% ../nbs/01_fetch.ipynb #da794b1b
 def _is_there(root, item):
     "A whole file of the right size stands at home, in the survey's layout or another one."
     for path in (item.path, *item.elsewhere):
@@ -863,7 +866,7 @@ def _look(source, root, item):
             item.state, item.reason, item.cause = "already there", "", ""
     return item
 
-# %% ../nbs/01_fetch.ipynb #3e740566
+# %% ../nbs/01_fetch.ipynb #6e70f0d2
 def _check_root(root, source, marker, record, release):
     "A root holds one archive, and it is not the source's own."
     if isinstance(source, FolderSource) and root.exists() and root.samefile(source.root):
@@ -904,16 +907,16 @@ def _locked(root):
     finally:
         os.close(handle)
 
-# %% ../nbs/01_fetch.ipynb #4c273f9b
+# %% ../nbs/01_fetch.ipynb #c6760314
 MAX_FAILURES = 20   # in a row; then the source is left alone
 
 
 def _download(source, root, items, workers, tries, backoff, progress, stop):
     "Fetch what is to be fetched."
     todo = [item for item in items if item.state == "to fetch"]
-    missing, lock, failures = sum(item.size or 0 for item in todo), threading.Lock(), 0
-    if missing > shutil.disk_usage(root).free:
-        raise LabError(f"{root} has no room for {_bytes(missing)}: free the disk or choose another root")
+    volume, lock, failures = sum(item.size or 0 for item in todo), threading.Lock(), 0
+    if volume > shutil.disk_usage(root).free:
+        raise LabError(f"{root} has no room for {_bytes(volume)}: free the disk or choose another root")
 
     def work(item):
         return item if stop.is_set() else fetch_file(source, item, root, tries, backoff, show, stop)
@@ -924,7 +927,7 @@ def _download(source, root, items, workers, tries, backoff, progress, stop):
             item.shown = length
 
     with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=missing, unit="B", unit_scale=True, desc="fetching", disable=not progress))
+        bar = stack.enter_context(tqdm(total=volume, unit="B", unit_scale=True, desc="fetching", disable=not progress))
         done = stack.enter_context(closing(_run(todo, work, workers, stop)))
         for item in done:
             failures = 0 if item.state == "fetched" else failures + (item.cause not in ("", "missing"))
@@ -934,7 +937,7 @@ def _download(source, root, items, workers, tries, backoff, progress, stop):
         if item.state == "to fetch":
             item.state, item.reason = "failed", f"not tried, for {MAX_FAILURES} others failed in a row"
 
-# %% ../nbs/01_fetch.ipynb #d8c77d65
+# %% ../nbs/01_fetch.ipynb #7734c7a5
 def fetch(
     root,                       # folder where the archive goes
     source,                     # an https or http URL, or a folder: the root of the archive to fetch from
@@ -959,6 +962,9 @@ def fetch(
         stack.callback(origin.close)
         marker, record, extra = _read_marker(origin, tries, backoff)
         wanted = _wanted(record, release, fields, products, telescopes)
+        if fields is None and marker is not None:   # an archive of ours may be small: its record names the fields that it can have
+            there = set().union(*(list_fields(origin, wanted.release, product) for product in wanted.products))
+            wanted = replace(wanted, fields=tuple(name for name in wanted.fields if name in there) or wanted.fields)
         marked = _check_root(root, origin, marker, record, wanted.release)
         retry = partial(_persist, tries=tries, backoff=backoff, stop=stop)
         items = _find_all(origin, wanted, extra, catalogue, workers, retry, stop)

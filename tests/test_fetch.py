@@ -27,7 +27,7 @@ from stellar_lab.fetch import (
     MAX_WAIT, PLAIN_NAME, ArchiveHandler, Dropped, FolderSource, HttpSource, Item, Missing, Refused, _bytes, _is_safe, _Patience, fetch, fetch_file,
     file_problem, find_stars, list_fields, open_source, parse_index, serve,
 )
-from stellar_lab.survey import ARCHIVE_FILE, PRODUCTS, RELEASES, LabError
+from stellar_lab.survey import ARCHIVE_FILE, PRODUCTS, RELEASES, LabError, real_data
 
 pytestmark = pytest.mark.filterwarnings("ignore::astropy.utils.exceptions.AstropyUserWarning")   # astropy's, about damaged headers
 
@@ -184,7 +184,7 @@ def misbehaving(folder, plan=None):
 
 
 def get(root, source, **options):
-    options = dict(fields=["4230"], progress=False, backoff=0.001, timeout=2, tries=3) | options
+    options = dict(fields=["4230"], progress=False, backoff=0.001, timeout=10, tries=3) | options
     return fetch(root, source, **options)
 
 
@@ -284,6 +284,7 @@ def test_a_proxy_is_not_asked_for_the_loopback_address(server, home, monkeypatch
 
 # --- the bad day ----------------------------------------------------------------------------------------------------
 
+PATIENCE = {stall: 0.7, trickle: 0.7}   # s; short where the client has to run out of it
 PERMANENT = {
     "truncated": (cut, "broke off"), "reset in the body": (reset, "broke off"), "reset at once": (reset_at_once, "reset|aborted|closed"),
     "stalled": (stall, "timed out"), "trickles": (trickle, "too slow"), "says more": (says_more, "broke off"),
@@ -296,7 +297,7 @@ PERMANENT = {
 def test_what_stays_broken_is_reported_and_has_no_name(server, home, fault):
     step, reason = PERMANENT[fault]
     with misbehaving(server, {STAR: [step]}) as net:
-        summary = get(home, net.url, timeout=0.3, tries=2)
+        summary = get(home, net.url, timeout=PATIENCE.get(step, 10), tries=2)
     assert not summary.ok and summary.fetched == 3
     [(path, why)] = summary.problems
     assert path == STAR and re.search(reason, why), why
@@ -312,7 +313,7 @@ def test_what_stays_broken_is_reported_and_has_no_name(server, home, fault):
                                   status(429, Retry_After="0"), status(503, Retry_After="0")])
 def test_what_breaks_once_is_tried_again(server, home, step):
     with misbehaving(server, {STAR: [step, None]}) as net:
-        assert get(home, net.url, timeout=0.3).ok
+        assert get(home, net.url, timeout=PATIENCE.get(step, 10)).ok
     assert tree(home, unfinished=True) == tree(server) and downloads(net.log).count(STAR) in (2, 3)   # the third starts over
 
 
@@ -373,6 +374,12 @@ def test_a_server_without_head_or_length(server, home):
             assert get(home, url).ok
             assert get(home, url).already_there == 4   # by its own headers
     assert tree(home, unfinished=True) == tree(server)
+
+
+def test_an_answer_to_another_question(server, home):
+    with misbehaving(server, {STAR: [lambda handler: handler.answer(206, handler.file(), Content_Range="bytes 0-9/10")]}) as net:
+        summary = get(home, net.url)
+    assert summary.problems == [(STAR, "a plain question was answered with 206 Partial Content")] and STAR not in tree(home)
 
 
 def test_a_dying_server_is_left_alone(tmp_path, home):
@@ -585,7 +592,7 @@ pieces = st.sampled_from(["..", ".", "/", "\\", "%2f", "%2e", "a", "apStar-r8-",
 hrefs = st.lists(pieces, max_size=8).map("".join) | st.text(max_size=20)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(st.lists(hrefs, max_size=10))
 def test_index_links_lead_nowhere_else(links):
     page = "".join('<a href="{}">x</a>'.format(link.replace('"', "&quot;")) for link in links)
@@ -597,20 +604,20 @@ def test_index_links_lead_nowhere_else(links):
         assert PLAIN_NAME.fullmatch(name)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(st.text() | st.lists(st.sampled_from(["<", ">", "<a href=", "'", '"', "</", "<!--", "-->", "<![", "]]>", "<!", "x", "<script>", "&#0;", "&"])).map("".join))
 def test_any_page_is_read_without_an_error(page):
     assert parse_index(page, BASE) == parse_index([page], BASE)   # in whatever pieces it comes
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,20}", fullmatch=True), max_size=10, unique=True))
 def test_plain_names_are_found(names):
     page = "".join(f"<li><a href={name!r}>{name}</a>" for name in names)
     assert list(parse_index([page], BASE).files) == names
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=60)
 @given(st.lists(pieces, max_size=6).map("".join) | st.text(max_size=30) | st.none() | st.integers())
 def test_extra_files_stay_below_the_root(name):
     if _is_safe(name):
@@ -657,6 +664,14 @@ def test_what_is_wrong_with_a_file(tmp_path):
     assert [_bytes(n) for n in (0, 999, 1500, 2.5e6, 8e9)] == ["0.0 bytes", "999.0 bytes", "1.5 kB", "2.5 MB", "8.0 GB"]
 
 
+def test_the_surveys_own_files_are_whole():
+    if real_data() is None:
+        pytest.skip("STELLAR_LAB_REAL_DATA is not set")
+    files = sorted(real_data().glob("apStar-*.fits"))
+    assert files and all(file_problem(file, PRODUCTS["apstar"].hdus) == "" for file in files)
+    assert all(file_problem(file, 2) == "" for file in real_data().glob("allStar*.fits"))
+
+
 # --- our own archives ----------------------------------------------------------------------------------------------
 
 
@@ -674,6 +689,14 @@ def test_archive_json_and_the_files_it_lists(server, home):
     assert summary.ok and summary.archive == "clusters" and summary.found == summary.fetched == 7 and again.already_there == 7
     assert tree(home, unfinished=True) == tree(server)
     assert net.log[0][0] == ARCHIVE_FILE
+
+
+def test_a_small_archive_of_ours_has_not_all_fields(server, home):
+    mark(server)
+    assert get(home, server, fields=None).ok   # 4230 only, of the record's 19
+    (server / ARCHIVE_FILE).unlink()
+    with pytest.raises(LabError, match="no field '4262'"):   # the survey has all that its record names
+        get(home.parent / "other", server, fields=None)
 
 
 def test_extra_files_are_checked_too(server, home):

@@ -349,7 +349,7 @@ Table(table["CLUSTER", "KIND", "FIELDS", "LOCATION_ID", "STARS", "median SNR", "
 # %%
 #| echo: false
 Markdown(f"Globular clusters: [Fe/H] of Carretta et al. (2009), ages of VandenBerg et al. (2013). Open clusters: each row names its own sources, "
-         f"by ADS bibcode; the column `NOTE` says what to know about a row, and an age source `round` is a round literature value without one source. "
+         f"by ADS bibcode; the column `NOTE` says what to know about a row, and an age source `round` is a round value without one source. "
          f"Authors differ by 0.05 to 0.1 dex, for NGC 6791 by more. {table['STARS'].sum()} stars, signal-to-noise from "
          f"{stars['SNR'].min():.0f} to {stars['SNR'].max():.0f}, {np.min(stars['NVISITS'])} to {np.max(stars['NVISITS'])} visits each.")
 
@@ -400,9 +400,9 @@ for row in table:
         offset.append(np.median(values) - row["FE_H"].value)
 odd = np.max(stars["M_H"][stars["CLUSTER"] == "M107"])
 Markdown(f"**What to see.** The survey's calibrated [M/H] follows the literature over 2.7 dex: the median of a cluster of giants lies within "
-         f"{np.abs(offset).max():.2f} dex of it at worst, {np.median(np.abs(offset)):.2f} in the middle. Its stars scatter by {np.median(inside):.2f} "
-         f"dex in the typical cluster: this is what the labels that we train on are worth. One star of M107 stands at {odd:.2f}, a whole dex above its "
-         f"cluster. It can hardly be a member, but it is in the published set, its spectrum and its labels belong together, and it stays.")
+         f"{np.abs(offset).max():.2f} dex of it at worst, {np.median(np.abs(offset)):.2f} in the middle. Its stars scatter by "
+         f"{np.median(inside):.2f} dex in the typical cluster: this is what the labels that we train on are worth. One star of M107 stands "
+         f"at {odd:.2f}, a whole dex above its cluster. It can hardly be a member, but it is in the published set, its spectrum and its labels belong together, and it stays.")
 
 # %%
 assert np.abs(offset).max() < 0.35 and np.median(inside) < 0.1

@@ -7,7 +7,7 @@ __all__ = ['FILE_NAME', 'FACTS', 'KEYS', 'BLOCK', 'Step', 'Ledger', 'plot_ledger
            'Problem', 'read_files', 'find_files', 'find_catalogue', 'read_catalogue', 'match_catalogue', 'dark_pixels',
            'drop_dark_pixels', 'read_archive', 'keep', 'apply_cuts', 'plot_corner', 'plot_raw']
 
-# %% ../nbs/02_clean.ipynb #329fd2a4
+# %% ../nbs/02_clean.ipynb #f7697ee0
 import os
 import re
 import warnings
@@ -33,7 +33,7 @@ from stellar_lab.survey import (
     label_records, on_band, plot_spectrum, wavelength,
 )
 
-# %% ../nbs/02_clean.ipynb #e1fea7db
+# %% ../nbs/02_clean.ipynb #72f93743
 class Step(NamedTuple):
     "One line of a ledger."
     rule: str
@@ -100,7 +100,8 @@ class Ledger:
 
     def to_dict(self) -> dict:
         "Plain numbers, strings and lists, for JSON."
-        return {"found": self.found, "left": self.left, "steps": [step._asdict() | {"stars": list(step.stars), "details": list(step.details)} for step in self.steps]}
+        steps = [step._asdict() | {"stars": list(step.stars), "details": list(step.details)} for step in self.steps]
+        return {"found": self.found, "left": self.left, "steps": steps}
 
     @classmethod
     def from_dict(cls, plain: dict) -> "Ledger":
@@ -108,7 +109,7 @@ class Ledger:
         steps = (Step(**(step | {"stars": tuple(step["stars"]), "details": tuple(step["details"])})) for step in plain["steps"])
         return cls(plain["found"], tuple(steps))
 
-# %% ../nbs/02_clean.ipynb #d5965828
+# %% ../nbs/02_clean.ipynb #c66e530e
 def plot_ledger(
     ledger: Ledger,
     ax=None,
@@ -126,7 +127,7 @@ def plot_ledger(
     ax.legend(loc="upper left", bbox_to_anchor=(0, 1.0 + 0.9 / len(table)), ncols=2, frameon=False, fontsize="small")
     return ax
 
-# %% ../nbs/02_clean.ipynb #9f58f9fc
+# %% ../nbs/02_clean.ipynb #38c4173f
 def inverse_variance(
     flux: np.ndarray,    # any shape
     error: np.ndarray,   # same shape, 1-sigma
@@ -141,7 +142,7 @@ def inverse_variance(
         ivar = np.where(good, 1 / error**2, 0).astype(np.float32)
     return np.where(np.isfinite(ivar), ivar, np.float32(0))
 
-# %% ../nbs/02_clean.ipynb #d64c8e05
+# %% ../nbs/02_clean.ipynb #b5a4365b
 FILE_NAME = re.compile(rf"(?P<kind>aspcap|ap|as)Star-(?:.*?-)?(?P<id>{APOGEE_ID})(?:-\d+)?\.fits(?:\.gz)?")
 
 
@@ -165,7 +166,7 @@ def _product_of_hdus(hdus):
         return None
     return "apstar" if third.header["BITPIX"] in (16, 32, 64) else "aspcapstar"
 
-# %% ../nbs/02_clean.ipynb #1ca4a314
+# %% ../nbs/02_clean.ipynb #bc3b6985
 class Fact(NamedTuple):
     "A column of the stars table that comes from a file's header."
     column: str
@@ -176,9 +177,10 @@ class Fact(NamedTuple):
         "Its value in a header."
         value = next((header[key] for key in self.keys if key in header), self.missing)
         try:
-            return type(self.missing)(str(value).strip() if isinstance(self.missing, str) else value)
+            value = type(self.missing)(str(value).strip() if isinstance(self.missing, str) else value)
         except (TypeError, ValueError):
             return self.missing
+        return value if isinstance(value, str) or not value <= MISSING else self.missing
 
 
 FACTS = (
@@ -187,7 +189,7 @@ FACTS = (
     Fact("J", ("J",), np.nan), Fact("H", ("H",), np.nan), Fact("K", ("K",), np.nan), Fact("RA", ("RA",), np.nan), Fact("DEC", ("DEC",), np.nan),
 )
 
-# %% ../nbs/02_clean.ipynb #1eb9ebdf
+# %% ../nbs/02_clean.ipynb #bb7f1939
 class Problem(NamedTuple):
     "A file that could not be read, and why."
     path: str
@@ -219,9 +221,10 @@ def _check_whole(hdus, path, product):
         raise ValueError(f"its HDUs are those of an {found} file, not of an {product.name} file")
     if len(hdus) < product.hdus:
         raise ValueError(f"has {len(hdus)} HDUs, a whole {product.name} file at least {product.hdus}")
-    grid = [hdus[product.flux].header.get(key, hdus[0].header.get(key, np.nan)) for key in ("CRVAL1", "CDELT1", "NAXIS1")]
-    if not np.allclose(grid, [LOG10_START, LOG10_STEP, N_PIXELS], rtol=1e-7):
-        raise ValueError("another wavelength grid: CRVAL1 {}, CDELT1 {}, NAXIS1 {}".format(*grid))
+    header = hdus[product.flux].header
+    grid = [header.get(key, hdus[0].header.get(key, np.nan)) for key in ("CRVAL1", "CDELT1", "NAXIS1")]
+    if not np.allclose(grid, [LOG10_START, LOG10_STEP, N_PIXELS], rtol=1e-7, atol=0) or header.get("CRPIX1", 1) != 1:
+        raise ValueError("another wavelength grid: CRVAL1 {}, CDELT1 {}, NAXIS1 {}, CRPIX1 {}".format(*grid, header.get("CRPIX1", 1)))
     shapes = {getattr(hdus[k], "shape", None) for k in (product.flux, product.error, product.mask) if k is not None}
     if found is None or len(shapes) > 1 or len(shapes.pop()) > 2:
         raise ValueError(f"its HDUs are not those of an {product.name} file")
@@ -272,7 +275,7 @@ def _reason(path, error):
         return f"not a FITS file: it begins with {start[:20].decode('latin-1')!r}"
     return str(error) or type(error).__name__
 
-# %% ../nbs/02_clean.ipynb #4b6d01be
+# %% ../nbs/02_clean.ipynb #b114da54
 def _read_stars(paths, product, row, workers=None, keep=None, progress=True):
     "Spectra of the files where `keep`, their places in `paths`, and the problems of all."
     if not isinstance(row, (int, np.integer)) or row < 0:
@@ -327,7 +330,7 @@ def _first(problems, n=3):
     more = f"; and {len(problems) - n} more" if len(problems) > n else ""
     return (": " + "; ".join(map(str, problems[:n])) + more) if problems else ": no file was given"
 
-# %% ../nbs/02_clean.ipynb #8150b405
+# %% ../nbs/02_clean.ipynb #0ece5106
 def find_files(
     root,                      # of an archive
     product: str = "apstar",
@@ -385,7 +388,7 @@ def find_catalogue(
     raise LabError(f"no allStar table below {root}: looked for {', '.join(str(p.relative_to(root)) for p in tried if p.suffix != '.gz')}; "
                    "fetch it with 'stellar-lab fetch'")
 
-# %% ../nbs/02_clean.ipynb #a8dd11a6
+# %% ../nbs/02_clean.ipynb #b2751437
 KEYS = ("APOGEE_ID", "TARGET_ID", "TELESCOPE", "FIELD", "LOCATION_ID")   # what a row can be found by
 BLOCK = 8192   # rows of the catalogue that are mapped at a time
 
@@ -473,7 +476,7 @@ def _native(values):
         return np.where(values <= MISSING, np.nan, values)
     return values.astype(values.dtype.newbyteorder("="))
 
-# %% ../nbs/02_clean.ipynb #06871aa2
+# %% ../nbs/02_clean.ipynb #223336f4
 def match_catalogue(
     stars: Table,       # N rows: APOGEE_ID, TELESCOPE, FOLDER
     catalogue: Table,   # of `read_catalogue`
@@ -533,7 +536,7 @@ def _fill(template, **parts):
             text = np.char.add(text, parts[name])
     return text
 
-# %% ../nbs/02_clean.ipynb #3c3f561a
+# %% ../nbs/02_clean.ipynb #c7b106f0
 def dark_pixels(
     flux: np.ndarray,          # (N, P)
     ivar: np.ndarray,          # (N, P)
@@ -570,7 +573,7 @@ def drop_dark_pixels(
     "The spectra with weight 0 on dark pixels."
     return spectra.replace(ivar=np.where(dark_pixels(spectra.flux, spectra.ivar, fraction), np.float32(0), spectra.ivar))
 
-# %% ../nbs/02_clean.ipynb #b813b5b3
+# %% ../nbs/02_clean.ipynb #f42d0728
 def read_archive(
     root,                     # of an archive
     product: str = None,      # "apstar" or "aspcapstar"; the first of the record's that has files by default
@@ -651,7 +654,7 @@ def _with_labels(stars, files, catalogue, rules):
             stars[name] = catalogue[name]
     return stars
 
-# %% ../nbs/02_clean.ipynb #bdbf4ff0
+# %% ../nbs/02_clean.ipynb #b7d2188a
 def keep(
     spectra: Spectra,
     good: np.ndarray,          # (N,) bool
@@ -708,7 +711,7 @@ def _rules_of(spectra, cuts):
         values = np.ma.filled(np.ma.asarray(spectra.stars[cut.column], dtype=float), np.nan)
         yield cut.name, (values > cut.low) & (values < cut.high), f"keep {cut}" + (f": {cut.reason}" if cut.reason else "")
 
-# %% ../nbs/02_clean.ipynb #7f6df8f4
+# %% ../nbs/02_clean.ipynb #8c8be2ff
 def plot_corner(
     spectra: Spectra,
     names=None,          # label names; all that the stars have by default
@@ -726,7 +729,7 @@ def plot_corner(
                       "data_kwargs": {"alpha": 0.6, "ms": 3}} | style))
     return fig
 
-# %% ../nbs/02_clean.ipynb #fcecf0b5
+# %% ../nbs/02_clean.ipynb #697c7d8d
 def plot_raw(
     spectra: Spectra,
     rows=(0, 1, 2),             # which stars

@@ -167,9 +167,11 @@ def _noise(path):
 
 
 FAULTS = {
-    "cut short": _cut_to(0.99), "cut in half": _cut_to(0.5), "cut in the flux": _cut_to(0.05), "cut in the header": lambda p: p.write_bytes(p.read_bytes()[:1000]),
+    "cut short": _cut_to(0.99), "cut in half": _cut_to(0.5), "cut in the flux": _cut_to(0.05),
+    "cut in the header": lambda p: p.write_bytes(p.read_bytes()[:1000]),
     "empty": lambda p: p.write_bytes(b""), "html": lambda p: p.write_text("<html>404</html>"), "gone": lambda p: p.unlink(),
-    "fewer HDUs": _fewer_hdus, "another mask": _no_mask, "noise": _noise, "grid": lambda p: write_apstar(p, grid=GRID | {"CDELT1": 5e-6}),
+    "fewer HDUs": _fewer_hdus, "another mask": _no_mask, "noise": _noise, "grid": lambda p: write_apstar(p, grid=GRID | {"CDELT1": 6.001e-6}),
+    "shifted grid": lambda p: write_apstar(p, grid=GRID | {"CRPIX1": 2}), "another start": lambda p: write_apstar(p, grid=GRID | {"CRVAL1": 4.1791}),
     "no grid": lambda p: write_apstar(p, grid={}, CRVAL1=4.0), "a table": lambda p: Table({"a": [1]}).write(p, overwrite=True),
     "normalized": write_aspcapstar,
 }

@@ -2,11 +2,11 @@
 # # Which stars can we trust?
 # > From a folder of survey files to spectra with labels, and a ledger that says where every star went that did not make it.
 #
-# **Question.** Thousands of files, a catalogue with hundreds of columns, and some of both are broken, noisy, doubled or missing. Which stars and which
-# pixels can we learn from, and how does a reader check that we lost no good one on the way?
+# **Question.** Thousands of files, a catalogue with hundreds of columns, and some of both are broken, noisy, doubled or missing. Which stars and
+# which pixels can we learn from, and how does a reader check that we lost no good one on the way?
 #
-# **Idea.** Three kinds of "no" are kept apart. A *pixel* that knows nothing gets the weight zero, $w=1/\sigma^2=0$, and its star stays. A *star* that
-# breaks a named rule is dropped. And every rule writes into a **ledger**, which must balance like any other,
+# **Idea.** Three kinds of "no" are kept apart. A *pixel* that knows nothing gets the weight zero, $w=1/\sigma^2=0$, and its star stays. A *star*
+# that breaks a named rule is dropped. And every rule writes into a **ledger**, which must balance like any other,
 # $$ N_\mathrm{found} = N_\mathrm{left} + \sum_\mathrm{rules} N_\mathrm{dropped} . $$
 #
 # You learn what stands in an APOGEE file, how files and catalogue rows find each other, and what the cuts of a sample do to it. You need
@@ -56,8 +56,8 @@ use_style()
 
 # %% [markdown]
 # ## The ledger
-# A ledger starts with the number of files found. Each rule then takes stars away, by name, or only counts something worth knowing. A ledger is never
-# changed: a rule returns a new one, so the state before a cut is still there after it, and later chapters simply go on writing.
+# A ledger starts with the number of files found. Each rule then takes stars away, by name, or only counts something worth knowing. A ledger is
+# never changed: a rule returns a new one, so the state before a cut is still there after it, and later chapters simply go on writing.
 
 # %%
 #| export
@@ -127,7 +127,8 @@ class Ledger:
 
     def to_dict(self) -> dict:
         "Plain numbers, strings and lists, for JSON."
-        return {"found": self.found, "left": self.left, "steps": [step._asdict() | {"stars": list(step.stars), "details": list(step.details)} for step in self.steps]}
+        steps = [step._asdict() | {"stars": list(step.stars), "details": list(step.details)} for step in self.steps]
+        return {"found": self.found, "left": self.left, "steps": steps}
 
     @classmethod
     def from_dict(cls, plain: dict) -> "Ledger":
@@ -174,10 +175,10 @@ def plot_ledger(
 
 # %% [markdown]
 # ## One file
-# A combined spectrum (`apStar`) is a FITS file of ten HDUs: flux, error and bitmask in the first three, sky and tellurics behind them. Its arrays have a
-# row per combination and visit: row 0 combines the visits pixel by pixel, row 1 with one weight a visit, the visits follow. The lab takes row 1. The
-# traps: a star seen once has arrays *without* rows; DR17 writes float64 and int64 where others wrote float32 and int16; "no value" is an error of
-# $10^{10}$.
+# A combined spectrum (`apStar`) is a FITS file of ten HDUs: flux, error and bitmask in the first three, sky and tellurics behind them. Its arrays
+# have a row per combination and visit: row 0 combines the visits pixel by pixel, row 1 with one weight a visit, the visits follow. The lab takes
+# row 1. The traps: a star seen once has arrays *without* rows; DR17 writes float64 and int64 where others wrote float32 and int16; "no value" is an
+# error of $10^{10}$.
 #
 # Here is one from the archive at hand.
 
@@ -190,8 +191,8 @@ with fits.open(example) as hdus:
 Table(rows=layout, names=["HDU", "what", "shape", "bits"])
 
 # %% [markdown]
-# We read only what we need: `hdu.section[row]` fetches 34 kB from the middle of a file and leaves the visits on the disk. An error becomes a weight at
-# once, and that weight is zero for every pixel of which the file itself says that it knows nothing.
+# We read only what we need: `hdu.section[row]` fetches 34 kB from the middle of a file and leaves the visits on the disk. An error becomes a weight
+# at once, and that weight is zero for every pixel of which the file itself says that it knows nothing.
 
 # %%
 #| export
@@ -215,8 +216,8 @@ assert np.allclose(inverse_variance(*cases, PRODUCTS["apstar"]), [100, 0, 0, 0, 
 assert np.allclose(inverse_variance(*cases, PRODUCTS["aspcapstar"]), [100, 0, 0, 0, 0, 0])    # and a hole here
 
 # %% [markdown]
-# What a file is called says what it is and whose it is. The last one of these has lost its name (it is the lab's mystery star): then the HDUs have to say
-# what it is, for the third holds integers, a mask, in one product, and floats, the best-fitting model, in the other.
+# What a file is called says what it is and whose it is. The lab's mystery star has lost its name: then the HDUs have to say what it is, for the third
+# holds integers (a mask) in one product and floats (the best-fitting model) in the other.
 
 # %%
 #| export
@@ -268,9 +269,10 @@ class Fact(NamedTuple):
         "Its value in a header."
         value = next((header[key] for key in self.keys if key in header), self.missing)
         try:
-            return type(self.missing)(str(value).strip() if isinstance(self.missing, str) else value)
+            value = type(self.missing)(str(value).strip() if isinstance(self.missing, str) else value)
         except (TypeError, ValueError):
             return self.missing
+        return value if isinstance(value, str) or not value <= MISSING else self.missing
 
 
 FACTS = (
@@ -280,8 +282,10 @@ FACTS = (
 )
 
 # %%
-header = fits.Header({"OBJ": "2M21334193-0048169", "LOCID": 4419, "SNR": 88.5, "J": "unknown"})
-print({fact.column: fact.read(header) for fact in FACTS})
+header = fits.Header({"OBJ": "2M21334193-0048169", "LOCID": 4419, "SNR": 88.5, "J": "unknown", "K": -9999.99})
+facts = {fact.column: fact.read(header) for fact in FACTS}
+assert facts["APOGEE_ID"] == "2M21334193-0048169" and np.isnan(facts["J"]) and np.isnan(facts["K"])
+facts
 
 # %% [markdown]
 # Now the reader of one file. Whatever is wrong with it (cut short, a web page under a FITS name, HDUs of something else, another grid, no such row)
@@ -320,9 +324,10 @@ def _check_whole(hdus, path, product):
         raise ValueError(f"its HDUs are those of an {found} file, not of an {product.name} file")
     if len(hdus) < product.hdus:
         raise ValueError(f"has {len(hdus)} HDUs, a whole {product.name} file at least {product.hdus}")
-    grid = [hdus[product.flux].header.get(key, hdus[0].header.get(key, np.nan)) for key in ("CRVAL1", "CDELT1", "NAXIS1")]
-    if not np.allclose(grid, [LOG10_START, LOG10_STEP, N_PIXELS], rtol=1e-7):
-        raise ValueError("another wavelength grid: CRVAL1 {}, CDELT1 {}, NAXIS1 {}".format(*grid))
+    header = hdus[product.flux].header
+    grid = [header.get(key, hdus[0].header.get(key, np.nan)) for key in ("CRVAL1", "CDELT1", "NAXIS1")]
+    if not np.allclose(grid, [LOG10_START, LOG10_STEP, N_PIXELS], rtol=1e-7, atol=0) or header.get("CRPIX1", 1) != 1:
+        raise ValueError("another wavelength grid: CRVAL1 {}, CDELT1 {}, NAXIS1 {}, CRPIX1 {}".format(*grid, header.get("CRPIX1", 1)))
     shapes = {getattr(hdus[k], "shape", None) for k in (product.flux, product.error, product.mask) if k is not None}
     if found is None or len(shapes) > 1 or len(shapes.pop()) > 2:
         raise ValueError(f"its HDUs are not those of an {product.name} file")
@@ -375,9 +380,9 @@ def _reason(path, error):
 
 # %% [markdown]
 # ## Many files
-# Room for all stars is made first, in float32, and each file goes straight into its row. Good stars close ranks: a damaged file leaves no hole. A few
-# threads read ahead, so that waiting for one disk block or server does not stop the next. (Processes were tried, too: a file takes a few milliseconds, and starting
-# processes and sending them back and forth cost more than a second core gains on some hundred files.)
+# Room for all stars is made first, in float32, and each file goes straight into its row. Good stars close ranks: a damaged file leaves no hole. A
+# few threads read ahead, so that waiting for one disk block or server does not stop the next. (Processes were tried, too: a file takes a few
+# milliseconds, and starting processes and sending them back and forth cost more than a second core gains on some hundred files.)
 
 # %%
 #| export
@@ -476,8 +481,8 @@ assert list(spectra.stars["APOGEE_ID"]) == ["a"] and len(problems) == 4
 assert np.array_equal(spectra.flux[0], three.flux[0])
 
 # %% [markdown]
-# And back again: spectra written into a file of the same layout and read once more are the same spectra. A weight becomes an error and a weight again, so
-# it may move in its last digit; a pixel without weight must stay one.
+# And back again: spectra written into a file of the same layout and read once more are the same spectra. A weight becomes an error and a weight
+# again, so it may move in its last digit; a pixel without weight must stay one.
 
 # %%
 #| hide
@@ -503,8 +508,8 @@ assert all(again.stars[name][0] == three.stars[name][0] for name in ("APOGEE_ID"
 
 # %% [markdown]
 # ## Finding the files
-# Where files are is data: the release's templates, turned into folders. A folder may follow the survey's tree or one of the other layouts that the record
-# knows, such as the lab's own `stars/<location>/`. Files of single visits are left out.
+# Where files are is data: the release's templates, turned into folders. A folder may follow the survey's tree or one of the other layouts that the
+# record knows, such as the lab's own `stars/<location>/`. Files of single visits are left out.
 
 # %%
 #| export
@@ -571,8 +576,8 @@ folders, number = np.unique(files["FOLDER"], return_counts=True)
 Table({"folder": folders, "files": number})
 
 # %% [markdown]
-# A record is all it takes to read another release. An empty file under the name that DR17 gives to a southern star of the second telescope is found, a
-# single visit is not.
+# A record is all it takes to read another release. An empty file under the name that DR17 gives to a southern star of the second telescope is
+# found, a single visit is not.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -586,8 +591,9 @@ assert not np.char.endswith(files["path"], "-56931.fits").any()
 
 # %% [markdown]
 # ## The catalogue
-# The survey's allStar table of DR14 has 263,000 rows of several hundred columns, 1.5 GB, of which we need twenty columns. It is mapped into memory, not
-# read, and only these columns are copied, block by block, in the machine's own byte order. A value at or below -9000 means "none" and becomes NaN.
+# The survey's allStar table of DR14 has 263,000 rows of several hundred columns, 1.5 GB, of which we need twenty columns. It is mapped into memory,
+# not read, and only these columns are copied, block by block, in the machine's own byte order. A value at or below -9000 means "none" and becomes
+# NaN.
 
 # %%
 #| export
@@ -697,11 +703,11 @@ assert table["TEFF"].unit == "K" and not np.any(catalogue["SNR"] < MISSING)
 
 # %% [markdown]
 # ## Files meet rows
-# Which row is a file's? The survey's own key, TARGET_ID, holds field and star, as the release's template says. Where a table uses it otherwise, telescope,
-# field and star together do the same. The star's name alone is the last resort, for a file whose folder is no field of the catalogue.
+# Which row is a file's? The survey's own key, TARGET_ID, holds field and star, as the release's template says. Where a table uses it otherwise,
+# telescope, field and star together do the same. The star's name alone is the last resort, for a file whose folder is no field of the catalogue.
 #
-# All of it is one sort and one binary search, not a scan of the table for every star. Rows of the same target are put in order of falling SNR before, so
-# the first one found is the best. (The lab's text said the lowest; its aim was the best measurement.)
+# All of it is one sort and one binary search, not a scan of the table for every star. Rows of the same target are put in order of falling SNR
+# before, so the first one found is the best. (The lab's text said the lowest; its aim was the best measurement.)
 
 # %%
 #| export
@@ -791,9 +797,9 @@ for n in range(0, len(files), max(len(files) // 50, 1)):
 
 # %% [markdown]
 # ## Dark pixels
-# Chip edges move with the star's velocity, so a pixel may see nothing in one star and the full light in the others. The lab's rule: a pixel below 5 % of
-# its median over all stars is unusable. Taken literally it compares a faint star with bright ones, and stars of the archive differ by a factor of
-# hundreds. So we divide each star by its own median $m_n$ over usable pixels first,
+# Chip edges move with the star's velocity, so a pixel may see nothing in one star and the full light in the others. The lab's rule: a pixel
+# below 5 % of its median over all stars is unusable. Taken literally it compares a faint star with bright ones, and stars of the archive differ by a
+# factor of hundreds. So we divide each star by its own median $m_n$ over usable pixels first,
 # $$ \frac{f_{np}}{m_n} < 0.05\;\operatorname{median}_{k}\frac{f_{kp}}{m_k} \quad\Rightarrow\quad w_{np}=0 , $$
 # which no longer depends on how bright the companions happen to be.
 
@@ -836,7 +842,8 @@ def drop_dark_pixels(
     return spectra.replace(ivar=np.where(dark_pixels(spectra.flux, spectra.ivar, fraction), np.float32(0), spectra.ivar))
 
 # %% [markdown]
-# Six stars with the same spectrum, each ten times fainter than the one before; one pixel of the third is dark. The rule finds that pixel and no other.
+# Six stars with the same spectrum, each ten times fainter than the one before; one pixel of the third is dark. The rule finds that pixel and no
+# other.
 
 # %%
 level = 10.0 ** -np.arange(6)[:, None]
@@ -857,7 +864,8 @@ assert np.array_equal(np.delete(dark_pixels(toy, weight), 50, axis=1), np.transp
 
 # %% [markdown]
 # ## An archive
-# All of it together: find, match, read, darken. The result are the stars that have a file and a row, with the labels that the archive's record asks for.
+# All of it together: find, match, read, darken. The result are the stars that have a file and a row, with the labels that the archive's record asks
+# for.
 
 # %%
 #| export
@@ -1024,15 +1032,16 @@ Markdown(f"Of {ledger.found} files {ledger.left} stars are left. " + " ".join(
 plot_ledger(ledger);
 
 # %% [markdown]
-# **What to see.** Each bar is as long as the blue one above it: no star leaves without a rule. Which one took a given star, and what was wrong with it?
+# **What to see.** Each bar is as long as the blue one above it: no star leaves without a rule. Which one took a given star, and what was wrong with
+# it?
 
 # %%
 asked = list(ledger.dropped)[:: max(len(ledger.dropped) // 6, 1)]
 Table(rows=[(star, ledger.why(star)) for star in asked], names=["star", "why it is gone"])
 
 # %% [markdown]
-# The ledger is a claim, so we count again without it. Found is left plus dropped; and a plain loop over the rows of the table, with the record's cuts, keeps the
-# same stars.
+# The ledger is a claim, so we count again without it. Found is left plus dropped; and a plain loop over the rows of the table, with the record's
+# cuts, keeps the same stars.
 
 # %%
 assert ledger.found == len(find_files(root)) == ledger.left + ledger.table["dropped"].sum() and ledger.left == len(good)
@@ -1057,8 +1066,9 @@ with pytest.raises(LabError, match="go on with the ledger of these spectra"):
 
 # %% [markdown]
 # ## What the literal rule would have done
-# Back to the dark pixels, now on the archive. The lab's literal rule compares flux with the median flux of all stars; ours takes each star's own level out
-# first. We ask both twice: once on (at most some 600) stars of all kinds, once on the brightest tenth and the faintest twentieth of them alone.
+# Back to the dark pixels, now on the archive. The lab's literal rule compares flux with the median flux of all stars; ours takes each star's own
+# level out first. We ask both twice: once on (at most some 600) stars of all kinds, once on the brightest tenth and the faintest twentieth of them
+# alone.
 
 # %%
 paths = find_files(root, "apstar")["path"]
@@ -1097,10 +1107,11 @@ ax.legend(loc="lower right");
 # %%
 #| echo: false
 alone, flagged = rows[2][4], (raw.mask[bright_first][our_rule(raw[bright_first])] != 0).sum()
-Markdown(f"""**What to see.** The brightest star here has {level.max() / level[level > 0].min():,.0f} times the flux of the faintest. Among all {n} stars with light most
-are faint, so the literal rule's median is a faint star's, and the rules find {rows[0][3]:,} and {rows[1][3]:,} dark pixels (of ours, {flagged:,} carry a mask bit
-anyway). In the company of the brightest, the literal rule takes {alone} faint stars whole: beyond the dashed line the lab drops a star. Nothing is wrong
-with them but their neighbours. Our rule takes {rows[3][4]}.""")
+contrast = level.max() / level[level > 0].min()
+Markdown(f"""**What to see.** The brightest star here has {contrast:,.0f} times the flux of the faintest. Among all {n} stars with light most are faint,
+so the literal rule's median is a faint star's, and the rules find {rows[0][3]:,} and {rows[1][3]:,} dark pixels (of ours, {flagged:,} carry a mask
+bit anyway). In the company of the brightest, the literal rule takes {alone} faint stars whole: beyond the dashed line the lab drops a star. Nothing
+is wrong with them but their neighbours. Our rule takes {rows[3][4]}.""")
 
 # %% [markdown]
 # As a test: dimming every second star a hundredfold changes nothing in our answer, and much in the literal one.
@@ -1137,9 +1148,9 @@ def plot_corner(
 plot_corner(good);
 
 # %% [markdown]
-# **What to see.** Temperature and gravity lie on a narrow band, the giant branch, and the more metals a star has, the cooler it is at the same gravity. Labels that
-# are tied to one another in the sample will be hard to tell apart in a model trained on it. (In the archive of clusters [M/H] falls into islands: a cluster
-# was born with one metallicity.)
+# **What to see.** Temperature and gravity lie on a narrow band, the giant branch, and the more metals a star has, the cooler it is at the same
+# gravity. Labels that are tied to one another in the sample will be hard to tell apart in a model trained on it. (In the archive of clusters [M/H]
+# falls into islands: a cluster was born with one metallicity.)
 
 # %%
 with pytest.raises(LabError, match="at least two stars with the labels TEFF, LOGG, there are 1"):
@@ -1147,8 +1158,8 @@ with pytest.raises(LabError, match="at least two stars with the labels TEFF, LOG
 
 # %% [markdown]
 # ## The spectra
-# Three stars as the telescope saw them, whole and zoomed, with their errors in grey. The axes end where the star does: what a line of the night sky left
-# behind may stick out ten times higher.
+# Three stars as the telescope saw them, whole and zoomed, with their errors in grey. The axes end where the star does: what a line of the night sky
+# left behind may stick out ten times higher.
 
 # %%
 #| export
@@ -1187,13 +1198,14 @@ order = np.argsort(good.labels()[:, 2])   # poor, middling and rich in metals
 plot_raw(good, order[[0, len(good) // 2, -1]]);
 
 # %% [markdown]
-# **What to see.** The slope over a chip is the star's temperature and the instrument's throughput, and the next chapter takes both away. Where the error
-# jumps, a line of the night sky was subtracted. And from the first star to the last the lines multiply: that is metallicity, before any model.
+# **What to see.** The slope over a chip is the star's temperature and the instrument's throughput, and the next chapter takes both away. Where the
+# error jumps, a line of the night sky was subtracted. And from the first star to the last the lines multiply: that is metallicity, before any
+# model.
 
 # %% [markdown]
 # ## The survey's own files
-# Our archive is written by our own code, and a reader that agrees with its own writer proves little. The variable `STELLAR_LAB_REAL_DATA` may name a folder
-# of raw files of several releases: with visits and without, float32 and float64, and the mystery star without a name.
+# Our archive is written by our own code, and a reader that agrees with its own writer proves little. The variable `STELLAR_LAB_REAL_DATA` may name
+# a folder of raw files of several releases: with visits and without, float32 and float64, and the mystery star without a name.
 
 # %%
 real = real_data()
@@ -1216,9 +1228,10 @@ if real is not None:
     plot_raw(sky, range(len(sky)));
 
 # %% [markdown]
-# **What to see** (where the files are at hand). Seven very different stars on one grid. The fourth is faint, seen once, and its flagged blue chip leaves
-# the axes; in the dwarfs the lines are many and blurred. Two traps show in the table. The third star is flagged on nearly all of its blue chip (persistence), though its errors there look like those of the other
-# chips: flux and error alone do not tell, the mask has to. And DR17's row 1 carries *no* flags, while its row 0 does: who reads DR17 takes `row=0`.
+# **What to see** (where the files are at hand). Seven very different stars on one grid. The fourth is faint, seen once, and its flagged blue chip
+# leaves the axes; in the dwarfs the lines are many and blurred. Two traps show in the table. The third star is flagged on nearly all of its blue
+# chip (persistence), though its errors there look like those of the other chips: flux and error alone do not tell, the mask has to. And row 1 of
+# the DR17 file carries *no* flags, while its row 0 does: who reads DR17 takes `row=0`.
 
 # %%
 if real is not None:
@@ -1228,8 +1241,9 @@ if real is not None:
     assert flagged[0] > 0.05 and flagged[1] == 0
 
 # %% [markdown]
-# Both real catalogues go through the same two functions. In the newer one each star has one row and finds it by TARGET_ID. The older one holds stars several
-# times, and stars of a second telescope under another form of the key: each must find a row of its own name, no worse than the one it came from.
+# Both real catalogues go through the same two functions. In the newer one each star has one row and finds it by TARGET_ID. The older one holds
+# stars several times, and stars of a second telescope under another form of the key: each must find a row of its own name, no worse than the one it
+# came from.
 
 # %%
 if real is not None:
@@ -1251,5 +1265,5 @@ if real is not None:
     print(f"{len(old)} rows, {np.isfinite(old['TEFF']).sum()} with a temperature, {np.sum(further > 0)} in company of the same target")
 
 # %% [markdown]
-# **Exercise.** Read the archive with `row=0`, the combination weighted pixel by pixel, and compare it with row 1 star by star. Where do they differ by more
-# than the errors, and why there?
+# **Exercise.** Read the archive with `row=0`, the combination weighted pixel by pixel, and compare it with row 1 star by star. Where do they differ
+# by more than the errors, and why there?

@@ -11,7 +11,7 @@ __all__ = ['PACKED_STARS', 'TARBALL_SHA256', 'EXAMPLE', 'EXAMPLE_DIGEST', 'CSV_L
            'passes_cuts', 'plan_archive', 'write_star', 'allstar_table', 'truth_table', 'true_continuum',
            'ArchiveSummary', 'write_archive', 'write_clusters']
 
-# %% ../nbs/B_archives.ipynb #0423d9e4
+# %% ../nbs/B_archives.ipynb #4e95420c
 import csv
 import hashlib
 import json
@@ -36,13 +36,13 @@ from stellar_lab.survey import (
     ARCHIVE_FILE, ARCHIVES, CHIPS, LABELS, LOG10_START, LOG10_STEP, N_PIXELS, PIXMASK, LabError, Spectra, atomic_path, on_band, wavelength,
 )
 
-# %% ../nbs/B_archives.ipynb #c8cb2360
+# %% ../nbs/B_archives.ipynb #1025dac1
 PACKED_STARS = "clusters_dr10.fits"   # in stellar_lab.data, beside clusters.ecsv and continuum_pixels.npy
 TARBALL_SHA256 = "4c65eb239868b90f944d4fe268d8f839f0e6926e8cb862e6c6a6867281fd9d58"   # TheCannon-0.3.5.tar.gz
 EXAMPLE = "TheCannon-0.3.5/TheCannon/example_DR10"                                     # the folder in it that we take
 EXAMPLE_DIGEST = "68fe3779aa948dba0dceb76009340ce47a8a4793db59ea15297a494a5af59494"   # its 553 spectra and their label table
 
-# %% ../nbs/B_archives.ipynb #7bbc8a6c
+# %% ../nbs/B_archives.ipynb #c33ce86c
 def _sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -59,7 +59,7 @@ def tree_digest(
             digest.update(f"{name} {_sha256(file)}\n".encode())
     return digest.hexdigest()
 
-# %% ../nbs/B_archives.ipynb #9fb684be
+# %% ../nbs/B_archives.ipynb #68a10c51
 def _example_folder(source, scratch):
     "The unpacked folder of the example, checked; `scratch` is where a tarball may be unpacked."
     source = Path(source)
@@ -82,7 +82,7 @@ def _example_digest(folder):
         digest.update(f"{file.name} {_sha256(file)}\n".encode())
     return digest.hexdigest()
 
-# %% ../nbs/B_archives.ipynb #3b5748cf
+# %% ../nbs/B_archives.ipynb #02c67d45
 CSV_LABELS = {"TEFF": "Teff_{corr}", "LOGG": "logg_{corr}", "M_H": "[M/H]_{corr}", "ALPHA_M": "[a/M]", "C_M": "[C/M]", "N_M": "[N/M]",
               "TEFF_RAW": "Teff", "LOGG_RAW": "logg", "M_H_RAW": "[M/H]"}
 CSV_ERRORS = {"TEFF": "e_Teff_corr", "M_H": "e_[MH]+corr"}
@@ -91,10 +91,10 @@ FACTS = {"FIELD": "FIELD", "LOCATION_ID": "LOC", "RA": "RA", "DEC": "DEC", "GLON
          "SNR": "SNR", "NVISITS": "NVISITS", "VHELIO": "VHELIO", "VSCATTER": "VSCATTER", "VERR": "VERR", "STARFLAG": "STARFLAG",
          "ANDFLAG": "ANDFLAG", "ASPCAPFLAG": "ASPCAPFLAG", "CHI2": "PARAM_CHI2", "TARG1": "TARG1", "TARG2": "TARG2"}   # ours -> HDU 4
 
-# %% ../nbs/B_archives.ipynb #d30d5e9a
+# %% ../nbs/B_archives.ipynb #89a1ee68
 ERROR_FLOORS = {"TEFF": 50.0, "LOGG": 0.1, "M_H": 0.05, "ALPHA_M": 0.04, "C_M": 0.07, "N_M": 0.07}
 
-# %% ../nbs/B_archives.ipynb #c52bb361
+# %% ../nbs/B_archives.ipynb #b563036c
 def _catalogue_row(file, table, labels):
     "One star's row of the packed table, from its file's HDU 4 and its row of reference_labels.csv."
     row = {"APOGEE_ID": str(table["OBJ"]).strip(), "FILE": file.name}
@@ -107,11 +107,11 @@ def _catalogue_row(file, table, labels):
         row[f"{name}_ERR"] = given if given > 0 else max(float(table["FPARAM_COV"][place, place]) ** 0.5, ERROR_FLOORS[name])
     return row
 
-# %% ../nbs/B_archives.ipynb #ba923571
+# %% ../nbs/B_archives.ipynb #a73e6c9d
 FLUX_STEP, LOG_ERROR_STEP, NO_ERROR = 1e-4, 5e-4, -32768   # NO_ERROR stands where the survey wrote an error of zero
 MAX_ERROR = 0.3                                            # a pixel with a larger error is unusable
 
-# %% ../nbs/B_archives.ipynb #5f343c0a
+# %% ../nbs/B_archives.ipynb #ae6a95d2
 def _encode(flux, error):
     "Flux and error as 16-bit steps; a pixel never changes between usable and unusable."
     flux, error = flux.astype(float), error.astype(float)
@@ -122,7 +122,7 @@ def _encode(flux, error):
     levels = np.where(error < MAX_ERROR, np.minimum(np.rint(levels), limit), np.maximum(np.rint(levels), limit + 1)).astype("i2")
     return np.where(flux > 0, np.maximum(steps, 1), steps).astype("i2"), levels
 
-# %% ../nbs/B_archives.ipynb #a04d7424
+# %% ../nbs/B_archives.ipynb #3fdb9c71
 def pack_real_stars(
     source,             # TheCannon-0.3.5.tar.gz, or the folder example_DR10 in it
     path,               # the FITS file to write
@@ -149,7 +149,7 @@ def pack_real_stars(
         fits.HDUList([fits.PrimaryHDU(), *images, table]).writeto(temporary)
     return _sha256(path)
 
-# %% ../nbs/B_archives.ipynb #3e7c8369
+# %% ../nbs/B_archives.ipynb #dc6cbaff
 def _data_file(name):
     "A file of the package's data folder, as a context manager that gives a path."
     file = files("stellar_lab.data") / name
@@ -157,7 +157,7 @@ def _data_file(name):
         raise LabError(f"the installed package lacks its data file {name}: install stellar_lab again")
     return as_file(file)
 
-# %% ../nbs/B_archives.ipynb #af702966
+# %% ../nbs/B_archives.ipynb #67e4f3a8
 def clusters() -> QTable:   # one row a cluster: CLUSTER, KIND, FIELDS, LOCATION_ID, FE_H, AGE, FE_H_SOURCE, AGE_SOURCE, NOTE
     "The star clusters of the real stars, with literature metallicities and ages; `FIELDS` holds the survey's names with blanks between."
     with _data_file("clusters.ecsv") as path:
@@ -169,7 +169,7 @@ def _cluster_of(fields):
     names = {field: row["CLUSTER"] for row in clusters() for field in str(row["FIELDS"]).split()}
     return [names[str(field).strip()] for field in fields]
 
-# %% ../nbs/B_archives.ipynb #7d21b3f2
+# %% ../nbs/B_archives.ipynb #d1e387a8
 def _unpack():
     "Flux (553, 7214), its error with 0 where the survey gave none, and the stars table."
     with _data_file(PACKED_STARS) as path, fits.open(path) as hdus:
@@ -192,7 +192,7 @@ def real_stars() -> Spectra:   # 553 stars, 7,214 pixels, sorted by the name of 
     with np.errstate(divide="ignore"):
         return Spectra(wavelength, flux, np.where(good, 1 / error**2, 0).astype("f4"), stars)
 
-# %% ../nbs/B_archives.ipynb #8f07084b
+# %% ../nbs/B_archives.ipynb #8a323874
 EDGE, RUN = 60, 5   # pixels from a chip's edge that count as its rim; neighbours in a row that make a sky line
 _CHIP_SIZES = [last - first + 1 for first, last in CHIPS.values()]
 
@@ -217,7 +217,7 @@ def _with_bad_pixels():
         ivar = np.where(error > 0, 1 / error**2, 0).astype("f4")
     return Spectra(wavelength, flux, ivar, stars, pixel_bits(flux, error))
 
-# %% ../nbs/B_archives.ipynb #bcbf187a
+# %% ../nbs/B_archives.ipynb #e6be8e79
 H_ZERO = 1.133e7              # flux of a star with H = 0 [1e-17 erg/s/cm^2/Angstrom] (Cohen et al. 2003)
 H_WAVELENGTH = 16_300.0       # where a star's black body has the flux of its H magnitude [Angstrom]
 
@@ -228,7 +228,7 @@ def black_body(wave, teff):
         return x**-5 / np.expm1(constants.h * constants.c / (x * 1e-10 * constants.k * np.asarray(teff, float)[:, None]))
     return planck(np.asarray(wave)[None]) / planck(np.array([[H_WAVELENGTH]]))
 
-# %% ../nbs/B_archives.ipynb #98d02692
+# %% ../nbs/B_archives.ipynb #8df1ee74
 THROUGHPUT = ((1, 0, 0, 0, 0), (0.03, 0.04, 0.03, 0.004, 0.004))   # mean and spread of a chip's five Legendre coefficients
 
 
@@ -244,7 +244,7 @@ def draw_throughput(
 def _star_rng(seed, apogee_id, purpose):
     return np.random.default_rng([seed, zlib.crc32(f"{purpose} {apogee_id}".encode())])
 
-# %% ../nbs/B_archives.ipynb #b699197f
+# %% ../nbs/B_archives.ipynb #98d9b5d6
 def instrument_continuum(
     teff: np.ndarray,         # (N,) [K]
     h_magnitude: np.ndarray,  # (N,) 2MASS H
@@ -254,7 +254,7 @@ def instrument_continuum(
     shape = [legval(np.linspace(-1, 1, n), throughput[:, chip].T) for chip, n in enumerate(_CHIP_SIZES)]
     return H_ZERO * 10 ** (-0.4 * np.asarray(h_magnitude, float)[:, None]) * black_body(wavelength, teff) * np.concatenate(shape, axis=1)
 
-# %% ../nbs/B_archives.ipynb #b4bbc65d
+# %% ../nbs/B_archives.ipynb #46dd8683
 COSMIC_RAYS = 0.001     # share of pixels that a cosmic ray hits in one of the visits
 NO_VALUE = 1e10         # the error that apStar files give a pixel without a value
 
@@ -272,7 +272,7 @@ def split_visits(
     noise = rng.standard_normal((visits, len(flux))) * np.minimum(errors, 0.1 * np.abs(flux))   # a bad pixel's error is no noise
     return flux + noise - weights @ noise, errors, weights
 
-# %% ../nbs/B_archives.ipynb #78e384b6
+# %% ../nbs/B_archives.ipynb #c3e8781c
 def _cards(*cards):
     header = fits.Header()
     for card in cards:
@@ -299,7 +299,7 @@ def _mask_image(bits):
         fill[first:last + 1] |= PIXMASK.NOT_ENOUGH_PSF
     return _image(bits, fill, "Flag Mask (bitwise)", ">i2")
 
-# %% ../nbs/B_archives.ipynb #8ddb1665
+# %% ../nbs/B_archives.ipynb #2f1481d9
 def _star_header(star, visits):
     "Primary header of an apStar file, with the survey's keywords."
     cards = [("OBJID", star["APOGEE_ID"], "Object ID"), *((band, round(star[band], 4), f"2MASS {band} magnitude") for band in "JHK"),
@@ -323,7 +323,7 @@ def _star_header(star, visits):
                "HDU4 sky, 5 sky error, 6 telluric, 7 telluric error, 8 LSF, 9 RV", "written by stellar_lab: flux scale, visits, HDU4-9 simulated")
     return _cards(*cards, ("NWAVE", N_PIXELS), *_GRID_CARDS, *(("HISTORY", line) for line in history))
 
-# %% ../nbs/B_archives.ipynb #a9b96058
+# %% ../nbs/B_archives.ipynb #8e9a1373
 def _draw_visits(star, weights, rng):
     "Facts about each visit that a header wants: dates, fibers, velocities. Invented, but they add up."
     days = np.sort(rng.choice(np.arange(55_800, 56_500), len(weights), replace=False))
@@ -352,7 +352,7 @@ def _rv_table(visits):
     table["CCFLAG"], table["CCFDW"] = np.arange(-200, 201), LOG10_STEP
     return fits.BinTableHDU(table)
 
-# %% ../nbs/B_archives.ipynb #05f926b3
+# %% ../nbs/B_archives.ipynb #16b266ba
 _LSF = (1, 4287, 5, 1, 1, 1, 1, 1, 0, 1.715, -7.9e-6, -0.033, 9e-7, -0.227, 5.7e-6, 0.093, -8.4e-6, 0.244, -4e-6, -0.046, 1, 2, 0, 0, 0.01,
         0.057)   # a Gauss-Hermite profile as wide as the instrument's, one for all stars
 
@@ -383,7 +383,7 @@ def apstar_hdus(
     lsf = fits.ImageHDU(np.array(_LSF, ">f8"), _cards(("CTYPE1", "Parameters"), ("BUNIT", "LSF Coefficients")))
     return fits.HDUList([fits.PrimaryHDU(header=_star_header(star, visits)), *images, lsf, _rv_table(visits)])
 
-# %% ../nbs/B_archives.ipynb #80a7ad3c
+# %% ../nbs/B_archives.ipynb #0c864cc0
 _SECRETS = ("OBJID", "RA", "DEC", "J", "H", "K", "LOCID", "FIELD", "TARG1", "TARG2", "SFILE1", "JD1", "FIBER1", "BC1", "VRAD1", "VHELIO1", "VHELIO",
             "VSCATTER", "VERR")
 
@@ -396,7 +396,7 @@ def mystery_hdus(star, flux, error, mask, rng) -> fits.HDUList:
     hdus[9] = fits.BinTableHDU(np.zeros_like(np.asarray(hdus[9].data)))
     return hdus
 
-# %% ../nbs/B_archives.ipynb #e11d6632
+# %% ../nbs/B_archives.ipynb #3c62a271
 def aspcapstar_hdus(
     star: dict,
     flux: np.ndarray,    # (7214,) relative to the pseudo-continuum
@@ -419,7 +419,7 @@ def _filled(value):
     "-9999 for a missing number, as the survey writes it."
     return value if isinstance(value, (str, int)) or np.isfinite(value) else -9999.0
 
-# %% ../nbs/B_archives.ipynb #7e972237
+# %% ../nbs/B_archives.ipynb #2c8f24b9
 @dataclass(frozen=True)
 class Flaw:
     "A fault planted in an archive on purpose."
@@ -442,7 +442,7 @@ FLAWS = {flaw.name: flaw for flaw in (
 )}
 _HTML = "<!DOCTYPE html>\n<html><head><title>503 Service Unavailable</title></head><body>Try again later.</body></html>\n"
 
-# %% ../nbs/B_archives.ipynb #80f9f5f3
+# %% ../nbs/B_archives.ipynb #63367d82
 def passes_cuts(stars: Table, record) -> np.ndarray:
     "Which stars pass the cuts of an archive's record: (N,) bool."
     passed = np.ones(len(stars), bool)
@@ -486,7 +486,7 @@ def _pick_mystery(spectra, good, record, rng):
     middle = (snr >= np.median(snr)) & np.all((labels >= low) & (labels <= high), axis=1)
     return int(rng.choice(good[middle] if middle.any() else good))
 
-# %% ../nbs/B_archives.ipynb #517e5e8a
+# %% ../nbs/B_archives.ipynb #cf21a924
 def write_star(
     root,                # of the archive
     rules,               # the release's path rules
@@ -532,7 +532,7 @@ def _write_stars(root, rules, jobs, seed, products):
     "A worker's share of the stars."
     return sum(write_star(root, rules, *job, seed, products) for job in jobs)
 
-# %% ../nbs/B_archives.ipynb #a0315f98
+# %% ../nbs/B_archives.ipynb #4ab62f4f
 def allstar_table(
     stars: list,        # star dicts
     flaws: list,        # the flaw of each
@@ -571,7 +571,7 @@ def _catalogue_facts(star, rules):
             "APOGEE_ID": star["APOGEE_ID"], "TELESCOPE": star["TELESCOPE"], "LOCATION_ID": star["LOCATION_ID"], "FIELD": star["FIELD"],
             **copied, "VHELIO_AVG": star["VHELIO"], "COMMISS": 0, "EXTRATARG": 0}
 
-# %% ../nbs/B_archives.ipynb #9c7082a4
+# %% ../nbs/B_archives.ipynb #be00159f
 def truth_table(spectra, plan, seed, truth=None) -> Table:
     "What only the writer knows: whose spectrum it is, which flaw it has, its labels and its continuum's parameters."
     stars = spectra.stars[plan["SOURCE"]] if truth is None else truth[plan["SOURCE"]]
@@ -596,7 +596,7 @@ def true_continuum(
     table = Table.read(file)
     return np.array(table["APOGEE_ID"].astype(str)), instrument_continuum(table["TEFF_CONTINUUM"], table["H"], np.asarray(table["THROUGHPUT"]))
 
-# %% ../nbs/B_archives.ipynb #99cb9304
+# %% ../nbs/B_archives.ipynb #4b9b20a0
 MYSTERY_FILE, TRUTH_FILE, FORMAT = "mystery_spec_wiped.fits", "truth.fits", 1
 
 
@@ -615,7 +615,7 @@ class ArchiveSummary:
         state = "written to" if self.new else "is already at"
         return f"archive of {self.stars} stars {state} {self.root}: {self.files} files, {self.size / 1e6:.0f} MB; planted flaws: {flaws}"
 
-# %% ../nbs/B_archives.ipynb #e1030eb9
+# %% ../nbs/B_archives.ipynb #f6e211f8
 def write_archive(
     root,                  # folder to make; must not exist, be empty or hold this very archive
     spectra: Spectra,      # normalized, on-band grid, with a mask; ivar of bad pixels says their error, 0 where there is none
@@ -675,7 +675,7 @@ def _already_there(root, card):
                        "name another folder, or remove it")
     return True
 
-# %% ../nbs/B_archives.ipynb #09dea1a4
+# %% ../nbs/B_archives.ipynb #d1c99566
 def _star_dicts(spectra, plan):
     "The stars table as plain dicts in the order of the plan, under the plan's names."
     columns = {name: spectra.stars[name].tolist() for name in spectra.stars.colnames}
@@ -710,7 +710,7 @@ def _summary(root, card, new):
     sizes = [file.stat().st_size for file in root.rglob("*") if file.is_file()]
     return ArchiveSummary(root, card["stars"], len(sizes), sum(sizes), card["flaws"], new)
 
-# %% ../nbs/B_archives.ipynb #b8a696c8
+# %% ../nbs/B_archives.ipynb #f03215f5
 def write_clusters(
     root,                  # folder to make
     seed: int = 42,

@@ -402,7 +402,8 @@ odd = np.max(stars["M_H"][stars["CLUSTER"] == "M107"])
 Markdown(f"**What to see.** The survey's calibrated [M/H] follows the literature over 2.7 dex: the median of a cluster of giants lies within "
          f"{np.abs(offset).max():.2f} dex of it at worst, {np.median(np.abs(offset)):.2f} in the middle. Its stars scatter by "
          f"{np.median(inside):.2f} dex in the typical cluster: this is what the labels that we train on are worth. One star of M107 stands "
-         f"at {odd:.2f}, a whole dex above its cluster. It can hardly be a member, but it is in the published set, its spectrum and its labels belong together, and it stays.")
+         f"at {odd:.2f}, a whole dex above its cluster. It can hardly be a member, but it is in the published set, "
+         f"its spectrum and its labels belong together, and it stays.")
 
 # %%
 assert np.abs(offset).max() < 0.35 and np.median(inside) < 0.1

@@ -2,8 +2,8 @@
 # # Is it all there?
 # > Bringing an archive home: list, download, resume, verify, and never a wrong file under a right name.
 #
-# **Question.** The lab's four fields are 2,723 files and 8 GB on a server far away. Connections drop, servers are busy, a page of apologies comes instead
-# of a spectrum. How do we know, at the end, that every file is there and whole?
+# **Question.** The lab's four fields are 2,723 files and 8 GB on a server far away. Connections drop, servers are busy, a page of apologies comes
+# instead of a spectrum. How do we know, at the end, that every file is there and whole?
 #
 # **Idea.** Do not trust the transfer, check the thing. A FITS file says itself how long it must be: it is a chain of HDUs, each a header of $c$ cards and
 # an array, both padded to blocks of 2,880 bytes,
@@ -51,7 +51,7 @@ from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
 from stellar_lab import __version__
-from stellar_lab.survey import ARCHIVE_FILE, ARCHIVES, PRODUCTS, RELEASES, Archive, LabError, Release, atomic_path
+from stellar_lab.survey import ARCHIVE_FILE, ARCHIVES, PRODUCTS, RELEASES, LabError, Release, atomic_path
 
 # %%
 #| hide
@@ -68,8 +68,8 @@ use_style()
 
 # %% [markdown]
 # ## Is this file whole?
-# `file_problem` walks from header to header, adds up what the formula says and never touches the arrays: about a millisecond a file. It answers with the
-# first thing that is wrong, in words, or with an empty string.
+# `file_problem` walks from header to header, adds up what the formula says and never touches the arrays: about a millisecond a file. It answers with
+# the first thing that is wrong, in words, or with an empty string.
 
 # %%
 #| export
@@ -114,8 +114,8 @@ def _fits_problem(file, size, hdus):
     return "" if count >= hdus else f"only {count} of {hdus} HDUs"
 
 # %% [markdown]
-# To play with, we make an archive of our own: seven stars in two fields and a small catalogue, in the tree of data release 14. The files hold no science,
-# but as many HDUs as the survey's.
+# To play with, we make an archive of our own: seven stars in two fields and a small catalogue, in the tree of data release 14. The files hold no
+# science, but as many HDUs as the survey's.
 
 # %%
 def write_star(path, hdus=10, pixels=8575):
@@ -139,7 +139,8 @@ star = desk / "server" / dr14.path("apstar", "4230", "2M21334190+0048169")
 cut, page = desk / "cut.fits", desk / "page.fits"
 cut.write_bytes(star.read_bytes()[:200_000])
 page.write_text("<!DOCTYPE html><html><body>Down for maintenance</body></html>")
-Table(rows=[(file.name, file.stat().st_size, file_problem(file, hdus=10) or "whole") for file in (star, cut, page)], names=["file", "bytes", "verdict"])
+verdicts = [(file.name, file.stat().st_size, file_problem(file, hdus=10) or "whole") for file in (star, cut, page)]
+Table(rows=verdicts, names=["file", "bytes", "verdict"])
 
 # %% [markdown]
 # Drawn as the chain that it is, with the place of the cut:
@@ -156,8 +157,9 @@ ax.axvline(200_000, color="C3", lw=2)
 ax.set(yticks=[], xlabel="byte of the file (grey: headers; numbers: HDU)", xlim=(0, star.stat().st_size));
 
 # %% [markdown]
-# **What to see.** The red line falls into HDU 6, and the verdict names it. The next test cuts the file at *every* block: none of the halves passes, although
-# each opens in astropy without an error. A cut exactly between two HDUs leaves a perfect FITS file; only the number of HDUs gives it away.
+# **What to see.** The red line falls into HDU 6, and the verdict names it. The next test cuts the file at *every* block: none of the halves passes,
+# although astropy opens most of them with a warning at worst. A cut exactly between two HDUs leaves a perfect FITS file; only the number of HDUs
+# gives it away.
 
 # %%
 assert file_problem(cut, hdus=10).startswith("truncated: HDU 6 ends at byte")
@@ -173,9 +175,9 @@ assert file_problem(cut, hdus=10) == "only 3 of 10 HDUs"
 
 # %% [markdown]
 # ## What the server says it has
-# A web server that serves a folder answers with a page of links. The page comes from outside, so we believe as little of it as we can: of every link we
-# work out where it leads, and keep it only if that is a plain name in the very folder that we asked for. What is a star's file, `Release.parse_name`
-# says later.
+# A web server that serves a folder answers with a page of links. The page comes from outside, so we believe as little of it as we can: of every link
+# we work out where it leads, and keep it only if that is a plain name in the very folder that we asked for. What is a star's file,
+# `Release.parse_name` says later.
 
 # %%
 #| export
@@ -235,8 +237,9 @@ def parse_index(
 
 # %%
 base = "https://archive.org.invalid/sas/4230/"
-names = ["apStar-r8-2M21334190%2B0048169.fits", "../secret.fits", "https://evil.invalid/apStar-r8-x.fits", "?C=M;O=A", "..%2Fsecret.fits", "/etc/passwd",
-         "apStar-r8-2M21334190+0048169.fits", "sub/", "javascript:alert(1)", ".hidden", "https://archive.org.invalid/sas/4230/b.fits", "a b.fits"]
+names = ["apStar-r8-2M21334190%2B0048169.fits", "../secret.fits", "https://evil.invalid/apStar-r8-x.fits", "?C=M;O=A", "..%2Fsecret.fits",
+         "/etc/passwd", "apStar-r8-2M21334190+0048169.fits", "sub/", "javascript:alert(1)", ".hidden", "a b.fits",
+         "https://archive.org.invalid/sas/4230/b.fits"]
 page = "<h1>Index of /4230</h1>" + "".join(f'<a href="{name}">{name}</a>\n' for name in names)
 listing = parse_index([page], base)
 listing
@@ -249,9 +252,10 @@ assert parse_index(['<a href="/else/a.fits">'], base).files == ()
 
 # %% [markdown]
 # ## Two sources with one face
-# An archive stands on a server or in a folder, on a disk that a colleague lent us, say. For the rest of this chapter both are a *source* that can do three
-# things: `list` a folder, `stat` a file (its size and a tag that changes when the file does), `open` it from some byte on. All that can go wrong is one of
-# four: it is *missing*, the source *refuses*, the connection was *dropped*, or what came is *damaged*. Only the last two are worth another try.
+# An archive stands on a server or in a folder, on a disk that a colleague lent us, say. For the rest of this chapter both are a *source* that can do
+# three things: `list` a folder, `stat` a file (its size and a tag that changes when the file does), `open` it from some byte on. All that can go
+# wrong is one of four: it is *missing*, the source *refuses*, the connection was *dropped*, or what came is *damaged*. Only the last two are worth
+# another try.
 
 # %%
 #| export
@@ -354,9 +358,9 @@ def _refusing():
         raise Refused(error.strerror or str(error)) from error
 
 # %% [markdown]
-# Over HTTP, `requests` keeps the connections open and urllib3's `Retry` asks again, after growing pauses or when the server says (`Retry-After`), when
-# a connection cannot be made or the answer is 429 or 5xx. We stay polite: a name to complain about in `User-Agent`, and no more connections than workers.
-# A body is read as it comes (`read1`), so that one that trickles in is noticed, not waited for.
+# Over HTTP, `requests` keeps the connections open and urllib3's `Retry` asks again, after growing pauses or when the server says (`Retry-After`),
+# when a connection cannot be made or the answer is 429 or 5xx. We stay polite: a name to complain about in `User-Agent`, and no more connections than
+# workers. A body is read as it comes (`read1`), so that one that trickles in is noticed, not waited for.
 
 # %%
 #| export
@@ -399,9 +403,9 @@ assert _is_loopback("127.0.0.1") and _is_loopback("::1") and _is_loopback("local
 
 # %% [markdown]
 # Now the source itself. Three of its decisions deserve a sentence. The tag of a file is its `ETag` or, if that is missing or *weak* (the server then
-# promises only that the meaning is the same, not the bytes), its date. The rest of a file (status 206) is taken only if it starts at the byte that we asked
-# for, belongs to a file of the same size and carries the same tag; anything else is thrown away and the whole file asked for. And of an index it is the
-# address that *answered* which counts, for a server may have led us elsewhere.
+# promises only that the meaning is the same, not the bytes), its date. The rest of a file (status 206) is taken only if it starts at the byte that we
+# asked for, belongs to a file of the same size and carries the same tag; anything else is thrown away and the whole file asked for. And of an index
+# it is the address that *answered* which counts, for a server may have led us elsewhere.
 
 # %%
 #| export
@@ -522,6 +526,9 @@ class HttpSource:
 
 # %%
 #| export
+EXAMPLE = "https://data.sdss.org/sas"
+
+
 def open_source(
     source,               # an https or http URL, or a folder: the root of an archive
     **settings,           # workers, timeout, tries, backoff of an HttpSource
@@ -530,7 +537,7 @@ def open_source(
     text = os.fspath(source)
     if "://" not in text:
         if not Path(text).is_dir():
-            raise LabError(f"there is no folder {text} to fetch from: give the root of an archive, a folder or a URL such as https://data.sdss.org/sas")
+            raise LabError(f"there is no folder {text} to fetch from: give the root of an archive, a folder or a URL such as {EXAMPLE}")
         return FolderSource(text)
     try:
         parts = urlsplit(text)
@@ -538,12 +545,12 @@ def open_source(
             return HttpSource(text, **settings)
     except ValueError:   # a port that is no number, an address that is none
         pass
-    raise LabError(f"cannot fetch from {text}: give a folder or a URL such as https://data.sdss.org/sas")
+    raise LabError(f"cannot fetch from {text}: give a folder or a URL such as {EXAMPLE}")
 
 # %% [markdown]
 # ## A server for one
-# To try all this we need a server, and Python brings one. Ours knows three things more than Python's: the tag of a file (`ETag`), how to send the rest of
-# it (`Range`), and to be quiet. `serve` runs it on this machine's loopback address, where nobody else can reach it.
+# To try all this we need a server, and Python brings one. Ours knows three things more than Python's: the tag of a file (`ETag`), how to send the
+# rest of it (`Range`), and to be quiet. `serve` runs it on this machine's loopback address, where nobody else can reach it.
 
 # %%
 #| export
@@ -573,7 +580,7 @@ class ArchiveHandler(SimpleHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
-        for name, value in (("Content-Type", self.guess_type(path)), ("Content-Length", str(size - start)), ("ETag", tag), ("Accept-Ranges", "bytes")):
+        for name, value in (("Content-Type", self.guess_type(path)), ("Content-Length", str(size - start)), ("ETag", tag)):
             self.send_header(name, value)
         self.end_headers()
         return file
@@ -633,8 +640,8 @@ with serve(desk / "server") as url:
 # %% [markdown]
 # ## One file
 # A file grows under the name `….part`. Beside it a note (`….part.note`) keeps what the source said about it, so that the next run, tomorrow perhaps,
-# can ask for the rest, *if the file has not changed* (`If-Range`). A source that ignores the question sends all of it, and we start over; so we do when
-# the rest belongs to a newer version. Only a file without a problem gets its name.
+# can ask for the rest, *if the file has not changed* (`If-Range`). A source that ignores the question sends all of it, and we start over; so we do
+# when the rest belongs to a newer version. Only a file without a problem gets its name.
 
 # %%
 #| export
@@ -668,9 +675,9 @@ def _started(part, note):
     return (offset, remote) if known else (0, None)
 
 # %% [markdown]
-# One try is: look how much is there, ask for the rest, append it. The order in which note and bytes are written matters, for we may be killed between any
-# two lines: a note must never stand beside bytes of another version. So when a file starts anew, the old note goes first, then the old bytes, and only
-# then comes the new note.
+# One try is: look how much is there, ask for the rest, append it. The order in which note and bytes are written matters, for we may be killed between
+# any two lines: a note must never stand beside bytes of another version. So when a file starts anew, the old note goes first, then the old bytes, and
+# only then comes the new note.
 
 # %%
 #| export
@@ -698,9 +705,9 @@ def _receive(source, item, part, note, show, stop):
         raise Dropped(f"truncated: {length:,} of {body.remote.size:,} bytes came")
 
 # %% [markdown]
-# How often do we try? A connection that drops five times in a row is hopeless, but over a shaky line a catalogue of 4 GB may need fifty drops to arrive, and
-# each of them brought us further. So a megabyte of progress wipes the slate clean. A file that arrived complete and is wrong gets one more chance (a proxy's
-# apology may be gone in a moment); after that we believe that the source itself has it so.
+# How often do we try? A connection that drops five times in a row is hopeless, but over a shaky line a catalogue of 4 GB may need fifty drops to
+# arrive, and each of them brought us further. So a megabyte of progress wipes the slate clean. A file that arrived complete and is wrong gets one
+# more chance (a proxy's apology may be gone in a moment); after that we believe that the source itself has it so.
 
 # %%
 #| export
@@ -731,8 +738,8 @@ with pytest.raises(Dropped):
 assert len(calls) == 4 + 3   # four tries got further and count for nothing; then three in a row were in vain
 
 # %% [markdown]
-# `fetch_file` ties these together. If something damaged already stands under the final name (another tool left it there), it loses that name before we
-# start, so that even a failure leaves nothing wrong behind.
+# `fetch_file` ties these together. If something damaged already stands under the final name (another tool left it there), it loses that name before
+# we start, so that even a failure leaves nothing wrong behind.
 
 # %%
 #| export
@@ -779,8 +786,8 @@ def fetch_file(
     return item
 
 # %% [markdown]
-# Here is a server that hangs up after 100,000 bytes of whatever it is asked for. The first run may try only once: it fails, leaves the start of the file
-# and the note, and nothing under the final name.
+# Here is a server that hangs up after 100,000 bytes of whatever it is asked for. The first run may try only once: it fails, leaves the start of the
+# file and the note, and nothing under the final name.
 
 # %%
 class HangsUp(ArchiveHandler):
@@ -828,9 +835,9 @@ assert [file.name for file in (home / here).iterdir()] == [star.name]
 
 # %% [markdown]
 # ## Which files
-# What to fetch follows from records: the release's templates say where a product of a field lies, the index which stars there are. The archive may add
-# to it: if it is one of ours, an `archive.json` at its root names its record and further files that belong to it (a mystery star, a truth table). That
-# text comes from outside, too, so its names must be plain steps down from the root.
+# What to fetch follows from records: the release's templates say where a product of a field lies, the index which stars there are. The archive may
+# add to it: if it is one of ours, an `archive.json` at its root names its record and further files that belong to it (a mystery star, a truth table).
+# That text comes from outside, too, so its names must be plain steps down from the root.
 
 # %%
 #| export
@@ -875,7 +882,8 @@ assert all(_is_safe(path) for path in ("truth.fits", "more/truth.ecsv"))
 assert not any(_is_safe(path) for path in ("../x", "/etc/passwd", "a//b", "a/../b", ".ssh/key", "C:\\x", "", "archive.json", "x.part", 7, None))
 
 # %% [markdown]
-# What the user asks for is checked before anything is asked of the source: release, fields, products, telescopes. Whatever is left out comes from the record.
+# What the user asks for is checked before anything is asked of the source: release, fields, products, telescopes. Whatever is left out comes from the
+# record.
 
 # %%
 #| export
@@ -921,7 +929,7 @@ def _wanted(record, release, fields, products, telescopes):
 
 # %% [markdown]
 # A field may have been observed by several telescopes, and a folder may follow the lab's own layout instead of the survey's; both are a loop over
-# templates. A field that the source does not have is the user's typing error more often than not: so we say which ones are there.
+# templates, the survey's first. Wherever a file comes from, it goes to the survey's place.
 
 # %%
 #| export
@@ -965,7 +973,7 @@ assert [dr14.parse_name("apstar", Path(item.path).name) for item in stars] == [f
 Table(rows=[(Path(item.path).name, item.hdus, item.elsewhere[0]) for item in stars], names=["file", "HDUs", "or here"])
 
 # %% [markdown]
-# For that we need the fields that are there: the folder above a field's folder lists them.
+# And which fields are there? The folder above a field's folder lists them, so an error can name those that come close to what was typed.
 
 # %%
 #| export
@@ -1001,8 +1009,9 @@ assert list_fields(FolderSource(desk / "server"), dr14) == ["4230", "4262"]
 assert list_fields(FolderSource(desk / "server"), RELEASES["dr17"]) == []
 
 # %% [markdown]
-# All of it together: the catalogue once, the further files, and the stars of each field and product. The folders are listed side by side. One that cannot
-# be listed does not stop the others, but the summary will say that it is not complete; one that does not exist stops everything, before a byte has moved.
+# All of it together: the catalogue once, the further files, and the stars of each field and product. The folders are listed side by side. One that
+# cannot be listed does not stop the others, but the summary will say that it is not complete; one that does not exist stops everything, before a byte
+# has moved.
 
 # %%
 #| export
@@ -1139,12 +1148,15 @@ class FetchSummary:
 
 def _bytes(number):
     "A number of bytes as people read it."
-    return next(f"{number / scale:.1f} {unit}" for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")) if number >= scale or scale == 1)
+    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= scale:
+            return f"{number / scale:.1f} {unit}"
+    return f"{number:.0f} bytes"
 
 # %% [markdown]
-# `fetch` puts it together. It first looks (index, sizes, what is at home already), which costs little and writes nothing; a dry run ends here. Then it
-# checks that the root can be written and is large enough, and downloads with a few workers. Two runs into the same root at once would write into the
-# same files, so the second one is turned away; a server that fails twenty times in a row is left alone.
+# `fetch` puts it together. It first looks (index, sizes, what is at home already), which costs little and writes nothing; a dry run ends here. Then
+# it checks that the root can be written and is large enough, and downloads with a few workers. Two runs into the same root at once would write into
+# the same files, so the second one is turned away; a server that fails twenty times in a row is left alone.
 
 # %%
 #| export
@@ -1172,8 +1184,8 @@ def _look(source, root, item):
     return item
 
 # %% [markdown]
-# A root holds one archive. Stars of two archives in one tree could not be told apart afterwards, so the second one is refused. And while we write, the root
-# is locked: on Linux and macOS a folder itself can be locked, and the lock vanishes with the process that held it, however that ends.
+# A root holds one archive. Stars of two archives in one tree could not be told apart afterwards, so the second one is refused. And while we write,
+# the root is locked: on Linux and macOS a folder itself can be locked, and the lock vanishes with the process that held it, however that ends.
 
 # %%
 #| export
@@ -1334,7 +1346,8 @@ assert tree(home) == tree(desk / "server")
 assert once.ok and once.fetched == once.found == 8 and twice.ok and twice.already_there == 8 and twice.bytes == 0
 
 # %% [markdown]
-# From a folder it is the same call. And a folder in the lab's own layout, `stars/4230/…`, counts as home: who has done the lab by hand downloads nothing.
+# From a folder it is the same call. And a folder in the lab's own layout, `stars/4230/…`, counts as home: who has done the lab by hand downloads
+# nothing.
 
 # %%
 by_hand = desk / "by hand"
@@ -1348,8 +1361,8 @@ assert tree(desk / "again") == tree(home)                                       
 
 # %% [markdown]
 # ## A bad day
-# Now the server fails in four ways at once: one star's file breaks off, of another there is only an apology, the third comes only when asked a second time
-# (503 first), and the catalogue is missing.
+# Now the server fails in four ways at once: one star's file breaks off, of another there is only an apology, the third comes only when asked a second
+# time (503 first), and the catalogue is missing.
 
 # %%
 class BadDay(ArchiveHandler):
@@ -1380,8 +1393,8 @@ table["path"] = [Path(path).name for path in table["path"]]
 table["path", "state", "reason"]
 
 # %% [markdown]
-# **What to see.** The summary is not `ok`, and says why of each. On the disk: the one star that came whole under its name, and the start of the broken one
-# under another. The next day it goes on from there.
+# **What to see.** The summary is not `ok`, and says why of each. On the disk: the one star that came whole under its name, and the start of the
+# broken one under another. The next day it goes on from there.
 
 # %%
 assert not bad.ok and bad.fetched == 1 and bad.failed == 3
@@ -1393,8 +1406,8 @@ sorted(file.name for file in (desk / "bad day").rglob("*") if file.is_file())
 
 # %% [markdown]
 # ## The archive at hand
-# The same on the archive that the other chapters work on (the real stars unless `STELLAR_LAB_ARCHIVE` names another): a dry run counts what it holds, and
-# five of its stars travel over the loopback.
+# The same on the archive that the other chapters work on (the real stars unless `STELLAR_LAB_ARCHIVE` names another): a dry run counts what it holds,
+# and five of its stars travel over the loopback.
 
 # %%
 try:
@@ -1422,12 +1435,12 @@ if root:
 #| echo: false
 if root:
     sizes = np.concatenate([*in_field.values()])
-    display(Markdown(f"**What to see.** The archive `{record.name}` holds {len(sizes):,} apStar files in {len(known)} fields, {sizes.sum():,.0f} MB; a file "
-                     f"has {np.median(sizes):.1f} MB at the median and up to {sizes.max():.1f} MB: each further visit adds a row to its arrays."))
+    display(Markdown(f"**What to see.** The archive `{record.name}` holds {len(sizes):,} apStar files in {len(known)} fields, {sizes.sum():,.0f} MB; "
+                     f"a file has {np.median(sizes):.1f} MB at the median and up to {sizes.max():.1f} MB: each further visit adds a row to its arrays."))
 
 # %% [markdown]
-# Our own archives hold damaged files on purpose, for the next chapter to trip over. They must not arrive, and everything else must. So we compare with
-# the verdict on the originals.
+# Our own archives hold damaged files on purpose, for the next chapter to trip over. They must not arrive, and everything else must. So we compare
+# with the verdict on the originals.
 
 # %%
 if root:
@@ -1472,5 +1485,5 @@ with pytest.raises(LabError, match="home holds the archive 'survey', but .* is '
 shutil.rmtree(desk)
 
 # %% [markdown]
-# **Exercise.** Our check reads the headers and believes the arrays. Let a server change one byte in the middle of a spectrum: does anything notice? FITS
-# knows `CHECKSUM` and `DATASUM` keywords (`astropy.io.fits`, `checksum=True`); what would it cost to demand them, and what if a file has none?
+# **Exercise.** Our check reads the headers and believes the arrays. Let a server change one byte in the middle of a spectrum: does anything notice?
+# FITS knows `CHECKSUM` and `DATASUM` keywords (`astropy.io.fits`, `checksum=True`); what would it cost to demand them, and what if a file has none?

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
 
 import nbformat
@@ -64,7 +63,8 @@ def write_archive(name):
     for old in (root, ARCHIVES / "fetched" / name):   # a copy of the old one is no longer a copy of this one
         shutil.rmtree(old, ignore_errors=True)
     ARCHIVES.mkdir(parents=True, exist_ok=True)
-    subprocess.run([COMMAND, "archive", name, str(root)], check=True)
+    if subprocess.run([COMMAND, "archive", name, str(root)]).returncode:
+        raise SystemExit(f"could not write the archive {name}: see above")
     stamp.write_text(wanted)
     return root
 
@@ -74,17 +74,22 @@ def fetch_archive(archive):
     from stellar_lab import survey
     from stellar_lab.fetch import fetch, serve
 
-    embedded = archive in survey.ARCHIVES and archive != "survey"
-    if embedded:
-        served, name = serve(write_archive(archive)), archive
-    else:
-        source = archive if re.match(r"https?://", archive) else str(Path(archive).expanduser().resolve())
-        served, name = nullcontext(source), re.sub(r"[^A-Za-z0-9.-]+", "_", re.sub(r"^https?://", "", source)).strip("_.")
-    root = ARCHIVES / "fetched" / name
-    with served as source:
-        say(f"== fetch: {archive}{f' over {source}' if embedded else ''} into {root.relative_to(ROOT)}")
-        summary = fetch(root, source)
-    say(str(summary))
+    def bring(root, source):
+        say(f"== fetch: {source} into {root.relative_to(ROOT)}")
+        say(str(fetch(root, source, products=tuple(survey.PRODUCTS), progress=sys.stderr.isatty())))
+
+    if archive in survey.ARCHIVES and archive != "survey":   # an embedded one: served on this machine, to go the way that all others go
+        written, root, stamp = write_archive(archive), ARCHIVES / "fetched" / archive, ARCHIVES / "fetched" / f"{archive}.made"
+        if root.is_dir() and stamp.is_file() and stamp.read_text() == recipe(archive):
+            say(f"== fetch: {root.relative_to(ROOT)} is there")
+            return root
+        with serve(written) as url:
+            bring(root, url)
+        stamp.write_text(recipe(archive))
+        return root
+    source = archive if re.match(r"https?://", archive) else str(Path(archive).expanduser().resolve())
+    root = ARCHIVES / "fetched" / re.sub(r"[^A-Za-z0-9.-]+", "_", re.sub(r"^https?://", "", source)).strip("_.")
+    bring(root, source)
     return root
 
 
@@ -130,9 +135,9 @@ def failure(name, last, problem, detail=""):
 
 
 def peak_memory():
-    "Peak memory of the largest process started here [MiB]; the kernels and their workers are among them."
+    "Peak memory of the largest process so far [MiB]: this one, the kernels, their workers, the commands."
     unit = 1 if sys.platform == "darwin" else 1024   # ru_maxrss is bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 2**20
+    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit / 2**20
 
 
 def run_all(paths, timeout):
@@ -233,15 +238,25 @@ def refresh_outputs(names):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run")
-    run.add_argument("--archive", default="clusters")
-    run.add_argument("--profile", default="quick", choices=CELL_TIMEOUT)
+    lab = commands.add_parser("run")
+    lab.add_argument("--archive", default="clusters")
+    lab.add_argument("--profile", default="quick", choices=CELL_TIMEOUT)
     commands.add_parser("archive").add_argument("name", nargs="?", default="clusters")
     commands.add_parser("outputs").add_argument("names", nargs="*")
     options = parser.parse_args()
     os.environ.update(SETTINGS)
     os.environ["PATH"] = f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}"
     os.environ.pop("MPLBACKEND", None)   # the notebooks' own, inline
+    from stellar_lab.survey import LabError
+
+    try:
+        return run(options)
+    except LabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def run(options):
     if options.command == "run":
         return run_lab(options.archive, options.profile)
     if options.command == "outputs":

@@ -7,7 +7,7 @@ __all__ = ['FILE_NAME', 'FACTS', 'KEYS', 'BLOCK', 'Step', 'Ledger', 'plot_ledger
            'Problem', 'read_files', 'find_files', 'find_catalogue', 'read_catalogue', 'match_catalogue', 'dark_pixels',
            'drop_dark_pixels', 'read_archive', 'keep', 'apply_cuts', 'plot_corner', 'plot_raw']
 
-# %% ../nbs/02_clean.ipynb #f7697ee0
+# %% ../nbs/02_clean.ipynb #4c30c428
 import os
 import re
 import warnings
@@ -33,7 +33,7 @@ from stellar_lab.survey import (
     label_records, on_band, plot_spectrum, wavelength,
 )
 
-# %% ../nbs/02_clean.ipynb #72f93743
+# %% ../nbs/02_clean.ipynb #2f94c0ec
 class Step(NamedTuple):
     "One line of a ledger."
     rule: str
@@ -109,7 +109,7 @@ class Ledger:
         steps = (Step(**(step | {"stars": tuple(step["stars"]), "details": tuple(step["details"])})) for step in plain["steps"])
         return cls(plain["found"], tuple(steps))
 
-# %% ../nbs/02_clean.ipynb #c66e530e
+# %% ../nbs/02_clean.ipynb #38adcd43
 def plot_ledger(
     ledger: Ledger,
     ax=None,
@@ -127,7 +127,7 @@ def plot_ledger(
     ax.legend(loc="upper left", bbox_to_anchor=(0, 1.0 + 0.9 / len(table)), ncols=2, frameon=False, fontsize="small")
     return ax
 
-# %% ../nbs/02_clean.ipynb #38c4173f
+# %% ../nbs/02_clean.ipynb #12f60c68
 def inverse_variance(
     flux: np.ndarray,    # any shape
     error: np.ndarray,   # same shape, 1-sigma
@@ -142,7 +142,7 @@ def inverse_variance(
         ivar = np.where(good, 1 / error**2, 0).astype(np.float32)
     return np.where(np.isfinite(ivar), ivar, np.float32(0))
 
-# %% ../nbs/02_clean.ipynb #b5a4365b
+# %% ../nbs/02_clean.ipynb #b8acced2
 FILE_NAME = re.compile(rf"(?P<kind>aspcap|ap|as)Star-(?:.*?-)?(?P<id>{APOGEE_ID})(?:-\d+)?\.fits(?:\.gz)?")
 
 
@@ -166,7 +166,7 @@ def _product_of_hdus(hdus):
         return None
     return "apstar" if third.header["BITPIX"] in (16, 32, 64) else "aspcapstar"
 
-# %% ../nbs/02_clean.ipynb #bc3b6985
+# %% ../nbs/02_clean.ipynb #62b800f1
 class Fact(NamedTuple):
     "A column of the stars table that comes from a file's header."
     column: str
@@ -189,7 +189,7 @@ FACTS = (
     Fact("J", ("J",), np.nan), Fact("H", ("H",), np.nan), Fact("K", ("K",), np.nan), Fact("RA", ("RA",), np.nan), Fact("DEC", ("DEC",), np.nan),
 )
 
-# %% ../nbs/02_clean.ipynb #bb7f1939
+# %% ../nbs/02_clean.ipynb #17c4d55d
 class Problem(NamedTuple):
     "A file that could not be read, and why."
     path: str
@@ -197,14 +197,6 @@ class Problem(NamedTuple):
 
     def __str__(self):
         return f"{Path(self.path).name}: {self.reason}"
-
-
-class _Star(NamedTuple):
-    facts: dict
-    flux: np.ndarray
-    ivar: np.ndarray
-    mask: np.ndarray | None
-
 
 def _check_bytes(hdu, path):
     "Raise ValueError if the file ends before the HDU does; a packed file finds out for itself."
@@ -228,6 +220,13 @@ def _check_whole(hdus, path, product):
     shapes = {getattr(hdus[k], "shape", None) for k in (product.flux, product.error, product.mask) if k is not None}
     if found is None or len(shapes) > 1 or len(shapes.pop()) > 2:
         raise ValueError(f"its HDUs are not those of an {product.name} file")
+
+# %% ../nbs/02_clean.ipynb #f0580f8a
+class _Star(NamedTuple):
+    facts: dict
+    flux: np.ndarray
+    ivar: np.ndarray
+    mask: np.ndarray | None
 
 
 def _pixels(hdu, row):
@@ -275,7 +274,7 @@ def _reason(path, error):
         return f"not a FITS file: it begins with {start[:20].decode('latin-1')!r}"
     return str(error) or type(error).__name__
 
-# %% ../nbs/02_clean.ipynb #b114da54
+# %% ../nbs/02_clean.ipynb #7379c346
 def _read_stars(paths, product, row, workers=None, keep=None, progress=True):
     "Spectra of the files where `keep`, their places in `paths`, and the problems of all."
     if not isinstance(row, (int, np.integer)) or row < 0:
@@ -330,7 +329,7 @@ def _first(problems, n=3):
     more = f"; and {len(problems) - n} more" if len(problems) > n else ""
     return (": " + "; ".join(map(str, problems[:n])) + more) if problems else ": no file was given"
 
-# %% ../nbs/02_clean.ipynb #0ece5106
+# %% ../nbs/02_clean.ipynb #e76d1c2f
 def find_files(
     root,                      # of an archive
     product: str = "apstar",
@@ -374,7 +373,7 @@ def _rules(record, release):
         raise LabError(f"unknown release {release!r}: choose from {', '.join(RELEASES)}")
     return RELEASES[str(release).lower()]
 
-
+# %% ../nbs/02_clean.ipynb #e52e3762
 def find_catalogue(
     root,                  # of an archive
     release: str = None,   # the record's by default
@@ -388,7 +387,7 @@ def find_catalogue(
     raise LabError(f"no allStar table below {root}: looked for {', '.join(str(p.relative_to(root)) for p in tried if p.suffix != '.gz')}; "
                    "fetch it with 'stellar-lab fetch'")
 
-# %% ../nbs/02_clean.ipynb #b2751437
+# %% ../nbs/02_clean.ipynb #b67f1230
 KEYS = ("APOGEE_ID", "TARGET_ID", "TELESCOPE", "FIELD", "LOCATION_ID")   # what a row can be found by
 BLOCK = 8192   # rows of the catalogue that are mapped at a time
 
@@ -419,7 +418,7 @@ def read_catalogue(
     table.meta = {"labels": list(wanted), "catalogue": Path(path).name}
     return table
 
-
+# %% ../nbs/02_clean.ipynb #b5899b73
 @contextmanager
 def _catalogue_errors(path):
     try:
@@ -454,7 +453,7 @@ def _column(path, known, name):
         raise LabError(f"{path} has no column {name}: a cut needs it")
     return known[name.upper()]
 
-
+# %% ../nbs/02_clean.ipynb #e9b3e5f1
 def _copy_columns(path, sources, rows):
     "Copies of some columns, a block of rows at a time so that no more than a block is ever resident."
     step = rows if str(path).endswith(".gz") else BLOCK   # what is packed has to be unpacked whole
@@ -476,7 +475,7 @@ def _native(values):
         return np.where(values <= MISSING, np.nan, values)
     return values.astype(values.dtype.newbyteorder("="))
 
-# %% ../nbs/02_clean.ipynb #223336f4
+# %% ../nbs/02_clean.ipynb #1c071dda
 def match_catalogue(
     stars: Table,       # N rows: APOGEE_ID, TELESCOPE, FOLDER
     catalogue: Table,   # of `read_catalogue`
@@ -494,7 +493,7 @@ def match_catalogue(
         rows[new], further[new] = near[place[new]], count[new] - 1
     return rows, further
 
-
+# %% ../nbs/02_clean.ipynb #7f902445
 def _look_up(mine, theirs):
     "For each of `mine` the first place in `theirs` and how many there are."
     if not len(theirs):
@@ -504,7 +503,7 @@ def _look_up(mine, theirs):
     hit = unique[place] == mine
     return np.where(hit, first[place], -1), np.where(hit, count[place], 0)
 
-
+# %% ../nbs/02_clean.ipynb #4667987f
 def _keys(stars, catalogue, near, rules):
     "Pairs of keys (the stars', the rows') from the surest to the weakest, and for which stars they apply."
     everyone = np.ones(len(stars), bool)
@@ -536,7 +535,7 @@ def _fill(template, **parts):
             text = np.char.add(text, parts[name])
     return text
 
-# %% ../nbs/02_clean.ipynb #c7b106f0
+# %% ../nbs/02_clean.ipynb #47dad555
 def dark_pixels(
     flux: np.ndarray,          # (N, P)
     ivar: np.ndarray,          # (N, P)
@@ -556,7 +555,7 @@ def dark_pixels(
             dark[:, start:start + block] = relative < fraction * typical
     return dark
 
-
+# %% ../nbs/02_clean.ipynb #14847459
 def _median(values, ivar):
     "Median of each row over usable values, NaN where there is none; numpy's nanmedian, ten times faster."
     ordered = np.where((ivar > 0) & np.isfinite(values), values, np.nan)
@@ -573,7 +572,7 @@ def drop_dark_pixels(
     "The spectra with weight 0 on dark pixels."
     return spectra.replace(ivar=np.where(dark_pixels(spectra.flux, spectra.ivar, fraction), np.float32(0), spectra.ivar))
 
-# %% ../nbs/02_clean.ipynb #f42d0728
+# %% ../nbs/02_clean.ipynb #8198f47f
 def read_archive(
     root,                     # of an archive
     product: str = None,      # "apstar" or "aspcapstar"; the first of the record's that has files by default
@@ -654,7 +653,7 @@ def _with_labels(stars, files, catalogue, rules):
             stars[name] = catalogue[name]
     return stars
 
-# %% ../nbs/02_clean.ipynb #b7d2188a
+# %% ../nbs/02_clean.ipynb #9ec14514
 def keep(
     spectra: Spectra,
     good: np.ndarray,          # (N,) bool
@@ -711,7 +710,7 @@ def _rules_of(spectra, cuts):
         values = np.ma.filled(np.ma.asarray(spectra.stars[cut.column], dtype=float), np.nan)
         yield cut.name, (values > cut.low) & (values < cut.high), f"keep {cut}" + (f": {cut.reason}" if cut.reason else "")
 
-# %% ../nbs/02_clean.ipynb #8c8be2ff
+# %% ../nbs/02_clean.ipynb #7220f78c
 def plot_corner(
     spectra: Spectra,
     names=None,          # label names; all that the stars have by default
@@ -729,7 +728,7 @@ def plot_corner(
                       "data_kwargs": {"alpha": 0.6, "ms": 3}} | style))
     return fig
 
-# %% ../nbs/02_clean.ipynb #697c7d8d
+# %% ../nbs/02_clean.ipynb #e537f2f6
 def plot_raw(
     spectra: Spectra,
     rows=(0, 1, 2),             # which stars

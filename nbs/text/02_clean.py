@@ -58,6 +58,9 @@ use_style()
 # ## The ledger
 # A ledger starts with the number of files found. Each rule then takes stars away, by name, or only counts something worth knowing. A ledger is
 # never changed: a rule returns a new one, so the state before a cut is still there after it, and later chapters simply go on writing.
+#
+# The order of rules matters for the lines but not for the sum. A star that is noisy *and* unlabelled falls to whichever rule comes first, and the other
+# never sees it. So a line says what a rule took from the stars it met, not how many stars there are that break it.
 
 # %%
 #| export
@@ -290,6 +293,10 @@ facts
 # %% [markdown]
 # Now the reader of one file. Whatever is wrong with it (cut short, a web page under a FITS name, HDUs of something else, another grid, no such row)
 # becomes a `Problem` with the reason, never an exception: one bad file must not stop a thousand good ones.
+#
+# First the checks. A broken download often has a perfect beginning, and the three HDUs that we need stand at the beginning: so we ask where the last
+# HDU ends, and whether the file goes that far. The grid is asked for in every file, too: a spectrum on other wavelengths would look quite normal and
+# be wrong in every pixel.
 
 # %%
 #| export
@@ -300,14 +307,6 @@ class Problem(NamedTuple):
 
     def __str__(self):
         return f"{Path(self.path).name}: {self.reason}"
-
-
-class _Star(NamedTuple):
-    facts: dict
-    flux: np.ndarray
-    ivar: np.ndarray
-    mask: np.ndarray | None
-
 
 def _check_bytes(hdu, path):
     "Raise ValueError if the file ends before the HDU does; a packed file finds out for itself."
@@ -331,6 +330,19 @@ def _check_whole(hdus, path, product):
     shapes = {getattr(hdus[k], "shape", None) for k in (product.flux, product.error, product.mask) if k is not None}
     if found is None or len(shapes) > 1 or len(shapes.pop()) > 2:
         raise ValueError(f"its HDUs are not those of an {product.name} file")
+
+# %% [markdown]
+# Then one row of three HDUs, cut to the on-band pixels. For a star seen once both combinations are the same single spectrum, so rows 0 and 1 mean the
+# same; row 2 and beyond ask for visits, and a file that has no such row says so. What the reader returns is in the machine's byte order (FITS is
+# big-endian) and in our number types, whatever the release wrote.
+
+# %%
+#| export
+class _Star(NamedTuple):
+    facts: dict
+    flux: np.ndarray
+    ivar: np.ndarray
+    mask: np.ndarray | None
 
 
 def _pixels(hdu, row):
@@ -556,7 +568,11 @@ def _rules(record, release):
         raise LabError(f"unknown release {release!r}: choose from {', '.join(RELEASES)}")
     return RELEASES[str(release).lower()]
 
+# %% [markdown]
+# The catalogue is found in the same way: the survey's place first, then the lab's.
 
+# %%
+#| export
 def find_catalogue(
     root,                  # of an archive
     release: str = None,   # the record's by default
@@ -593,7 +609,10 @@ assert not np.char.endswith(files["path"], "-56931.fits").any()
 # ## The catalogue
 # The survey's allStar table of DR14 has 263,000 rows of several hundred columns, 1.5 GB, of which we need twenty columns. It is mapped into memory,
 # not read, and only these columns are copied, block by block, in the machine's own byte order. A value at or below -9000 means "none" and becomes
-# NaN.
+# NaN, a number that no comparison lets pass: a forgotten cut cannot mistake -9999 for a very cool star. Labels get their units.
+#
+# Cuts may need a column that is no label of this run, such as $\log g$ when only temperatures are asked for. It is read as well, but `meta["labels"]`
+# remembers what was asked for, so that no model is trained on it by accident.
 
 # %%
 #| export
@@ -627,7 +646,12 @@ def read_catalogue(
     table.meta = {"labels": list(wanted), "catalogue": Path(path).name}
     return table
 
+# %% [markdown]
+# A label's column went by different names over the years, and its record in `survey` lists them: the first one that the table has counts, and its error
+# is the column of the same name with `_ERR` behind it. What is not there is said at once, with what is, before a single file has been read.
 
+# %%
+#| export
 @contextmanager
 def _catalogue_errors(path):
     try:
@@ -662,7 +686,12 @@ def _column(path, known, name):
         raise LabError(f"{path} has no column {name}: a cut needs it")
     return known[name.upper()]
 
+# %% [markdown]
+# The columns lie scattered through the rows, so even a few of them touch every page of the file. Mapping it anew for each block of rows lets go of the
+# pages of the block before: what stays in memory are the copies.
 
+# %%
+#| export
 def _copy_columns(path, sources, rows):
     "Copies of some columns, a block of rows at a time so that no more than a block is ever resident."
     step = rows if str(path).endswith(".gz") else BLOCK   # what is packed has to be unpacked whole
@@ -728,7 +757,12 @@ def match_catalogue(
         rows[new], further[new] = near[place[new]], count[new] - 1
     return rows, further
 
+# %% [markdown]
+# The search itself: with $N$ files and $M$ rows a scan costs $N M$ comparisons of strings, sorting and bisecting about $(M+N)\log M$. `np.unique` sorts,
+# tells where each key stood first and how often it occurred, which is the number of duplicates.
 
+# %%
+#| export
 def _look_up(mine, theirs):
     "For each of `mine` the first place in `theirs` and how many there are."
     if not len(theirs):
@@ -738,7 +772,11 @@ def _look_up(mine, theirs):
     hit = unique[place] == mine
     return np.where(hit, first[place], -1), np.where(hit, count[place], 0)
 
+# %% [markdown]
+# And the three kinds of key, from the surest to the weakest. Each is tried only on the stars that the ones before left without a row.
 
+# %%
+#| export
 def _keys(stars, catalogue, near, rules):
     "Pairs of keys (the stars', the rows') from the surest to the weakest, and for which stars they apply."
     everyone = np.ones(len(stars), bool)
@@ -824,7 +862,12 @@ def dark_pixels(
             dark[:, start:start + block] = relative < fraction * typical
     return dark
 
+# %% [markdown]
+# A median over usable pixels only: unusable ones become NaN, sorting puts them last, and the middle of the rest is where half their number says. Blocks
+# of pixels keep the copies small, some megabytes instead of a second set of spectra.
 
+# %%
+#| export
 def _median(values, ivar):
     "Median of each row over usable values, NaN where there is none; numpy's nanmedian, ten times faster."
     ordered = np.where((ivar > 0) & np.isfinite(values), values, np.nan)
@@ -865,7 +908,11 @@ assert np.array_equal(np.delete(dark_pixels(toy, weight), 50, axis=1), np.transp
 # %% [markdown]
 # ## An archive
 # All of it together: find, match, read, darken. The result are the stars that have a file and a row, with the labels that the archive's record asks
-# for.
+# for. Nothing in it depends on which archive this is: labels, fields, cuts and paths come from the record that stands at the root.
+#
+# The order saves memory. The catalogue is matched first and let go but for the rows of our stars; then there is room for exactly the spectra that have
+# a row, $N\times 7214\times(4+4+4)$ bytes for flux, weight and mask: 236 MB for the lab's 2,723 stars. Files without a row are opened, too, so that the
+# ledger can tell a damaged file from a star that nobody knows.
 
 # %%
 #| export
@@ -951,7 +998,10 @@ def _with_labels(stars, files, catalogue, rules):
 
 # %% [markdown]
 # ## Cuts
-# A star must have light, all its labels, and pass the cuts that the archive's record names. Each rule sees only the stars that earlier rules left.
+# A star must have light, all its labels, and pass the cuts that the archive's record names. Each rule sees only the stars that earlier rules left,
+# and the spectra are cut once, at the end, by all rules together. A value that is not known passes no cut.
+#
+# `keep` is the same for a single rule: the next chapters use it for theirs, and hand the ledger on.
 
 # %%
 #| export

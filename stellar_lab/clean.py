@@ -7,7 +7,7 @@ __all__ = ['FILE_NAME', 'FACTS', 'KEYS', 'BLOCK', 'Step', 'Ledger', 'plot_ledger
            'Problem', 'read_files', 'find_files', 'find_catalogue', 'read_catalogue', 'match_catalogue', 'dark_pixels',
            'drop_dark_pixels', 'read_archive', 'keep', 'apply_cuts', 'plot_corner', 'plot_raw']
 
-# %% ../nbs/02_clean.ipynb #4c30c428
+# %% ../nbs/02_clean.ipynb #04582bf0
 import os
 import re
 import warnings
@@ -33,7 +33,7 @@ from stellar_lab.survey import (
     label_records, on_band, plot_spectrum, wavelength,
 )
 
-# %% ../nbs/02_clean.ipynb #2f94c0ec
+# %% ../nbs/02_clean.ipynb #b5525a4d
 class Step(NamedTuple):
     "One line of a ledger."
     rule: str
@@ -109,7 +109,7 @@ class Ledger:
         steps = (Step(**(step | {"stars": tuple(step["stars"]), "details": tuple(step["details"])})) for step in plain["steps"])
         return cls(plain["found"], tuple(steps))
 
-# %% ../nbs/02_clean.ipynb #38adcd43
+# %% ../nbs/02_clean.ipynb #3f50a7a9
 def plot_ledger(
     ledger: Ledger,
     ax=None,
@@ -127,7 +127,7 @@ def plot_ledger(
     ax.legend(loc="upper left", bbox_to_anchor=(0, 1.0 + 0.9 / len(table)), ncols=2, frameon=False, fontsize="small")
     return ax
 
-# %% ../nbs/02_clean.ipynb #12f60c68
+# %% ../nbs/02_clean.ipynb #2a0f36f4
 def inverse_variance(
     flux: np.ndarray,    # any shape
     error: np.ndarray,   # same shape, 1-sigma
@@ -142,7 +142,7 @@ def inverse_variance(
         ivar = np.where(good, 1 / error**2, 0).astype(np.float32)
     return np.where(np.isfinite(ivar), ivar, np.float32(0))
 
-# %% ../nbs/02_clean.ipynb #b8acced2
+# %% ../nbs/02_clean.ipynb #1885cd71
 FILE_NAME = re.compile(rf"(?P<kind>aspcap|ap|as)Star-(?:.*?-)?(?P<id>{APOGEE_ID})(?:-\d+)?\.fits(?:\.gz)?")
 
 
@@ -166,7 +166,7 @@ def _product_of_hdus(hdus):
         return None
     return "apstar" if third.header["BITPIX"] in (16, 32, 64) else "aspcapstar"
 
-# %% ../nbs/02_clean.ipynb #62b800f1
+# %% ../nbs/02_clean.ipynb #37cfe201
 class Fact(NamedTuple):
     "A column of the stars table that comes from a file's header."
     column: str
@@ -189,7 +189,7 @@ FACTS = (
     Fact("J", ("J",), np.nan), Fact("H", ("H",), np.nan), Fact("K", ("K",), np.nan), Fact("RA", ("RA",), np.nan), Fact("DEC", ("DEC",), np.nan),
 )
 
-# %% ../nbs/02_clean.ipynb #17c4d55d
+# %% ../nbs/02_clean.ipynb #af772fa5
 class Problem(NamedTuple):
     "A file that could not be read, and why."
     path: str
@@ -221,7 +221,7 @@ def _check_whole(hdus, path, product):
     if found is None or len(shapes) > 1 or len(shapes.pop()) > 2:
         raise ValueError(f"its HDUs are not those of an {product.name} file")
 
-# %% ../nbs/02_clean.ipynb #f0580f8a
+# %% ../nbs/02_clean.ipynb #f2c333f0
 class _Star(NamedTuple):
     facts: dict
     flux: np.ndarray
@@ -274,7 +274,7 @@ def _reason(path, error):
         return f"not a FITS file: it begins with {start[:20].decode('latin-1')!r}"
     return str(error) or type(error).__name__
 
-# %% ../nbs/02_clean.ipynb #7379c346
+# %% ../nbs/02_clean.ipynb #ed3af40a
 def _read_stars(paths, product, row, workers=None, keep=None, progress=True):
     "Spectra of the files where `keep`, their places in `paths`, and the problems of all."
     if not isinstance(row, (int, np.integer)) or row < 0:
@@ -329,7 +329,7 @@ def _first(problems, n=3):
     more = f"; and {len(problems) - n} more" if len(problems) > n else ""
     return (": " + "; ".join(map(str, problems[:n])) + more) if problems else ": no file was given"
 
-# %% ../nbs/02_clean.ipynb #e76d1c2f
+# %% ../nbs/02_clean.ipynb #da75c517
 def find_files(
     root,                      # of an archive
     product: str = "apstar",
@@ -373,7 +373,7 @@ def _rules(record, release):
         raise LabError(f"unknown release {release!r}: choose from {', '.join(RELEASES)}")
     return RELEASES[str(release).lower()]
 
-# %% ../nbs/02_clean.ipynb #e52e3762
+# %% ../nbs/02_clean.ipynb #c5e6cf72
 def find_catalogue(
     root,                  # of an archive
     release: str = None,   # the record's by default
@@ -387,7 +387,7 @@ def find_catalogue(
     raise LabError(f"no allStar table below {root}: looked for {', '.join(str(p.relative_to(root)) for p in tried if p.suffix != '.gz')}; "
                    "fetch it with 'stellar-lab fetch'")
 
-# %% ../nbs/02_clean.ipynb #b67f1230
+# %% ../nbs/02_clean.ipynb #738fbe9a
 KEYS = ("APOGEE_ID", "TARGET_ID", "TELESCOPE", "FIELD", "LOCATION_ID")   # what a row can be found by
 BLOCK = 8192   # rows of the catalogue that are mapped at a time
 
@@ -418,7 +418,7 @@ def read_catalogue(
     table.meta = {"labels": list(wanted), "catalogue": Path(path).name}
     return table
 
-# %% ../nbs/02_clean.ipynb #b5899b73
+# %% ../nbs/02_clean.ipynb #2b6fce15
 @contextmanager
 def _catalogue_errors(path):
     try:
@@ -453,7 +453,7 @@ def _column(path, known, name):
         raise LabError(f"{path} has no column {name}: a cut needs it")
     return known[name.upper()]
 
-# %% ../nbs/02_clean.ipynb #e9b3e5f1
+# %% ../nbs/02_clean.ipynb #ff38d531
 def _copy_columns(path, sources, rows):
     "Copies of some columns, a block of rows at a time so that no more than a block is ever resident."
     step = rows if str(path).endswith(".gz") else BLOCK   # what is packed has to be unpacked whole
@@ -475,7 +475,7 @@ def _native(values):
         return np.where(values <= MISSING, np.nan, values)
     return values.astype(values.dtype.newbyteorder("="))
 
-# %% ../nbs/02_clean.ipynb #1c071dda
+# %% ../nbs/02_clean.ipynb #d7cedbf2
 def match_catalogue(
     stars: Table,       # N rows: APOGEE_ID, TELESCOPE, FOLDER
     catalogue: Table,   # of `read_catalogue`
@@ -493,7 +493,7 @@ def match_catalogue(
         rows[new], further[new] = near[place[new]], count[new] - 1
     return rows, further
 
-# %% ../nbs/02_clean.ipynb #7f902445
+# %% ../nbs/02_clean.ipynb #c45947f5
 def _look_up(mine, theirs):
     "For each of `mine` the first place in `theirs` and how many there are."
     if not len(theirs):
@@ -503,7 +503,7 @@ def _look_up(mine, theirs):
     hit = unique[place] == mine
     return np.where(hit, first[place], -1), np.where(hit, count[place], 0)
 
-# %% ../nbs/02_clean.ipynb #4667987f
+# %% ../nbs/02_clean.ipynb #ec1d90ba
 def _keys(stars, catalogue, near, rules):
     "Pairs of keys (the stars', the rows') from the surest to the weakest, and for which stars they apply."
     everyone = np.ones(len(stars), bool)
@@ -535,7 +535,7 @@ def _fill(template, **parts):
             text = np.char.add(text, parts[name])
     return text
 
-# %% ../nbs/02_clean.ipynb #47dad555
+# %% ../nbs/02_clean.ipynb #6d451318
 def dark_pixels(
     flux: np.ndarray,          # (N, P)
     ivar: np.ndarray,          # (N, P)
@@ -555,7 +555,7 @@ def dark_pixels(
             dark[:, start:start + block] = relative < fraction * typical
     return dark
 
-# %% ../nbs/02_clean.ipynb #14847459
+# %% ../nbs/02_clean.ipynb #d50056cf
 def _median(values, ivar):
     "Median of each row over usable values, NaN where there is none; numpy's nanmedian, ten times faster."
     ordered = np.where((ivar > 0) & np.isfinite(values), values, np.nan)
@@ -572,7 +572,7 @@ def drop_dark_pixels(
     "The spectra with weight 0 on dark pixels."
     return spectra.replace(ivar=np.where(dark_pixels(spectra.flux, spectra.ivar, fraction), np.float32(0), spectra.ivar))
 
-# %% ../nbs/02_clean.ipynb #8198f47f
+# %% ../nbs/02_clean.ipynb #868acfc1
 def read_archive(
     root,                     # of an archive
     product: str = None,      # "apstar" or "aspcapstar"; the first of the record's that has files by default
@@ -653,7 +653,7 @@ def _with_labels(stars, files, catalogue, rules):
             stars[name] = catalogue[name]
     return stars
 
-# %% ../nbs/02_clean.ipynb #9ec14514
+# %% ../nbs/02_clean.ipynb #66c4d7ce
 def keep(
     spectra: Spectra,
     good: np.ndarray,          # (N,) bool
@@ -710,7 +710,7 @@ def _rules_of(spectra, cuts):
         values = np.ma.filled(np.ma.asarray(spectra.stars[cut.column], dtype=float), np.nan)
         yield cut.name, (values > cut.low) & (values < cut.high), f"keep {cut}" + (f": {cut.reason}" if cut.reason else "")
 
-# %% ../nbs/02_clean.ipynb #7220f78c
+# %% ../nbs/02_clean.ipynb #832131b0
 def plot_corner(
     spectra: Spectra,
     names=None,          # label names; all that the stars have by default
@@ -728,7 +728,7 @@ def plot_corner(
                       "data_kwargs": {"alpha": 0.6, "ms": 3}} | style))
     return fig
 
-# %% ../nbs/02_clean.ipynb #e537f2f6
+# %% ../nbs/02_clean.ipynb #44c6ace5
 def plot_raw(
     spectra: Spectra,
     rows=(0, 1, 2),             # which stars

@@ -54,13 +54,14 @@ from stellar_lab.survey import archive_root, real_data, use_style
 
 use_style()
 
+
 # %% [markdown]
 # ## The ledger
 # A ledger starts with the number of files found. Each rule then takes stars away, by name, or only counts something worth knowing. A ledger is
 # never changed: a rule returns a new one, so the state before a cut is still there after it, and later chapters simply go on writing.
 #
-# The order of rules matters for the lines but not for the sum. A star that is noisy *and* unlabelled falls to whichever rule comes first, and the other
-# never sees it. So a line says what a rule took from the stars it met, not how many stars there are that break it.
+# The order of rules matters for the lines but not for the sum. A star that is noisy *and* unlabelled falls to whichever rule comes first, and the
+# other never sees it. So a line says what a rule took from the stars it met, not how many stars there are that break it.
 
 # %%
 #| export
@@ -139,6 +140,7 @@ class Ledger:
         steps = (Step(**(step | {"stars": tuple(step["stars"]), "details": tuple(step["details"])})) for step in plain["steps"])
         return cls(plain["found"], tuple(steps))
 
+
 # %%
 ledger = Ledger(5).drop("too noisy", ["Castor", "Pollux"]).count("seen twice", 1, "the better one counts").drop("no label", ["Mizar"])
 ledger
@@ -153,6 +155,7 @@ assert Ledger.from_dict(ledger.to_dict()) == ledger
 assert Ledger(2).drop("a", ["Mira"]).drop("b", ["Mira"]).dropped == {"Mira": "a; b"}   # two files of one star
 with pytest.raises(LabError, match="rule 'x' drops 3 stars, but the ledger has only 2 left"):
     ledger.drop("x", ["a", "b", "c"])
+
 
 # %% [markdown]
 # As a picture: a bar a rule, what is left in blue, what the rule took in orange.
@@ -176,6 +179,7 @@ def plot_ledger(
     ax.legend(loc="upper left", bbox_to_anchor=(0, 1.0 + 0.9 / len(table)), ncols=2, frameon=False, fontsize="small")
     return ax
 
+
 # %% [markdown]
 # ## One file
 # A combined spectrum (`apStar`) is a FITS file of ten HDUs: flux, error and bitmask in the first three, sky and tellurics behind them. Its arrays
@@ -192,6 +196,7 @@ example = sorted(root.rglob("apStar-*.fits"))[0]
 with fits.open(example) as hdus:
     layout = [(k, hdu.header.get("BUNIT", ""), str(getattr(hdu, "shape", "table")), hdu.header["BITPIX"]) for k, hdu in enumerate(hdus)]
 Table(rows=layout, names=["HDU", "what", "shape", "bits"])
+
 
 # %% [markdown]
 # We read only what we need: `hdu.section[row]` fetches 34 kB from the middle of a file and leaves the visits on the disk. An error becomes a weight
@@ -212,6 +217,7 @@ def inverse_variance(
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         ivar = np.where(good, 1 / error**2, 0).astype(np.float32)
     return np.where(np.isfinite(ivar), ivar, np.float32(0))
+
 
 # %%
 cases = np.array([1.0, 1.0, 1.0, 1.0, np.nan, 0.0]), np.array([0.1, 0.0, 1e10, np.nan, 0.1, 0.1])
@@ -247,6 +253,7 @@ def _product_of_hdus(hdus):
         return None
     return "apstar" if third.header["BITPIX"] in (16, 32, 64) else "aspcapstar"
 
+
 # %%
 for name, product, star in [
     ("apStar-r8-2M21334193-0048169.fits", "apstar", "2M21334193-0048169"),
@@ -256,6 +263,7 @@ for name, product, star in [
 ]:
     assert product_of(name) == product and FILE_NAME.fullmatch(name)["id"] == star
 assert product_of("no_such_file.fits") is None
+
 
 # %% [markdown]
 # Header facts go into the stars table under the names that the survey's catalogue uses for them.
@@ -289,6 +297,7 @@ header = fits.Header({"OBJ": "2M21334193-0048169", "LOCID": 4419, "SNR": 88.5, "
 facts = {fact.column: fact.read(header) for fact in FACTS}
 assert facts["APOGEE_ID"] == "2M21334193-0048169" and np.isnan(facts["J"]) and np.isnan(facts["K"])
 facts
+
 
 # %% [markdown]
 # Now the reader of one file. Whatever is wrong with it (cut short, a web page under a FITS name, HDUs of something else, another grid, no such row)
@@ -330,6 +339,7 @@ def _check_whole(hdus, path, product):
     shapes = {getattr(hdus[k], "shape", None) for k in (product.flux, product.error, product.mask) if k is not None}
     if found is None or len(shapes) > 1 or len(shapes.pop()) > 2:
         raise ValueError(f"its HDUs are not those of an {product.name} file")
+
 
 # %% [markdown]
 # Then one row of three HDUs, cut to the on-band pixels. For a star seen once both combinations are the same single spectrum, so rows 0 and 1 mean the
@@ -389,6 +399,7 @@ def _reason(path, error):
     if not start.startswith((b"SIMPLE", b"\x1f\x8b")):
         return f"not a FITS file: it begins with {start[:20].decode('latin-1')!r}"
     return str(error) or type(error).__name__
+
 
 # %% [markdown]
 # ## Many files
@@ -452,6 +463,7 @@ def _first(problems, n=3):
     more = f"; and {len(problems) - n} more" if len(problems) > n else ""
     return (": " + "; ".join(map(str, problems[:n])) + more) if problems else ": no file was given"
 
+
 # %% [markdown]
 # Three files of the archive, and what their headers say.
 
@@ -492,6 +504,7 @@ print(*problems, sep="\n")
 assert list(spectra.stars["APOGEE_ID"]) == ["a"] and len(problems) == 4
 assert np.array_equal(spectra.flux[0], three.flux[0])
 
+
 # %% [markdown]
 # And back again: spectra written into a file of the same layout and read once more are the same spectra. A weight becomes an error and a weight
 # again, so it may move in its last digit; a pixel without weight must stay one.
@@ -510,6 +523,7 @@ def write_apstar(path, spectra):
     images = [fits.ImageHDU(values.astype(kind), grid) for values, kind in zip(on_grid, ("f4", "f4", "i2"))]
     fits.HDUList([fits.PrimaryHDU(header=header), *images, *(fits.ImageHDU() for _ in range(6))]).writeto(path)
 
+
 # %%
 with tempfile.TemporaryDirectory() as folder:
     write_apstar(Path(folder) / "once.fits", three[:1])   # a name that says nothing
@@ -517,6 +531,7 @@ with tempfile.TemporaryDirectory() as folder:
 assert not problems and np.array_equal(again.flux, three.flux[:1]) and np.array_equal(again.mask, three.mask[:1])
 assert np.allclose(again.ivar, three.ivar[:1], rtol=1e-6) and np.array_equal(again.ivar > 0, three.ivar[:1] > 0)
 assert all(again.stars[name][0] == three.stars[name][0] for name in ("APOGEE_ID", "SNR", "LOCATION_ID", "H"))
+
 
 # %% [markdown]
 # ## Finding the files
@@ -568,6 +583,7 @@ def _rules(record, release):
         raise LabError(f"unknown release {release!r}: choose from {', '.join(RELEASES)}")
     return RELEASES[str(release).lower()]
 
+
 # %% [markdown]
 # The catalogue is found in the same way: the survey's place first, then the lab's.
 
@@ -585,6 +601,7 @@ def find_catalogue(
             return path
     raise LabError(f"no allStar table below {root}: looked for {', '.join(str(p.relative_to(root)) for p in tried if p.suffix != '.gz')}; "
                    "fetch it with 'stellar-lab fetch'")
+
 
 # %%
 files = find_files(root)
@@ -646,9 +663,10 @@ def read_catalogue(
     table.meta = {"labels": list(wanted), "catalogue": Path(path).name}
     return table
 
+
 # %% [markdown]
-# A label's column went by different names over the years, and its record in `survey` lists them: the first one that the table has counts, and its error
-# is the column of the same name with `_ERR` behind it. What is not there is said at once, with what is, before a single file has been read.
+# A label's column went by different names over the years, and its record in `survey` lists them: the first one that the table has counts, and its
+# error is the column of the same name with `_ERR` behind it. What is not there is said at once, with what is, before a single file has been read.
 
 # %%
 #| export
@@ -686,9 +704,10 @@ def _column(path, known, name):
         raise LabError(f"{path} has no column {name}: a cut needs it")
     return known[name.upper()]
 
+
 # %% [markdown]
-# The columns lie scattered through the rows, so even a few of them touch every page of the file. Mapping it anew for each block of rows lets go of the
-# pages of the block before: what stays in memory are the copies.
+# The columns lie scattered through the rows, so even a few of them touch every page of the file. Mapping it anew for each block of rows lets go of
+# the pages of the block before: what stays in memory are the copies.
 
 # %%
 #| export
@@ -713,6 +732,7 @@ def _native(values):
         return np.where(values <= MISSING, np.nan, values)
     return values.astype(values.dtype.newbyteorder("="))
 
+
 # %%
 catalogue = read_catalogue(find_catalogue(root), record.labels)
 catalogue["APOGEE_ID", "LOCATION_ID", "SNR", record.labels[0], f"{record.labels[0]}_ERR", record.labels[2]][:4]
@@ -729,6 +749,7 @@ with tempfile.TemporaryDirectory() as folder:
         read_catalogue(old, ["TEFF", "MG_FE"])
 assert table.meta["labels"] == ["TEFF", "M_H"] and np.isnan(table["M_H"][0]) and np.isnan(table["TEFF_ERR"][0])
 assert table["TEFF"].unit == "K" and not np.any(catalogue["SNR"] < MISSING)
+
 
 # %% [markdown]
 # ## Files meet rows
@@ -757,9 +778,10 @@ def match_catalogue(
         rows[new], further[new] = near[place[new]], count[new] - 1
     return rows, further
 
+
 # %% [markdown]
-# The search itself: with $N$ files and $M$ rows a scan costs $N M$ comparisons of strings, sorting and bisecting about $(M+N)\log M$. `np.unique` sorts,
-# tells where each key stood first and how often it occurred, which is the number of duplicates.
+# The search itself: with $N$ files and $M$ rows a scan costs $N M$ comparisons of strings, sorting and bisecting about $(M+N)\log M$. `np.unique`
+# sorts, tells where each key stood first and how often it occurred, which is the number of duplicates.
 
 # %%
 #| export
@@ -771,6 +793,7 @@ def _look_up(mine, theirs):
     place = np.minimum(np.searchsorted(unique, mine), len(unique) - 1)
     hit = unique[place] == mine
     return np.where(hit, first[place], -1), np.where(hit, count[place], 0)
+
 
 # %% [markdown]
 # And the three kinds of key, from the surest to the weakest. Each is tried only on the stars that the ones before left without a row.
@@ -808,6 +831,7 @@ def _fill(template, **parts):
             text = np.char.add(text, parts[name])
     return text
 
+
 # %%
 rules = RELEASES["dr14"]
 stars = Table({"APOGEE_ID": ["a", "b", "c", "d"], "TELESCOPE": ["apo25m"] * 4, "FOLDER": ["4230", "4230", "4230", "elsewhere"]})
@@ -832,6 +856,7 @@ for n in range(0, len(files), max(len(files) // 50, 1)):
     same = np.flatnonzero(np.asarray(catalogue["TARGET_ID"]) == target)
     best = same[np.argmax(catalogue["SNR"][same])] if len(same) else -1
     assert rows[n] == best and further[n] == max(len(same) - 1, 0)
+
 
 # %% [markdown]
 # ## Dark pixels
@@ -862,9 +887,10 @@ def dark_pixels(
             dark[:, start:start + block] = relative < fraction * typical
     return dark
 
+
 # %% [markdown]
-# A median over usable pixels only: unusable ones become NaN, sorting puts them last, and the middle of the rest is where half their number says. Blocks
-# of pixels keep the copies small, some megabytes instead of a second set of spectra.
+# A median over usable pixels only: unusable ones become NaN, sorting puts them last, and the middle of the rest is where half their number says.
+# Blocks of pixels keep the copies small, some megabytes instead of a second set of spectra.
 
 # %%
 #| export
@@ -883,6 +909,7 @@ def drop_dark_pixels(
 ) -> Spectra:                # shares everything but ivar
     "The spectra with weight 0 on dark pixels."
     return spectra.replace(ivar=np.where(dark_pixels(spectra.flux, spectra.ivar, fraction), np.float32(0), spectra.ivar))
+
 
 # %% [markdown]
 # Six stars with the same spectrum, each ten times fainter than the one before; one pixel of the third is dark. The rule finds that pixel and no
@@ -905,14 +932,15 @@ relative = np.where(weight > 0, toy, np.nan) / np.nanmedian(np.where(weight > 0,
 slow = [relative[:, p] < 0.05 * np.nanmedian(relative[:, p]) for p in range(400) if p != 50]
 assert np.array_equal(np.delete(dark_pixels(toy, weight), 50, axis=1), np.transpose(slow))
 
+
 # %% [markdown]
 # ## An archive
 # All of it together: find, match, read, darken. The result are the stars that have a file and a row, with the labels that the archive's record asks
 # for. Nothing in it depends on which archive this is: labels, fields, cuts and paths come from the record that stands at the root.
 #
-# The order saves memory. The catalogue is matched first and let go but for the rows of our stars; then there is room for exactly the spectra that have
-# a row, $N\times 7214\times(4+4+4)$ bytes for flux, weight and mask: 236 MB for the lab's 2,723 stars. Files without a row are opened, too, so that the
-# ledger can tell a damaged file from a star that nobody knows.
+# The order saves memory. The catalogue is matched first and let go but for the rows of our stars; then there is room for exactly the spectra that
+# have a row, $N\times 7214\times(4+4+4)$ bytes for flux, weight and mask: 236 MB for the lab's 2,723 stars. Files without a row are opened, too, so
+# that the ledger can tell a damaged file from a star that nobody knows.
 
 # %%
 #| export
@@ -996,6 +1024,7 @@ def _with_labels(stars, files, catalogue, rules):
             stars[name] = catalogue[name]
     return stars
 
+
 # %% [markdown]
 # ## Cuts
 # A star must have light, all its labels, and pass the cuts that the archive's record names. Each rule sees only the stars that earlier rules left,
@@ -1060,6 +1089,7 @@ def _rules_of(spectra, cuts):
             raise LabError(f"the cut {cut.name!r} needs a column {cut.column}, which the stars lack: there are {', '.join(spectra.stars.colnames)}")
         values = np.ma.filled(np.ma.asarray(spectra.stars[cut.column], dtype=float), np.nan)
         yield cut.name, (values > cut.low) & (values < cut.high), f"keep {cut}" + (f": {cut.reason}" if cut.reason else "")
+
 
 # %% [markdown]
 # ## The stars at hand
@@ -1128,6 +1158,7 @@ bright_first = np.argsort(-level)[: np.sum(level > 0)]   # stars without light h
 n = len(bright_first)
 samples = {"all stars": bright_first, "brightest and faintest": np.r_[bright_first[: n // 10], bright_first[-n // 20:]]}
 
+
 # %%
 def literal_rule(spectra):
     "The lab's rule to the letter."
@@ -1137,6 +1168,7 @@ def literal_rule(spectra):
 
 def our_rule(spectra):
     return dark_pixels(spectra.flux, spectra.ivar) & (spectra.ivar > 0)
+
 
 # %%
 rows = []
@@ -1158,8 +1190,8 @@ ax.legend(loc="lower right");
 #| echo: false
 alone, flagged = rows[2][4], (raw.mask[bright_first][our_rule(raw[bright_first])] != 0).sum()
 contrast = level.max() / level[level > 0].min()
-Markdown(f"""**What to see.** The brightest star here has {contrast:,.0f} times the flux of the faintest. Among all {n} stars with light most are faint,
-so the literal rule's median is a faint star's, and the rules find {rows[0][3]:,} and {rows[1][3]:,} dark pixels (of ours, {flagged:,} carry a mask
+Markdown(f"""**What to see.** The brightest star here has {contrast:,.0f} times the flux of the faintest. Among all {n} stars with light most are
+faint, so the literal rule's median is a faint star's, and the rules find {rows[0][3]:,} and {rows[1][3]:,} dark pixels (of ours, {flagged:,} carry a mask
 bit anyway). In the company of the brightest, the literal rule takes {alone} faint stars whole: beyond the dashed line the lab drops a star. Nothing
 is wrong with them but their neighbours. Our rule takes {rows[3][4]}.""")
 
@@ -1170,6 +1202,7 @@ is wrong with them but their neighbours. Our rule takes {rows[3][4]}.""")
 dim = raw.replace(flux=raw.flux * np.where(np.arange(len(raw)) % 2, 0.01, 1).astype("f4")[:, None])
 assert np.mean(our_rule(dim) != our_rule(raw)) < 1e-6   # but for float32's last digit
 assert np.mean(literal_rule(dim) != literal_rule(raw)) > 0.1
+
 
 # %% [markdown]
 # ## The labels
@@ -1194,6 +1227,7 @@ def plot_corner(
                       "data_kwargs": {"alpha": 0.6, "ms": 3}} | style))
     return fig
 
+
 # %%
 plot_corner(good);
 
@@ -1205,6 +1239,7 @@ plot_corner(good);
 # %%
 with pytest.raises(LabError, match="at least two stars with the labels TEFF, LOGG, there are 1"):
     plot_corner(good[0], ["TEFF", "LOGG"])
+
 
 # %% [markdown]
 # ## The spectra
@@ -1242,6 +1277,7 @@ def _show_most(ax, error_ax, flux, ivar):
         ax.set_ylim(low - 0.2 * (high - low), high + 0.2 * (high - low))
         error_ax.set_ylim(0, 4 / np.sqrt(np.median(ivar)))
     ax.xaxis.set_major_locator(plt.MaxNLocator(5))
+
 
 # %%
 order = np.argsort(good.labels()[:, 2])   # poor, middling and rich in metals

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['STAR_BLOCK', 'MARGIN', 'DECREMENT', 'TRIALS', 'GAUSS_STEPS', 'EXACT_STEPS', 'EXACT_DECREMENT', 'NEIGHBOURS',
-           'POOR_FIT_FACTOR', 'POOR_FIT_QUANTILE', 'BATCH', 'CLIP', 'Statistics', 'pixel_weights', 'statistics',
-           'label_box', 'Flag', 'poor_fit_limit', 'flag_names', 'infer', 'with_error_model', 'apply_error_model',
-           'cross_label', 'error_table', 'plot_comparison']
+           'POOR_FIT_FACTOR', 'POOR_FIT_QUANTILE', 'BATCH', 'MIN_GOOD', 'CLIP', 'Statistics', 'pixel_weights',
+           'statistics', 'label_box', 'Flag', 'poor_fit_limit', 'flag_names', 'infer', 'with_error_model',
+           'apply_error_model', 'cross_label', 'error_table', 'plot_comparison']
 
-# %% ../nbs/05_inversion.ipynb #766e4eba
+# %% ../nbs/05_inversion.ipynb #76c1889d
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,9 +24,10 @@ from sklearn.base import clone
 from tqdm import tqdm
 
 from .cannon import Cannon, in_blocks, pair_index
-from .survey import LABELS, LabError, Spectra, label_records
+from .normalize import MASKED_LIMIT
+from .survey import LABELS, LabError, Spectra, label_records, on_band
 
-# %% ../nbs/05_inversion.ipynb #a1792b84
+# %% ../nbs/05_inversion.ipynb #67bfabc5
 STAR_BLOCK = 256   # stars a call: the arrays of a block stay near the processor
 
 
@@ -100,7 +101,7 @@ def _coefficients(model, dtype):
     "Coefficients (P, T) with 0, and scatter^2 (P,) with NaN, in pixels that the model could not fit."
     return np.where(model.usable_[:, None], model.theta_, 0).astype(dtype), np.where(model.usable_, model.scatter_**2, np.nan).astype(dtype)
 
-# %% ../nbs/05_inversion.ipynb #72c54955
+# %% ../nbs/05_inversion.ipynb #2b4c22e3
 MARGIN = 0.25       # the box reaches this share of the training labels' range beyond them
 DECREMENT = 1e-6    # expected gain in chi2 at which a star is done
 TRIALS = 512        # training stars that the search may start from
@@ -181,7 +182,7 @@ def _search(model, stats, box, max_steps):
             steps[doubtful] += more
     return labels, steps, resting
 
-# %% ../nbs/05_inversion.ipynb #6cb13c89
+# %% ../nbs/05_inversion.ipynb #f512f609
 EXACT_STEPS, EXACT_DECREMENT = 6, 1e-7
 
 
@@ -218,7 +219,7 @@ def _finish(model, labels, stats, flux, ivar, box):
             break
     return labels, chi2, hessian, resting
 
-# %% ../nbs/05_inversion.ipynb #8adf3da3
+# %% ../nbs/05_inversion.ipynb #6fb9422b
 class Flag(IntFlag):
     "Reasons to doubt a star's labels; `flags` is their sum."
     NOT_CONVERGED = 1       # the search did not come to rest
@@ -249,15 +250,16 @@ def flag_names(flags) -> list:
     "The names of the flags of each star, as text; empty where there is nothing to doubt."
     return [" ".join(flag.name for flag in Flag if int(value) & flag) for value in np.atleast_1d(flags)]
 
-# %% ../nbs/05_inversion.ipynb #02293e1b
+# %% ../nbs/05_inversion.ipynb #291b1147
 BATCH = 4096   # stars at a time
+MIN_GOOD = 1 - MASKED_LIMIT / len(on_band)   # the lab drops stars with fewer usable pixels
 
 
 def infer(
     model: Cannon,
     flux,                        # (N, P) relative to the continuum, or a `Spectra`
     ivar: np.ndarray = None,     # (N, P) inverse variance, 0 where unusable
-    min_good: float = 0.25,      # share of the model's pixels below which a star is flagged FEW_PIXELS
+    min_good: float = MIN_GOOD,  # share of the model's pixels below which a star is flagged FEW_PIXELS
     max_steps: int = 60,         # of the search from one start
 ) -> QTable:                     # one row a star: labels, errors, covariance, chi2, n_good, steps, flags
     "Labels of stars from their spectra. Label columns have lower-case names and units; `covariance` is in the same units; NaN where no pixel is left."
@@ -322,7 +324,7 @@ def _check_spectra(model, flux, ivar):
         flux = np.nan_to_num(flux, nan=0, posinf=0, neginf=0)
     return flux, ivar
 
-# %% ../nbs/05_inversion.ipynb #aa9abbca
+# %% ../nbs/05_inversion.ipynb #370667a9
 CLIP = 4   # residuals beyond this many robust standard deviations do not shape the error model
 
 
@@ -372,7 +374,7 @@ def _values(table, names):
     "(N, K) plain numbers of table columns."
     return np.column_stack([getattr(table[name], "value", table[name]) for name in names])
 
-# %% ../nbs/05_inversion.ipynb #b2d091dc
+# %% ../nbs/05_inversion.ipynb #dbb32f80
 def cross_label(
     model: Cannon,         # parameters; it is cloned, not changed
     spectra: Spectra,

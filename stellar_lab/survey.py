@@ -9,7 +9,7 @@ __all__ = ['N_PIXELS', 'LOG10_START', 'LOG10_STEP', 'CHIPS', 'full_wavelength', 
            'label_records', 'Product', 'Release', 'Cut', 'Archive', 'archive_record', 'archive_root', 'real_data',
            'profile', 'atomic_path', 'write_table', 'Spectra', 'use_style', 'plot_spectrum']
 
-# %% ../nbs/00_survey.ipynb #a1156127
+# %% ../nbs/00_survey.ipynb #95364aa8
 import json
 import os
 import re
@@ -25,7 +25,7 @@ import seaborn as sns
 from astropy.nddata.bitmask import extend_bit_flag_map
 from astropy.table import QTable, Table
 
-# %% ../nbs/00_survey.ipynb #2164421c
+# %% ../nbs/00_survey.ipynb #96873bc9
 class LabError(ValueError):
     "Something the user can mend: the message names what is wrong and what to do."
 
@@ -41,7 +41,7 @@ def require(package: str, extra: str):
     except ImportError as error:
         raise MissingExtra(f"this needs the package {package!r}, which is not installed: pip install 'stellar_lab[{extra}]'") from error
 
-# %% ../nbs/00_survey.ipynb #dddc5965
+# %% ../nbs/00_survey.ipynb #f93379d6
 N_PIXELS = 8575
 LOG10_START, LOG10_STEP = 4.179, 6e-6   # the CRVAL1 and CDELT1 of every apStar and aspcapStar file
 CHIPS = {"blue": (322, 3241), "green": (3648, 6047), "red": (6412, 8305)}   # inclusive pixels of the full grid that every star fills
@@ -52,7 +52,7 @@ wavelength = full_wavelength[on_band]   # (7214,) Angstrom, vacuum: the grid of 
 for grid in (full_wavelength, on_band, wavelength):
     grid.flags.writeable = False
 
-# %% ../nbs/00_survey.ipynb #6947a7d9
+# %% ../nbs/00_survey.ipynb #24c7a5bb
 CHIP_SPLITS = (3450, 6200)   # full-grid pixels between the chips, where the lab cuts
 
 
@@ -64,7 +64,7 @@ def chip_slices(
     edges = [0, *edges, len(grid)]
     return {name: slice(int(a), int(b)) for name, a, b in zip(CHIPS, edges[:-1], edges[1:])}
 
-# %% ../nbs/00_survey.ipynb #644a59a2
+# %% ../nbs/00_survey.ipynb #ff0731a9
 PIXMASK = extend_bit_flag_map(
     "PIXMASK", BADPIX=1 << 0, CRPIX=1 << 1, SATPIX=1 << 2, UNFIXABLE=1 << 3, BADDARK=1 << 4, BADFLAT=1 << 5, BADERR=1 << 6, NOSKY=1 << 7,
     LITTROW_GHOST=1 << 8, PERSIST_HIGH=1 << 9, PERSIST_MED=1 << 10, PERSIST_LOW=1 << 11, SIG_SKYLINE=1 << 12, SIG_TELLURIC=1 << 13,
@@ -75,7 +75,7 @@ PIXMASK_NAMES = (
     "PERSIST_LOW", "SIG_SKYLINE", "SIG_TELLURIC", "NOT_ENOUGH_PSF",
 )   # in the order of their bits
 
-# %% ../nbs/00_survey.ipynb #5f73db49
+# %% ../nbs/00_survey.ipynb #74b2f89a
 MISSING = -9000.0   # the survey writes -9999 (or -9999.99) where it has no value; everything at or below this means "none"
 
 
@@ -121,7 +121,7 @@ def label_records(names) -> tuple:
         raise LabError(f"unknown label {', '.join(map(repr, unknown))}: choose from {', '.join(LABELS)}")
     return tuple(LABELS[str(name).upper()] for name in names)
 
-# %% ../nbs/00_survey.ipynb #a09d4ee1
+# %% ../nbs/00_survey.ipynb #d4492dbe
 # An APOGEE_ID holds a minus sign for every star south of the equator; a file of a single visit appends -<visit> to it.
 APOGEE_ID = r"(?:[A-Z0-9]{2}\d{8}[+-]\d{7}|[A-Za-z][A-Za-z0-9_.+]*)"
 
@@ -185,7 +185,7 @@ class Release:
             raise LabError(f"{self.name} has no product {product!r}: choose from {', '.join(self.paths)}")
         return self.paths[product]
 
-# %% ../nbs/00_survey.ipynb #81f0a208
+# %% ../nbs/00_survey.ipynb #f722a942
 def _release(name, apstar, aspcapstar, allstar, **rules):
     root = f"{name.lower()}/apogee/spectro/"
     paths = {product: root + path for product, path in (("apstar", apstar), ("aspcapstar", aspcapstar)) if path}
@@ -208,7 +208,7 @@ RELEASES = {release.name.lower(): release for release in (
              target_id="{telescope}.{field}.{id}", telescopes=("apo25m", "lco25m", "apo1m")),
 )}
 
-# %% ../nbs/00_survey.ipynb #f73f4a6f
+# %% ../nbs/00_survey.ipynb #4bfd7aac
 @dataclass(frozen=True)
 class Cut:
     "Keep stars with low < column < high."
@@ -257,7 +257,7 @@ ARCHIVES = {archive.name: archive for archive in (
 )}
 ARCHIVE_FILE = "archive.json"   # at the root of an archive that we wrote
 
-# %% ../nbs/00_survey.ipynb #383c411a
+# %% ../nbs/00_survey.ipynb #b4be588d
 def archive_record(
     root,            # a folder
 ) -> Archive:        # the record that its archive.json names, the survey's without one
@@ -301,7 +301,7 @@ def profile() -> str:
         raise LabError(f"STELLAR_LAB_PROFILE is {name!r}: choose quick or full")
     return name
 
-# %% ../nbs/00_survey.ipynb #0d1666d7
+# %% ../nbs/00_survey.ipynb #7a56f7cd
 @contextmanager
 def atomic_path(path):
     "A temporary path beside `path` to write to; it becomes `path` when the block ends well and vanishes when it does not."
@@ -331,7 +331,7 @@ def write_table(
     with atomic_path(path) as temporary:
         table.write(temporary, format=TABLE_FORMATS[suffix], overwrite=True)
 
-# %% ../nbs/00_survey.ipynb #7942727e
+# %% ../nbs/00_survey.ipynb #d9a12736
 @dataclass
 class Spectra:
     "Spectra of N stars on P pixels, and all that belongs to the same stars. Label columns are in physical units, NaN where there is none."
@@ -354,7 +354,9 @@ class Spectra:
         return len(self.stars)
 
     def __getitem__(self, rows) -> "Spectra":
-        rows = np.atleast_1d(rows) if not isinstance(rows, slice) else rows
+        if not isinstance(rows, slice):
+            rows = np.atleast_1d(rows)
+            rows = rows if rows.size else rows.astype(int)   # an empty list means no stars, not a float
         mask = None if self.mask is None else self.mask[rows]
         return Spectra(self.wavelength, self.flux[rows], self.ivar[rows], self.stars[rows], mask)
 
@@ -391,7 +393,7 @@ class Spectra:
             return np.empty((len(self), 0))
         return np.column_stack([np.ma.filled(np.ma.asarray(self.stars[column], dtype=float), np.nan) for column in columns])
 
-# %% ../nbs/00_survey.ipynb #061e0fef
+# %% ../nbs/00_survey.ipynb #8137dc44
 STYLE = {"lines.linewidth": 0.9, "figure.constrained_layout.use": True, "figure.dpi": 80, "savefig.dpi": 80, "axes.grid": False}
 CHIP_COLORS = dict(zip(CHIPS, ("#0173b2", "#029e73", "#d55e00")))   # of seaborn's colour-blind palette
 

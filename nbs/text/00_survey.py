@@ -525,7 +525,9 @@ class Spectra:
         return len(self.stars)
 
     def __getitem__(self, rows) -> "Spectra":
-        rows = np.atleast_1d(rows) if not isinstance(rows, slice) else rows
+        if not isinstance(rows, slice):
+            rows = np.atleast_1d(rows)
+            rows = rows if rows.size else rows.astype(int)   # an empty list means no stars, not a float
         mask = None if self.mask is None else self.mask[rows]
         return Spectra(self.wavelength, self.flux[rows], self.ivar[rows], self.stars[rows], mask)
 
@@ -570,6 +572,7 @@ spectra
 # %%
 hot = spectra[spectra.labels(["TEFF"])[:, 0] > 4200]
 assert list(hot.stars["APOGEE_ID"]) == ["two"] and hot.flux.shape == (1, 2)
+assert len(spectra[[]]) == 0
 assert len(spectra[1]) == len(spectra[-2:-1]) == len(spectra[[True, False, False]]) == 1   # a single star is still a table
 hot.stars.meta["labels"] = ()   # a temperature that only a cut needs is not a label of this run
 assert spectra.label_names == ("TEFF",) and hot.label_names == ()

@@ -185,10 +185,10 @@ def run_lab(archive, profile):
 
 
 def error_table(root):
-    "Train on the archive and report the errors by the command line, as a user would: what it printed, and its exit code."
-    model = BUILD / "model.asdf"
-    say(f"== errors: stellar-lab train {root.relative_to(ROOT)} --folds 5")
-    done = subprocess.run([COMMAND, "train", str(root), "--model", str(model), "--folds", "5"], stdout=subprocess.PIPE, text=True)
+    "Train on the archive and judge on stars left out by the command line, as a user would: what it printed, and its exit code."
+    arguments = ["train", str(root.relative_to(ROOT)), "--model", str((BUILD / "model.asdf").relative_to(ROOT)), "--folds", "5", "--scatter"]
+    say(f"== errors: stellar-lab {' '.join(arguments)}")
+    done = subprocess.run([COMMAND, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     say(done.stdout.rstrip())
     return done.stdout, done.returncode
 

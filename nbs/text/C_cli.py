@@ -1,0 +1,1190 @@
+# %% [markdown]
+# # How do we do it without a notebook?
+# > The lab as five commands: an archive of spectra comes home, a model is trained and judged, stars get their labels.
+#
+# **Question.** A notebook is for understanding. Once we understand, we have ten thousand files and want their labels tonight, from a terminal or a script, and next
+# year we want to know how they came about. What is the shortest way that loses nothing?
+#
+# **Idea.** Each command is one function and one file that it leaves behind:
+#
+# | command | takes | leaves |
+# |---|---|---|
+# | `stellar-lab archive` | nothing | a folder of real stars in the survey's own files |
+# | `stellar-lab fetch` | a URL or a folder | the same tree at home |
+# | `stellar-lab train` | an archive | a model, and beside it a record of how it was made and how wrong it is |
+# | `stellar-lab label` | a model, spectra | a table of labels |
+# | `stellar-lab report` | a model | what its record says |
+#
+# You learn what must travel with a model so that somebody else can use it: not only its coefficients, but how its spectra were treated.
+
+# %%
+#| default_exp cli
+
+# %%
+#| export
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from stellar_lab import __version__
+
+# %% [markdown]
+# The module imports almost nothing. numpy, astropy and the plotting packages take seconds to load, and whoever asks for `--help` should not wait for
+# them; so each function below asks for what it needs when it is called.
+
+# %%
+#| hide
+import contextlib
+import io
+import shlex
+import subprocess
+
+import matplotlib.pyplot as plt
+import numpy as np
+from astropy.table import QTable
+from IPython.display import Markdown
+
+from stellar_lab.cannon import Cannon, train_test_rows, training_set
+from stellar_lab.inversion import error_table, infer, with_error_model
+from stellar_lab.survey import LABELS, archive_record, archive_root, label_records, use_style
+
+# %% [markdown]
+# ## Train
+# A training is more than the model that comes out. Its record says from which archive, which stars fell to which rule, which were learned from and which were left
+# out, how far the predicted labels are from the catalogue for both, and which versions computed it. It holds no date and no duration: the same command gives the same record.
+
+# %%
+#| export
+REPORT_FORMAT = 1
+
+
+@dataclass
+class TrainingReport:
+    "How a model was trained and how wrong it is. `print` shows it; `save` and `load` keep it as JSON beside the model."
+    facts: dict             # plain data: arguments, archive, product, stars, continuum pixels, seed, versions, …
+    ledger: "Ledger"        # clean.Ledger: which star fell to which rule
+    errors: dict            # name of a set of stars -> inversion.error_table
+    model: "Cannon" = None  # as trained; None for a report that was read
+
+    def to_dict(self) -> dict:
+        "Plain data, for JSON."
+        ledger = self.ledger.to_dict() | {"dropped": self.ledger.dropped}
+        return {"format": REPORT_FORMAT, **self.facts, "ledger": ledger, "errors": {name: _plain_rows(table) for name, table in self.errors.items()}}
+
+    def save(self, path):
+        "Write the record as JSON, whole or not at all."
+        from stellar_lab.survey import atomic_path
+
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
+        with atomic_path(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path) -> "TrainingReport":
+        "Read a record that `save` wrote; LabError for any other file."
+        from stellar_lab.clean import Ledger
+        from stellar_lab.survey import LabError
+
+        try:
+            plain = json.loads(Path(path).read_text(encoding="utf-8"))
+            if plain.pop("format") != REPORT_FORMAT:
+                raise ValueError("another format")
+            ledger, errors = Ledger.from_dict(plain.pop("ledger")), plain.pop("errors")
+            return cls(plain, ledger, {name: _error_rows(rows) for name, rows in errors.items()})
+        except FileNotFoundError as error:
+            raise LabError(f"there is no record {path}: 'stellar-lab train' writes it beside the model") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise LabError(f"{path} is not the record of a training ({error or type(error).__name__}): train the model again") from error
+
+    def __str__(self):
+        return "\n".join(self.lines())
+
+    def lines(
+        self,
+        width: int = None,   # columns to fill; those of the terminal by default
+    ) -> list:
+        "The ledger and the tables of errors as text."
+        text = _ledger_lines(self.ledger, width or shutil.get_terminal_size().columns)
+        for name, table in self.errors.items():
+            text += ["", f"errors of the {name}:", *table.pformat(max_lines=-1, max_width=-1)]
+        return [*text, "", *self.facts["notes"]]
+
+
+def _plain_rows(table):
+    "A table as a list of plain rows; None stands for NaN, which JSON does not have."
+    columns = [[None if isinstance(value, float) and math.isnan(value) else value for value in table[name].tolist()] for name in table.colnames]
+    return [dict(zip(table.colnames, row)) for row in zip(*columns)]
+
+
+def _error_rows(rows):
+    from astropy.table import QTable
+
+    table = QTable({name: [math.nan if row[name] is None else row[name] for row in rows] for name in rows[0]})
+    for name in table.colnames:
+        if table[name].dtype.kind == "f":
+            table[name].info.format = ".4g"
+    return table
+
+
+def _ledger_lines(ledger, width):
+    "The ledger as a table; the reasons are left out where they do not fit."
+    table = ledger.table
+    text = str(ledger).splitlines()
+    if max(map(len, text)) > width:
+        table.remove_column("reason")
+        text = table.pformat(max_lines=-1, max_width=-1, align=["<", ">", ">", ">"])
+    return [line.rstrip() for line in text]
+
+# %% [markdown]
+# New spectra must be treated as the training spectra were: another product or another list of continuum pixels shifts the labels by more than their errors
+# (chapter 3 measures it). So the model carries the product and the pixels in its own file.
+
+# %%
+#| export
+def _recipe(spectra, continuum_pixels, source):
+    "The spectra with all in their meta that `as_trained` needs; the model keeps it."
+    import numpy as np
+
+    from stellar_lab.normalize import lab_continuum_pixels
+    from stellar_lab.survey import PRODUCTS
+
+    stars = spectra.stars.copy(copy_data=False)
+    if not PRODUCTS[stars.meta["product"]].normalized:
+        pixels = lab_continuum_pixels() if continuum_pixels is None else continuum_pixels
+        stars.meta |= {"continuum_pixels": np.flatnonzero(pixels).tolist(), "continuum_source": source}
+    return spectra.replace(stars=stars)
+
+
+def as_trained(
+    model,       # Cannon
+    spectra,     # Spectra as read, of the product that the model was trained on
+):               # -> Spectra
+    "Spectra normalized, and freed of dark pixels, as the model's training spectra were; each star by itself."
+    import numpy as np
+
+    from stellar_lab.normalize import normalize
+
+    if spectra.stars.meta.get("normalized", False):
+        return spectra
+    spectra = spectra.replace(ivar=np.where(_dark(model, spectra), np.float32(0), spectra.ivar))
+    pixels = model.metadata_.get("continuum_pixels")
+    return normalize(spectra, continuum_pixels=None if pixels is None else np.isin(np.arange(len(spectra.wavelength)), pixels))
+
+# %% [markdown]
+# One rule of chapter 2 looks at many stars at once: a pixel far below what it has in other stars is dark. A single new star has no others beside it; but the model
+# remembers what a pixel has in a typical star. So a star's labels do not depend on who else is labelled with it.
+
+# %%
+#| export
+def _dark(model, spectra, fraction=0.05):
+    "Pixels below `fraction` of what a star of mean labels has there, each star relative to its own median: (N, P) bool."
+    import numpy as np
+
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)   # a star without a usable pixel has no median
+        level = np.nanmedian(np.where(spectra.ivar > 0, spectra.flux, np.nan), axis=1, keepdims=True)
+        typical = model.theta_[:, 0] / np.nanmedian(model.theta_[:, 0])
+        return spectra.flux < fraction * np.where(level > 0, level, np.nan) * typical
+
+# %% [markdown]
+# Before anything slow begins, all that can be wrong with the request is looked at: a run of an hour must not fail at its last line because the folder
+# for its result cannot be written.
+
+# %%
+#| export
+def _check_target(path, suffixes, what):
+    "A file of a right kind can be written at `path`, else LabError."
+    from stellar_lab.survey import LabError
+
+    path = Path(path)
+    if path.suffix.lower() not in suffixes:
+        raise LabError(f"cannot write {what} to {path}: its extension must be {' or '.join(suffixes)}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise LabError(f"cannot write to {path.parent}: {error.strerror}; choose another folder") from error
+    if path.is_dir():
+        raise LabError(f"cannot write {what} to {path}: it is a folder")
+    return path
+
+
+def _check_request(root, labels, product, order, test_size, folds, seed):
+    "LabError for what no archive can make right; returns the names of the labels."
+    from stellar_lab.survey import PRODUCTS, LabError, archive_record, label_records
+
+    names = [label.name for label in label_records(archive_record(root).labels if labels is None else labels)]
+    checks = (
+        (names and len(set(names)) == len(names), f"labels are {', '.join(names) or 'none'}: name each once"),
+        (product in (None, *PRODUCTS), f"unknown product {product!r}: choose from {', '.join(PRODUCTS)}"),
+        (order == int(order) and order >= 1, f"order is {order}: it must be 1, 2, …"),
+        (folds is not None or 0 < test_size < 1, f"test_size is {test_size}: give a share of the stars between 0 and 1"),
+        (folds is None or folds == int(folds) and folds >= 2, f"folds is {folds}: it must be 2 at least"),
+        (0 <= seed < 2**32 and seed == int(seed), f"seed is {seed}: give a whole number from 0 to {2**32 - 1}"),
+    )
+    for right, problem in checks:
+        if not right:
+            raise LabError(problem)
+    return names
+
+
+def _check_fields(root, product, fields):
+    "Every field that was asked for has files."
+    from stellar_lab.clean import find_files
+    from stellar_lab.survey import LabError, archive_record
+
+    if fields is None or isinstance(fields, str) or not Path(root).is_dir():
+        return
+    products = archive_record(root).products if product is None else (product,)
+    empty = [name for name in map(str, fields) if not any(len(find_files(root, each, [name])) for each in products)]
+    if empty:
+        there = sorted({str(name) for each in products for name in find_files(root, each, "all")["FOLDER"]})
+        some = ", ".join(there[:12]) + (f" and {len(there) - 12} more" if len(there) > 12 else "")
+        raise LabError(f"no {' or '.join(products)} files of field {', '.join(empty)} below {root}: it has {some or 'none of any field'}")
+
+# %% [markdown]
+# Judging comes in two ways. With a *test share* the model learns from the rest and is judged on the share, as the lab does. In *folds* every star is left out once by a
+# model that learned from the others; the model that is kept learns from all. Either way the left-out stars teach the error model of chapter 5.
+
+# %%
+#| export
+def train(
+    root,                       # archive root
+    path=None,                  # .asdf file for the model, its record goes beside it as .json; nothing is written by default
+    labels=None,                # label names in any case; the archive's by default
+    fields=None,                # fields to take, or "all"; the archive's by default
+    product: str = None,        # "apstar" or "aspcapstar"; the archive's first that has files by default
+    continuum_pixels=None,      # (P,) bool, or a file for normalize.read_continuum_pixels; the lab's 529 by default
+    order: int = 2,             # of the polynomial
+    scatter: bool = False,      # fit an intrinsic scatter per pixel
+    test_size: float = 0.33,    # share of the stars left out for testing, unless `folds`
+    folds: int = None,          # leave out every star once, in this many folds
+    seed: int = 42,             # of the split or the folds
+    progress: bool = True,      # show bars
+) -> TrainingReport:            # its `.model` is the Cannon
+    "Train a Cannon on an archive, judge it on stars left out, and keep both. LabError for what the user can mend."
+    from stellar_lab.cannon import Cannon, training_set
+
+    names = _check_request(root, labels, product, order, test_size, folds, seed)
+    _check_fields(root, product, fields)
+    path = None if path is None else _check_target(path, (".asdf",), "the model")
+    pixels, source = _chosen_pixels(continuum_pixels)
+    spectra, ledger = training_set(root, product, fields, names, pixels, progress)
+    _check_training(spectra, names, order, pixels)
+    spectra = _recipe(spectra, pixels, source)
+    model, sets = _judge(Cannon(order=order, scatter=scatter, labels=names), spectra, test_size, folds, seed, progress)
+    arguments = {"labels": names, "fields": fields, "product": product, "continuum_pixels": None if pixels is None else source, "order": order,
+                 "scatter": scatter, "test_size": test_size if folds is None else None, "folds": folds, "seed": seed}
+    report = _report(model, spectra, ledger, sets, arguments, root, path)
+    if path is not None:
+        report.model.save(path)
+        report.save(path.with_suffix(".json"))
+    return report
+
+
+def _chosen_pixels(continuum_pixels):
+    "Flags of the continuum pixels (None: the lab's), and where they come from."
+    import numpy as np
+
+    from stellar_lab.normalize import read_continuum_pixels
+
+    if continuum_pixels is None:
+        return None, "the lab's list"
+    if isinstance(continuum_pixels, np.ndarray):
+        return continuum_pixels, "an array"
+    return read_continuum_pixels(continuum_pixels), Path(continuum_pixels).name
+
+
+def _check_training(spectra, names, order, pixels):
+    from stellar_lab.survey import PRODUCTS, LabError
+
+    product, terms = spectra.stars.meta["product"], math.comb(len(names) + order, order)
+    if pixels is not None and PRODUCTS[product].normalized:
+        raise LabError(f"{product} spectra are normalized already, continuum pixels change nothing: leave them out, or choose product apstar")
+    if terms > len(spectra):
+        raise LabError(f"{len(spectra)} stars cannot determine {terms} terms (order {order} in {len(names)} labels): take more stars, a lower order or fewer labels")
+
+
+def _judge(model, spectra, test_size, folds, seed, progress):
+    "The fitted model, and name of a set -> (rows, their `infer` table); the set of left-out stars comes last."
+    import numpy as np
+
+    from stellar_lab.cannon import fold_numbers, train_test_rows
+    from stellar_lab.inversion import cross_label, infer
+
+    everyone = np.arange(len(spectra))
+    if folds is not None:
+        left_out = cross_label(model, spectra, fold_numbers(len(spectra), folds, seed), progress)
+        model.fit(spectra)
+        return model, {"training stars": (everyone, infer(model, spectra)), f"stars left out in {folds} folds": (everyone, left_out)}
+    learned, kept = _split(len(spectra), test_size, seed)
+    model.fit(spectra[learned])
+    return model, {"training stars": (learned, infer(model, spectra[learned])), "test stars": (kept, infer(model, spectra[kept]))}
+
+
+def _split(n, test_size, seed):
+    from stellar_lab.cannon import train_test_rows
+    from stellar_lab.survey import LabError
+
+    try:
+        return train_test_rows(n, test_size, seed)
+    except ValueError as error:
+        raise LabError(f"{n} stars cannot be split with a test size of {test_size} ({error})") from error
+
+# %% [markdown]
+# From the two tables of labels follow the tables of errors, the error model, and the share of left-out stars that carry a flag.
+
+# %%
+#| export
+def _report(model, spectra, ledger, sets, arguments, root, path):
+    from stellar_lab.inversion import error_table, with_error_model
+    from stellar_lab.survey import LabError
+
+    names = list(model.label_names_)
+    errors = {name: error_table(table, spectra[rows].labels(names), names, model.scales_) for name, (rows, table) in sets.items()}
+    kind, (rows, table) = list(sets.items())[-1]
+    flagged = count_flags(table["flags"])
+    notes = [f"{sum(table['flags'] > 0)} of {len(table)} {kind} carry a flag{_flag_text(flagged)}"]
+    try:
+        model = with_error_model(model, table, spectra[rows].labels(names))
+        notes.append(f"the errors of new labels are honest: inflated to fit the {len(table)} {kind}")
+    except LabError as error:
+        notes.append(f"the errors of new labels are formal, photon noise alone and much too small: {error}")
+    facts = _facts(model, spectra, arguments, root, path)
+    ids = [str(name) for name in spectra.stars["APOGEE_ID"]]
+    facts["stars"] = {name: [ids[row] for row in rows] for name, (rows, _) in sets.items()}
+    return TrainingReport(facts | {"flagged": flagged, "notes": notes}, ledger, errors, model)
+
+
+def count_flags(flags) -> dict:
+    "How many stars carry each flag; those that none carries are left out."
+    import numpy as np
+
+    from stellar_lab.inversion import Flag
+
+    counts = {flag.name: int(np.count_nonzero(np.asarray(flags) & flag)) for flag in Flag}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _flag_text(counts):
+    return (": " + ", ".join(f"{count} {name}" for name, count in counts.items())) if counts else ""
+
+
+def _facts(model, spectra, arguments, root, path):
+    "What a record holds beside ledger and errors: plain data."
+    import numpy as np
+
+    from stellar_lab.survey import archive_record
+
+    record, meta = archive_record(root), spectra.stars.meta
+    honest = hasattr(model, "error_floor_")
+    return {
+        "arguments": {name: _plain(value) for name, value in arguments.items()},
+        "archive": {"root": str(root), "name": record.name, "title": record.title, "release": meta["release"]},
+        "product": meta["product"], "seed": arguments["seed"],
+        "model": {"file": None if path is None else path.name, "digest": model.training_digest_, "labels": list(model.label_names_),
+                  "terms": model.vectorizer_.terms, "scatter_median": float(np.nanmedian(model.scatter_)), "pixels": int(model.usable_.sum())},
+        "continuum_pixels": {"source": meta["continuum_source"], "pixels": meta["continuum_pixels"]} if "continuum_pixels" in meta else None,
+        "error_model": {name: {"inflation": float(a), "floor": float(np.sqrt(b))} for name, a, b in
+                        zip(model.label_names_, model.error_inflation_, model.error_floor_)} if honest else None,
+        "versions": _versions(),
+    }
+
+
+def _plain(value):
+    "A value as JSON takes it."
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return value.item() if hasattr(value, "item") else [_plain(part) for part in value]
+
+
+def _versions():
+    from importlib.metadata import version
+
+    packages = ("numpy", "scipy", "scikit-learn", "astropy")
+    return {"stellar_lab": __version__, "python": ".".join(map(str, sys.version_info[:3])), **{name: version(name) for name in packages}}
+
+# %% [markdown]
+# ## Label
+# Spectra are named as files or folders. A folder is searched down to the last one for the survey's file names; a visit's file is not a star and stays out, and of a
+# folder that holds both products only the model's is taken. A file of the other product is refused: its labels would look fine and be wrong.
+
+# %%
+#| export
+def find_spectra(
+    paths,                 # files, folders, archive roots
+    product: str = None,   # "apstar" or "aspcapstar"; of a folder that holds both only these are taken
+) -> list:                 # of (path, product); "" where neither name nor content says it
+    "The stars' files that `paths` name, each once, in order; a folder's sorted. LabError where there is nothing."
+    from stellar_lab.clean import product_of
+    from stellar_lab.survey import LabError
+
+    found = {}
+    for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
+        if path.is_dir():
+            inside = _search(path)
+            if not inside:
+                raise LabError(f"{path} holds no apStar or aspcapStar file, neither does a folder in it (they are known by name)")
+            inside = [pair for pair in inside if pair[1] == product] or inside
+        elif path.exists():
+            inside = [(path, product_of(path) or "")]
+        else:
+            raise LabError(f"there is no file or folder {path}")
+        for file, kind in inside:
+            found.setdefault(os.path.abspath(file), (str(file), kind))
+    return list(found.values())
+
+
+def _search(folder):
+    "(path, product) of each star's file below a folder; visits left out."
+    from stellar_lab.clean import FILE_NAME
+
+    found, seen = [], set()
+    for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = [] if real in seen else sorted(folders)   # a link may lead back to where it stands
+        for name in [] if real in seen else sorted(files):
+            match = FILE_NAME.fullmatch(name)
+            if match and name[match.end("id"):].startswith(".fits"):
+                found.append((Path(parent) / name, "aspcapstar" if match["kind"] == "aspcap" else "apstar"))
+        seen.add(real)
+    return found
+
+
+def _raise(error):
+    raise error
+
+# %% [markdown]
+# Labels come in batches, so that a hundred thousand files need no more memory than a few hundred. What fails is counted and said, file by file.
+
+# %%
+#| export
+LABEL_BATCH = 256   # files in memory at a time
+
+
+@dataclass
+class LabelSummary:
+    "The table of labels, and what could not be labelled."
+    table: "QTable"                              # as `infer`, with the column `file`
+    files: int                                   # how many were looked at
+    problems: list = field(default_factory=list) # of clean.Problem: files that gave no labels
+    model: str = ""
+    out: str = ""
+
+    @property
+    def labelled(self) -> int:
+        "Stars with labels."
+        return self.files - len(self.problems)
+
+    @property
+    def ok(self) -> bool:
+        "Every file gave labels."
+        return not self.problems
+
+    def __str__(self):
+        lost = {problem.path for problem in self.problems}
+        flags = self.table["flags"][[file not in lost for file in self.table["file"]]]
+        doubtful = sum(flags > 0)
+        lines = [f"{self.labelled} of {self.files} stars labelled" + (f" by {self.model}" if self.model else "") + (f", in {self.out}" if self.out else "")]
+        lines.append(f"{doubtful} of them carry a flag{_flag_text(count_flags(flags))}")
+        return "\n".join(lines + ([f"{len(self.problems)} files gave no labels"] if self.problems else []))
+
+
+def label(
+    model,                      # Cannon, or the .asdf file of one
+    paths,                      # apStar or aspcapStar files, folders, archive roots
+    out=None,                   # .fits, .ecsv or .parquet for the table; nothing is written by default
+    any_product: bool = False,  # take spectra of another product than the model's, although their labels are biased
+    progress: bool = True,      # show a bar
+) -> LabelSummary:              # its `.table` holds the labels
+    "Labels of stars from their files, treated as the model's training spectra were. LabError if there are none."
+    from stellar_lab.cannon import Cannon
+    from stellar_lab.survey import TABLE_FORMATS, LabError, require
+
+    if out is not None and _check_target(out, tuple(TABLE_FORMATS), "a table").suffix.lower() == ".parquet":
+        require("pyarrow", "parquet")
+    name = "" if isinstance(model, Cannon) else str(model)
+    model = Cannon.load(model) if name else model
+    files = find_spectra(paths, model.metadata_.get("product"))
+    _check_products(model, files, any_product)
+    table, problems = _label_files(model, files, progress)
+    if table is None:
+        raise LabError(f"none of {len(files)} files gave labels: {'; '.join(map(str, problems[:3]))}{'; …' if len(problems) > 3 else ''}")
+    if out is not None:
+        write_labels(table, out)
+    return LabelSummary(table, len(files), problems, name, "" if out is None else str(out))
+
+
+def _check_products(model, files, any_product):
+    from stellar_lab.survey import LabError
+
+    product = model.metadata_.get("product")
+    others = [(path, kind) for path, kind in files if kind and kind != product]
+    if others and not any_product:
+        path, kind = others[0]
+        said = f"the model learned from {product} files" if product else "the model does not say from which product it learned"
+        raise LabError(f"{said}, but {path} is an {kind} file ({len(others)} of {len(files)} are). Another normalization shifts the labels: "
+                       f"give it {product or 'its own'} files, or insist with --any-product (any_product=True)")
+
+# %%
+#| export
+def _label_files(model, files, progress):
+    "One table of all files that give labels (None if none does), and the problems of the others."
+    from astropy.table import vstack
+    from tqdm import tqdm
+
+    own = model.metadata_.get("product") or "apstar"
+    kinds = {kind: [path for path, its in files if (its or own) == kind] for kind in sorted({kind or own for _, kind in files})}
+    parts, problems = [], []
+    with tqdm(total=len(files), desc="labelling", unit="star", disable=not progress, leave=False) as bar:
+        for kind, paths in kinds.items():
+            for start in range(0, len(paths), LABEL_BATCH):
+                batch = paths[start:start + LABEL_BATCH]
+                part, bad = _label_batch(model, batch, kind)
+                parts += [] if part is None else [part]
+                problems += bad
+                bar.update(len(batch))
+    return (vstack(parts, metadata_conflicts="silent") if parts else None), problems
+
+
+def _label_batch(model, paths, product):
+    from stellar_lab.clean import Problem, _read_stars
+    from stellar_lab.inversion import infer
+    from stellar_lab.survey import PRODUCTS
+
+    spectra, places, problems = _read_stars(paths, PRODUCTS[product], row=1, progress=False)
+    if not len(spectra):
+        return None, problems
+    table = infer(model, as_trained(model, spectra))
+    table["file"] = [paths[place] for place in places]
+    table.meta |= {"product": product, "made_by": f"stellar_lab {__version__}"}
+    blind = [Problem(str(file), "no usable pixel, or too few for the model") for file in table["file"][table["n_good"] < len(model.vectorizer_)]]
+    return table, problems + blind
+
+
+def write_labels(
+    table,   # QTable of `label`
+    path,    # .fits, .ecsv or .parquet
+):
+    "Write a table of labels, whole or not at all. Parquet has no matrices: there `covariance` is a row of K*K numbers."
+    import numpy as np
+
+    from stellar_lab.survey import write_table
+
+    if Path(path).suffix.lower() == ".fits":   # its text is ASCII; a file's name need not be
+        table = table.copy(copy_data=False)
+        table["file"] = np.char.encode(np.asarray(table["file"], str), "utf-8", "surrogateescape")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*could not be saved in native FITS format")   # dex; astropy keeps it another way
+        write_table(table, path)
+
+# %% [markdown]
+# ## Report
+# What a model is stands in its own file; how it did stands in the record beside it. If the two are not from the same training, it says so.
+
+# %%
+#| export
+def describe(
+    path,              # .asdf file of a model
+    width: int = None, # columns to fill; those of the terminal by default
+) -> str:
+    "What a model is and, from the record beside it, how it was trained and how wrong it is."
+    from stellar_lab.cannon import Cannon
+    from stellar_lab.survey import LabError
+
+    model, record = Cannon.load(path), Path(path).with_suffix(".json")
+    text = [f"{path}: a Cannon", *_model_lines(model, _versions_of(path)), ""]
+    try:
+        report = TrainingReport.load(record)
+    except LabError as error:
+        return "\n".join([*text, f"no record: {error}"])
+    if report.facts["model"]["digest"] != model.training_digest_:
+        return "\n".join([*text, f"{record} is the record of another training: nothing more is known of this model"])
+    return "\n".join([*text, *_training_lines(report.facts), "", *report.lines(width)])
+
+
+def _versions_of(path):
+    import asdf
+
+    with asdf.open(path) as file:
+        return dict(file.tree.get("versions", {}))
+
+
+def _model_lines(model, versions):
+    import numpy as np
+
+    names, terms = model.label_names_, model.vectorizer_.terms
+    grid = "" if model.wavelength_ is None else f" from {model.wavelength_[0]:.2f} to {model.wavelength_[-1]:.2f} Angstrom"
+    low, high = model.training_labels_.min(axis=0), model.training_labels_.max(axis=0)
+    scatter = f"{np.nanmedian(model.scatter_):.4f} in the median pixel" if model.scatter else "none fitted"
+    lines = [
+        ("labels", ", ".join(f"{name} {a:.4g} to {b:.4g}" for name, a, b in zip(names, low, high))),
+        ("terms", f"{len(terms)}: {', '.join(terms)}"),
+        ("trained on", f"{len(model.training_labels_)} stars, {_origin(model.metadata_)}"),
+        ("pixels", f"{model.usable_.sum()} of {len(model.theta_)}{grid}"),
+        ("scatter", scatter),
+        ("errors", "honest" if hasattr(model, "error_floor_") else "formal: photon noise alone, much too small"),
+        ("digest", model.training_digest_[:16]),
+        ("versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
+    ]
+    return _paragraphs(lines)
+
+
+def _origin(meta):
+    parts = [meta.get("product", "of unknown product")]
+    parts += [f"archive {meta['archive']}"] if meta.get("archive") else []
+    parts += [f"release {meta['release'].upper()}"] if meta.get("release") else []
+    if "continuum_pixels" in meta:
+        parts.append(f"{len(meta['continuum_pixels'])} continuum pixels ({meta['continuum_source']})")
+    return ", ".join(parts)
+
+
+def _training_lines(facts):
+    asked = {name: value for name, value in facts["arguments"].items() if value is not None}
+    said = ", ".join(f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in asked.items())
+    floors = facts["error_model"] or {}
+    return _paragraphs([
+        ("archive", f"{facts['archive']['root']}: {facts['archive']['title']}"),
+        ("asked for", said),
+        *([("error floor", ", ".join(f"{name} {part['floor']:.3g}" for name, part in floors.items()))] if floors else []),
+    ])
+
+
+def _paragraphs(pairs):
+    "Names on the left, texts on the right, wrapped to 100 columns or the terminal."
+    import textwrap
+
+    width = min(shutil.get_terminal_size().columns, 100)
+    return [line for name, text in pairs for line in textwrap.wrap(text, width, initial_indent=f"  {name:<13}", subsequent_indent=" " * 15,
+                                                                   break_long_words=False, break_on_hyphens=False)]
+
+# %% [markdown]
+# ## The commands
+# A command is a description for `--help`, its options, and a function of a few lines that calls the one above. The help is the first thing that a newcomer
+# reads, so every command says what it does, what it writes where, and shows an example.
+
+# %%
+#| export
+ARCHIVE_WRITERS = {"clusters": "write_clusters"}   # name -> function of stellar_lab.archives
+PRODUCT_NAMES = ("apstar", "aspcapstar")
+
+
+def _list(text):
+    "A comma separated list."
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise argparse.ArgumentTypeError("an empty list: name something, with commas between")
+    return parts
+
+
+def _product_list(text):
+    names = [name.lower() for name in _list(text)]
+    for name in names:
+        if name not in PRODUCT_NAMES:
+            raise argparse.ArgumentTypeError(f"unknown product {name!r}: choose from {', '.join(PRODUCT_NAMES)}")
+    return names
+
+
+def _fields(text):
+    return "all" if text.strip().lower() == "all" else _list(text)
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    "Keeps the lines of descriptions, and shows defaults."
+
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=26, width=min(shutil.get_terminal_size().columns - 2, 100))
+
+    def _get_help_string(self, action):
+        shown = action.option_strings and action.default not in (None, False, argparse.SUPPRESS) and "default" not in action.help
+        return f"{action.help} (default: {action.default})" if shown else action.help
+
+
+@contextmanager
+def _command(commands, name, run, summary, text, interrupted):
+    "One command: a line for the list, a text for its own help."
+    parser = commands.add_parser(name, help=summary, description=text.strip(), formatter_class=_Help, allow_abbrev=False)
+    parser.set_defaults(run=run, interrupted=interrupted)
+    yield parser
+
+# %%
+#| export
+def _run_archive(options):
+    from stellar_lab import archives
+
+    writer = getattr(archives, ARCHIVE_WRITERS[options.name])
+    print(writer(options.root, seed=options.seed, stars=options.stars, progress=_shows_progress()))
+    return 0
+
+
+def _run_fetch(options):
+    from stellar_lab.fetch import fetch
+
+    summary = fetch(options.root, options.source, release=options.release, fields=options.fields, products=options.product,
+                    telescopes=options.telescope, workers=options.workers, dry_run=options.dry_run, progress=_shows_progress())
+    if options.dry_run:
+        for item in summary.items:
+            print(f"{item.state:<13} {'?' if item.size is None else item.size:>12}  {item.path}")
+    print(summary)
+    return 0 if summary.ok else 1
+
+
+def _run_train(options):
+    report = train(options.root, options.model, labels=options.labels, fields=options.fields, product=options.product,
+                   continuum_pixels=options.continuum_pixels, order=options.order, scatter=options.scatter, test_size=options.test_size,
+                   folds=options.folds, seed=options.seed, progress=_shows_progress())
+    print(report)
+    record = Path(options.model).with_suffix(".json")
+    print(f"\nmodel   {options.model}\nrecord  {record} (which star fell to which rule, and all of the above)")
+    return 0
+
+
+def _run_label(options):
+    summary = label(options.model, options.paths, options.out, any_product=options.any_product, progress=_shows_progress())
+    for problem in summary.problems:
+        print(f"no labels: {problem.path}: {problem.reason}", file=sys.stderr)
+    print(summary)
+    return 0 if summary.ok else 1
+
+
+def _run_report(options):
+    print(describe(options.model))
+    return 0
+
+
+def _shows_progress():
+    return sys.stderr.isatty()
+
+# %%
+#| export
+_OVERVIEW = """
+Labels of stars (temperature, gravity, abundances) from their APOGEE spectra:
+bring an archive of spectra home, train The Cannon on it, label stars with it.
+
+A first run, without a network, in a few minutes:
+  stellar-lab archive clusters stars
+  stellar-lab train stars --model giants.asdf --scatter
+  stellar-lab label --model giants.asdf stars --out labels.fits
+"""
+
+_AFTERWORD = """
+'stellar-lab COMMAND --help' explains a command and all of its options.
+Exit codes: 0 all is well, 1 done but something is missing (it says what),
+2 an error, 130 interrupted.
+"""
+
+_ARCHIVE = """
+Write an archive of stars that stellar_lab carries: spectra, catalogue and
+all, in the survey's own files and folders. No network is needed.
+
+  clusters   553 real giants and dwarfs of 18 star clusters and the Pleiades
+             (SDSS DR10), as apStar and as aspcapStar files of DR14, some 600
+             stars with the copies that carry planted flaws; 0.9 GB
+
+The same seed gives the same bytes. An archive that is there already stays.
+
+Example:
+  stellar-lab archive clusters stars
+"""
+
+_FETCH = """
+Fetch fields of the survey, or of any archive, into the folder ROOT: the
+catalogue once, and the spectra of the fields, in the survey's own tree. What
+is there and whole stays, what has begun goes on, so a broken run is simply
+run again. Nothing half or wrong is ever left under a file's name.
+
+Exit code 0 says that all is there, 1 that something is missing.
+
+Examples:
+  stellar-lab fetch stars --from https://data.sdss.org/sas --fields 4230,4262
+  stellar-lab fetch stars --from https://data.sdss.org/sas --release dr17 \\
+      --fields N2420 --product apstar,aspcapstar --dry-run
+  stellar-lab fetch copy --from /data/apogee
+"""
+
+_TRAIN = """
+Train The Cannon on the stars of an archive: read the spectra, join them with
+the catalogue's labels, drop what the archive's cuts drop, normalize, fit; then
+judge the model on stars that it has not seen, and give it errors that hold.
+
+Prints the ledger (which rule dropped how many stars) and, for each label, the
+errors (predicted - catalogue) of the training stars and of those left out:
+RMSE, RMSE in units of the label's spread, mean absolute error, bias, and a
+robust scatter that outliers do not move.
+
+Writes the model to FILE (.asdf) and beside it a record of the training,
+the same name with .json: arguments, which star fell to which rule, tables,
+seed, versions.
+
+Examples:
+  stellar-lab train stars --model giants.asdf --scatter
+  stellar-lab train stars --model giants.asdf --scatter --folds 5 \\
+      --labels teff,logg,m_h --product aspcapstar
+"""
+
+_LABEL = """
+Label stars: read their spectra, treat them as the model's training spectra
+were treated, find the labels that fit best.
+
+PATH is an apStar or aspcapStar file, a folder (searched for such files down
+to the last one, files of single visits left out) or the root of an archive.
+A model that learned from apStar files takes only these, and the other way
+round: their normalizations differ, and so would the labels.
+
+Writes one table, a row a star: apogee_id, each label and its error (teff,
+teff_err, ...), covariance, chi2, n_good (pixels), steps, flags, file.
+flags is a sum, 0 means no reason to doubt: 1 not converged, 2 at the edge of
+what the model may say, 4 far from all training stars, 8 poor fit, 16 few
+pixels. In .parquet a covariance is a row of numbers, not a matrix.
+
+Exit code 0 says that every file gave labels, 1 that some did not (each is
+named on the error output).
+
+Examples:
+  stellar-lab label --model giants.asdf apStar-r8-*.fits --out labels.fits
+  stellar-lab label --model giants.asdf stars --out labels.parquet
+"""
+
+_REPORT = """
+Say what a model is (labels, terms, stars, pixels, errors, versions) and, from
+the record beside it, how it was trained: ledger and tables of errors.
+
+Example:
+  stellar-lab report --model giants.asdf
+"""
+
+# %%
+#| export
+def _add_archive(commands):
+    with _command(commands, "archive", _run_archive, "write an archive of real stars, no network needed", _ARCHIVE,
+                  "nothing was written") as parser:
+        parser.add_argument("name", metavar="NAME", choices=ARCHIVE_WRITERS, help=f"which archive: {', '.join(ARCHIVE_WRITERS)}")
+        parser.add_argument("root", metavar="ROOT", help="folder to write; must not exist, or be empty")
+        parser.add_argument("--stars", type=int, metavar="N", help="only this many stars, for a quick trial (default: all)")
+        parser.add_argument("--seed", type=int, default=42, metavar="S", help="of noise, visits and flaws")
+
+
+def _add_fetch(commands):
+    with _command(commands, "fetch", _run_fetch, "bring fields of the survey, or an archive, home", _FETCH,
+                  "what is whole stays, what has begun goes on: run the same again") as parser:
+        parser.add_argument("root", metavar="ROOT", help="folder that the archive goes to")
+        parser.add_argument("--from", dest="source", required=True, metavar="SOURCE", help="URL or folder of the archive to fetch from")
+        parser.add_argument("--release", metavar="NAME", help="dr10, dr14, dr16 or dr17 (default: the archive's own; dr14 for the survey)")
+        parser.add_argument("--fields", type=_list, metavar="LIST", help="location IDs up to DR14, names since DR16 (default: the archive's own; the lab's four for the survey)")
+        parser.add_argument("--product", type=_product_list, default="apstar", metavar="LIST", help="apstar, aspcapstar or both")
+        parser.add_argument("--telescope", type=_list, metavar="LIST", help="apo25m, lco25m, apo1m (default: all of the release)")
+        parser.add_argument("--workers", type=int, default=4, metavar="N", help="downloads at once")
+        parser.add_argument("--dry-run", action="store_true", help="only list what would be fetched")
+
+
+def _add_train(commands):
+    with _command(commands, "train", _run_train, "learn a model from an archive, and say how wrong it is", _TRAIN,
+                  "nothing was written") as parser:
+        parser.add_argument("root", metavar="ROOT", help="root of an archive")
+        parser.add_argument("--model", required=True, metavar="FILE", help="where the model goes (.asdf)")
+        parser.add_argument("--labels", type=_list, metavar="LIST", help="teff, logg, fe_h, mg_fe, si_fe, m_h, alpha_m, c_m, n_m (default: the archive's own)")
+        parser.add_argument("--fields", type=_fields, metavar="LIST", help="fields to learn from, or 'all' (default: the archive's own)")
+        parser.add_argument("--product", type=str.lower, choices=PRODUCT_NAMES, help="apstar: raw flux, normalized here; aspcapstar: normalized by "
+                            "the survey (default: apstar if there are any)")
+        parser.add_argument("--continuum-pixels", metavar="FILE", help="pixels for the continuum of apstar spectra: .npy of flags or pixel numbers, or "
+                            "text, a vacuum wavelength a line (default: the lab's 529)")
+        parser.add_argument("--order", type=int, default=2, metavar="N", help="of the polynomial in the labels")
+        parser.add_argument("--scatter", action="store_true", help="fit an intrinsic scatter per pixel, so that pixels that the labels do not explain "
+                            "weigh less (default: off, as in the lab; on is better)")
+        split = parser.add_mutually_exclusive_group()
+        split.add_argument("--test-size", type=float, default=0.33, metavar="SHARE", help="share of the stars left out to judge the model, which learns from the others")
+        split.add_argument("--folds", type=int, metavar="K", help="judge in K folds instead: each star is left out once; the model itself learns from all")
+        parser.add_argument("--seed", type=int, default=42, metavar="S", help="of the split or the folds")
+
+
+def _add_label(commands):
+    with _command(commands, "label", _run_label, "labels of stars from their files", _LABEL, "nothing was written") as parser:
+        parser.add_argument("paths", nargs="+", metavar="PATH", help="files, folders, or the root of an archive")
+        parser.add_argument("--model", required=True, metavar="FILE", help="a model that 'stellar-lab train' wrote (.asdf)")
+        parser.add_argument("--out", required=True, metavar="FILE", help="where the table goes: .fits, .ecsv or .parquet")
+        parser.add_argument("--any-product", action="store_true", help="take files of the other product, too, although their labels are biased")
+
+
+def _add_report(commands):
+    with _command(commands, "report", _run_report, "what a model is, and how wrong", _REPORT, "nothing was lost") as parser:
+        parser.add_argument("--model", required=True, metavar="FILE", help="a model that 'stellar-lab train' wrote (.asdf)")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    "The parser of all commands."
+    parser = argparse.ArgumentParser("stellar-lab", description=_OVERVIEW.strip(), epilog=_AFTERWORD.strip(), formatter_class=_Help, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"stellar_lab {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="stellar-lab")
+    for add in (_add_archive, _add_fetch, _add_train, _add_label, _add_report):
+        add(commands)
+    return parser
+
+# %% [markdown]
+# What a user can mend is one line on the error output, without a traceback. What we did wrong keeps its traceback: somebody has to mend it.
+
+# %%
+#| export
+def main(
+    argv: list = None,   # words after the command's name; those of the process by default
+) -> int:                # exit code: 0 all is well, 1 done but something is missing, 2 an error, 130 interrupted
+    "The command `stellar-lab`."
+    parser = make_parser()
+    try:
+        options = parser.parse_args(argv)
+    except SystemExit as stop:   # --help, --version, and words that argparse does not take
+        return stop.code or 0
+    if not hasattr(options, "run"):
+        parser.print_help()
+        return 2
+    return _run(options)
+
+
+def _run(options):
+    try:
+        from stellar_lab.survey import LabError
+
+        try:
+            code = options.run(options)
+            sys.stdout.flush()
+            return code
+        except LabError as error:
+            return _fail(error)
+    except BrokenPipeError:   # whoever read us has seen enough, as in `stellar-lab report … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        print(f"\nstellar-lab: interrupted: {options.interrupted}", file=sys.stderr)
+        return 130
+    except OSError as error:
+        return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+
+
+def _fail(message):
+    print(f"stellar-lab: {message}", file=sys.stderr)
+    return 2
+
+# %% [markdown]
+# ## At the keyboard
+# From here on we type. `shell` runs a command as the terminal would, in a folder of its own, and shows what it prints: results, then what went to the error output, then
+# the exit code, which is all that a script looks at.
+
+# %%
+scratch = tempfile.TemporaryDirectory()
+ROOT, HERE = archive_root(), Path(scratch.name)
+
+
+def shell(words):
+    "Run `stellar-lab` with these words; returns the exit code and what it printed."
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(HERE), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(shlex.split(words))
+    return code, out.getvalue(), err.getvalue()
+
+
+def show(words, lines=40):
+    "The same, printed as a terminal shows it."
+    code, out, err = shell(words)
+    print(f"$ stellar-lab {words}", *(out + err).splitlines()[-lines:], f"[exit code {code}]", sep="\n")
+    return code
+
+# %%
+assert show("--help") == 0
+
+# %% [markdown]
+# Asking for help must not load the whole lab. We ask a fresh Python which packages came along.
+
+# %%
+question = "import sys, stellar_lab.cli as cli; cli.main(['--help']); print(*({'numpy', 'astropy', 'matplotlib'} & set(sys.modules)))"
+answer = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, check=True).stdout
+assert answer.splitlines()[-1] == "" and "commands:" in answer
+
+# %% [markdown]
+# ### A small archive, and its copy
+# Twelve of the embedded stars, with all the planted flaws. The second command would bring one of its fields to another folder, as it does from the survey's server, and lists what would come.
+
+# %%
+assert show("archive clusters twelve --stars 12") == 0
+folders = sorted(path.name for path in HERE.glob("twelve/dr14/apogee/spectro/redux/r8/stars/apo25m/*"))
+
+# %%
+assert show(f"fetch copy --from twelve --fields {folders[0]} --product apstar,aspcapstar --dry-run") == 0
+assert not (HERE / "copy").exists()
+
+# %%
+assert show(f"fetch copy --from twelve --fields {','.join(folders)}") == 1
+
+# %%
+code, out, err = shell(f"fetch copy --from twelve --fields {','.join(folders)}")
+assert code == 1 and "0 fetched" not in out and "already there" in out
+
+# %% [markdown]
+# The damaged files of this archive are damaged where they come from. Nothing wrong gets a file's name here, and exit code 1 tells a script that not everything is there. What is
+# whole was not fetched twice.
+
+# %% [markdown]
+# ### Train
+# On the archive at hand, with its own labels. First come the stars: how many files there were, which rule took how many, who is left. Then what the model is worth, on the
+# stars it learned from and on those it did not.
+
+# %%
+assert show(f"train {ROOT} --model giants.asdf --scatter") == 0
+
+# %% [markdown]
+# Do the numbers stand for what they say? The same steps by hand, straight from the chapters before, without any function of this one:
+
+# %%
+names = [label.name for label in label_records(archive_record(ROOT).labels)]
+spectra, ledger = training_set(ROOT, progress=False)
+learned, kept = train_test_rows(len(spectra), 0.33, 42)
+model = Cannon(scatter=True, labels=names).fit(spectra[learned])
+table = infer(model, spectra[kept])
+difference = np.column_stack([table[name.lower()].value for name in names]) - spectra[kept].labels(names)
+
+# %%
+report = TrainingReport.load(HERE / "giants.json")
+assert np.allclose(report.errors["test stars"]["rmse"], np.sqrt(np.mean(difference**2, axis=0)), rtol=1e-6)
+assert np.allclose(report.errors["test stars"]["bias"], difference.mean(axis=0), rtol=1e-6, atol=1e-9)
+assert report.ledger == ledger and report.facts["model"]["digest"] == model.training_digest_
+
+# %% [markdown]
+# The record names every star and its fate, and holds nothing that changes from run to run: trained again, from Python this time, it is the same to the last letter.
+
+# %%
+assert not set(report.facts["stars"]["training stars"]) & set(report.facts["stars"]["test stars"])
+assert {name: report.ledger.why(name) for name in report.ledger.dropped}.keys() >= set(report.ledger.steps[0].stars)
+again = train(ROOT, HERE / "again" / "giants.asdf", scatter=True, progress=False)
+assert (HERE / "again" / "giants.json").read_text() == (HERE / "giants.json").read_text()
+assert np.array_equal(again.model.theta_, Cannon.load(HERE / "giants.asdf").theta_, equal_nan=True)
+
+# %% [markdown]
+# ### Label
+# Every spectrum below the archive's root. Stars that the ledger had dropped for their labels or their kind are labelled, too: for a spectrum we need no catalogue.
+
+# %%
+assert show(f"label --model giants.asdf {ROOT} --out labels.fits", lines=12) in (0, 1)   # 1: an archive may hold damaged files
+
+# %%
+labels = QTable.read(HERE / "labels.fits")
+labels.pprint(max_lines=8, max_width=110)
+
+# %% [markdown]
+# Are these the labels that the notebook's way gives? The command read files one batch after another and knew nothing of a training set; the test stars above were
+# normalized all together. Star by star, both must agree far within the errors.
+
+# %%
+place = {str(name): row for row, name in enumerate(labels["apogee_id"])}
+rows = [place[name] for name in spectra.stars["APOGEE_ID"][kept]]
+for name in (name.lower() for name in names):
+    shift = np.abs(labels[name][rows] - table[name]) / labels[f"{name}_err"][rows]
+    assert np.median(shift) < 1e-6 and np.max(shift) < 0.1
+    assert labels[name].unit == table[name].unit
+
+# %%
+use_style()
+fig, ax = plt.subplots(figsize=(6.5, 4.2))
+good, (x, y, z) = labels["flags"] == 0, [name.lower() for name in names[:3]]
+doubtful = ~good & np.isfinite(labels[x])
+ax.errorbar(labels[x].value[good], labels[y].value[good], labels[f"{y}_err"].value[good], labels[f"{x}_err"].value[good], fmt="none", color="0.8", lw=0.5, zorder=0)
+points = ax.scatter(labels[x].value[good], labels[y].value[good], s=9, c=labels[z].value[good], cmap="viridis")
+ax.plot(labels[x].value[doubtful], labels[y].value[doubtful], "x", color="C3", ms=4, mew=0.8, label="flagged")
+fig.colorbar(points, label=LABELS[names[2]].axis)
+ax.set(xlabel=LABELS[names[0]].axis, ylabel=LABELS[names[1]].axis, xlim=LABELS[names[0]].plot_range[::-1], ylim=LABELS[names[1]].plot_range[::-1])
+ax.legend(frameon=False);
+
+# %%
+#| echo: false
+unseen = set(map(str, labels["apogee_id"])) - set(map(str, spectra.stars["APOGEE_ID"]))
+strange = np.array([str(name) in unseen for name in labels["apogee_id"]]) & (good | doubtful)
+Markdown(f"**What to see.** Hot on the left, as astronomers draw it: the giant branch from the lower left to the upper right, metal-poor stars (dark) on its hot side. "
+         f"Of the {strange.sum()} labelled stars that were not fit for training, {np.mean(~good[strange]):.0%} carry a flag (crosses; those that the plot's range leaves out "
+         f"included); of the {len(spectra)} others {np.mean(~good[~strange & (good | doubtful)]):.1%}. A table of labels without its column `flags` would not be worth much.")
+
+# %% [markdown]
+# ### What makes the labels repeatable
+# `as_trained` must give new files exactly the training set's treatment. We leave out one part of it, the dark pixels, and look at how far labels move, in units of their formal errors
+# (photon noise alone).
+
+# %%
+from stellar_lab.clean import read_archive
+from stellar_lab.normalize import normalize
+
+raw, _ = read_archive(ROOT, dark=0, progress=False)
+raw = raw[np.isin(raw.stars["APOGEE_ID"], spectra.stars["APOGEE_ID"][kept])]
+same, without = infer(model, as_trained(model, raw)), infer(model, normalize(raw))
+
+# %%
+moved = np.array([np.nanmax(np.abs(same[name.lower()] - without[name.lower()]) / same[f"{name.lower()}_err"]) for name in names])
+lonely = infer(model, as_trained(model, raw[3]))
+assert np.allclose(lonely[names[0].lower()], same[names[0].lower()][3], rtol=1e-7)   # whoever is labelled beside a star does not matter
+print("largest shift without the rule, in formal errors:", *(f"{name} {value:.2f}" for name, value in zip(names, moved)))
+
+# %% [markdown]
+# ### What can go wrong, and what it says
+# A spectrum of the other product, a label that nobody knows, a model that is none: each is one line and exit code 2, before any work is done.
+
+# %%
+product = report.facts["product"]
+other = "aspcapStar" if product == "apstar" else "apStar"
+stranger = next(HERE.glob(f"twelve/**/{other}-*.fits"))
+mistakes = {
+    f"label --model giants.asdf {stranger.relative_to(HERE)} --out x.fits": f"the model learned from {product} files",
+    f"train {ROOT} --model m.asdf --labels teff,mass": "unknown label 'mass': choose from TEFF",
+    f"train {ROOT} --model model.pkl": "its extension must be .asdf",
+    "train nowhere --model m.asdf": "there is no folder nowhere",
+    "label --model giants.json twelve --out x.fits": "giants.json is not a model of stellar_lab",
+}
+for words, message in mistakes.items():
+    code, out, err = shell(words)
+    assert (code, out) == (2, "") and message in err and "Traceback" not in err, err
+print(err)
+
+# %% [markdown]
+# A damaged file stops nothing. It is named, and the exit code 1 tells a script that not everything is there.
+
+# %%
+whole = next(path for path in map(Path, map(str, labels["file"][good])))
+(HERE / "mixed").mkdir()
+(HERE / "mixed" / whole.name).write_bytes(whole.read_bytes())
+(HERE / "mixed" / whole.name.replace("2M", "3M")).write_bytes(whole.read_bytes()[:100_000])
+assert show("label --model giants.asdf mixed --out mixed.ecsv") == 1
+assert len(QTable.read(HERE / "mixed.ecsv")) == 1
+
+# %% [markdown]
+# ### Report
+# A year later somebody finds `giants.asdf`. What is it?
+
+# %%
+assert show("report --model giants.asdf", lines=18) == 0
+
+# %% [markdown]
+# ## In ten lines of Python
+# Behind each command stands a function, and behind these the chapters. The whole lab in ten lines:
+
+# %%
+spectra, ledger = training_set(ROOT, progress=False)             # files -> normalized spectra with labels
+train_rows, test_rows = train_test_rows(len(spectra))
+model = Cannon(scatter=True).fit(spectra[train_rows])            # labels -> spectrum
+table = infer(model, spectra[test_rows])                         # spectrum -> labels
+truth = spectra[test_rows].labels()
+errors = error_table(table, truth, model.label_names_, model.scales_)
+model = with_error_model(model, table, truth)                    # honest errors
+model.save(HERE / "model.asdf")
+summary = label(HERE / "model.asdf", HERE / "mixed" / whole.name, HERE / "one.fits", progress=False)
+errors
+
+# %%
+assert np.allclose(errors["rmse"], [report.errors["test stars"]["rmse"][names.index(name)] for name in errors["label"]], rtol=1e-5)
+assert np.allclose(summary.table[x].value, QTable.read(HERE / "mixed.ecsv")[x].value)
+scratch.cleanup()
+
+# %% [markdown]
+# **Exercise.** Train once with `--seed 42` and once with `--seed 7`, each with its third of the stars left out. By how much do the tables differ? Then with `--folds 5`
+# and both seeds: why do the tables agree better now, and which of them would you publish?

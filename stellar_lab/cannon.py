@@ -7,13 +7,13 @@ __all__ = ['SCATTER_ROUNDS', 'SCATTER_TOLERANCE', 'FORMAT_VERSION', 'NAIVE_RUN',
            'pair_index', 'train_test_rows', 'fold_numbers', 'Cannon', 'training_set', 'plot_labels', 'plot_fit',
            'naive_normalize', 'find_continuum_pixels', 'published_giants']
 
-# %% ../nbs/04_cannon.ipynb #76c0c3e1
+# %% ../nbs/04_cannon.ipynb #5ca85b58
 import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from itertools import combinations_with_replacement
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from .clean import apply_cuts, read_archive
 from .normalize import drop_masked, normalize
 from .survey import LABELS, LabError, Spectra, atomic_path, chip_slices, plot_spectrum
 
-# %% ../nbs/04_cannon.ipynb #97d2980d
+# %% ../nbs/04_cannon.ipynb #66942b6c
 @dataclass(frozen=True)
 class Vectorizer:
     "Turns labels into the terms of a polynomial. The first term is the constant."
@@ -75,27 +75,27 @@ class Vectorizer:
     def __len__(self):
         return len(self.exponents)
 
-    def _powers(self, labels):   # (K, N, highest power + 1)
-        return labels.T[:, :, None] ** np.arange(self.exponents.max(initial=1) + 1)
+    def _factors(self, labels):   # K arrays (N, T), label^exponent, and their K derivatives
+        powers = [np.ones((len(labels.T), len(labels)))]
+        for _ in range(self.exponents.max(initial=1)):
+            powers.append(powers[-1] * labels.T)
+        powers = np.stack(powers, axis=-1)
+        return [power[:, e] for power, e in zip(powers, self.exponents.T)], [e * power[:, np.maximum(e - 1, 0)] for power, e in zip(powers, self.exponents.T)]
 
     def __call__(
         self,
         labels: np.ndarray,   # (N, K) scaled labels
     ) -> np.ndarray:          # (N, T)
         "The terms of each star."
-        powers = self._powers(labels)
-        return np.prod([power[:, e] for power, e in zip(powers, self.exponents.T)], axis=0)
+        return reduce(np.multiply, self._factors(labels)[0])
 
     def derivative(
         self,
         labels: np.ndarray,   # (N, K) scaled labels
     ) -> np.ndarray:          # (N, T, K)
         "Derivative of each term with respect to each label."
-        powers = self._powers(labels)
-        factors = [power[:, e] for power, e in zip(powers, self.exponents.T)]
-        slopes = [e * power[:, np.maximum(e - 1, 0)] for power, e in zip(powers, self.exponents.T)]
-        columns = range(len(factors))
-        return np.stack([np.prod([slopes[j] if j == k else factors[j] for j in columns], axis=0) for k in columns], axis=-1)
+        factors, slopes = self._factors(labels)
+        return np.stack([reduce(np.multiply, [*factors[:k], slope, *factors[k + 1:]]) for k, slope in enumerate(slopes)], axis=-1)
 
     def curvature(
         self,
@@ -106,7 +106,7 @@ class Vectorizer:
         lowered = [Vectorizer(self.label_names, np.maximum(self.exponents - step, 0)) for step in np.eye(len(self.label_names), dtype=int)]
         return np.stack([np.einsum("nt,ntj->nj", force * e, term.derivative(labels)) for e, term in zip(self.exponents.T, lowered)], axis=1)
 
-# %% ../nbs/04_cannon.ipynb #32beca22
+# %% ../nbs/04_cannon.ipynb #b480c3ae
 @cache
 def _blas():
     return ThreadpoolController()
@@ -132,7 +132,7 @@ def pair_index(
     place[i, j] = place[j, i] = np.arange(len(i))
     return i, j, place
 
-# %% ../nbs/04_cannon.ipynb #6e23c38e
+# %% ../nbs/04_cannon.ipynb #bd3e95c4
 SCATTER_ROUNDS, SCATTER_TOLERANCE = 40, 1e-4   # at most this many fits a pixel; done when no scatter moves by more than this share
 
 
@@ -170,7 +170,7 @@ def _fit_block(flux, ivar, design, products, place, scatter):
             break
     return theta, scatter2
 
-# %% ../nbs/04_cannon.ipynb #a67e2cf4
+# %% ../nbs/04_cannon.ipynb #317ca307
 FORMAT_VERSION = 1
 
 
@@ -357,7 +357,7 @@ def _plain(value):
         return value.item()
     return list(value) if isinstance(value, tuple) else value
 
-# %% ../nbs/04_cannon.ipynb #b83b80df
+# %% ../nbs/04_cannon.ipynb #9eeb005d
 def training_set(
     root,                       # archive root
     product: str = None,        # "apstar" or "aspcapstar"; by default the archive's first
@@ -372,7 +372,7 @@ def training_set(
     spectra = normalize(spectra, continuum_pixels=continuum_pixels)
     return drop_masked(spectra, ledger=ledger)
 
-# %% ../nbs/04_cannon.ipynb #effecacd
+# %% ../nbs/04_cannon.ipynb #85bd75a5
 def plot_labels(labels, names, axes=None, **histogram):
     "Histograms of labels (N, K), one panel each; returns the Axes."
     axes = plt.subplots(1, len(names), figsize=(2 * len(names), 2), sharey=True)[1] if axes is None else axes
@@ -382,7 +382,7 @@ def plot_labels(labels, names, axes=None, **histogram):
     np.atleast_1d(axes)[0].set_ylabel("stars")
     return axes
 
-# %% ../nbs/04_cannon.ipynb #63ac4eda
+# %% ../nbs/04_cannon.ipynb #10b4c343
 def plot_fit(
     spectra: Spectra, row: int,     # the star
     model_flux: np.ndarray,         # (P,) what the model says
@@ -400,7 +400,7 @@ def plot_fit(
     ax.legend(loc="lower right", ncols=2, frameon=False)
     return ax
 
-# %% ../nbs/04_cannon.ipynb #5c1bb04b
+# %% ../nbs/04_cannon.ipynb #4fc2a48f
 NAIVE_RUN, NAIVE_QUANTILE = 100, 0.9
 
 
@@ -452,7 +452,7 @@ def find_continuum_pixels(
         chosen[candidates[worst_rank.argsort(kind="stable")[:round(share * (chip.stop - chip.start))]]] = True
     return chosen
 
-# %% ../nbs/04_cannon.ipynb #64d53479
+# %% ../nbs/04_cannon.ipynb #4da499a8
 def published_giants(folder):
     "The Cannon 2's test set of 671 giants: labels, flux, ivar, label names, and what its authors fitted."
     with np.load(Path(folder) / "apogee_671_stars_100_pixels.npz") as file:

@@ -24,7 +24,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
 from itertools import combinations_with_replacement
 from pathlib import Path
 
@@ -105,27 +105,27 @@ class Vectorizer:
     def __len__(self):
         return len(self.exponents)
 
-    def _powers(self, labels):   # (K, N, highest power + 1)
-        return labels.T[:, :, None] ** np.arange(self.exponents.max(initial=1) + 1)
+    def _factors(self, labels):   # K arrays (N, T), label^exponent, and their K derivatives
+        powers = [np.ones((len(labels.T), len(labels)))]
+        for _ in range(self.exponents.max(initial=1)):
+            powers.append(powers[-1] * labels.T)
+        powers = np.stack(powers, axis=-1)
+        return [power[:, e] for power, e in zip(powers, self.exponents.T)], [e * power[:, np.maximum(e - 1, 0)] for power, e in zip(powers, self.exponents.T)]
 
     def __call__(
         self,
         labels: np.ndarray,   # (N, K) scaled labels
     ) -> np.ndarray:          # (N, T)
         "The terms of each star."
-        powers = self._powers(labels)
-        return np.prod([power[:, e] for power, e in zip(powers, self.exponents.T)], axis=0)
+        return reduce(np.multiply, self._factors(labels)[0])
 
     def derivative(
         self,
         labels: np.ndarray,   # (N, K) scaled labels
     ) -> np.ndarray:          # (N, T, K)
         "Derivative of each term with respect to each label."
-        powers = self._powers(labels)
-        factors = [power[:, e] for power, e in zip(powers, self.exponents.T)]
-        slopes = [e * power[:, np.maximum(e - 1, 0)] for power, e in zip(powers, self.exponents.T)]
-        columns = range(len(factors))
-        return np.stack([np.prod([slopes[j] if j == k else factors[j] for j in columns], axis=0) for k in columns], axis=-1)
+        factors, slopes = self._factors(labels)
+        return np.stack([reduce(np.multiply, [*factors[:k], slope, *factors[k + 1:]]) for k, slope in enumerate(slopes)], axis=-1)
 
     def curvature(
         self,

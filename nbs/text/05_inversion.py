@@ -60,7 +60,7 @@ from stellar_lab.survey import archive_record, archive_root, real_data, use_styl
 
 # %%
 #| export
-STAR_BLOCK = 256   # stars a call: the arrays of a block stay near the processor
+STAR_BLOCK, SEARCH_BLOCK = 256, 512   # stars a call, where pixels are touched and where they are not: a block's arrays stay near the processor
 
 
 @dataclass
@@ -99,9 +99,12 @@ def pixel_weights(
     scatter2: np.ndarray,   # (P,) variance that the model adds; NaN where it has nothing to say
 ) -> np.ndarray:            # (N, P)
     "1 / (sigma^2 + s^2): 0 where ivar is 0 and where the model has no coefficients."
-    weight = ivar * scatter2
-    weight += 1
-    np.divide(ivar, weight, out=weight)
+    if scatter2.any():
+        weight = ivar * scatter2
+        weight += 1
+        np.divide(ivar, weight, out=weight)
+    else:
+        weight = ivar.copy()
     unknown = np.isnan(scatter2)
     if unknown.any():
         weight[:, unknown] = 0
@@ -116,15 +119,17 @@ def statistics(
 ) -> Statistics:
     "Sufficient statistics of spectra under a model."
     theta, scatter2 = _coefficients(model, dtype)
-    reference, theta = theta[:, 0], np.ascontiguousarray(theta[:, 1:])
-    i, j, _ = pair_index(theta.shape[1])
-    products = theta[:, i] * theta[:, j]
+    reference, theta = np.ascontiguousarray(theta[:, 0]), np.ascontiguousarray(theta.T[1:])
+    i, j, _ = pair_index(len(theta))
+    products = theta[i] * theta[j]
 
     def work(rows):
         weight = pixel_weights(ivar[rows], scatter2)
-        A, n_good = weight @ products, np.count_nonzero(weight, axis=1)
+        if weight.min() < 0:
+            raise LabError("ivar is negative somewhere: give 0 where a pixel is unusable")
+        A, n_good = weight @ products.T, (weight > 0).sum(axis=1, dtype=np.int32)
         weight *= flux[rows] - reference
-        return A, weight @ theta, n_good
+        return A, weight @ theta.T, n_good
 
     return Statistics(*map(np.concatenate, zip(*in_blocks(work, len(flux), STAR_BLOCK))))
 
@@ -222,12 +227,12 @@ def _search(model, stats, box, max_steps):
             better = (now < before - 1e-6 * np.abs(before)) | (rest & ~resting[doubtful] & (now <= before))
             labels[doubtful[better]], resting[doubtful[better]] = again[better], rest[better]
             steps[doubtful] += more
-    return labels, steps, resting
+    return labels, steps
 
 # %% [markdown]
 # ## The last step is exact
 # Single precision leaves $A$ and $\mathbf b$ with errors of a millionth, and in their difference these are larger. So the search ends on the pixels themselves: residuals in double
-# precision, their gradient (a product with 20 columns, not with 210), one more Newton step, and again for the few stars that the step moved by more than
+# precision (rounded only once the large numbers are subtracted), their gradient (a product with 20 columns, not with 210), one more Newton step, and again for the few stars that the step moved by more than
 # a few ten-thousandths of an error bar. The same residuals give the exact $\chi^2$.
 
 # %%
@@ -238,7 +243,7 @@ EXACT_STEPS, EXACT_DECREMENT = 6, 1e-7
 def _finish(model, labels, stats, flux, ivar, box):
     "Exact Newton steps: returns scaled labels, chi2, the Hessian (half of chi2's second derivative) and whether they came to rest."
     theta, scatter2 = _coefficients(model, float)
-    slopes, scatter2 = np.ascontiguousarray(theta[:, 1:]), scatter2.astype(np.float32)
+    slopes, scatter2 = theta[:, 1:].astype(np.float32), scatter2.astype(np.float32)
     labels, chi2, resting = labels.copy(), np.empty(len(labels)), np.zeros(len(labels), dtype=bool)
     hessian = np.empty(labels.shape + labels.shape[1:])
     rows = np.arange(len(labels))
@@ -247,9 +252,10 @@ def _finish(model, labels, stats, flux, ivar, box):
 
         def work(part):
             block = rows[part] if len(rows) < len(labels) else part   # a slice cuts without a copy
-            weight = pixel_weights(ivar[block], scatter2)
-            residual = flux[block] - terms[part] @ theta.T
-            weighted = weight * residual
+            weighted = pixel_weights(ivar[block], scatter2)
+            residual = np.empty_like(weighted)
+            np.subtract(flux[block], terms[part] @ theta.T, out=residual, casting="same_kind")   # in double precision, then rounded
+            weighted *= residual
             return weighted @ slopes, np.einsum("np,np->n", weighted, residual)
 
         force, chi2_here = map(np.concatenate, zip(*in_blocks(work, len(rows), STAR_BLOCK)))
@@ -333,7 +339,9 @@ def infer(
     for start in range(0, len(flux), BATCH):
         f, w = flux[start:start + BATCH], ivar[start:start + BATCH]
         stats, box = statistics(model, f, w), label_box(model)
-        scaled, steps, _ = _search(model, stats, box, max_steps)
+        if (finite := _finite(f, w, stats)) is not f:
+            f, stats = finite, statistics(model, finite, w)
+        scaled, steps = map(np.concatenate, zip(*in_blocks(lambda rows: _search(model, stats[rows], box, max_steps), len(f), SEARCH_BLOCK)))
         scaled, chi2, hessian, resting = _finish(model, scaled, stats, f, w, box)
         blind = stats.n_good < n_needed
         scaled[blind], hessian[blind] = np.nan, np.eye(scaled.shape[1]) * np.nan
@@ -380,12 +388,17 @@ def _check_spectra(model, flux, ivar):
     flux, ivar = np.atleast_2d(np.asarray(flux, dtype=np.float32)), np.atleast_2d(np.asarray(ivar, dtype=np.float32))
     if flux.shape != ivar.shape or flux.shape[1] != len(model.theta_):
         raise LabError(f"flux {flux.shape} and ivar {ivar.shape} must both be (N, {len(model.theta_)})")
-    broken = ~np.isfinite(flux) & (ivar > 0) | ~np.isfinite(ivar) | (ivar < 0)
+    return flux, ivar
+
+
+def _finite(flux, ivar, stats):
+    "The flux with zeros in unusable pixels that hold no number; LabError where a usable pixel has none. (Non-finite statistics tell, so good spectra cost nothing.)"
+    if np.isfinite(stats.A).all() and np.isfinite(stats.b).all():
+        return flux
+    broken = ~np.isfinite(flux) & (ivar > 0) | ~np.isfinite(ivar)
     if broken.any():
         raise LabError(f"star {np.argmax(broken.any(axis=1))} has a usable pixel without a finite flux or ivar: set ivar to 0 there")
-    if not np.isfinite(flux).all():
-        flux = np.nan_to_num(flux, nan=0, posinf=0, neginf=0)
-    return flux, ivar
+    return np.nan_to_num(flux, nan=0, posinf=0, neginf=0)
 
 # %% [markdown]
 # ## Honest errors
@@ -604,7 +617,7 @@ assert np.allclose(ours, numeric_error, rtol=0.25)
 rng = np.random.default_rng(8)
 fifty, box = spectra[test[:50]], label_box(model)
 stats = statistics(model, fifty.flux, fifty.ivar)
-best, _, _ = _search(model, stats, box, 60)
+best, _ = _search(model, stats, box, 60)
 lowest = stats.own_chi2(model.vectorizer_(best)[:, 1:])
 training = model.scale(model.training_labels_)
 elsewhere = [_descend(model, stats, training[rng.integers(len(training), size=50)], box, 60)[0] for _ in range(10)]

@@ -1,0 +1,103 @@
+"""Speed of training and inversion, as ratios to the one matrix product that each cannot do without, measured in this run."""
+import argparse
+import os
+import platform
+import sys
+from time import perf_counter
+
+import numpy as np
+import scipy.optimize
+
+from stellar_lab.cannon import Cannon, Vectorizer
+from stellar_lab.inversion import infer
+from stellar_lab.survey import wavelength
+
+LABELS, TRAINING, STARS = 5, 1000, 2000
+LIMIT = 4   # allowed times of the bare product
+LOOP_PIXELS, LOOP_STARS = 8, 4   # of the lab's own loops, whose time is then scaled up
+
+
+def made_up_stars(n, scatter, rng):
+    """Stars of a quadratic model in five labels, with noise and a tenth of the pixels unusable."""
+    labels = rng.normal(size=(n, LABELS)).clip(-2.5, 2.5)
+    vectorizer = Vectorizer.of_order("abcde", 2)
+    theta = rng.normal(size=(len(wavelength), len(vectorizer))) * 0.03 + np.eye(len(vectorizer))[0]
+    ivar = rng.uniform(1e3, 1e4, size=(n, len(wavelength))).astype(np.float32)
+    flux = (vectorizer(labels) @ theta.T + rng.normal(size=ivar.shape) * np.sqrt(1 / ivar + scatter**2)).astype(np.float32)
+    ivar[rng.random(ivar.shape) < 0.1] = 0
+    return labels, flux, ivar
+
+
+def best_times(repeats, **calls):
+    """Shortest time of each call; the calls take turns, so that a busy moment of the machine meets all of them."""
+    times = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = perf_counter()
+            call()
+            times[name].append(perf_counter() - start)
+    return {name: min(values) for name, values in times.items()}
+
+
+def lab_training(labels, flux, ivar):
+    """Seconds that the lab's loop would take: a dense N x N weight matrix for each pixel."""
+    design = Vectorizer.of_order("abcde", 2)(labels)
+    start = perf_counter()
+    for pixel in range(LOOP_PIXELS):
+        weight = np.diag(ivar[:, pixel].astype(float))
+        np.linalg.solve(design.T @ weight @ design, design.T @ weight @ flux[:, pixel])
+    return (perf_counter() - start) / LOOP_PIXELS * flux.shape[1]
+
+
+def lab_inversion(model, flux, ivar):
+    """Seconds a star of the lab's loop: BFGS with a numerical gradient over all pixels."""
+    def half_chi2(scaled, f, w):
+        return 0.5 * np.sum(w * (f - model.theta_ @ model.vectorizer_(scaled[None])[0]) ** 2)
+
+    start = perf_counter()
+    for f, w in zip(flux[:LOOP_STARS].astype(float), ivar[:LOOP_STARS].astype(float)):
+        scipy.optimize.minimize(half_chi2, np.zeros(LABELS), args=(f, w), method="BFGS")
+    return (perf_counter() - start) / LOOP_STARS
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=9, help="times that each call is measured; the shortest counts (default: %(default)s)")
+    repeats = parser.parse_args().repeats
+    rng = np.random.default_rng(0)
+    labels, flux, ivar = made_up_stars(STARS, 0.01, rng)
+    train = labels[:TRAINING], flux[:TRAINING], ivar[:TRAINING]
+    pairs = len(Vectorizer.of_order("abcde", 2)) * (len(Vectorizer.of_order("abcde", 2)) + 1) // 2
+    P = len(wavelength)
+    weights64, products64 = train[2].astype(np.float64), rng.normal(size=(TRAINING, pairs))
+    products32 = rng.normal(size=(P, pairs)).astype(np.float32)
+    models = {name: Cannon(scatter=scatter).fit(*train) for name, scatter in (("", False), (" with scatter", True))}
+    times = best_times(
+        repeats,
+        **{"bare float64 product": lambda: weights64.T @ products64, "training": lambda: Cannon().fit(*train),
+           "training with scatter": lambda: Cannon(scatter=True).fit(*train), "bare float32 product": lambda: ivar @ products32,
+           **{f"inversion{name}": (lambda model=model: infer(model, flux, ivar)) for name, model in models.items()}})
+    slow_training, slow_star = lab_training(*train), lab_inversion(models[""], flux, ivar)
+
+    print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}; shortest of {repeats} runs")
+    print(f"\ntraining: {TRAINING} stars x {P} pixels, {len(models[''].vectorizer_)} terms, float64")
+    product = times["bare float64 product"]
+    print(f"  bare product (P x N) (N x {pairs}), float64 {product:8.3f} s")
+    print(f"  Cannon().fit                            {times['training']:8.3f} s   {times['training'] / product:5.2f} times   (at most {LIMIT})")
+    print(f"  Cannon(scatter=True).fit                {times['training with scatter']:8.3f} s   {times['training with scatter'] / product:5.2f} times")
+    print(f"  the lab's loop, dense weight matrices   {slow_training:8.1f} s   {slow_training / times['training']:5.0f} times ours")
+    print(f"\ninversion: {STARS} stars x {P} pixels, {pairs} products, float32 with an exact last step in float64")
+    product = times["bare float32 product"]
+    print(f"  bare product (N x P) (P x {pairs}), float32 {product / STARS * 1e3:8.3f} ms a star")
+    for name in models:
+        mine = times[f"inversion{name}"]
+        print(f"  {'infer' + (name or ', no scatter'):38s} {mine / STARS * 1e3:8.3f} ms a star {mine / product:5.2f} times   (at most {LIMIT})")
+    print(f"  the lab's loop, BFGS over all pixels   {slow_star * 1e3:8.1f} ms a star {slow_star * STARS / times['inversion']:5.0f} times ours")
+    ratios = [times["training"] / times["bare float64 product"], *(times[f"inversion{name}"] / product for name in models)]
+    if max(ratios) > LIMIT:
+        print(f"\nabove the limit of {LIMIT}: is the machine busy with something else?")
+    return int(max(ratios) > LIMIT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

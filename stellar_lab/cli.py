@@ -6,7 +6,7 @@
 __all__ = ['REPORT_FORMAT', 'LABEL_BATCH', 'ARCHIVE_WRITERS', 'PRODUCT_NAMES', 'TrainingReport', 'as_trained', 'train',
            'count_flags', 'find_spectra', 'LabelSummary', 'label', 'write_labels', 'describe', 'make_parser', 'main']
 
-# %% ../nbs/C_cli.ipynb #e57b388e
+# %% ../nbs/C_cli.ipynb #dcab33ad
 import argparse
 import json
 import math
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from . import __version__
 
-# %% ../nbs/C_cli.ipynb #acd18363
+# %% ../nbs/C_cli.ipynb #469c7568
 REPORT_FORMAT = 1
 
 
@@ -102,7 +102,7 @@ def _ledger_lines(ledger, width):
         text = table.pformat(max_lines=-1, max_width=-1, align=["<", ">", ">", ">"])
     return [line.rstrip() for line in text]
 
-# %% ../nbs/C_cli.ipynb #a488779a
+# %% ../nbs/C_cli.ipynb #f5de2723
 def _recipe(spectra, continuum_pixels, source):
     "The spectra with all in their meta that `as_trained` needs; the model keeps it."
     import numpy as np
@@ -132,7 +132,7 @@ def as_trained(
     pixels = model.metadata_.get("continuum_pixels")
     return normalize(spectra, continuum_pixels=None if pixels is None else np.isin(np.arange(len(spectra.wavelength)), pixels))
 
-# %% ../nbs/C_cli.ipynb #72b34ba2
+# %% ../nbs/C_cli.ipynb #32921b08
 def _dark(model, spectra, fraction=0.05):
     "Pixels below `fraction` of what a star of mean labels has there, each star relative to its own median: (N, P) bool."
     import numpy as np
@@ -143,7 +143,7 @@ def _dark(model, spectra, fraction=0.05):
         typical = model.theta_[:, 0] / np.nanmedian(model.theta_[:, 0])
         return spectra.flux < fraction * np.where(level > 0, level, np.nan) * typical
 
-# %% ../nbs/C_cli.ipynb #f026f77e
+# %% ../nbs/C_cli.ipynb #375cd954
 def _check_target(path, suffixes, what):
     "A file of a right kind can be written at `path`, else LabError."
     from stellar_lab.survey import LabError
@@ -194,7 +194,7 @@ def _check_fields(root, product, fields):
         some = ", ".join(there[:12]) + (f" and {len(there) - 12} more" if len(there) > 12 else "")
         raise LabError(f"no {' or '.join(products)} files of field {', '.join(empty)} below {root}: it has {some or 'none of any field'}")
 
-# %% ../nbs/C_cli.ipynb #842daf28
+# %% ../nbs/C_cli.ipynb #007c8cef
 def train(
     root,                       # archive root
     path=None,                  # .asdf file for the model, its record goes beside it as .json; nothing is written by default
@@ -278,7 +278,7 @@ def _split(n, test_size, seed):
     except ValueError as error:
         raise LabError(f"{n} stars cannot be split with a test size of {test_size} ({error})") from error
 
-# %% ../nbs/C_cli.ipynb #0bb0c24b
+# %% ../nbs/C_cli.ipynb #18c55c2c
 def _report(model, spectra, ledger, sets, arguments, root, path):
     from stellar_lab.inversion import error_table, with_error_model
     from stellar_lab.survey import LabError
@@ -287,7 +287,7 @@ def _report(model, spectra, ledger, sets, arguments, root, path):
     errors = {name: error_table(table, spectra[rows].labels(names), names, model.scales_) for name, (rows, table) in sets.items()}
     kind, (rows, table) = list(sets.items())[-1]
     flagged = count_flags(table["flags"])
-    notes = [f"{sum(table['flags'] > 0)} of {len(table)} {kind} carry a flag{_flag_text(flagged)}"]
+    notes = [f"{kind} with a flag: {sum(table['flags'] > 0)} of {len(table)}{_flag_text(flagged)}"]
     try:
         model = with_error_model(model, table, spectra[rows].labels(names))
         notes.append(f"the errors of new labels are honest: inflated to fit the {len(table)} {kind}")
@@ -347,7 +347,7 @@ def _versions():
     packages = ("numpy", "scipy", "scikit-learn", "astropy")
     return {"stellar_lab": __version__, "python": ".".join(map(str, sys.version_info[:3])), **{name: version(name) for name in packages}}
 
-# %% ../nbs/C_cli.ipynb #db3bc821
+# %% ../nbs/C_cli.ipynb #d72c63d5
 def find_spectra(
     paths,                 # files, folders, archive roots
     product: str = None,   # "apstar" or "aspcapstar"; of a folder that holds both only these are taken
@@ -391,7 +391,7 @@ def _search(folder):
 def _raise(error):
     raise error
 
-# %% ../nbs/C_cli.ipynb #2b3382cb
+# %% ../nbs/C_cli.ipynb #5b9e2159
 LABEL_BATCH = 256   # files in memory at a time
 
 
@@ -418,9 +418,9 @@ class LabelSummary:
         lost = {problem.path for problem in self.problems}
         flags = self.table["flags"][[file not in lost for file in self.table["file"]]]
         doubtful = sum(flags > 0)
-        lines = [f"{self.labelled} of {self.files} stars labelled" + (f" by {self.model}" if self.model else "") + (f", in {self.out}" if self.out else "")]
-        lines.append(f"{doubtful} of them carry a flag{_flag_text(count_flags(flags))}")
-        return "\n".join(lines + ([f"{len(self.problems)} files gave no labels"] if self.problems else []))
+        lines = [f"{self.labelled} of {self.files} stars labelled" + (f" by {self.model}" if self.model else "") + (f", in {self.out}" if self.out else ""),
+                 f"with a flag: {doubtful}{_flag_text(count_flags(flags))}"]
+        return "\n".join(lines + ([f"without labels: {len(self.problems)}"] if self.problems else []))
 
 
 def label(
@@ -459,7 +459,7 @@ def _check_products(model, files, any_product):
         raise LabError(f"{said}, but {path} is an {kind} file ({len(others)} of {len(files)} are). Another normalization shifts the labels: "
                        f"give it {product or 'its own'} files, or insist with --any-product (any_product=True)")
 
-# %% ../nbs/C_cli.ipynb #99ad086b
+# %% ../nbs/C_cli.ipynb #dd1e2289
 def _label_files(model, files, progress):
     "One table of all files that give labels (None if none does), and the problems of the others."
     from astropy.table import vstack
@@ -510,7 +510,7 @@ def write_labels(
         warnings.filterwarnings("ignore", message=".*could not be saved in native FITS format")   # dex; astropy keeps it another way
         write_table(table, path)
 
-# %% ../nbs/C_cli.ipynb #29fb707b
+# %% ../nbs/C_cli.ipynb #8f0b433a
 def describe(
     path,              # .asdf file of a model
     width: int = None, # columns to fill; those of the terminal by default
@@ -585,7 +585,7 @@ def _paragraphs(pairs):
     return [line for name, text in pairs for line in textwrap.wrap(text, width, initial_indent=f"  {name:<13}", subsequent_indent=" " * 15,
                                                                    break_long_words=False, break_on_hyphens=False)]
 
-# %% ../nbs/C_cli.ipynb #1d82cee0
+# %% ../nbs/C_cli.ipynb #9f87eaf7
 ARCHIVE_WRITERS = {"clusters": "write_clusters"}   # name -> function of stellar_lab.archives
 PRODUCT_NAMES = ("apstar", "aspcapstar")
 
@@ -628,7 +628,7 @@ def _command(commands, name, run, summary, text, interrupted):
     parser.set_defaults(run=run, interrupted=interrupted)
     yield parser
 
-# %% ../nbs/C_cli.ipynb #69d7a71a
+# %% ../nbs/C_cli.ipynb #703c8db2
 def _run_archive(options):
     from stellar_lab import archives
 
@@ -675,7 +675,7 @@ def _run_report(options):
 def _shows_progress():
     return sys.stderr.isatty()
 
-# %% ../nbs/C_cli.ipynb #9e0885c3
+# %% ../nbs/C_cli.ipynb #c7d94bf6
 _OVERVIEW = """
 Labels of stars (temperature, gravity, abundances) from their APOGEE spectra:
 bring an archive of spectra home, train The Cannon on it, label stars with it.
@@ -772,7 +772,7 @@ Example:
   stellar-lab report --model giants.asdf
 """
 
-# %% ../nbs/C_cli.ipynb #d6b57e7a
+# %% ../nbs/C_cli.ipynb #14374c0b
 def _add_archive(commands):
     with _command(commands, "archive", _run_archive, "write an archive of real stars, no network needed", _ARCHIVE,
                   "nothing was written") as parser:
@@ -837,7 +837,7 @@ def make_parser() -> argparse.ArgumentParser:
         add(commands)
     return parser
 
-# %% ../nbs/C_cli.ipynb #a8fa6b14
+# %% ../nbs/C_cli.ipynb #008f1377
 def main(
     argv: list = None,   # words after the command's name; those of the process by default
 ) -> int:                # exit code: 0 all is well, 1 done but something is missing, 2 an error, 130 interrupted

@@ -59,7 +59,7 @@ check: $(STAMP) ## do package, twins and notebooks agree, and are all outputs th
 archive: $(STAMP) ## write the embedded archive of real stars into data/archives/clusters
 	@$(BIN)/python tools/lab.py archive
 
-outputs: archive ## refresh the outputs that the notebooks carry [NB="03_normalize …"]
+outputs: $(STAMP) ## refresh the outputs that the notebooks carry [NB="03_normalize …"]
 	@$(BIN)/python tools/lab.py outputs $(NB)
 
 bench: $(STAMP) ## time training and inversion beside their bare matrix products

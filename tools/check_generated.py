@@ -1,13 +1,13 @@
 """Do package, text twins and notebooks agree? Regenerates all three in a copy, so the work tree is never touched, and compares."""
 import difflib
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from notebooks import ROOT, environment
+
 COPIED = ("settings.ini", "jupytext.toml", "tools/sync.sh", "nbs", "stellar_lab")
 COMPARED = ("nbs", "stellar_lab")
 
@@ -29,7 +29,7 @@ def regenerate(root, folder):
         if generated.name != "__init__.py":   # a twin or module without its notebook shall not survive
             generated.unlink()
     # nbdev also reads settings from the user's configuration folder; the check shall not.
-    made = subprocess.run(["sh", "tools/sync.sh"], cwd=folder, env=os.environ | {"XDG_CONFIG_HOME": str(folder)}, capture_output=True, text=True)
+    made = subprocess.run(["sh", "tools/sync.sh"], cwd=folder, env=environment(XDG_CONFIG_HOME=str(folder)), capture_output=True, text=True)
     if made.returncode:
         raise SystemExit(f"make sync failed:\n{made.stdout}{made.stderr}")
     files = [path for part in COMPARED for path in sorted((folder / part).rglob("*")) if path.suffix in (".py", ".ipynb")]

@@ -22,7 +22,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernel
 from tqdm import tqdm
 
 import pages
-from notebooks import NBS, ROOT, ROOMY, notebooks, read, title
+from notebooks import NBS, ROOMY, ROOT, environment, notebooks, read, title
 
 ARCHIVES = ROOT / "data" / "archives"
 BUILD = ROOT / "_build"
@@ -244,8 +244,7 @@ def main():
     commands.add_parser("archive").add_argument("name", nargs="?", default="clusters")
     commands.add_parser("outputs").add_argument("names", nargs="*")
     options = parser.parse_args()
-    os.environ.update(SETTINGS)
-    os.environ["PATH"] = f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    os.environ.update(environment(**SETTINGS))
     os.environ.pop("MPLBACKEND", None)   # the notebooks' own, inline
     from stellar_lab.survey import LabError
 

@@ -1,5 +1,7 @@
 """What the tools know of the notebooks: their order, their title, the directives of their cells."""
+import os
 import re
+import sys
 from pathlib import Path
 
 import nbformat
@@ -7,6 +9,11 @@ import nbformat
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 ROOMY = 2_000_000   # bytes: a notebook above this is no longer read where it lies
+
+
+def environment(**settings):
+    "The caller's environment, but the programs are those of this Python's, with `settings` on top."
+    return os.environ | {"PATH": f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}"} | settings
 
 
 def natural(path):

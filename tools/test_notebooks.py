@@ -8,7 +8,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from notebooks import ROOT, notebooks
+from notebooks import ROOT, environment, notebooks
 
 SETTINGS = {"STELLAR_LAB_ARCHIVE": str(ROOT / "data" / "archives" / "clusters"), "STELLAR_LAB_PROFILE": "quick",
             "MPLBACKEND": "Agg", "TF_CPP_MIN_LOG_LEVEL": "3"}
@@ -17,8 +17,8 @@ SETTINGS = {"STELLAR_LAB_ARCHIVE": str(ROOT / "data" / "archives" / "clusters"),
 def test(path, timeout, threads):
     "Test one notebook: (its name, seconds, what went wrong or nothing)."
     begin = time.monotonic()
-    environment = os.environ | SETTINGS | {"OMP_NUM_THREADS": str(threads)}
-    process = subprocess.Popen(["nbdev_test", "--path", str(path)], cwd=ROOT, env=environment, start_new_session=True, text=True,
+    settings = environment(OMP_NUM_THREADS=str(threads), **SETTINGS)
+    process = subprocess.Popen(["nbdev_test", "--path", str(path)], cwd=ROOT, env=settings, start_new_session=True, text=True,
                                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
         output, _ = process.communicate(timeout=timeout)

@@ -6,7 +6,7 @@
 __all__ = ['REPORT_FORMAT', 'LABEL_BATCH', 'ARCHIVE_WRITERS', 'PRODUCT_NAMES', 'TrainingReport', 'as_trained', 'train',
            'count_flags', 'find_spectra', 'LabelSummary', 'label', 'write_labels', 'describe', 'make_parser', 'main']
 
-# %% ../nbs/C_cli.ipynb #dcab33ad
+# %% ../nbs/C_cli.ipynb #621b14de
 import argparse
 import json
 import math
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from . import __version__
 
-# %% ../nbs/C_cli.ipynb #469c7568
+# %% ../nbs/C_cli.ipynb #df71d9ae
 REPORT_FORMAT = 1
 
 
@@ -102,7 +102,7 @@ def _ledger_lines(ledger, width):
         text = table.pformat(max_lines=-1, max_width=-1, align=["<", ">", ">", ">"])
     return [line.rstrip() for line in text]
 
-# %% ../nbs/C_cli.ipynb #f5de2723
+# %% ../nbs/C_cli.ipynb #d53f98c8
 def _recipe(spectra, continuum_pixels, source):
     "The spectra with all in their meta that `as_trained` needs; the model keeps it."
     import numpy as np
@@ -132,7 +132,7 @@ def as_trained(
     pixels = model.metadata_.get("continuum_pixels")
     return normalize(spectra, continuum_pixels=None if pixels is None else np.isin(np.arange(len(spectra.wavelength)), pixels))
 
-# %% ../nbs/C_cli.ipynb #32921b08
+# %% ../nbs/C_cli.ipynb #01de7d38
 def _dark(model, spectra, fraction=0.05):
     "Pixels below `fraction` of what a star of mean labels has there, each star relative to its own median: (N, P) bool."
     import numpy as np
@@ -143,7 +143,7 @@ def _dark(model, spectra, fraction=0.05):
         typical = model.theta_[:, 0] / np.nanmedian(model.theta_[:, 0])
         return spectra.flux < fraction * np.where(level > 0, level, np.nan) * typical
 
-# %% ../nbs/C_cli.ipynb #375cd954
+# %% ../nbs/C_cli.ipynb #c9358aca
 def _check_target(path, suffixes, what):
     "A file of a right kind can be written at `path`, else LabError."
     from stellar_lab.survey import LabError
@@ -194,7 +194,7 @@ def _check_fields(root, product, fields):
         some = ", ".join(there[:12]) + (f" and {len(there) - 12} more" if len(there) > 12 else "")
         raise LabError(f"no {' or '.join(products)} files of field {', '.join(empty)} below {root}: it has {some or 'none of any field'}")
 
-# %% ../nbs/C_cli.ipynb #007c8cef
+# %% ../nbs/C_cli.ipynb #4bccf028
 def train(
     root,                       # archive root
     path=None,                  # .asdf file for the model, its record goes beside it as .json; nothing is written by default
@@ -249,7 +249,8 @@ def _check_training(spectra, names, order, pixels):
     if pixels is not None and PRODUCTS[product].normalized:
         raise LabError(f"{product} spectra are normalized already, continuum pixels change nothing: leave them out, or choose product apstar")
     if terms > len(spectra):
-        raise LabError(f"{len(spectra)} stars cannot determine {terms} terms (order {order} in {len(names)} labels): take more stars, a lower order or fewer labels")
+        raise LabError(f"{len(spectra)} stars cannot determine {terms} terms (order {order} in {len(names)} labels): "
+                       "take more stars, a lower order or fewer labels")
 
 
 def _judge(model, spectra, test_size, folds, seed, progress):
@@ -278,7 +279,7 @@ def _split(n, test_size, seed):
     except ValueError as error:
         raise LabError(f"{n} stars cannot be split with a test size of {test_size} ({error})") from error
 
-# %% ../nbs/C_cli.ipynb #18c55c2c
+# %% ../nbs/C_cli.ipynb #fafc1f21
 def _report(model, spectra, ledger, sets, arguments, root, path):
     from stellar_lab.inversion import error_table, with_error_model
     from stellar_lab.survey import LabError
@@ -305,12 +306,12 @@ def count_flags(flags) -> dict:
 
     from stellar_lab.inversion import Flag
 
-    counts = {flag.name: int(np.count_nonzero(np.asarray(flags) & flag)) for flag in Flag}
+    counts = {flag.name: int(np.count_nonzero(np.asarray(flags, int) & flag)) for flag in Flag}
     return {name: count for name, count in counts.items() if count}
 
 
 def _flag_text(counts):
-    return (": " + ", ".join(f"{count} {name}" for name, count in counts.items())) if counts else ""
+    return f" ({', '.join(f'{count} {name}' for name, count in counts.items())})" if counts else ""
 
 
 def _facts(model, spectra, arguments, root, path):
@@ -347,7 +348,7 @@ def _versions():
     packages = ("numpy", "scipy", "scikit-learn", "astropy")
     return {"stellar_lab": __version__, "python": ".".join(map(str, sys.version_info[:3])), **{name: version(name) for name in packages}}
 
-# %% ../nbs/C_cli.ipynb #d72c63d5
+# %% ../nbs/C_cli.ipynb #2ced444b
 def find_spectra(
     paths,                 # files, folders, archive roots
     product: str = None,   # "apstar" or "aspcapstar"; of a folder that holds both only these are taken
@@ -391,7 +392,7 @@ def _search(folder):
 def _raise(error):
     raise error
 
-# %% ../nbs/C_cli.ipynb #5b9e2159
+# %% ../nbs/C_cli.ipynb #cfcf5d1d
 LABEL_BATCH = 256   # files in memory at a time
 
 
@@ -418,7 +419,8 @@ class LabelSummary:
         lost = {problem.path for problem in self.problems}
         flags = self.table["flags"][[file not in lost for file in self.table["file"]]]
         doubtful = sum(flags > 0)
-        lines = [f"{self.labelled} of {self.files} stars labelled" + (f" by {self.model}" if self.model else "") + (f", in {self.out}" if self.out else ""),
+        by, where = f" by {self.model}" if self.model else "", f", in {self.out}" if self.out else ""
+        lines = [f"{self.labelled} of {self.files} stars labelled{by}{where}",
                  f"with a flag: {doubtful}{_flag_text(count_flags(flags))}"]
         return "\n".join(lines + ([f"without labels: {len(self.problems)}"] if self.problems else []))
 
@@ -459,7 +461,7 @@ def _check_products(model, files, any_product):
         raise LabError(f"{said}, but {path} is an {kind} file ({len(others)} of {len(files)} are). Another normalization shifts the labels: "
                        f"give it {product or 'its own'} files, or insist with --any-product (any_product=True)")
 
-# %% ../nbs/C_cli.ipynb #dd1e2289
+# %% ../nbs/C_cli.ipynb #59def6e7
 def _label_files(model, files, progress):
     "One table of all files that give labels (None if none does), and the problems of the others."
     from astropy.table import vstack
@@ -510,7 +512,7 @@ def write_labels(
         warnings.filterwarnings("ignore", message=".*could not be saved in native FITS format")   # dex; astropy keeps it another way
         write_table(table, path)
 
-# %% ../nbs/C_cli.ipynb #8f0b433a
+# %% ../nbs/C_cli.ipynb #39659715
 def describe(
     path,              # .asdf file of a model
     width: int = None, # columns to fill; those of the terminal by default
@@ -585,7 +587,7 @@ def _paragraphs(pairs):
     return [line for name, text in pairs for line in textwrap.wrap(text, width, initial_indent=f"  {name:<13}", subsequent_indent=" " * 15,
                                                                    break_long_words=False, break_on_hyphens=False)]
 
-# %% ../nbs/C_cli.ipynb #9f87eaf7
+# %% ../nbs/C_cli.ipynb #53c67f0f
 ARCHIVE_WRITERS = {"clusters": "write_clusters"}   # name -> function of stellar_lab.archives
 PRODUCT_NAMES = ("apstar", "aspcapstar")
 
@@ -628,7 +630,7 @@ def _command(commands, name, run, summary, text, interrupted):
     parser.set_defaults(run=run, interrupted=interrupted)
     yield parser
 
-# %% ../nbs/C_cli.ipynb #703c8db2
+# %% ../nbs/C_cli.ipynb #dfc1b83c
 def _run_archive(options):
     from stellar_lab import archives
 
@@ -675,7 +677,7 @@ def _run_report(options):
 def _shows_progress():
     return sys.stderr.isatty()
 
-# %% ../nbs/C_cli.ipynb #c7d94bf6
+# %% ../nbs/C_cli.ipynb #d4e9de3c
 _OVERVIEW = """
 Labels of stars (temperature, gravity, abundances) from their APOGEE spectra:
 bring an archive of spectra home, train The Cannon on it, label stars with it.
@@ -772,7 +774,7 @@ Example:
   stellar-lab report --model giants.asdf
 """
 
-# %% ../nbs/C_cli.ipynb #14374c0b
+# %% ../nbs/C_cli.ipynb #af308bf6
 def _add_archive(commands):
     with _command(commands, "archive", _run_archive, "write an archive of real stars, no network needed", _ARCHIVE,
                   "nothing was written") as parser:
@@ -788,7 +790,8 @@ def _add_fetch(commands):
         parser.add_argument("root", metavar="ROOT", help="folder that the archive goes to")
         parser.add_argument("--from", dest="source", required=True, metavar="SOURCE", help="URL or folder of the archive to fetch from")
         parser.add_argument("--release", metavar="NAME", help="dr10, dr14, dr16 or dr17 (default: the archive's own; dr14 for the survey)")
-        parser.add_argument("--fields", type=_list, metavar="LIST", help="location IDs up to DR14, names since DR16 (default: the archive's own; the lab's four for the survey)")
+        parser.add_argument("--fields", type=_list, metavar="LIST", help="location IDs up to DR14, names since DR16 (default: the archive's own; "
+                            "the lab's four for the survey)")
         parser.add_argument("--product", type=_product_list, default="apstar", metavar="LIST", help="apstar, aspcapstar or both")
         parser.add_argument("--telescope", type=_list, metavar="LIST", help="apo25m, lco25m, apo1m (default: all of the release)")
         parser.add_argument("--workers", type=int, default=4, metavar="N", help="downloads at once")
@@ -800,18 +803,21 @@ def _add_train(commands):
                   "nothing was written") as parser:
         parser.add_argument("root", metavar="ROOT", help="root of an archive")
         parser.add_argument("--model", required=True, metavar="FILE", help="where the model goes (.asdf)")
-        parser.add_argument("--labels", type=_list, metavar="LIST", help="teff, logg, fe_h, mg_fe, si_fe, m_h, alpha_m, c_m, n_m (default: the archive's own)")
+        parser.add_argument("--labels", type=_list, metavar="LIST", help="teff, logg, fe_h, mg_fe, si_fe, m_h, alpha_m, c_m, n_m (default: "
+                            "the archive's own)")
         parser.add_argument("--fields", type=_fields, metavar="LIST", help="fields to learn from, or 'all' (default: the archive's own)")
         parser.add_argument("--product", type=str.lower, choices=PRODUCT_NAMES, help="apstar: raw flux, normalized here; aspcapstar: normalized by "
                             "the survey (default: apstar if there are any)")
-        parser.add_argument("--continuum-pixels", metavar="FILE", help="pixels for the continuum of apstar spectra: .npy of flags or pixel numbers, or "
-                            "text, a vacuum wavelength a line (default: the lab's 529)")
+        parser.add_argument("--continuum-pixels", metavar="FILE", help="pixels for the continuum of apstar spectra: .npy of flags or pixel "
+                            "numbers, or text, a vacuum wavelength a line (default: the lab's 529)")
         parser.add_argument("--order", type=int, default=2, metavar="N", help="of the polynomial in the labels")
-        parser.add_argument("--scatter", action="store_true", help="fit an intrinsic scatter per pixel, so that pixels that the labels do not explain "
-                            "weigh less (default: off, as in the lab; on is better)")
+        parser.add_argument("--scatter", action="store_true", help="fit an intrinsic scatter per pixel, so that pixels that the labels do not "
+                            "explain weigh less (default: off, as in the lab; on is better)")
         split = parser.add_mutually_exclusive_group()
-        split.add_argument("--test-size", type=float, default=0.33, metavar="SHARE", help="share of the stars left out to judge the model, which learns from the others")
-        split.add_argument("--folds", type=int, metavar="K", help="judge in K folds instead: each star is left out once; the model itself learns from all")
+        split.add_argument("--test-size", type=float, default=0.33, metavar="SHARE", help="share of the stars left out to judge the model, which "
+                           "learns from the others")
+        split.add_argument("--folds", type=int, metavar="K", help="judge in K folds instead: each star is left out once; the model itself "
+                           "learns from all")
         parser.add_argument("--seed", type=int, default=42, metavar="S", help="of the split or the folds")
 
 
@@ -830,18 +836,29 @@ def _add_report(commands):
 
 def make_parser() -> argparse.ArgumentParser:
     "The parser of all commands."
-    parser = argparse.ArgumentParser("stellar-lab", description=_OVERVIEW.strip(), epilog=_AFTERWORD.strip(), formatter_class=_Help, allow_abbrev=False)
+    parser = argparse.ArgumentParser("stellar-lab", description=_OVERVIEW.strip(), epilog=_AFTERWORD.strip(), formatter_class=_Help,
+                                     allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"stellar_lab {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="stellar-lab")
     for add in (_add_archive, _add_fetch, _add_train, _add_label, _add_report):
         add(commands)
     return parser
 
-# %% ../nbs/C_cli.ipynb #008f1377
+# %% ../nbs/C_cli.ipynb #005126c2
 def main(
     argv: list = None,   # words after the command's name; those of the process by default
 ) -> int:                # exit code: 0 all is well, 1 done but something is missing, 2 an error, 130 interrupted
     "The command `stellar-lab`."
+    try:
+        code = _main(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:   # whoever read us has seen enough, as in `stellar-lab report … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _main(argv):
     parser = make_parser()
     try:
         options = parser.parse_args(argv)
@@ -850,25 +867,22 @@ def main(
     if not hasattr(options, "run"):
         parser.print_help()
         return 2
-    return _run(options)
-
-
-def _run(options):
     try:
-        from stellar_lab.survey import LabError
-
-        try:
-            code = options.run(options)
-            sys.stdout.flush()
-            return code
-        except LabError as error:
-            return _fail(error)
-    except BrokenPipeError:   # whoever read us has seen enough, as in `stellar-lab report … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _run(options)
     except KeyboardInterrupt:
         print(f"\nstellar-lab: interrupted: {options.interrupted}", file=sys.stderr)
         return 130
+
+
+def _run(options):
+    from stellar_lab.survey import LabError
+
+    try:
+        return options.run(options)
+    except BrokenPipeError:
+        raise
+    except LabError as error:
+        return _fail(error)
     except OSError as error:
         return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
 

@@ -7,7 +7,7 @@ __all__ = ['SCATTER_ROUNDS', 'SCATTER_TOLERANCE', 'FORMAT_VERSION', 'NAIVE_RUN',
            'pair_index', 'train_test_rows', 'fold_numbers', 'Cannon', 'training_set', 'plot_labels', 'plot_fit',
            'naive_normalize', 'find_continuum_pixels', 'published_giants']
 
-# %% ../nbs/04_cannon.ipynb #5ca85b58
+# %% ../nbs/04_cannon.ipynb #3fe7059f
 import hashlib
 import os
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ from .clean import apply_cuts, read_archive
 from .normalize import drop_masked, normalize
 from .survey import LABELS, LabError, Spectra, atomic_path, chip_slices, plot_spectrum
 
-# %% ../nbs/04_cannon.ipynb #66942b6c
+# %% ../nbs/04_cannon.ipynb #aef99fc2
 @dataclass(frozen=True)
 class Vectorizer:
     "Turns labels into the terms of a polynomial. The first term is the constant."
@@ -103,10 +103,12 @@ class Vectorizer:
         force: np.ndarray,    # (N, T)
     ) -> np.ndarray:          # (N, K, K)
         "Second derivatives of the terms, summed over the terms with `force`."
+        at = labels if self.exponents.sum(axis=1).max() > 2 else labels[:1]   # a quadratic bends the same everywhere
         lowered = [Vectorizer(self.label_names, np.maximum(self.exponents - step, 0)) for step in np.eye(len(self.label_names), dtype=int)]
-        return np.stack([np.einsum("nt,ntj->nj", force * e, term.derivative(labels)) for e, term in zip(self.exponents.T, lowered)], axis=1)
+        bend = np.stack([e[:, None] * term.derivative(at) for e, term in zip(self.exponents.T, lowered)], axis=2)   # (N or 1, T, K, K)
+        return np.einsum("nt,ntjk->njk", force, bend) if len(at) > 1 else np.tensordot(force, bend[0], axes=1)
 
-# %% ../nbs/04_cannon.ipynb #b480c3ae
+# %% ../nbs/04_cannon.ipynb #837b091a
 @cache
 def _blas():
     return ThreadpoolController()
@@ -132,7 +134,7 @@ def pair_index(
     place[i, j] = place[j, i] = np.arange(len(i))
     return i, j, place
 
-# %% ../nbs/04_cannon.ipynb #bd3e95c4
+# %% ../nbs/04_cannon.ipynb #4f01fb6e
 SCATTER_ROUNDS, SCATTER_TOLERANCE = 40, 1e-4   # at most this many fits a pixel; done when no scatter moves by more than this share
 
 
@@ -170,7 +172,7 @@ def _fit_block(flux, ivar, design, products, place, scatter):
             break
     return theta, scatter2
 
-# %% ../nbs/04_cannon.ipynb #317ca307
+# %% ../nbs/04_cannon.ipynb #85f4e8e4
 FORMAT_VERSION = 1
 
 
@@ -357,7 +359,7 @@ def _plain(value):
         return value.item()
     return list(value) if isinstance(value, tuple) else value
 
-# %% ../nbs/04_cannon.ipynb #9eeb005d
+# %% ../nbs/04_cannon.ipynb #ebf3ac4f
 def training_set(
     root,                       # archive root
     product: str = None,        # "apstar" or "aspcapstar"; by default the archive's first
@@ -372,7 +374,7 @@ def training_set(
     spectra = normalize(spectra, continuum_pixels=continuum_pixels)
     return drop_masked(spectra, ledger=ledger)
 
-# %% ../nbs/04_cannon.ipynb #85bd75a5
+# %% ../nbs/04_cannon.ipynb #aff57632
 def plot_labels(labels, names, axes=None, **histogram):
     "Histograms of labels (N, K), one panel each; returns the Axes."
     axes = plt.subplots(1, len(names), figsize=(2 * len(names), 2), sharey=True)[1] if axes is None else axes
@@ -382,7 +384,7 @@ def plot_labels(labels, names, axes=None, **histogram):
     np.atleast_1d(axes)[0].set_ylabel("stars")
     return axes
 
-# %% ../nbs/04_cannon.ipynb #10b4c343
+# %% ../nbs/04_cannon.ipynb #1e472ed1
 def plot_fit(
     spectra: Spectra, row: int,     # the star
     model_flux: np.ndarray,         # (P,) what the model says
@@ -400,7 +402,7 @@ def plot_fit(
     ax.legend(loc="lower right", ncols=2, frameon=False)
     return ax
 
-# %% ../nbs/04_cannon.ipynb #4fc2a48f
+# %% ../nbs/04_cannon.ipynb #7c2c1090
 NAIVE_RUN, NAIVE_QUANTILE = 100, 0.9
 
 
@@ -452,7 +454,7 @@ def find_continuum_pixels(
         chosen[candidates[worst_rank.argsort(kind="stable")[:round(share * (chip.stop - chip.start))]]] = True
     return chosen
 
-# %% ../nbs/04_cannon.ipynb #4da499a8
+# %% ../nbs/04_cannon.ipynb #8cbc0cb3
 def published_giants(folder):
     "The Cannon 2's test set of 671 giants: labels, flux, ivar, label names, and what its authors fitted."
     with np.load(Path(folder) / "apogee_671_stars_100_pixels.npz") as file:

@@ -133,8 +133,10 @@ class Vectorizer:
         force: np.ndarray,    # (N, T)
     ) -> np.ndarray:          # (N, K, K)
         "Second derivatives of the terms, summed over the terms with `force`."
+        at = labels if self.exponents.sum(axis=1).max() > 2 else labels[:1]   # a quadratic bends the same everywhere
         lowered = [Vectorizer(self.label_names, np.maximum(self.exponents - step, 0)) for step in np.eye(len(self.label_names), dtype=int)]
-        return np.stack([np.einsum("nt,ntj->nj", force * e, term.derivative(labels)) for e, term in zip(self.exponents.T, lowered)], axis=1)
+        bend = np.stack([e[:, None] * term.derivative(at) for e, term in zip(self.exponents.T, lowered)], axis=2)   # (N or 1, T, K, K)
+        return np.einsum("nt,ntjk->njk", force, bend) if len(at) > 1 else np.tensordot(force, bend[0], axes=1)
 
 # %%
 lab = Vectorizer.of_order(["TEFF", "LOGG", "FE_H", "MG_FE", "SI_FE"], 2)
@@ -157,6 +159,7 @@ assert np.allclose(odd.derivative(at), numeric, atol=1e-8)
 force = np.random.default_rng(1).normal(size=(5, len(odd)))
 numeric = np.stack([np.einsum("nt,ntk->nk", force, odd.derivative(at + step * e) - odd.derivative(at - step * e)) for e in np.eye(3)], axis=-1) / (2 * step)
 assert np.allclose(odd.curvature(at, force), numeric, atol=1e-7)
+assert two.curvature(np.ones((3, 2)), np.ones((3, 6))).tolist() == [[[2, 1], [1, 2]]] * 3
 assert Vectorizer.of_terms("abc", odd.terms[1:]).terms == odd.terms   # text -> exponents -> text
 with pytest.raises(LabError, match="term 'a\\*z' names 'z', which is not among the labels a, b, c"):
     Vectorizer.of_terms("abc", ["a*z"])

@@ -145,12 +145,13 @@ def _coefficients(model, dtype):
 # Three safeguards make it fit for stars of any kind. The damping $\lambda$ of Levenberg and Marquardt grows when a step does not go down and shrinks when it does. A *box* around the training
 # labels, a quarter wider than they reach, keeps the polynomial from being asked where it was never taught. And the search starts at the training star that fits
 # best, which takes one more product to find out. The term that Gauss left out, the
-# curvature of $\mathbf v$ itself, comes back for the few stars that eight steps did not settle. A star is done when the expected gain of a step is below $10^{-6}$ in $\chi^2$, a thousandth of an error bar.
+# curvature of $\mathbf v$ itself, comes back for the few stars that eight steps did not settle. A star is done when the expected gain of a step is below $10^{-4}$ in $\chi^2$, a hundredth of an error bar; the exact step below does the rest.
 
 # %%
 #| export
 MARGIN = 0.25       # the box reaches this share of the training labels' range beyond them
-DECREMENT = 1e-6    # expected gain in chi2 at which a star is done
+DECREMENT = 1e-4    # expected gain in chi2 at which a star is done: a hundredth of an error bar
+RIDGE = 1e-10       # added to second derivatives: a star that says nothing about a label stays where it is, with a huge error
 TRIALS = 512        # training stars that the search may start from
 GAUSS_STEPS = 8     # steps after which a star that still moves gets the full second derivative
 
@@ -167,7 +168,7 @@ def _newton_step(hessian, gradient, labels, low, high, damping):
     free = ~((labels <= low) & (gradient < 0) | (labels >= high) & (gradient > 0))
     K = labels.shape[1]
     diagonal = np.einsum("nkk->nk", hessian)
-    damped = np.where(free, damping[:, None] * diagonal + 1e-10, 1)[:, :, None] * np.eye(K)   # 1e-10: a star without information stays put
+    damped = np.where(free, damping[:, None] * diagonal + RIDGE, 1)[:, :, None] * np.eye(K)
     both = free[:, :, None] & free[:, None, :]
     step = np.linalg.solve(np.where(both, hessian, 0) + damped, np.where(free, gradient, 0)[..., None])[..., 0]
     return np.clip(labels + step, low, high) - labels, free
@@ -176,8 +177,12 @@ def _newton_step(hessian, gradient, labels, low, high, damping):
 def _with_curvature(model, labels, hessian, force):
     "Newton's Hessian where it is positive definite, else Gauss's."
     full = hessian - model.vectorizer_.curvature(labels, np.insert(force, 0, 0, axis=1))
-    positive = np.linalg.eigvalsh(full)[:, 0] > 1e-3 * np.linalg.eigvalsh(hessian)[:, 0]
-    return np.where(positive[:, None, None], full, hessian)
+    try:
+        np.linalg.cholesky(full)
+        return full
+    except np.linalg.LinAlgError:   # some star's is not: look which
+        positive = np.linalg.eigvalsh(full)[:, 0] > 1e-3 * np.linalg.eigvalsh(hessian)[:, 0]
+        return np.where(positive[:, None, None], full, hessian)
 
 
 def _descend(model, stats, start, box, max_steps):
@@ -224,7 +229,7 @@ def _search(model, stats, box, max_steps):
         for start in (second, np.zeros_like(second)):
             again, more, rest = _descend(model, stats[doubtful], start, box, max_steps)
             now, before = (stats[doubtful].own_chi2(model.vectorizer_(at)[:, 1:]) for at in (again, labels[doubtful]))
-            better = (now < before - 1e-6 * np.abs(before)) | (rest & ~resting[doubtful] & (now <= before))
+            better = (now < before - DECREMENT) | (rest & ~resting[doubtful] & (now <= before))
             labels[doubtful[better]], resting[doubtful[better]] = again[better], rest[better]
             steps[doubtful] += more
     return labels, steps
@@ -232,12 +237,12 @@ def _search(model, stats, box, max_steps):
 # %% [markdown]
 # ## The last step is exact
 # Single precision leaves $A$ and $\mathbf b$ with errors of a millionth, and in their difference these are larger. So the search ends on the pixels themselves: residuals in double
-# precision (rounded only once the large numbers are subtracted), their gradient (a product with 20 columns, not with 210), one more Newton step, and again for the few stars that the step moved by more than
-# a few ten-thousandths of an error bar. The same residuals give the exact $\chi^2$.
+# precision (rounded only once the large numbers are subtracted), their gradient (a product with 20 columns, not with 210), one more Newton step with the full second derivative, and again for the few stars that the step moved by more than
+# a hundredth of an error bar. The same residuals give the exact $\chi^2$.
 
 # %%
 #| export
-EXACT_STEPS, EXACT_DECREMENT = 6, 1e-7
+EXACT_STEPS, EXACT_DECREMENT = 6, 1e-4   # Newton's error after a step of 0.01 error bars is about its square
 
 
 def _finish(model, labels, stats, flux, ivar, box):
@@ -247,7 +252,7 @@ def _finish(model, labels, stats, flux, ivar, box):
     labels, chi2, resting = labels.copy(), np.empty(len(labels)), np.zeros(len(labels), dtype=bool)
     hessian = np.empty(labels.shape + labels.shape[1:])
     rows = np.arange(len(labels))
-    for count in range(EXACT_STEPS):
+    for _ in range(EXACT_STEPS):
         terms, jacobian = model.vectorizer_(labels[rows]), model.vectorizer_.derivative(labels[rows])[:, 1:]
 
         def work(part):
@@ -262,8 +267,7 @@ def _finish(model, labels, stats, flux, ivar, box):
         turned = np.swapaxes(jacobian, 1, 2)
         gradient, H = (turned @ force[..., None])[..., 0], turned @ (stats[rows].matrix() @ jacobian)
         hessian[rows] = H
-        if count:
-            H = _with_curvature(model, labels[rows], H, force)
+        H = _with_curvature(model, labels[rows], H, force)
         step, _ = _newton_step(H, gradient, labels[rows], *box, np.zeros(len(rows)))
         gain = 2 * np.einsum("nk,nk->n", step, gradient) - np.einsum("nk,nkl,nl->n", step, H, step)
         labels[rows] += step
@@ -298,7 +302,7 @@ def _outside(model, scaled):
     training = model.scale(model.training_labels_)
     tree, k = cKDTree(training), min(NEIGHBOURS, len(training) - 1)
     limit = tree.query(training, k=[k + 1])[0].max()   # a star's nearest neighbour is itself
-    return tree.query(scaled, k=[k])[0][:, 0] > limit
+    return tree.query(scaled, k=[k], workers=-1)[0][:, 0] > limit
 
 
 def poor_fit_limit(model: Cannon) -> float:
@@ -364,7 +368,7 @@ def _label_table(model, scaled, chi2, hessian, n_good, steps, resting, min_good)
     flags |= np.where(chi2 > poor_fit_limit(model) * n_good, Flag.POOR_FIT, 0)
     flags |= np.where(n_good < max(min_good * model.usable_.sum(), len(model.vectorizer_)), Flag.FEW_PIXELS, 0)
     covariance = np.full(hessian.shape, np.nan)
-    covariance[known] = np.linalg.pinv(hessian[known], hermitian=True) * np.outer(model.scales_, model.scales_)
+    covariance[known] = np.linalg.inv(hessian[known] + RIDGE * np.eye(len(low))) * np.outer(model.scales_, model.scales_)
     covariance = apply_error_model(model, covariance)
     table, labels, errors = QTable(), model.unscale(scaled), np.sqrt(np.einsum("nkk->nk", covariance))
     for k, name in enumerate(model.label_names_):

@@ -6,7 +6,7 @@
 __all__ = ['REPORT_FORMAT', 'LABEL_BATCH', 'ARCHIVE_WRITERS', 'PRODUCT_NAMES', 'TrainingReport', 'as_trained', 'train',
            'count_flags', 'find_spectra', 'LabelSummary', 'label', 'write_labels', 'describe', 'make_parser', 'main']
 
-# %% ../nbs/C_cli.ipynb #621b14de
+# %% ../nbs/C_cli.ipynb #ad540a6f
 import argparse
 import json
 import math
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from . import __version__
 
-# %% ../nbs/C_cli.ipynb #df71d9ae
+# %% ../nbs/C_cli.ipynb #ed52e201
 REPORT_FORMAT = 1
 
 
@@ -102,7 +102,7 @@ def _ledger_lines(ledger, width):
         text = table.pformat(max_lines=-1, max_width=-1, align=["<", ">", ">", ">"])
     return [line.rstrip() for line in text]
 
-# %% ../nbs/C_cli.ipynb #d53f98c8
+# %% ../nbs/C_cli.ipynb #34d721fc
 def _recipe(spectra, continuum_pixels, source):
     "The spectra with all in their meta that `as_trained` needs; the model keeps it."
     import numpy as np
@@ -132,7 +132,7 @@ def as_trained(
     pixels = model.metadata_.get("continuum_pixels")
     return normalize(spectra, continuum_pixels=None if pixels is None else np.isin(np.arange(len(spectra.wavelength)), pixels))
 
-# %% ../nbs/C_cli.ipynb #01de7d38
+# %% ../nbs/C_cli.ipynb #260bd69a
 def _dark(model, spectra, fraction=0.05):
     "Pixels below `fraction` of what a star of mean labels has there, each star relative to its own median: (N, P) bool."
     import numpy as np
@@ -143,7 +143,7 @@ def _dark(model, spectra, fraction=0.05):
         typical = model.theta_[:, 0] / np.nanmedian(model.theta_[:, 0])
         return spectra.flux < fraction * np.where(level > 0, level, np.nan) * typical
 
-# %% ../nbs/C_cli.ipynb #c9358aca
+# %% ../nbs/C_cli.ipynb #709da0b9
 def _check_target(path, suffixes, what):
     "A file of a right kind can be written at `path`, else LabError."
     from stellar_lab.survey import LabError
@@ -194,7 +194,7 @@ def _check_fields(root, product, fields):
         some = ", ".join(there[:12]) + (f" and {len(there) - 12} more" if len(there) > 12 else "")
         raise LabError(f"no {' or '.join(products)} files of field {', '.join(empty)} below {root}: it has {some or 'none of any field'}")
 
-# %% ../nbs/C_cli.ipynb #4bccf028
+# %% ../nbs/C_cli.ipynb #4edeb195
 def train(
     root,                       # archive root
     path=None,                  # .asdf file for the model, its record goes beside it as .json; nothing is written by default
@@ -279,7 +279,7 @@ def _split(n, test_size, seed):
     except ValueError as error:
         raise LabError(f"{n} stars cannot be split with a test size of {test_size} ({error})") from error
 
-# %% ../nbs/C_cli.ipynb #fafc1f21
+# %% ../nbs/C_cli.ipynb #b952b4b5
 def _report(model, spectra, ledger, sets, arguments, root, path):
     from stellar_lab.inversion import error_table, with_error_model
     from stellar_lab.survey import LabError
@@ -348,7 +348,7 @@ def _versions():
     packages = ("numpy", "scipy", "scikit-learn", "astropy")
     return {"stellar_lab": __version__, "python": ".".join(map(str, sys.version_info[:3])), **{name: version(name) for name in packages}}
 
-# %% ../nbs/C_cli.ipynb #2ced444b
+# %% ../nbs/C_cli.ipynb #a58b2307
 def find_spectra(
     paths,                 # files, folders, archive roots
     product: str = None,   # "apstar" or "aspcapstar"; of a folder that holds both only these are taken
@@ -392,8 +392,8 @@ def _search(folder):
 def _raise(error):
     raise error
 
-# %% ../nbs/C_cli.ipynb #cfcf5d1d
-LABEL_BATCH = 256   # files in memory at a time
+# %% ../nbs/C_cli.ipynb #bcfc9cde
+LABEL_BATCH = 64   # files in memory at a time
 
 
 @dataclass
@@ -461,7 +461,7 @@ def _check_products(model, files, any_product):
         raise LabError(f"{said}, but {path} is an {kind} file ({len(others)} of {len(files)} are). Another normalization shifts the labels: "
                        f"give it {product or 'its own'} files, or insist with --any-product (any_product=True)")
 
-# %% ../nbs/C_cli.ipynb #59def6e7
+# %% ../nbs/C_cli.ipynb #27faa5e3
 def _label_files(model, files, progress):
     "One table of all files that give labels (None if none does), and the problems of the others."
     from astropy.table import vstack
@@ -512,7 +512,7 @@ def write_labels(
         warnings.filterwarnings("ignore", message=".*could not be saved in native FITS format")   # dex; astropy keeps it another way
         write_table(table, path)
 
-# %% ../nbs/C_cli.ipynb #39659715
+# %% ../nbs/C_cli.ipynb #6419d439
 def describe(
     path,              # .asdf file of a model
     width: int = None, # columns to fill; those of the terminal by default
@@ -587,7 +587,7 @@ def _paragraphs(pairs):
     return [line for name, text in pairs for line in textwrap.wrap(text, width, initial_indent=f"  {name:<13}", subsequent_indent=" " * 15,
                                                                    break_long_words=False, break_on_hyphens=False)]
 
-# %% ../nbs/C_cli.ipynb #53c67f0f
+# %% ../nbs/C_cli.ipynb #04dc354d
 ARCHIVE_WRITERS = {"clusters": "write_clusters"}   # name -> function of stellar_lab.archives
 PRODUCT_NAMES = ("apstar", "aspcapstar")
 
@@ -630,7 +630,7 @@ def _command(commands, name, run, summary, text, interrupted):
     parser.set_defaults(run=run, interrupted=interrupted)
     yield parser
 
-# %% ../nbs/C_cli.ipynb #dfc1b83c
+# %% ../nbs/C_cli.ipynb #3f20d50c
 def _run_archive(options):
     from stellar_lab import archives
 
@@ -677,7 +677,7 @@ def _run_report(options):
 def _shows_progress():
     return sys.stderr.isatty()
 
-# %% ../nbs/C_cli.ipynb #d4e9de3c
+# %% ../nbs/C_cli.ipynb #fb3feb53
 _OVERVIEW = """
 Labels of stars (temperature, gravity, abundances) from their APOGEE spectra:
 bring an archive of spectra home, train The Cannon on it, label stars with it.
@@ -774,7 +774,7 @@ Example:
   stellar-lab report --model giants.asdf
 """
 
-# %% ../nbs/C_cli.ipynb #af308bf6
+# %% ../nbs/C_cli.ipynb #030a52ff
 def _add_archive(commands):
     with _command(commands, "archive", _run_archive, "write an archive of real stars, no network needed", _ARCHIVE,
                   "nothing was written") as parser:
@@ -812,7 +812,7 @@ def _add_train(commands):
                             "numbers, or text, a vacuum wavelength a line (default: the lab's 529)")
         parser.add_argument("--order", type=int, default=2, metavar="N", help="of the polynomial in the labels")
         parser.add_argument("--scatter", action="store_true", help="fit an intrinsic scatter per pixel, so that pixels that the labels do not "
-                            "explain weigh less (default: off, as in the lab; on is better)")
+                            "explain weigh less (default: off, as in the lab)")
         split = parser.add_mutually_exclusive_group()
         split.add_argument("--test-size", type=float, default=0.33, metavar="SHARE", help="share of the stars left out to judge the model, which "
                            "learns from the others")
@@ -844,7 +844,7 @@ def make_parser() -> argparse.ArgumentParser:
         add(commands)
     return parser
 
-# %% ../nbs/C_cli.ipynb #005126c2
+# %% ../nbs/C_cli.ipynb #c381dde1
 def main(
     argv: list = None,   # words after the command's name; those of the process by default
 ) -> int:                # exit code: 0 all is well, 1 done but something is missing, 2 an error, 130 interrupted

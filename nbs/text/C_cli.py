@@ -476,11 +476,11 @@ def _raise(error):
 
 
 # %% [markdown]
-# Labels come in batches, so that a hundred thousand files need no more memory than a few hundred. What fails is counted and said, file by file.
+# Labels come in batches, so that a hundred thousand files need no more memory than a few dozen. What fails is counted and said, file by file.
 
 # %%
 #| export
-LABEL_BATCH = 256   # files in memory at a time
+LABEL_BATCH = 64   # files in memory at a time
 
 
 @dataclass
@@ -920,7 +920,7 @@ def _add_train(commands):
                             "numbers, or text, a vacuum wavelength a line (default: the lab's 529)")
         parser.add_argument("--order", type=int, default=2, metavar="N", help="of the polynomial in the labels")
         parser.add_argument("--scatter", action="store_true", help="fit an intrinsic scatter per pixel, so that pixels that the labels do not "
-                            "explain weigh less (default: off, as in the lab; on is better)")
+                            "explain weigh less (default: off, as in the lab)")
         split = parser.add_mutually_exclusive_group()
         split.add_argument("--test-size", type=float, default=0.33, metavar="SHARE", help="share of the stars left out to judge the model, which "
                            "learns from the others")

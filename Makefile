@@ -61,6 +61,7 @@ archive: $(STAMP) ## write the embedded archive of real stars into data/archives
 
 outputs: $(STAMP) ## refresh the outputs that the notebooks carry [NB="03_normalize …"]
 	@$(BIN)/python tools/lab.py outputs $(NB)
+	@$(if $(NB),,$(BIN)/python tools/readme.py)
 
 bench: $(STAMP) ## time training and inversion beside their bare matrix products
 	@$(BIN)/python tools/bench.py
@@ -70,5 +71,5 @@ constraints: $(STAMP) ## fix the newest versions that go together, for all three
 	@$(BIN)/python -m uv pip compile setup.py --all-extras --universal --python-version 3.11 --fork-strategy fewest --upgrade --refresh-package stellar-lab \
 		--no-annotate --custom-compile-command "make constraints" --quiet --output-file constraints.txt
 
-clean: ## remove what was made: _build/ and the archives, not the environment
-	rm -rf _build build data/archives
+clean: ## remove _build/ and build/; the environment and the archives stay
+	rm -rf _build build

@@ -13,12 +13,13 @@ import check_generated
 import check_notebooks
 import lab
 import pages
-from notebooks import directives, natural, notebooks, title
+from notebooks import directives, environment, natural, notebooks, title
 
 
 def notebook(*cells):
     "A notebook of code cells (source, outputs) and markdown cells (source)."
-    return nb.new_notebook(cells=[nb.new_markdown_cell(cell) if isinstance(cell, str) else nb.new_code_cell(cell[0], outputs=cell[1]) for cell in cells])
+    made = [nb.new_markdown_cell(cell) if isinstance(cell, str) else nb.new_code_cell(cell[0], outputs=cell[1]) for cell in cells]
+    return nb.new_notebook(cells=made)
 
 
 def printed(text, name="stdout"):
@@ -81,7 +82,8 @@ def test_a_page_shows_what_a_reader_shall_see_and_needs_nothing_else():
     value = nb.new_output("execute_result", data={"text/latex": r"$4.1 \; \mathrm{\frac{km}{s}}$", "text/plain": "<Quantity 4.1 km / s>"})
     image = nb.new_output("display_data", data={"image/png": "iVBORw0KGgo="})
     page = pages.chapter(notebook(
-        "# How *strong*?\n> A line.\n\nWith $\\lambda_1 * \\sigma^2 * 3$ and\n$$ \\sum_p w_p $$\nit costs $5. See [it](01_fetch.ipynb) & [there](https://sdss.org).",
+        "# How *strong*?\n> A line.\n\nWith $\\lambda_1 * \\sigma^2 * 3$ and\n$$ \\sum_p w_p $$\nit costs $5. "
+        "See [it](01_fetch.ipynb) & [there](https://sdss.org).",
         ("#| hide\nsecret = 1", []), ("#| export\ndef public():\n    return 1", []), ("#| echo: false\nunseen()", [printed("seen output")]),
         ("value", [value]), ("fig", [image, printed("a: 5%|  | 3it/s", "stderr")]), ("#| default_exp lines", []),
     ), previous="00_survey")
@@ -98,7 +100,8 @@ def test_what_a_page_would_load_from_elsewhere_is_found():
 
 
 def test_the_contents_name_chapters_and_failures():
-    page = pages.index([("00_survey", "What?", "The <facts>", ""), ("01_fetch", "Is it?", "", "cell 3: ValueError")], ["archive clusters"], "TEFF 80 K")
+    chapters = [("00_survey", "What?", "The <facts>", ""), ("01_fetch", "Is it?", "", "cell 3: ValueError")]
+    page = pages.index(chapters, ["archive clusters"], "TEFF 80 K")
     assert '<a href="00_survey.html">' in page and "The &lt;facts&gt;" in page and "failed: cell 3: ValueError" in page and "TEFF 80 K" in page
 
 
@@ -128,8 +131,7 @@ def test_stale_files_are_found_without_touching_them(tmp_path):
     for extra in [*tmp_path.glob("nbs/*.ipynb"), *tmp_path.glob("nbs/text/*.py"), *tmp_path.glob("stellar_lab/*.py")]:
         if "survey" not in extra.name and extra.name != "__init__.py":
             extra.unlink()
-    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
-    subprocess.run(["sh", "tools/sync.sh"], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run(["sh", "tools/sync.sh"], cwd=tmp_path, env=environment(), check=True, capture_output=True)
     assert list(check_generated.differences(tmp_path)) == []
 
     module, twin, orphan = tmp_path / "stellar_lab/survey.py", tmp_path / "nbs/text/00_survey.py", tmp_path / "stellar_lab/orphan.py"
@@ -144,8 +146,8 @@ def test_stale_files_are_found_without_touching_them(tmp_path):
 
 # ---- make
 
-def make(*arguments, **environment):
-    return subprocess.run(["make", *arguments], cwd=ROOT, env=lab.os.environ | environment, capture_output=True, text=True)
+def make(*arguments, **variables):
+    return subprocess.run(["make", *arguments], cwd=ROOT, env=environment(**variables), capture_output=True, text=True)
 
 
 def test_make_alone_lists_the_targets():

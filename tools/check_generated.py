@@ -12,15 +12,15 @@ COPIED = ("settings.ini", "jupytext.toml", "tools/sync.sh", "nbs", "stellar_lab"
 COMPARED = ("nbs", "stellar_lab")
 
 
-def project_files(root):
-    "What git would commit of the compared folders: relative path -> content."
-    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", *COMPARED],
-                            cwd=root, check=True, capture_output=True, text=True).stdout
-    return {name: (root / name).read_text(encoding="utf-8") for name in listed.split("\0") if name and (root / name).is_file()}
+def contents(root):
+    "Notebooks, twins and modules of a project: relative path -> text."
+    files = [path for part in COMPARED for path in sorted((root / part).rglob("*")) if path.suffix in (".py", ".ipynb")]
+    kept = [path for path in files if not {"__pycache__", ".ipynb_checkpoints"} & set(path.parts)]
+    return {str(path.relative_to(root)): path.read_text(encoding="utf-8") for path in kept}
 
 
 def regenerate(root, folder):
-    "The same files as the notebooks make them: path -> content."
+    "The same files as the notebooks make them, in an empty folder."
     for name in COPIED:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         copy = shutil.copytree if (root / name).is_dir() else shutil.copy2
@@ -32,16 +32,14 @@ def regenerate(root, folder):
     made = subprocess.run(["sh", "tools/sync.sh"], cwd=folder, env=environment(XDG_CONFIG_HOME=str(folder)), capture_output=True, text=True)
     if made.returncode:
         raise SystemExit(f"make sync failed:\n{made.stdout}{made.stderr}")
-    files = [path for part in COMPARED for path in sorted((folder / part).rglob("*")) if path.suffix in (".py", ".ipynb")]
-    kept = [path for path in files if not {"__pycache__", ".ipynb_checkpoints"} & set(path.parts)]
-    return {str(path.relative_to(folder)): path.read_text(encoding="utf-8") for path in kept}
+    return contents(folder)
 
 
 def differences(root=ROOT):
     "A unified diff for each file on which notebooks and generated files disagree."
     with tempfile.TemporaryDirectory() as folder:
         made = regenerate(root, Path(folder))
-    found = project_files(root)
+    found = contents(root)
     for name in sorted(found.keys() | made.keys()):
         old, new = found.get(name, ""), made.get(name, "")
         if old != new:

@@ -152,7 +152,8 @@ def run_all(paths, timeout):
                 run_notebook(notebook, path.name, timeout, progress)
             except Failed as error:
                 problem = str(error)
-            say(f"{'FAILED' if problem else 'ok    '} {path.stem:15} {time.monotonic() - begin:5.0f} s, peak so far {peak_memory():.0f} MiB  {title(notebook)[0]}")
+            verdict, cost = "FAILED" if problem else "ok    ", f"{time.monotonic() - begin:5.0f} s, peak so far {peak_memory():.0f} MiB"
+            say(f"{verdict} {path.stem:15} {cost}  {title(notebook)[0]}")
             if problem:
                 say(problem)
             yield path, notebook, problem

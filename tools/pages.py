@@ -103,7 +103,8 @@ def index(chapters, facts, errors):
     items = []
     for name, heading, subtitle, problem in chapters:
         failed = f' <span class="failed">failed: {html.escape(problem)}</span>' if problem else ""
-        items.append(f'<li><a href="{name}.html">{name}</a>: <b>{html.escape(heading)}</b> <span class="note">{html.escape(subtitle)}</span>{failed}</li>')
+        described = f'<b>{html.escape(heading)}</b> <span class="note">{html.escape(subtitle)}</span>'
+        items.append(f'<li><a href="{name}.html">{name}</a>: {described}{failed}</li>')
     table = f"<h2>Errors on the stars of this archive</h2>\n<pre>{html.escape(errors)}</pre>" if errors else ""
     notes = "<br>".join(map(html.escape, facts))
     return page("stellar_lab", f'<h1>stellar_lab</h1>\n<p class="note">{notes}</p>\n<ul>{"".join(items)}</ul>\n{table}')

@@ -44,7 +44,7 @@ def say(text=""):
 
 def recipe(name):
     "A digest of what an embedded archive is made from: its name, the code that writes it and the data."
-    sources = [*sorted((ROOT / "data").glob("*.*")), *(ROOT / "stellar_lab" / module for module in ("survey.py", "archives.py"))]
+    sources = [*sorted((ROOT / "data").glob("clusters*")), *(ROOT / "stellar_lab" / module for module in ("survey.py", "archives.py"))]
     digest = hashlib.sha256(name.encode())
     for source in sources:
         digest.update(source.name.encode() + source.read_bytes())

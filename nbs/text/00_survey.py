@@ -38,6 +38,7 @@ from astropy.table import QTable, Table
 import pytest
 from IPython.display import Markdown
 
+
 # %% [markdown]
 # ## Errors that help
 # What a user can get wrong (a path, a label's name, an archive that is not there) is answered by an error of our own that names the thing, says what is
@@ -59,6 +60,7 @@ def require(package: str, extra: str):
         return import_module(package)
     except ImportError as error:
         raise MissingExtra(f"this needs the package {package!r}, which is not installed: pip install 'stellar_lab[{extra}]'") from error
+
 
 # %%
 with pytest.raises(MissingExtra, match=r"pip install 'stellar_lab\[network\]'"):
@@ -123,6 +125,7 @@ def chip_slices(
     edges = np.searchsorted(grid, full_wavelength[list(CHIP_SPLITS)] * (1 - LOG10_STEP))
     edges = [0, *edges, len(grid)]
     return {name: slice(int(a), int(b)) for name, a, b in zip(CHIPS, edges[:-1], edges[1:])}
+
 
 # %%
 assert [s.stop - s.start for s in chip_slices(wavelength).values()] == [2920, 2400, 1894]
@@ -201,6 +204,7 @@ def label_records(names) -> tuple:
     if unknown:
         raise LabError(f"unknown label {', '.join(map(repr, unknown))}: choose from {', '.join(LABELS)}")
     return tuple(LABELS[str(name).upper()] for name in names)
+
 
 # %%
 #| echo: false
@@ -283,6 +287,7 @@ class Release:
             raise LabError(f"{self.name} has no product {product!r}: choose from {', '.join(self.paths)}")
         return self.paths[product]
 
+
 # %% [markdown]
 # The lab's own layout, `stars/<location>/…`, is a further template of DR14: who did the lab by hand has such a folder.
 
@@ -325,6 +330,7 @@ for wrong in ("../apStar-r8-2M21334193-0048169.fits", "apStar-r8-2M21334193-0048
 assert RELEASES["dr17"].path("apstar", "N362", "2M01020000-7100000", "lco25m").endswith("lco25m/N362/asStar-dr17-2M01020000-7100000.fits")
 with pytest.raises(LabError, match="DR14 has no product 'apvisit': choose from apstar, aspcapstar"):
     dr14.path("apvisit", "4230", "2M21334193-0048169")
+
 
 # %% [markdown]
 # ## Archives: who is in them
@@ -385,6 +391,7 @@ ARCHIVE_FILE = "archive.json"   # at the root of an archive that we wrote
 Table(rows=[(a.name, a.release, ", ".join(a.labels), len(a.fields), "; ".join(map(str, a.cuts))) for a in ARCHIVES.values()],
       names=["archive", "tree of", "labels", "fields", "cuts"])
 
+
 # %% [markdown]
 # Which archive a notebook or a test works on is asked in one place. The variable `STELLAR_LAB_ARCHIVE` names a root; without it, it is the archive of
 # real stars that `make` writes. A root that says nothing about itself is the survey's DR14.
@@ -434,6 +441,7 @@ def profile() -> str:
         raise LabError(f"STELLAR_LAB_PROFILE is {name!r}: choose quick or full")
     return name
 
+
 # %%
 import tempfile
 
@@ -444,6 +452,7 @@ with tempfile.TemporaryDirectory() as root:
     (Path(root) / ARCHIVE_FILE).write_text('{"archive": "atlantis"}')
     with pytest.raises(LabError, match="'atlantis'.*choose from survey, mock, clusters"):
         archive_record(root)
+
 
 # %% [markdown]
 # ## Writing without leaving halves behind
@@ -481,6 +490,7 @@ def write_table(
     with atomic_path(path) as temporary:
         table.write(temporary, format=TABLE_FORMATS[suffix], overwrite=True)
 
+
 # %%
 with tempfile.TemporaryDirectory() as folder:
     target = Path(folder) / "labels.ecsv"
@@ -493,6 +503,7 @@ with tempfile.TemporaryDirectory() as folder:
     assert QTable.read(target)["teff"].unit == u.K                             # and the old file is whole
     with pytest.raises(LabError, match="labels.doc: the extension must be one of .fits, .ecsv, .parquet"):
         write_table(QTable(), Path(folder) / "labels.doc")
+
 
 # %% [markdown]
 # ## `Spectra`: rows stay together
@@ -564,6 +575,7 @@ class Spectra:
             return np.empty((len(self), 0))
         return np.column_stack([np.ma.filled(np.ma.asarray(self.stars[column], dtype=float), np.nan) for column in columns])
 
+
 # %%
 stars = Table({"APOGEE_ID": ["one", "two", "three"], "TEFF": [4000.0, 4500.0, np.nan] * u.K, "TEFF_ERR": [50.0, 60, 70] * u.K})
 spectra = Spectra(np.array([15200.0, 15201.0]), np.ones((3, 2), "f4"), np.ones((3, 2), "f4"), stars)
@@ -628,6 +640,7 @@ def plot_spectrum(
     ax.set(xlabel="vacuum wavelength [Å]", ylabel="flux", title=title)
     ax.margins(x=0.01)
     return ax
+
 
 # %%
 use_style()

@@ -113,6 +113,7 @@ def _fits_problem(file, size, hdus):
         file.seek(end)
     return "" if count >= hdus else f"only {count} of {hdus} HDUs"
 
+
 # %% [markdown]
 # To play with, we make an archive of our own: seven stars in two fields and a small catalogue, in the tree of data release 14. The files hold no
 # science, but as many HDUs as the survey's.
@@ -122,6 +123,7 @@ def write_star(path, hdus=10, pixels=8575):
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = [fits.ImageHDU(np.full(pixels, k, "f4")) for k in range(1, hdus)]
     fits.HDUList([fits.PrimaryHDU(), *arrays]).writeto(path)
+
 
 # %%
 dr14 = RELEASES["dr14"]
@@ -234,6 +236,7 @@ def parse_index(
     except AssertionError:   # how html.parser of some Pythons answers a broken <![declaration
         pass
     return Listing(tuple(links.files), tuple(links.folders))
+
 
 # %%
 base = "https://archive.org.invalid/sas/4230/"
@@ -357,6 +360,7 @@ def _refusing():
     except OSError as error:
         raise Refused(error.strerror or str(error)) from error
 
+
 # %% [markdown]
 # Over HTTP, `requests` keeps the connections open and urllib3's `Retry` asks again, after growing pauses or when the server says (`Retry-After`),
 # when a connection cannot be made or the answer is 429 or 5xx. We stay polite: a name to complain about in `User-Agent`, and no more connections than
@@ -397,9 +401,11 @@ def _why(error):
             return re.sub(r"^.*?(?:HTTPS?Connection(?:Pool)?\(.*?\)|<[^>]*>): ", "", str(error)) or type(error).__name__
         error = inner
 
+
 # %%
 assert _Patience(3).new().get_retry_after(requests.Response()) is None
 assert _is_loopback("127.0.0.1") and _is_loopback("::1") and _is_loopback("localhost") and not _is_loopback("data.sdss.org")
+
 
 # %% [markdown]
 # Now the source itself. Three of its decisions deserve a sentence. The tag of a file is its `ETag` or, if that is missing or *weak* (the server then
@@ -521,6 +527,7 @@ class HttpSource:
             tag = response.headers.get("Last-Modified", "")
         return Remote(int(length) if length.isdecimal() and length.isascii() else None, tag)
 
+
 # %% [markdown]
 # Which of the two it is, the address says.
 
@@ -546,6 +553,7 @@ def open_source(
     except ValueError:   # a port that is no number, an address that is none
         pass
     raise LabError(f"cannot fetch from {text}: give a folder or a URL such as {EXAMPLE}")
+
 
 # %% [markdown]
 # ## A server for one
@@ -585,6 +593,7 @@ class ArchiveHandler(SimpleHTTPRequestHandler):
         self.end_headers()
         return file
 
+
 # %% [markdown]
 # `serve` runs it in a thread while a `with` block lasts. With port 0 the system chooses a free one, so two notebooks never quarrel over it.
 
@@ -619,6 +628,7 @@ def serve(
         server.server_close()
         thread.join()
 
+
 # %% [markdown]
 # Do the two sources really have one face? Ask both for the same things.
 
@@ -636,6 +646,7 @@ with serve(desk / "server") as url:
         with pytest.raises(Missing):
             origin.stat(f"{here}/apStar-r8-nobody.fits")
         origin.close()
+
 
 # %% [markdown]
 # ## One file
@@ -674,6 +685,7 @@ def _started(part, note):
     known = isinstance(remote.size, int) and isinstance(remote.tag, str) and offset < remote.size
     return (offset, remote) if known else (0, None)
 
+
 # %% [markdown]
 # One try is: look how much is there, ask for the rest, append it. The order in which note and bytes are written matters, for we may be killed between
 # any two lines: a note must never stand beside bytes of another version. So when a file starts anew, the old note goes first, then the old bytes, and
@@ -704,6 +716,7 @@ def _receive(source, item, part, note, show, stop):
     if body.remote.size not in (None, length):
         raise Dropped(f"truncated: {length:,} of {body.remote.size:,} bytes came")
 
+
 # %% [markdown]
 # How often do we try? A connection that drops five times in a row is hopeless, but over a shaky line a catalogue of 4 GB may need fifty drops to
 # arrive, and each of them brought us further. So a megabyte of progress wipes the slate clean. A file that arrived complete and is wrong gets one
@@ -724,6 +737,7 @@ def _persist(action, tries, backoff, stop, progress=lambda: 0):
             if attempt >= tries or damaged > 1 or stop.wait(min(backoff * 2 ** attempt, MAX_WAIT)):
                 raise
 
+
 # %%
 calls = []
 
@@ -736,6 +750,7 @@ def drops():
 with pytest.raises(Dropped):
     _persist(drops, 3, 0.001, threading.Event(), progress=lambda: min(len(calls), 4) * (2 << 20))
 assert len(calls) == 4 + 3   # four tries got further and count for nothing; then three in a row were in vain
+
 
 # %% [markdown]
 # `fetch_file` ties these together. If something damaged already stands under the final name (another tool left it there), it loses that name before
@@ -785,6 +800,7 @@ def fetch_file(
                        "what is whole stays") from error
     return item
 
+
 # %% [markdown]
 # Here is a server that hangs up after 100,000 bytes of whatever it is asked for. The first run may try only once: it fails, leaves the start of the
 # file and the note, and nothing under the final name.
@@ -798,6 +814,7 @@ class HangsUp(ArchiveHandler):
         self.asked.append(self.headers.get("Range", "bytes=0-"))
         outputfile.write(source.read(100_000))
         self.close_connection = True
+
 
 # %%
 path = f"{here}/{star.name}"
@@ -832,6 +849,7 @@ ax.invert_yaxis()
 assert second.state == "fetched" and (home / path).read_bytes() == content
 assert first.received + second.received == len(content)
 assert [file.name for file in (home / here).iterdir()] == [star.name]
+
 
 # %% [markdown]
 # ## Which files
@@ -877,9 +895,11 @@ def _is_safe(path):
     plain = isinstance(path, str) and all(PLAIN_NAME.fullmatch(step) for step in path.split("/"))
     return plain and path != ARCHIVE_FILE and not path.endswith((".part", ".part.note", ".old"))
 
+
 # %%
 assert all(_is_safe(path) for path in ("truth.fits", "more/truth.ecsv"))
 assert not any(_is_safe(path) for path in ("../x", "/etc/passwd", "a//b", "a/../b", ".ssh/key", "C:\\x", "", "archive.json", "x.part", 7, None))
+
 
 # %% [markdown]
 # What the user asks for is checked before anything is asked of the source: release, fields, products, telescopes. Whatever is left out comes from the
@@ -927,6 +947,7 @@ def _wanted(record, release, fields, products, telescopes):
             raise LabError(f"{rules.name} has no {what} {unknown[0]!r}: choose from {', '.join(known)}")
     return Wanted(rules, fields, products, telescopes)
 
+
 # %% [markdown]
 # A field may have been observed by several telescopes, and a folder may follow the lab's own layout instead of the survey's; both are a loop over
 # templates, the survey's first. Wherever a file comes from, it goes to the survey's place.
@@ -966,11 +987,13 @@ def find_stars(
             return list(items.values())
     raise Missing("no such folder")
 
+
 # %%
 with serve(desk / "server") as url:
     stars = find_stars(HttpSource(url), dr14, "apstar", "4262", ("apo25m", "apo1m"))
 assert [dr14.parse_name("apstar", Path(item.path).name) for item in stars] == [f"2M2133419{k}-0048169" for k in range(4)]   # southern ones, too
 Table(rows=[(Path(item.path).name, item.hdus, item.elsewhere[0]) for item in stars], names=["file", "HDUs", "or here"])
+
 
 # %% [markdown]
 # And which fields are there? The folder above a field's folder lists them, so an error can name those that come close to what was typed.
@@ -1004,9 +1027,11 @@ def _no_field(source, wanted, product, field):
     more = f" and {len(there) - len(close)} more" if len(there) > len(close) else ""
     return LabError(f"{source.name} has no field {field!r} with {product} files of {wanted.release.name}; it has {', '.join(close)}{more}")
 
+
 # %%
 assert list_fields(FolderSource(desk / "server"), dr14) == ["4230", "4262"]
 assert list_fields(FolderSource(desk / "server"), RELEASES["dr17"]) == []
+
 
 # %% [markdown]
 # All of it together: the catalogue once, the further files, and the stars of each field and product. The folders are listed side by side. One that
@@ -1061,6 +1086,7 @@ def _find_all(source, wanted, extra, catalogue, workers, retry, stop):
     items = [_find_catalogue(source, wanted.release)] if catalogue else []
     items += [Item(path, path, 1 if path.endswith(".fits") else 0) for path in extra]
     return list({item.path: item for item in items + stars}.values())
+
 
 # %% [markdown]
 # ## All of them
@@ -1153,6 +1179,7 @@ def _bytes(number):
             return f"{number / scale:.1f} {unit}"
     return f"{number:.0f} bytes"
 
+
 # %% [markdown]
 # `fetch` puts it together. It first looks (index, sizes, what is at home already), which costs little and writes nothing; a dry run ends here. Then
 # it checks that the root can be written and is large enough, and downloads with a few workers. Two runs into the same root at once would write into
@@ -1182,6 +1209,7 @@ def _look(source, root, item):
         if _is_there(root, item):
             item.state, item.reason, item.cause = "already there", "", ""
     return item
+
 
 # %% [markdown]
 # A root holds one archive. Stars of two archives in one tree could not be told apart afterwards, so the second one is refused. And while we write,
@@ -1229,6 +1257,7 @@ def _locked(root):
     finally:
         os.close(handle)
 
+
 # %% [markdown]
 # The downloads are independent, so a few threads share them; they wait for the network most of the time. The bar counts bytes, and a file that has to
 # start over takes its bytes back from it. Whatever interrupts us (Ctrl-C, a full disk) tells the threads to stop at their next chunk.
@@ -1263,6 +1292,7 @@ def _download(source, root, items, workers, tries, backoff, progress, stop):
     for item in todo:
         if item.state == "to fetch":
             item.state, item.reason = "failed", f"not tried, for {MAX_FAILURES} others failed in a row"
+
 
 # %% [markdown]
 # And the one function that the user sees.
@@ -1318,6 +1348,7 @@ def _write_marker(path, marker, item):
         temporary.write_bytes(marker)
     item.state, item.received = "fetched", len(marker)
 
+
 # %% [markdown]
 # First a look, without a trace.
 
@@ -1336,6 +1367,7 @@ with serve(desk / "server") as url:
     once = fetch(home, url, fields=["4230", "4262"], progress=False)
     twice = fetch(home, url, fields=["4230", "4262"], progress=False)
 print(str(once).replace(url, "http://…").replace(str(desk), "…"), str(twice).splitlines()[1], sep="\n\n")
+
 
 # %%
 def tree(root):
@@ -1358,6 +1390,7 @@ for file in (desk / "server").rglob("*.fits"):
 assert fetch(by_hand, desk / "server", fields="4230,4262", progress=False).already_there == 8
 assert fetch(desk / "again", by_hand, fields="4230,4262", progress=False).fetched == 8   # and it is a source
 assert tree(desk / "again") == tree(home)                                                # which comes out in the survey's layout
+
 
 # %% [markdown]
 # ## A bad day
@@ -1384,6 +1417,7 @@ class BadDay(ArchiveHandler):
     def copyfile(self, source, outputfile):
         self.close_connection = "34190" in self.path
         outputfile.write(source.read(100_000 if self.close_connection else None))
+
 
 # %%
 with serve(desk / "server", handler=BadDay) as url:

@@ -48,6 +48,7 @@ from stellar_lab.clean import apply_cuts, read_archive, read_files
 from stellar_lab.inversion import cross_label, error_table, infer
 from stellar_lab.survey import LABELS, archive_root, real_data, use_style
 
+
 # %% [markdown]
 # ## Pixels that lines hardly touch
 # The lab came with a ready list: 529 of the 7,214 pixels, chosen by [Ness et al. 2015](https://doi.org/10.1088/0004-637X/808/1/16) from the data
@@ -61,11 +62,13 @@ def lab_continuum_pixels() -> np.ndarray:   # (7214,) bool, on-band grid
     with as_file(files("stellar_lab.data") / "continuum_pixels.npy") as path:
         return np.load(path)
 
+
 # %%
 continuum_pixels = lab_continuum_pixels()
 chips = chip_slices(wavelength)
 assert continuum_pixels.shape == wavelength.shape and continuum_pixels.sum() == 529
 {name: int(continuum_pixels[chip].sum()) for name, chip in chips.items()}
+
 
 # %% [markdown]
 # Your own list may come as a file: flags or pixel numbers saved by numpy, or plain text with a wavelength a line. A wavelength has to meet a pixel
@@ -119,6 +122,7 @@ def _pixels_at(wavelengths, path):
                        f"{wavelengths[wrong][0]:.2f}: give vacuum wavelengths in Angstrom from survey.wavelength")
     return pixel
 
+
 # %%
 with tempfile.TemporaryDirectory() as folder:
     text = Path(folder) / "pixels.txt"
@@ -127,6 +131,7 @@ with tempfile.TemporaryDirectory() as folder:
     np.savetxt(text, wavelength[continuum_pixels] - 4.4)   # air
     with pytest.raises(LabError, match="wavelengths meet no pixel.*give vacuum wavelengths"):
         read_continuum_pixels(text)
+
 
 # %% [markdown]
 # ## Outliers first
@@ -161,6 +166,7 @@ def _nan_median(values):
     middle = [np.take_along_axis(ordered, np.maximum(k, 0) // 2, axis=-1) for k in (count - 1, count)]
     return 0.5 * (middle[0] + middle[1])[..., 0]
 
+
 # %% [markdown]
 # The witness is the plain loop over stars and runs, written as the rule is spoken. Random fluxes with a scatter of 7 % put about every seventh
 # pixel beyond the limit, and lists of 5 to 108 pixels try all shapes of the last run; three of the stars have no usable pixel at all.
@@ -176,6 +182,7 @@ def inliers_loop(flux, good, run=20, tolerance=0.1):
                 middle = np.median(flux[n, pixels])
                 keep[n, [p for p in pixels if abs(flux[n, p] - middle) <= tolerance * middle]] = True
     return keep
+
 
 # %%
 rng = np.random.default_rng(3)
@@ -213,6 +220,7 @@ def fit_polynomials(
     solvable = np.linalg.cond(matrix) < MAX_CONDITION
     matrix[~solvable], right[~solvable] = np.eye(degree + 1), 0
     return np.linalg.solve(matrix, right[..., None])[..., 0], solvable
+
 
 # %% [markdown]
 # Two witnesses: `np.polyfit` (its weights multiply the residuals, so it wants $1/\sigma$), and points that lie on a parabola.
@@ -317,6 +325,7 @@ def _on_grid(continuum_pixels, grid):
                        f"give one flag (bool) for each of the {len(grid)} pixels of the spectra")
     return continuum_pixels
 
+
 # %% [markdown]
 # ## Divide, then mask
 # Flux and error are divided by the curve. After that every pixel with a bit in its mask is unusable, and so is every chip that failed: weight zero,
@@ -361,6 +370,7 @@ def _divide(spectra, curve):
         good &= spectra.mask == 0
     return np.where(np.isfinite(flux), flux, 1), np.where(good, ivar, 0)
 
+
 # %% [markdown]
 # For a test we need stars whose answer is known: lines everywhere but at the continuum pixels, on parabolas of very different heights. Without
 # noise, these must come out as the lines alone, to the last digit of float32 but one. Brightness must not matter, and neither may the number of
@@ -380,6 +390,7 @@ def made_up(n_stars=6, seed=0, noise=0.01):
     mask = np.zeros(curve.shape, np.int16)
     return Spectra(wavelength, flux.astype("f4"), ivar.astype("f4"), stars, mask), curve, depth
 
+
 # %%
 spectra, curve, depth = made_up(noise=0)
 result = normalize(spectra)
@@ -394,6 +405,7 @@ result = normalize(spectra, block=3)
 thousand = normalize(spectra.replace(flux=spectra.flux * 1000, ivar=spectra.ivar / 1000**2))
 assert np.allclose(thousand.flux, result.flux, rtol=1e-6) and np.allclose(thousand.ivar, result.ivar, rtol=1e-5)
 assert np.allclose(result.flux, normalize(spectra).flux, rtol=1e-6)
+
 
 # %% [markdown]
 # The whole fit once more by a plain loop over stars and chips, with `np.polyfit` in Ångström from the chip's middle. Now the stars have noise, a
@@ -410,6 +422,7 @@ def continuum_loop(spectra, listed):
             p[p] = inliers_loop(f[None, listed[chip]], p[None, listed[chip]])[0][p[listed[chip]]]
             curve[n, chip] = np.polyval(np.polyfit(x[p] - x.mean(), f[p], 2, w=np.sqrt(w[p])), x - x.mean())
     return curve
+
 
 # %%
 spectra.ivar[np.random.default_rng(1).random(spectra.ivar.shape) < 0.1] = 0
@@ -450,6 +463,7 @@ with pytest.raises(LabError, match="the list holds 0 continuum pixels on the blu
 with pytest.raises(LabError, match="degree is -1: it must be a whole number of at least 0"):
     normalize(spectra, degree=-1)
 
+
 # %% [markdown]
 # ## What the fit looks like
 # A picture of one chip: the spectrum as it came, the curve, the pixels it was drawn through, and in red those that were dropped.
@@ -476,6 +490,7 @@ def plot_continuum(
     ax.set(xlabel="vacuum wavelength [Å]", ylabel="flux")
     ax.margins(x=0.01)
     return ax
+
 
 # %% [markdown]
 # Now real stars. The first picture is of a star of middling signal-to-noise. `raw` are the apStar spectra of the archive at hand, light as it was
@@ -537,6 +552,7 @@ assert np.allclose(fit.continuum[some] / continuum_loop(raw[some], continuum_pix
 at_continuum = np.where(fit.used[some] & (spectra.ivar[some] > 0), spectra.flux[some], np.nan)
 assert np.all(np.abs(np.nanmedian(at_continuum, axis=1) - 1) < 0.02)
 
+
 # %% [markdown]
 # ## Which bits cost most?
 # Every set bit of the mask, counted over all stars and on-band pixels. A pixel may carry several, so the bars add up to more than the share of
@@ -553,6 +569,7 @@ def count_mask_bits(spectra: Spectra) -> Table:   # bit, name, pixels, share of 
     share = np.array(pixels) / max(spectra.mask.size, 1)
     return Table({"bit": np.arange(len(PIXMASK_NAMES)), "name": PIXMASK_NAMES, "pixels": pixels, "share": share})
 
+
 # %%
 bits = count_mask_bits(raw)
 fig, ax = plt.subplots(figsize=(8, 3.2))
@@ -565,6 +582,7 @@ assert bits["pixels"].sum() >= np.count_nonzero(raw.mask) and np.all(bits["pixel
 assert bits["pixels"][PIXMASK_NAMES.index("BADPIX")] == sum((row & 1).sum() for row in raw.mask)
 with pytest.raises(LabError, match="no bitmask: only apStar"):
     count_mask_bits(raw.replace(mask=None))
+
 
 # %% [markdown]
 # ## Stars with too few pixels left
@@ -591,6 +609,7 @@ def drop_masked(
     "Drop stars with more than `limit` unusable on-band pixels."
     good = unusable_pixels(spectra) <= limit
     return keep(spectra, good, "masked", ledger, f"more than {limit} of {len(on_band)} on-band pixels unusable")
+
 
 # %%
 lost = unusable_pixels(spectra)
@@ -636,6 +655,7 @@ if mystery_file.exists():
 else:
     print("Skipped: this archive has no mystery star.")
 
+
 # %% [markdown]
 # ## How far from the known curve?
 # The archives written here know their curves: each star's normalized spectrum was multiplied by one. The ratio of fitted to known curve tells two
@@ -649,6 +669,7 @@ def distance(fitted, known, usable):
     shape = [np.nanstd(ratio[:, chip], axis=1) for chip in chips.values()]
     return np.transpose(level), np.transpose(shape)
 
+
 # %%
 known = None
 if (archive_root() / TRUTH_FILE).exists():
@@ -658,6 +679,7 @@ if (archive_root() / TRUTH_FILE).exists():
     level, shape = distance(fit.continuum[whole], known, spectra.ivar[whole] > 0)
 else:
     print("Skipped: only the archives written here know their continua.")
+
 
 # %%
 def plot_distance(level, shape, stars, metallicity):
@@ -674,6 +696,7 @@ def plot_distance(level, shape, stars, metallicity):
 if known is not None:
     metallicity = raw.labels([metal])[whole, 0]
     plot_distance(level, shape, raw.stars[whole], metallicity)
+
 
 # %%
 #| echo: false
@@ -694,6 +717,7 @@ def distance_groups():
 
 distance_table(level, shape, distance_groups()) if known is not None else None
 
+
 # %%
 #| echo: false
 def distance_text():
@@ -709,6 +733,7 @@ def distance_text():
 
 
 distance_text() if known is not None else None
+
 
 # %% [markdown]
 # **What to see** on the archive of real stars. In bright stars the two curves agree. The noisier the star, the lower is ours, by the part of a
@@ -767,6 +792,7 @@ try:
 except LabError as error:
     print(f"Skipped: {error}")
 
+
 # %%
 def errors_of(spectra, folds=3):
     table = cross_label(Cannon(scatter=True), spectra, fold_numbers(len(spectra), folds), progress=False)
@@ -784,6 +810,7 @@ if theirs is not None:
 # %%
 #| echo: false
 cost if theirs is not None else None
+
 
 # %% [markdown]
 # A continuum of our own is not free: some labels get a little worse. What is worse is to *mix*: a model trained on the one normalization
@@ -813,6 +840,7 @@ if theirs is not None:
     assert len(theirs) == len(ours) and np.array_equal(theirs.labels(), ours.labels())
     assert 0.8 < np.mean(cost["ratio"]) < 1.5
 
+
 # %% [markdown]
 # ## Raw files from the sky
 # With `STELLAR_LAB_REAL_DATA` set, real apStar files of three releases go the same way, the survey's own flaws included: the left panels show the
@@ -841,6 +869,7 @@ def plot_normalization(
         if n < len(raw) - 1:
             left.set_xlabel(""), right.set_xlabel("")
     return fig
+
 
 # %%
 folder = real_data()

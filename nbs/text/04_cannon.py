@@ -56,6 +56,7 @@ from sklearn.base import clone
 from stellar_lab.normalize import lab_continuum_pixels, read_continuum_pixels
 from stellar_lab.survey import archive_record, archive_root, real_data, use_style, wavelength
 
+
 # %% [markdown]
 # ## The vectorizer
 # A term is a product of powers of labels, `TEFF^2*LOGG` for example, so it is a row of exponents. With all rows as one matrix, any list of terms and its
@@ -138,6 +139,7 @@ class Vectorizer:
         bend = np.stack([e[:, None] * term.derivative(at) for e, term in zip(self.exponents.T, lowered)], axis=2)   # (N or 1, T, K, K)
         return np.einsum("nt,ntjk->njk", force, bend) if len(at) > 1 else np.tensordot(force, bend[0], axes=1)
 
+
 # %%
 lab = Vectorizer.of_order(["TEFF", "LOGG", "FE_H", "MG_FE", "SI_FE"], 2)
 assert len(lab) == 21
@@ -163,6 +165,7 @@ assert two.curvature(np.ones((3, 2)), np.ones((3, 6))).tolist() == [[[2, 1], [1,
 assert Vectorizer.of_terms("abc", odd.terms[1:]).terms == odd.terms   # text -> exponents -> text
 with pytest.raises(LabError, match="term 'a\\*z' names 'z', which is not among the labels a, b, c"):
     Vectorizer.of_terms("abc", ["a*z"])
+
 
 # %% [markdown]
 # ## All pixels at once
@@ -200,6 +203,7 @@ def pair_index(
     place = np.empty((T, T), dtype=int)
     place[i, j] = place[j, i] = np.arange(len(i))
     return i, j, place
+
 
 # %% [markdown]
 # The scatter of a pixel maximizes its own likelihood $-\frac12\sum_n [\,r_{np}^2 w_{np} - \ln w_{np}]$ with $w = 1/(\sigma^2+s^2)$ and the residuals $r$.
@@ -246,6 +250,7 @@ def _fit_block(flux, ivar, design, products, place, scatter):
         if not len(moving):
             break
     return theta, scatter2
+
 
 # %% [markdown]
 # ## The estimator
@@ -441,6 +446,7 @@ def _plain(value):
         return value.item()
     return list(value) if isinstance(value, tuple) else value
 
+
 # %% [markdown]
 # ## Does it find what we put in?
 # A made-up spectrum of 300 pixels, exactly quadratic in three labels, without noise: the coefficients must come back to rounding, in whatever units the
@@ -459,6 +465,7 @@ def made_up(n_stars=400, n_pixels=300, noise=0.01, scatter=0.0, seed=1):
     flux += np.hypot(sigma, scatter) * rng.standard_normal(flux.shape) if noise else 0
     return labels, flux, 1 / sigma**2 if noise else np.ones_like(flux), theta
 
+
 # %%
 labels, flux, ivar, theta = made_up(noise=0)
 assert np.allclose(Cannon().fit(labels, flux, ivar).theta_, theta, atol=1e-10)
@@ -472,6 +479,7 @@ print(f"scatter put in 0.02, found {model.scatter_[:150].mean():.4f} +- {model.s
 assert abs(model.scatter_[:150].mean() / 0.02 - 1) < 0.05           # maximum likelihood forgets its 10 fitted terms of 400 stars: 1.3 % low
 assert np.all(np.abs(model.scatter_[:150] - 0.02) < 5 * 0.02 / np.sqrt(2 * 400) * 1.5)
 assert np.median(model.scatter_[150:]) < 0.004
+
 
 # %% [markdown]
 # ## Real stars
@@ -494,11 +502,13 @@ def training_set(
     spectra = normalize(spectra, continuum_pixels=continuum_pixels)
     return drop_masked(spectra, ledger=ledger)
 
+
 # %%
 use_style()
 spectra, ledger = training_set(archive_root(), progress=False)
 train, test = train_test_rows(len(spectra))
 spectra
+
 
 # %% [markdown]
 # Two thirds of them are for training. A kelvin is not a dex, so labels are standardized on the training stars: the same shape, around zero, one wide.
@@ -514,6 +524,7 @@ def plot_labels(labels, names, axes=None, **histogram):
     np.atleast_1d(axes)[0].set_ylabel("stars")
     return axes
 
+
 # %%
 names = list(archive_record(archive_root()).labels)
 model = Cannon(scatter=True, labels=names).fit(spectra[train])
@@ -526,6 +537,7 @@ for ax, name in zip(axes, names):
 scaled = model.scale(spectra[train].labels(names))
 assert np.allclose(scaled.mean(axis=0), 0, atol=1e-9) and np.allclose(scaled.std(axis=0), 1)
 assert np.allclose(model.unscale(scaled), spectra[train].labels(names))
+
 
 # %% [markdown]
 # ### Four stars and their models
@@ -550,6 +562,7 @@ def plot_fit(
     ax.set(title=f"{name}: rms {rms:.4f}", ylabel="flux / continuum", ylim=(0.4, 1.25))
     ax.legend(loc="lower right", ncols=2, frameon=False)
     return ax
+
 
 # %%
 rows = train[:4]
@@ -582,6 +595,7 @@ for pixel in np.flatnonzero(plain.usable_)[::140]:
     root_weight = np.sqrt(spectra[train].ivar[:, pixel].astype(float))
     slow = np.linalg.lstsq(design * root_weight[:, None], spectra[train].flux[:, pixel] * root_weight)[0]
     assert np.allclose(design @ plain.theta_[pixel], design @ slow, rtol=1e-6)
+
 
 # %%
 def minus_log_likelihood(s, flux, variance):
@@ -745,6 +759,7 @@ def find_continuum_pixels(
         chosen[candidates[worst_rank.argsort(kind="stable")[:round(share * (chip.stop - chip.start))]]] = True
     return chosen
 
+
 # %%
 raw, _ = apply_cuts(read_archive(archive_root(), product="apstar", progress=False)[0])
 found, theirs = find_continuum_pixels(raw, names), lab_continuum_pixels()
@@ -786,6 +801,7 @@ flat = naive_normalize(raw[:2].replace(flux=bent, ivar=np.ones_like(bent), mask=
 assert np.ptp(flat[0, lines == 1]) < 0.02 and abs(flat[0, lines == 1].mean() - 1) < 0.02
 assert np.allclose(flat[0], flat[1], rtol=1e-5)
 
+
 # %% [markdown]
 # ## A published model, made again
 # The Cannon 2 carries a test set: 671 giants, 100 pixels, and the coefficients of a fit with twelve terms up to the fourth power of the temperature. Its terms and pivots are options of our estimator;
@@ -798,6 +814,7 @@ def published_giants(folder):
     with np.load(Path(folder) / "apogee_671_stars_100_pixels.npz") as file:
         giants = dict(file)
     return giants["labels"], giants["flux"], giants["flux_err"] ** -2.0, [str(name) for name in giants["label_names"]], giants
+
 
 # %%
 if real_data():

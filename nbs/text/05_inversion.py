@@ -138,6 +138,7 @@ def _coefficients(model, dtype):
     "Coefficients (P, T) with 0, and scatter^2 (P,) with NaN, in pixels that the model could not fit."
     return np.where(model.usable_[:, None], model.theta_, 0).astype(dtype), np.where(model.usable_, model.scatter_**2, np.nan).astype(dtype)
 
+
 # %% [markdown]
 # ## Downhill, safely
 # Newton's method in the approximation of Gauss: with the Jacobian $J = \partial\mathbf v/\partial\boldsymbol\ell$,
@@ -234,6 +235,7 @@ def _search(model, stats, box, max_steps):
             steps[doubtful] += more
     return labels, steps
 
+
 # %% [markdown]
 # ## The last step is exact
 # Single precision leaves $A$ and $\mathbf b$ with errors of a millionth, and in their difference these are larger. So the search ends on the pixels themselves: residuals in double
@@ -278,6 +280,7 @@ def _finish(model, labels, stats, flux, ivar, box):
             break
     return labels, chi2, hessian, resting
 
+
 # %% [markdown]
 # ## When to doubt
 # A label without a warning is a trap: the polynomial has an answer for any spectrum, a dwarf's and a galaxy's included. Five flags, one bit each:
@@ -313,6 +316,7 @@ def poor_fit_limit(model: Cannon) -> float:
 def flag_names(flags) -> list:
     "The names of the flags of each star, as text; empty where there is nothing to doubt."
     return [" ".join(flag.name for flag in Flag if int(value) & flag) for value in np.atleast_1d(flags)]
+
 
 # %% [markdown]
 # The convex hull of a few hundred stars in six dimensions holds hardly any further star, so "outside" is measured from star to star instead: a labelled star must be
@@ -404,6 +408,7 @@ def _finite(flux, ivar, stats):
         raise LabError(f"star {np.argmax(broken.any(axis=1))} has a usable pixel without a finite flux or ivar: set ivar to 0 there")
     return np.nan_to_num(flux, nan=0, posinf=0, neginf=0)
 
+
 # %% [markdown]
 # ## Honest errors
 # The formal covariance knows photons, and takes the model as exact. Compared with the catalogue, left-out stars miss by ten times as much. An `ErrorModel` learns from
@@ -462,6 +467,7 @@ def apply_error_model(model: Cannon, covariance: np.ndarray) -> np.ndarray:
 def _values(table, names):
     "(N, K) plain numbers of table columns."
     return np.column_stack([getattr(table[name], "value", table[name]) for name in names])
+
 
 # %% [markdown]
 # ## Judging
@@ -530,6 +536,7 @@ def plot_comparison(
         np.atleast_1d(axes)[0].legend(markerscale=3, handletextpad=0, frameon=False)
     return axes
 
+
 # %% [markdown]
 # ## Does it come back?
 # Labels of noiseless spectra that the model itself made must come back, to a millionth of a standard deviation and from anywhere in the training set; here
@@ -554,6 +561,7 @@ print(f"largest error {error.max():.1e} scaled units, largest chi2 {back['chi2']
 # %%
 assert error.max() < 1e-6 and not np.any(back["flags"][inside] & ~Flag.OUTSIDE_TRAINING)
 
+
 # %% [markdown]
 # ## The slow witness
 # The lab's way: `scipy.optimize.minimize` (BFGS, numerical gradient) over all pixels, started from our answer's neighbourhood so that both look into the same
@@ -571,6 +579,7 @@ def slow_labels(model, flux, ivar, start):
 
     shift = half_chi2(start)
     return minimize(lambda scaled: half_chi2(scaled) - shift, start, method="BFGS", options={"gtol": 1e-4}).x
+
 
 # %%
 def formal_pull(table, truth):
@@ -721,6 +730,7 @@ def folds_row(choice, spectra, names, rows, folds=None):
                  **{name: f"{rmse:.3g}" if name == "TEFF" else f"{rmse:.3f}" for name, rmse in zip(names, errors["rmse"])}})
     return table, errors
 
+
 # %%
 rows, results = [], {}
 if record.name == "clusters":
@@ -763,6 +773,7 @@ for key, (table, errors) in results.items():
     print(f"{key:6s}", "ours / plain script:", *(f"{value:.3f}" for value in ratio), f"  at most {ALLOWED[key]}")
     assert np.all(ratio < ALLOWED[key]) and np.mean(table["flags"] > 0) <= 0.05
 
+
 # %% [markdown]
 # ## Do clusters hang together?
 # The stars of a cluster were born together, so they share a metallicity that astronomers know from elsewhere. That check does not come from ASPCAP, whose own labels trained the model.
@@ -784,6 +795,7 @@ def cluster_table(catalogue, folds, left_out, members):
         table[name].info.format = ".2f"
     table.sort("literature")
     return table
+
 
 # %%
 if results:
@@ -855,6 +867,7 @@ def short(table, stars):
     shown["chi2/n"] = np.round(table["chi2"] / table["n_good"], 1)
     shown["flags"] = flag_names(table["flags"])
     return shown
+
 
 # %%
 mystery = sorted(archive_root().glob("mystery*.fits"))

@@ -42,7 +42,7 @@ def test_checksums_of_the_readme():
     "Every checksum in data/README.md's table is that of the file."
     data = files("stellar_lab.data")
     rows = re.findall(r"^\| `([\w.]+)` \|.*\| `([0-9a-f]{64})` \|$", (data / "README.md").read_text(encoding="utf-8"), flags=re.M)
-    assert {name for name, _ in rows} == {"clusters_dr10.fits", "clusters.ecsv", "continuum_pixels.npy"}
+    assert {name for name, _ in rows} == {"clusters_dr10.fits", "clusters.ecsv", "continuum_pixels.npy", "isochrones.fits"}
     for name, sha256 in rows:
         assert hashlib.sha256((data / name).read_bytes()).hexdigest() == sha256, name
 

@@ -14,7 +14,7 @@ def requirements(name):
     return project[name].split()
 
 
-EXTRAS = ("notebook", "network", "parquet", "test")
+EXTRAS = ("notebook", "network", "parquet", "video", "test")
 extras = {extra: requirements(f"{extra}_requirements") for extra in EXTRAS}
 extras["all"] = [requirement for extra in EXTRAS for requirement in extras[extra]]
 

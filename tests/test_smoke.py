@@ -18,8 +18,8 @@ import stellar_lab
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(path.stem for path in (ROOT / "stellar_lab").glob("*.py"))
-EXTRA_ONLY = ("IPython", "execnb", "fastcore", "ghapi", "hypothesis", "ipykernel", "jupyter", "jupyter_client", "jupyter_core", "jupyterlab",
-              "jupytext", "keras", "nbclient", "nbconvert", "nbdev", "nbformat", "pyarrow", "pytest", "tensorflow")
+EXTRA_ONLY = ("IPython", "execnb", "fastcore", "ghapi", "hypothesis", "imageio_ffmpeg", "ipykernel", "jupyter", "jupyter_client", "jupyter_core",
+              "jupyterlab", "jupytext", "keras", "nbclient", "nbconvert", "nbdev", "nbformat", "pyarrow", "pytest", "tensorflow")
 
 
 @pytest.fixture(scope="module")

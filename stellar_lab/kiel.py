@@ -9,7 +9,7 @@ __all__ = ['PHASES', 'CUBES', 'EXTRACT', 'GRID_FILE', 'GRID_SHA256', 'SOURCE', '
            'metallicity_label', 'plot_kiel', 'shift_length', 'plot_shifts', 'kiel_diagrams', 'giant_distance',
            'total_metallicity']
 
-# %% ../nbs/06_kiel.ipynb #3a192753
+# %% ../nbs/06_kiel.ipynb #796093fd
 import hashlib
 import io
 import re
@@ -30,7 +30,7 @@ from matplotlib import patheffects
 from .cannon import in_blocks
 from .survey import LABELS, LabError, atomic_path, label_records, require
 
-# %% ../nbs/06_kiel.ipynb #fade2390
+# %% ../nbs/06_kiel.ipynb #459c78f5
 PHASES = {0: "main sequence", 2: "red giant branch", 3: "core helium burning", 4: "early AGB", 5: "thermal pulses",
           6: "post-AGB and white dwarf"}   # MIST's numbers
 CUBES = ("log_teff", "logg", "mass", "phase")
@@ -58,7 +58,7 @@ class Isochrones:
         "Ages (A,) in Gyr."
         return 10 ** (self.log_age - 9)
 
-# %% ../nbs/06_kiel.ipynb #19f0f646
+# %% ../nbs/06_kiel.ipynb #26bbd7aa
 EXTRACT = "isochrones.fits"   # in stellar_lab.data
 GRID_FILE = "lachesis_grids/grids/mist_v2.5_vvcrit0.4.h5"                          # inside the wheel
 GRID_SHA256 = "357461d7cbe3df41ff86c76508c0eb1487cb6b823594c459cf6cc49a6f150d4b"   # of that file
@@ -120,7 +120,7 @@ def make_isochrones(
         fits.HDUList([fits.PrimaryHDU(header=header), *images]).writeto(temporary)
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
-# %% ../nbs/06_kiel.ipynb #3b147c8d
+# %% ../nbs/06_kiel.ipynb #02a6f76e
 @cache
 def shipped_isochrones() -> Isochrones:
     "The isochrones that the package brings, read-only; LabError if its data file is missing."
@@ -134,7 +134,7 @@ def shipped_isochrones() -> Isochrones:
         array.flags.writeable = False   # one object for all callers
     return Isochrones(**parts, source=SOURCE)
 
-# %% ../nbs/06_kiel.ipynb #43e8a61b
+# %% ../nbs/06_kiel.ipynb #715d8e84
 NODE = 1e-4   # dex: closer to a node than this is on it
 
 
@@ -192,7 +192,7 @@ def _table(eep, age, feh, mass, teff, logg, phase, source):
         table[name].info.format = digits   # for reading; the numbers stay whole
     return table
 
-# %% ../nbs/06_kiel.ipynb #d16fce16
+# %% ../nbs/06_kiel.ipynb #306ff850
 def from_table(
     table: QTable,       # columns as `isochrone` gives them; any number of ages and metallicities
 ) -> Isochrones:
@@ -213,7 +213,7 @@ def _nodes(values):
     nodes = ordered[np.insert(np.diff(ordered) > NODE, 0, True)]
     return nodes, np.abs(nodes[:, None] - values).argmin(axis=0) if len(nodes) < 2 else np.searchsorted((nodes[1:] + nodes[:-1]) / 2, values)
 
-# %% ../nbs/06_kiel.ipynb #0d17910f
+# %% ../nbs/06_kiel.ipynb #836e876b
 _BLOCK = "# number of EEPs, cols"
 _AGES = {"log10_isochrone_age_yr": lambda x: 10 ** np.asarray(x, float) / 1e9, "isochrone_age_yr": lambda x: np.asarray(x, float) / 1e9}
 _COLUMNS = ("EEP", "initial_mass", "log_Teff", "log_g")
@@ -276,7 +276,7 @@ def _mist_header(path, lines):
         raise LabError(f"{path} is not an isochrone file of MIST: its header lacks {' and '.join(lacking)}")
     return {"v/vcrit": "?", "[a/Fe]": "?"} | header
 
-# %% ../nbs/06_kiel.ipynb #87989546
+# %% ../nbs/06_kiel.ipynb #0b67bd08
 LAB_LIMITS = ((6000, 3000), (6, -0.5))   # Teff [K] and log g [dex] of the lab's diagrams, left to right and bottom to top
 COLOR_RANGES = {"FE_H": (-0.8, 0.5)}     # of the lab; other labels: their plot range
 OUTLIER = 3.0                            # a star that moves by more than this many units of `SCALE` is an outlier
@@ -317,7 +317,7 @@ def plot_kiel(
     ax.set(xlim=limits[0], ylim=limits[1], xlabel=LABELS["TEFF"].axis, ylabel=LABELS["LOGG"].axis)
     return ax
 
-# %% ../nbs/06_kiel.ipynb #9fdb368c
+# %% ../nbs/06_kiel.ipynb #726f61cd
 def shift_length(
     predicted: np.ndarray,   # (N, K) labels, the first two Teff [K] and log g [dex]
     catalogue: np.ndarray,   # (N, K)
@@ -365,7 +365,7 @@ def kiel_diagrams(
     fig.colorbar(axes[1].collections[-1], ax=axes, label=label_records(metallicity)[0].axis, pad=0.01)
     return fig
 
-# %% ../nbs/06_kiel.ipynb #fbe36970
+# %% ../nbs/06_kiel.ipynb #c2859bd7
 BRANCHES = ((454, FLASH[0]), (FLASH[1], 807))   # EEPs, both included: turn-off to tip; clump to the end of the early AGB
 STAR_BLOCK = 1024                               # stars a call
 
@@ -401,7 +401,7 @@ def giant_distance(
     away, nearest = map(np.concatenate, zip(*in_blocks(work, len(stars), STAR_BLOCK))) if len(stars) else (np.empty((0, 2)), np.empty(0, int))
     return QTable({"distance": np.hypot(*away.T), "d_teff": away[:, 0] * SCALE[0] * u.K, "d_logg": away[:, 1] * SCALE[1] * u.dex, "eep": nearest})
 
-# %% ../nbs/06_kiel.ipynb #652f7c20
+# %% ../nbs/06_kiel.ipynb #fad23a5e
 def total_metallicity(
     feh,             # [Fe/H], number or array
     alpha_fe,        # [α/Fe]

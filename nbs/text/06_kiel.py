@@ -949,7 +949,8 @@ if in_folds:
     beside_all, cool = distances["beside [K]"], distances[np.argmin(distances["beside [K]"])]
     text = ("**What to see.** From M92 to NGC 6791, 2.7 dex in metallicity, the lines march to the right and the stars with them. What is left is "
             f"systematic: in {np.count_nonzero(beside_all < 0)} of {len(distances)} clusters the stars are cooler than the line at their own gravity "
-            f"(column *beside* of the table), at the median by {-np.median(beside_all):.0f} K, most in {cool['cluster']}, by {-cool['beside [K]']:.0f} K. "
+            f"(column *beside* of the table), at the median by {-np.median(beside_all):.0f} K, most in "
+            f"{cool['cluster']}, by {-cool['beside [K]']:.0f} K. "
             "Two versions of MIST differ by as much (`data/README.md` records it). So this offset judges the theory as much as our labels, while "
             "predicted, catalogue and shuffled labels on the same line are a fair race.")
 Markdown(text)

@@ -31,7 +31,7 @@ from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from tqdm import tqdm
 
 from .cannon import Cannon
-from .inversion import _outside, label_box
+from .inversion import outside_training, label_box
 from .survey import LABELS, LOG10_STEP, LabError, atomic_path, plot_spectrum, require
 
 # %% ../nbs/08_animation.ipynb #9764b274
@@ -253,7 +253,7 @@ def _extrapolated(model, labels):
     "Frames (F,) with a label beyond all training stars, or further from them than any of them is from the others."
     training = model.training_labels_
     beyond = (labels < training.min(axis=0)) | (labels > training.max(axis=0))
-    return _outside(model, model.scale(labels)) | beyond.any(axis=1)
+    return outside_training(model, model.scale(labels)) | beyond.any(axis=1)
 
 
 def _pixels(model, window):

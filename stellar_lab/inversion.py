@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['STAR_BLOCK', 'SEARCH_BLOCK', 'MARGIN', 'DECREMENT', 'RIDGE', 'TRIALS', 'GAUSS_STEPS', 'EXACT_STEPS',
            'EXACT_DECREMENT', 'NEIGHBOURS', 'POOR_FIT_FACTOR', 'POOR_FIT_QUANTILE', 'BATCH', 'MIN_GOOD', 'CLIP',
-           'Statistics', 'pixel_weights', 'statistics', 'label_box', 'Flag', 'poor_fit_limit', 'flag_names', 'infer',
-           'with_error_model', 'apply_error_model', 'cross_label', 'error_table', 'plot_comparison']
+           'Statistics', 'pixel_weights', 'statistics', 'label_box', 'Flag', 'outside_training', 'poor_fit_limit',
+           'flag_names', 'infer', 'with_error_model', 'apply_error_model', 'cross_label', 'error_table',
+           'plot_comparison']
 
 # %% ../nbs/05_inversion.ipynb #4a6324d5
 import copy
@@ -243,8 +244,11 @@ NEIGHBOURS = 3       # a training star's distance from the others is that to the
 POOR_FIT_FACTOR, POOR_FIT_QUANTILE = 1.5, 0.99   # limit of chi2 a pixel: this times this quantile of the training stars
 
 
-def _outside(model, scaled):
-    "Is the third nearest training star further away than for any training star itself? In scaled labels; the hull of a crescent is not convex."
+def outside_training(
+    model: Cannon,
+    scaled: np.ndarray,   # (N, K) scaled labels
+) -> np.ndarray:          # (N,) bool
+    "Is the third nearest training star further away than it is for any training star?"
     training = model.scale(model.training_labels_)
     tree, k = cKDTree(training), min(NEIGHBOURS, len(training) - 1)
     limit = tree.query(training, k=[k + 1])[0].max()   # a star's nearest neighbour is itself
@@ -301,7 +305,7 @@ def _label_table(model, scaled, chi2, hessian, n_good, steps, resting, min_good)
     flags = np.where(resting, 0, Flag.NOT_CONVERGED)
     low, high = label_box(model)
     flags |= np.where(known & np.any((scaled <= low) | (scaled >= high), axis=1), Flag.AT_BOUND, 0)
-    flags[known] |= np.where(_outside(model, scaled[known]), Flag.OUTSIDE_TRAINING, 0) if known.any() else 0
+    flags[known] |= np.where(outside_training(model, scaled[known]), Flag.OUTSIDE_TRAINING, 0) if known.any() else 0
     flags |= np.where(chi2 > poor_fit_limit(model) * n_good, Flag.POOR_FIT, 0)
     flags |= np.where(n_good < max(min_good * model.usable_.sum(), len(model.vectorizer_)), Flag.FEW_PIXELS, 0)
     covariance = np.full(hessian.shape, np.nan)

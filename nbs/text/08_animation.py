@@ -44,7 +44,7 @@ from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from tqdm import tqdm
 
 from stellar_lab.cannon import Cannon
-from stellar_lab.inversion import _outside, label_box
+from stellar_lab.inversion import outside_training, label_box
 from stellar_lab.survey import LABELS, LOG10_STEP, LabError, atomic_path, plot_spectrum, require
 
 # %%
@@ -467,7 +467,7 @@ def _extrapolated(model, labels):
     "Frames (F,) with a label beyond all training stars, or further from them than any of them is from the others."
     training = model.training_labels_
     beyond = (labels < training.min(axis=0)) | (labels > training.max(axis=0))
-    return _outside(model, model.scale(labels)) | beyond.any(axis=1)
+    return outside_training(model, model.scale(labels)) | beyond.any(axis=1)
 
 
 def _pixels(model, window):

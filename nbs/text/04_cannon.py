@@ -106,26 +106,27 @@ class Vectorizer:
     def __len__(self):
         return len(self.exponents)
 
-    def _factors(self, labels):   # K arrays (N, T), label^exponent, and their K derivatives
+    def _powers(self, labels):   # K arrays (N, highest power + 1)
         powers = [np.ones((len(labels.T), len(labels)))]
         for _ in range(self.exponents.max(initial=1)):
             powers.append(powers[-1] * labels.T)
-        powers = np.stack(powers, axis=-1)
-        return [power[:, e] for power, e in zip(powers, self.exponents.T)], [e * power[:, np.maximum(e - 1, 0)] for power, e in zip(powers, self.exponents.T)]
+        return np.stack(powers, axis=-1)
 
     def __call__(
         self,
         labels: np.ndarray,   # (N, K) scaled labels
     ) -> np.ndarray:          # (N, T)
         "The terms of each star."
-        return reduce(np.multiply, self._factors(labels)[0])
+        return reduce(np.multiply, [power[:, e] for power, e in zip(self._powers(labels), self.exponents.T)])
 
     def derivative(
         self,
         labels: np.ndarray,   # (N, K) scaled labels
     ) -> np.ndarray:          # (N, T, K)
         "Derivative of each term with respect to each label."
-        factors, slopes = self._factors(labels)
+        powers = self._powers(labels)
+        factors = [power[:, e] for power, e in zip(powers, self.exponents.T)]
+        slopes = [e * power[:, np.maximum(e - 1, 0)] for power, e in zip(powers, self.exponents.T)]
         return np.stack([reduce(np.multiply, [*factors[:k], slope, *factors[k + 1:]]) for k, slope in enumerate(slopes)], axis=-1)
 
     def curvature(
@@ -187,11 +188,15 @@ def _blas():
 def in_blocks(
     work,                # called with a slice; the result may be anything
     size: int,           # rows in all
-    block: int = 512,    # rows a call
+    block: int = 520,    # rows a call, at most
 ) -> list:               # the results in order
     "Run `work` on blocks of rows, in threads: numpy lets go of the interpreter, and BLAS is kept to one thread a block."
-    slices = [slice(start, min(start + block, size)) for start in range(0, size, block)]
-    with _blas().limit(limits=1), ThreadPoolExecutor(os.cpu_count()) as pool:
+    cores = os.cpu_count()
+    count = -(-size // block)
+    count = min(-(-count // cores) * cores, size) if count > 1 else count   # so that no core waits for the last block
+    edges = np.linspace(0, size, count + 1).astype(int) if count else []
+    slices = [slice(int(start), int(stop)) for start, stop in zip(edges[:-1], edges[1:])]
+    with _blas().limit(limits=1), ThreadPoolExecutor(cores) as pool:
         return list(pool.map(work, slices))
 
 
@@ -220,7 +225,7 @@ SCATTER_ROUNDS, SCATTER_TOLERANCE = 40, 1e-4   # at most this many fits a pixel;
 def _solve(weight, flux, design, products, place):
     "Normal equations of a block of pixels: (B, T) coefficients."
     A = (weight.T @ products)[:, place]
-    b = (weight * flux).T @ design
+    b = (design.T @ (weight * flux)).T
     return np.linalg.solve(A, b[..., None])[..., 0]
 
 
@@ -322,26 +327,25 @@ class Cannon(BaseEstimator):
     def _fit_pixels(self, flux, ivar):
         design = self.vectorizer_(self.scale(self.training_labels_))
         T, min_stars = len(self.vectorizer_), self._min_stars()
-        rank = np.linalg.matrix_rank(design)
+        with _blas().limit(limits=1):   # threads of BLAS would go on spinning in the way of ours
+            rank = np.linalg.matrix_rank(design)
         if rank < T:
             raise LabError(f"{len(design)} training stars determine only {rank} of {T} terms: take more stars, a lower order or fewer labels")
         i, j, place = pair_index(T)
         products = design[:, i] * design[:, j]
 
         def work(pixels):
-            f, w = flux[:, pixels].astype(float), ivar[:, pixels].astype(float)
-            f[w == 0] = 0   # whatever stands in an unusable pixel, NaN included
-            theta, scatter = np.full((f.shape[1], T), np.nan), np.full(f.shape[1], np.nan)
-            usable = np.count_nonzero(w, axis=0) >= min_stars
-            f, w = (f, w) if usable.all() else (f[:, usable], w[:, usable])
-            theta[usable], scatter2 = _fit_block(f, w, design, products, place, self.scatter)
-            scatter[usable] = np.sqrt(scatter2)
-            n_good = np.count_nonzero(w, axis=1)
+            f, w = flux[:, pixels].copy(), ivar[:, pixels]
+            good = w > 0
+            f[~good] = 0   # whatever stands in an unusable pixel, NaN included
+            theta, scatter2 = np.full((f.shape[1], T), np.nan), np.full(f.shape[1], np.nan)
+            usable = good.sum(axis=0, dtype=np.int32) >= min_stars
+            f, w, good = (f, w, good) if usable.all() else (f[:, usable], w[:, usable], good[:, usable])
+            theta[usable], scatter2[usable] = _fit_block(f.astype(float), w.astype(float), design, products, place, self.scatter)
             if self.scatter:
-                w /= 1 + w * scatter2
-            f -= design @ theta[usable].T
-            f *= f
-            return theta, scatter, n_good, np.einsum("np,np->n", w, f)
+                w = w / (1 + w * scatter2[usable].astype(w.dtype))
+            f -= (design @ theta[usable].T).astype(f.dtype)
+            return theta, np.sqrt(scatter2), good.sum(axis=1, dtype=np.int32), np.einsum("np,np,np->n", w, f, f)
 
         theta, scatter, n_good, chi2 = zip(*in_blocks(work, flux.shape[1]))
         self.theta_, self.scatter_ = np.concatenate(theta), np.concatenate(scatter)

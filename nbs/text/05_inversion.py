@@ -60,7 +60,7 @@ from stellar_lab.survey import archive_record, archive_root, real_data, use_styl
 
 # %%
 #| export
-STAR_BLOCK, SEARCH_BLOCK = 256, 512   # stars a call, where pixels are touched and where they are not: a block's arrays stay near the processor
+BLOCK, PASS = 1024, 256   # stars a thread takes at a time, and of these a product: few enough to stay in the processor's cache
 
 
 @dataclass
@@ -94,21 +94,55 @@ class Statistics:
         return np.einsum("nt,nt->n", (self.matrix() @ terms[..., None])[..., 0] - 2 * self.b, terms)
 
 
+@dataclass
+class _Basis:
+    "A model as the products want it: pixels that it could not fit have coefficients of 0 and a scatter of NaN."
+    reference: np.ndarray   # (P,) the spectrum at the pivots
+    theta: np.ndarray       # (T, P); the constant's row holds only what rounding took from the reference
+    products: np.ndarray    # (M, P) distinct products of two of the other rows
+    scatter2: np.ndarray    # (P,)
+
+    @classmethod
+    def of(cls, model, dtype):
+        theta = np.where(model.usable_[:, None], model.theta_, 0).T
+        reference = theta[0].astype(dtype)
+        theta = np.vstack([theta[0] - reference, theta[1:]]).astype(dtype)
+        i, j, _ = pair_index(len(theta) - 1)
+        return cls(reference, theta, theta[1:][i] * theta[1:][j], np.where(model.usable_, model.scatter_**2, np.nan).astype(dtype))
+
+
 def pixel_weights(
     ivar: np.ndarray,       # (N, P)
     scatter2: np.ndarray,   # (P,) variance that the model adds; NaN where it has nothing to say
-) -> np.ndarray:            # (N, P)
+) -> np.ndarray:            # (N, P); ivar itself where there is nothing to change
     "1 / (sigma^2 + s^2): 0 where ivar is 0 and where the model has no coefficients."
-    if scatter2.any():
-        weight = ivar * scatter2
-        weight += 1
-        np.divide(ivar, weight, out=weight)
-    else:
-        weight = ivar.copy()
+    if not scatter2.any():
+        return ivar
+    weight = ivar * scatter2
+    weight += 1
+    np.divide(ivar, weight, out=weight)
     unknown = np.isnan(scatter2)
     if unknown.any():
         weight[:, unknown] = 0
     return weight
+
+
+def _passes(work, size):
+    "Results of `work` on slices of PASS rows, each put together."
+    return map(np.concatenate, zip(*(work(slice(start, start + PASS)) for start in range(0, size, PASS))))
+
+
+def _statistics(basis, flux, ivar):
+    "Statistics of a block of stars."
+    def work(rows):
+        weight, difference = pixel_weights(ivar[rows], basis.scatter2), flux[rows] - basis.reference
+        if weight.min() < 0:
+            raise LabError("ivar is negative somewhere: give 0 where a pixel is unusable")
+        A, n_good = weight @ basis.products.T, (weight > 0).sum(axis=1, dtype=np.int32)
+        difference *= weight
+        return A, difference @ basis.theta[1:].T, n_good
+
+    return Statistics(*_passes(work, len(flux)))
 
 
 def statistics(
@@ -118,25 +152,13 @@ def statistics(
     dtype=np.float32,        # of the products
 ) -> Statistics:
     "Sufficient statistics of spectra under a model."
-    theta, scatter2 = _coefficients(model, dtype)
-    reference, theta = np.ascontiguousarray(theta[:, 0]), np.ascontiguousarray(theta.T[1:])
-    i, j, _ = pair_index(len(theta))
-    products = theta[i] * theta[j]
+    basis = _Basis.of(model, dtype)
 
     def work(rows):
-        weight = pixel_weights(ivar[rows], scatter2)
-        if weight.min() < 0:
-            raise LabError("ivar is negative somewhere: give 0 where a pixel is unusable")
-        A, n_good = weight @ products.T, (weight > 0).sum(axis=1, dtype=np.int32)
-        weight *= flux[rows] - reference
-        return A, weight @ theta.T, n_good
+        part = _statistics(basis, flux[rows], ivar[rows])
+        return part.A, part.b, part.n_good
 
-    return Statistics(*map(np.concatenate, zip(*in_blocks(work, len(flux), STAR_BLOCK))))
-
-
-def _coefficients(model, dtype):
-    "Coefficients (P, T) with 0, and scatter^2 (P,) with NaN, in pixels that the model could not fit."
-    return np.where(model.usable_[:, None], model.theta_, 0).astype(dtype), np.where(model.usable_, model.scatter_**2, np.nan).astype(dtype)
+    return Statistics(*map(np.concatenate, zip(*in_blocks(work, len(flux), BLOCK))))
 
 
 # %% [markdown]
@@ -146,12 +168,12 @@ def _coefficients(model, dtype):
 # Three safeguards make it fit for stars of any kind. The damping $\lambda$ of Levenberg and Marquardt grows when a step does not go down and shrinks when it does. A *box* around the training
 # labels, a quarter wider than they reach, keeps the polynomial from being asked where it was never taught. And the search starts at the training star that fits
 # best, which takes one more product to find out. The term that Gauss left out, the
-# curvature of $\mathbf v$ itself, comes back for the few stars that eight steps did not settle. A star is done when the expected gain of a step is below $10^{-4}$ in $\chi^2$, a hundredth of an error bar; the exact step below does the rest.
+# curvature of $\mathbf v$ itself, comes back for the few stars that eight steps did not settle. A star is done when the expected gain of a step is below 0.1 in $\chi^2$, a third of an error bar; the exact step below does the rest.
 
 # %%
 #| export
 MARGIN = 0.25       # the box reaches this share of the training labels' range beyond them
-DECREMENT = 1e-4    # expected gain in chi2 at which a star is done: a hundredth of an error bar
+DECREMENT = 0.1     # expected gain in chi2 at which a star is done: a third of an error bar, and the step itself comes closer
 RIDGE = 1e-10       # added to second derivatives: a star that says nothing about a label stays where it is, with a huge error
 TRIALS = 512        # training stars that the search may start from
 GAUSS_STEPS = 8     # steps after which a star that still moves gets the full second derivative
@@ -193,7 +215,7 @@ def _descend(model, stats, start, box, max_steps):
     rows, here, A, b = np.arange(len(start)), labels.copy(), stats.matrix(), stats.b.astype(float)
     damping = np.full(len(start), 1e-3)
     v = model.vectorizer_(here)[:, 1:]
-    Av = (A @ v[..., None])[..., 0]
+    Av = np.einsum("ntu,nu->nt", A, v)
     for count in range(max_steps):
         J = model.vectorizer_.derivative(here)[:, 1:]
         Jt = np.swapaxes(J, 1, 2)
@@ -202,7 +224,7 @@ def _descend(model, stats, start, box, max_steps):
             hessian = _with_curvature(model, here, hessian, b - Av)
         step, _ = _newton_step(hessian, gradient, here, low, high, damping)
         trial = model.vectorizer_(here + step)[:, 1:]
-        A_trial = (A @ trial[..., None])[..., 0]
+        A_trial = np.einsum("ntu,nu->nt", A, trial)
         gain = np.einsum("nt,nt->n", Av - 2 * b, v) - np.einsum("nt,nt->n", A_trial - 2 * b, trial)
         down = gain >= 0
         here[down], v[down], Av[down] = (here + step)[down], trial[down], A_trial[down]
@@ -238,44 +260,47 @@ def _search(model, stats, box, max_steps):
 
 # %% [markdown]
 # ## The last step is exact
-# Single precision leaves $A$ and $\mathbf b$ with errors of a millionth, and in their difference these are larger. So the search ends on the pixels themselves: residuals in double
-# precision (rounded only once the large numbers are subtracted), their gradient (a product with 20 columns, not with 210), one more Newton step with the full second derivative, and again for the few stars that the step moved by more than
-# a hundredth of an error bar. The same residuals give the exact $\chi^2$.
+# Single precision leaves $A$ and $\mathbf b$ with errors of a millionth, and in their difference these are larger. So the search ends on the pixels themselves. The reference spectrum
+# was subtracted first, and that subtraction is exact (two numbers within a factor of two); what is left of the model is small, so the residual has no
+# larger error than the flux had when it was stored. From the residuals follow their gradient (a product with 20 columns, not with 210), one more Newton step with the full second
+# derivative, and again for the few stars that this step did not bring to within a thousandth of an error bar. The same residuals give the exact $\chi^2$.
 
 # %%
 #| export
-EXACT_STEPS, EXACT_DECREMENT = 6, 1e-4   # Newton's error after a step of 0.01 error bars is about its square
+EXACT_STEPS, EXACT_ERROR = 6, 1e-4   # rounds at most; error that is left, in error bars
 
 
-def _finish(model, labels, stats, flux, ivar, box):
+def _gradient(basis, terms, flux, ivar):
+    "Half the slope of chi2 along each term (N, T-1), and chi2 (N,), from residuals."
+    terms = terms.astype(basis.theta.dtype)
+
+    def work(rows):
+        residual = flux[rows] - basis.reference
+        residual -= terms[rows] @ basis.theta
+        weighted = pixel_weights(ivar[rows], basis.scatter2) * residual
+        return weighted @ basis.theta[1:].T, np.einsum("np,np->n", weighted, residual)
+
+    return _passes(work, len(flux))
+
+
+def _finish(model, basis, labels, stats, flux, ivar, box):
     "Exact Newton steps: returns scaled labels, chi2, the Hessian (half of chi2's second derivative) and whether they came to rest."
-    theta, scatter2 = _coefficients(model, float)
-    slopes, scatter2 = theta[:, 1:].astype(np.float32), scatter2.astype(np.float32)
     labels, chi2, resting = labels.copy(), np.empty(len(labels)), np.zeros(len(labels), dtype=bool)
     hessian = np.empty(labels.shape + labels.shape[1:])
-    rows = np.arange(len(labels))
+    rows = slice(None)
     for _ in range(EXACT_STEPS):
         terms, jacobian = model.vectorizer_(labels[rows]), model.vectorizer_.derivative(labels[rows])[:, 1:]
-
-        def work(part):
-            block = rows[part] if len(rows) < len(labels) else part   # a slice cuts without a copy
-            weighted = pixel_weights(ivar[block], scatter2)
-            residual = np.empty_like(weighted)
-            np.subtract(flux[block], terms[part] @ theta.T, out=residual, casting="same_kind")   # in double precision, then rounded
-            weighted *= residual
-            return weighted @ slopes, np.einsum("np,np->n", weighted, residual)
-
-        force, chi2_here = map(np.concatenate, zip(*in_blocks(work, len(rows), STAR_BLOCK)))
+        force, chi2_here = _gradient(basis, terms, flux[rows], ivar[rows])
         turned = np.swapaxes(jacobian, 1, 2)
-        gradient, H = (turned @ force[..., None])[..., 0], turned @ (stats[rows].matrix() @ jacobian)
+        gradient, H = (turned @ force[..., None].astype(float))[..., 0], turned @ (stats[rows].matrix() @ jacobian)
         hessian[rows] = H
         H = _with_curvature(model, labels[rows], H, force)
-        step, _ = _newton_step(H, gradient, labels[rows], *box, np.zeros(len(rows)))
+        step, _ = _newton_step(H, gradient, labels[rows], *box, np.zeros(len(terms)))
         gain = 2 * np.einsum("nk,nk->n", step, gradient) - np.einsum("nk,nkl,nl->n", step, H, step)
         labels[rows] += step
-        chi2[rows] = chi2_here - gain
-        resting[rows] = gain < EXACT_DECREMENT
-        rows = rows[~resting[rows]]
+        left = np.sqrt(np.abs(gain)) * np.abs(step).max(axis=1)   # Newton's error after a step: the step in error bars times the step
+        chi2[rows], resting[rows] = chi2_here - gain, left < EXACT_ERROR
+        rows = np.flatnonzero(~resting)
         if not len(rows):
             break
     return labels, chi2, hessian, resting
@@ -300,15 +325,21 @@ NEIGHBOURS = 3       # a training star's distance from the others is that to the
 POOR_FIT_FACTOR, POOR_FIT_QUANTILE = 1.5, 0.99   # limit of chi2 a pixel: this times this quantile of the training stars
 
 
-def outside_training(
-    model: Cannon,
-    scaled: np.ndarray,   # (N, K) scaled labels
-) -> np.ndarray:          # (N,) bool
-    "Is the third nearest training star further away than it is for any training star?"
+def _neighbourhood(model):
+    "The training stars as a tree, and the distance to the third nearest that no training star exceeds."
     training = model.scale(model.training_labels_)
     tree, k = cKDTree(training), min(NEIGHBOURS, len(training) - 1)
-    limit = tree.query(training, k=[k + 1])[0].max()   # a star's nearest neighbour is itself
-    return tree.query(scaled, k=[k], workers=-1)[0][:, 0] > limit
+    return tree, k, tree.query(training, k=[k + 1], workers=-1)[0].max()   # a star's nearest neighbour is itself
+
+
+def outside_training(
+    model: Cannon,
+    scaled: np.ndarray,          # (N, K) scaled labels
+    neighbourhood: tuple = None, # from an earlier call's `_neighbourhood`
+) -> np.ndarray:                 # (N,) bool
+    "Is the third nearest training star further away than it is for any training star?"
+    tree, k, limit = _neighbourhood(model) if neighbourhood is None else neighbourhood
+    return tree.query(scaled, k=[k])[0][:, 0] > limit
 
 
 def poor_fit_limit(model: Cannon) -> float:
@@ -326,12 +357,11 @@ def flag_names(flags) -> list:
 # as near to the training stars as these are to each other.
 #
 # ## `infer`
-# All of it, in batches of stars so that memory stays small. The formal covariance is the inverse of the Hessian. If the model carries an *error model*
+# All of it, in blocks of stars, so that threads share the work and memory stays small. The formal covariance is the inverse of the Hessian. If the model carries an *error model*
 # (below), it is applied.
 
 # %%
 #| export
-BATCH = 4096   # stars at a time
 MIN_GOOD = 1 - MASKED_LIMIT / len(on_band)   # the lab drops stars with fewer usable pixels
 
 
@@ -345,37 +375,48 @@ def infer(
     "Labels of stars from their spectra. Label columns have lower-case names and units; `covariance` is in the same units; NaN where no pixel is left."
     spectra = flux if isinstance(flux, Spectra) else None
     flux, ivar = _check_spectra(model, flux, ivar)
-    n_needed = len(model.vectorizer_)
-    parts = []
-    for start in range(0, len(flux), BATCH):
-        f, w = flux[start:start + BATCH], ivar[start:start + BATCH]
-        stats, box = statistics(model, f, w), label_box(model)
-        if (finite := _finite(f, w, stats)) is not f:
-            f, stats = finite, statistics(model, finite, w)
-        scaled, steps = map(np.concatenate, zip(*in_blocks(lambda rows: _search(model, stats[rows], box, max_steps), len(f), SEARCH_BLOCK)))
-        scaled, chi2, hessian, resting = _finish(model, scaled, stats, f, w, box)
-        blind = stats.n_good < n_needed
-        scaled[blind], hessian[blind] = np.nan, np.eye(scaled.shape[1]) * np.nan
-        parts.append((scaled, chi2, hessian, stats.n_good, steps, resting & ~blind))
-    if not parts:
+    if not len(flux):
         raise LabError("there are no spectra to label")
+    basis, box, neighbourhood = _Basis.of(model, np.float32), label_box(model), _neighbourhood(model)
+
+    def work(rows):
+        return _infer_block(model, basis, box, neighbourhood, flux[rows], ivar[rows], rows.start, max_steps)
+
+    parts = in_blocks(work, len(flux), BLOCK)
     table = _label_table(model, *map(np.concatenate, zip(*parts)), min_good)
     if spectra is not None and "APOGEE_ID" in spectra.stars.colnames:
         table.add_column([str(name) for name in spectra.stars["APOGEE_ID"]], index=0, name="apogee_id")
     return table
 
 
-def _label_table(model, scaled, chi2, hessian, n_good, steps, resting, min_good):
+def _infer_block(model, basis, box, neighbourhood, flux, ivar, first, max_steps):
+    "A block of stars from pixels to scaled labels; `first` is its first star's number."
+    stats = _statistics(basis, flux, ivar)
+    if not (np.isfinite(stats.A).all() and np.isfinite(stats.b).all()):   # only then is it worth looking at every pixel
+        broken = ~np.isfinite(flux) & (ivar > 0) | ~np.isfinite(ivar)
+        if broken.any():
+            raise LabError(f"star {first + np.argmax(broken.any(axis=1))} has a usable pixel without a finite flux or ivar: set ivar to 0 there")
+        flux = np.nan_to_num(flux, nan=0, posinf=0, neginf=0)
+        stats = _statistics(basis, flux, ivar)
+    scaled, steps = _search(model, stats, box, max_steps)
+    scaled, chi2, hessian, resting = _finish(model, basis, scaled, stats, flux, ivar, box)
+    blind = stats.n_good < len(model.vectorizer_)
+    scaled[blind] = np.nan
+    covariance = np.linalg.inv(hessian + RIDGE * np.eye(len(box[0]))) * np.outer(model.scales_, model.scales_)
+    covariance[blind] = np.nan
+    outside = np.zeros(len(flux), dtype=bool)
+    outside[~blind] = outside_training(model, scaled[~blind], neighbourhood)
+    return scaled, chi2, covariance, stats.n_good, steps, resting & ~blind, outside
+
+
+def _label_table(model, scaled, chi2, covariance, n_good, steps, resting, outside, min_good):
     "Physical units, errors and flags."
-    known = np.isfinite(scaled).all(axis=1)
     flags = np.where(resting, 0, Flag.NOT_CONVERGED)
     low, high = label_box(model)
-    flags |= np.where(known & np.any((scaled <= low) | (scaled >= high), axis=1), Flag.AT_BOUND, 0)
-    flags[known] |= np.where(outside_training(model, scaled[known]), Flag.OUTSIDE_TRAINING, 0) if known.any() else 0
+    flags |= np.where(np.any((scaled <= low) | (scaled >= high), axis=1), Flag.AT_BOUND, 0)   # never for NaN
+    flags |= np.where(outside, Flag.OUTSIDE_TRAINING, 0)
     flags |= np.where(chi2 > poor_fit_limit(model) * n_good, Flag.POOR_FIT, 0)
     flags |= np.where(n_good < max(min_good * model.usable_.sum(), len(model.vectorizer_)), Flag.FEW_PIXELS, 0)
-    covariance = np.full(hessian.shape, np.nan)
-    covariance[known] = np.linalg.inv(hessian[known] + RIDGE * np.eye(len(low))) * np.outer(model.scales_, model.scales_)
     covariance = apply_error_model(model, covariance)
     table, labels, errors = QTable(), model.unscale(scaled), np.sqrt(np.einsum("nkk->nk", covariance))
     for k, name in enumerate(model.label_names_):
@@ -400,16 +441,6 @@ def _check_spectra(model, flux, ivar):
     if flux.shape != ivar.shape or flux.shape[1] != len(model.theta_):
         raise LabError(f"flux {flux.shape} and ivar {ivar.shape} must both be (N, {len(model.theta_)})")
     return flux, ivar
-
-
-def _finite(flux, ivar, stats):
-    "The flux with zeros in unusable pixels that hold no number; LabError where a usable pixel has none. (Non-finite statistics tell, so good spectra cost nothing.)"
-    if np.isfinite(stats.A).all() and np.isfinite(stats.b).all():
-        return flux
-    broken = ~np.isfinite(flux) & (ivar > 0) | ~np.isfinite(ivar)
-    if broken.any():
-        raise LabError(f"star {np.argmax(broken.any(axis=1))} has a usable pixel without a finite flux or ivar: set ivar to 0 there")
-    return np.nan_to_num(flux, nan=0, posinf=0, neginf=0)
 
 
 # %% [markdown]

@@ -982,7 +982,7 @@ ivar[0] = 0
 before = flux.copy(), ivar.copy()
 blind = infer(model, flux, ivar)
 assert np.isnan(blind["teff"][0]) and flag_names(blind["flags"])[0] == "NOT_CONVERGED FEW_PIXELS"
-assert np.array_equal(blind["covariance"][1], infer(model, two)["covariance"][1])
+assert np.allclose(blind["covariance"][1], infer(model, two)["covariance"][1], rtol=1e-3)
 assert np.array_equal(flux, before[0]) and np.array_equal(ivar, before[1])
 
 # %% [markdown]

@@ -56,7 +56,7 @@ from stellar_lab.survey import archive_record, archive_root, real_data, use_styl
 # %% [markdown]
 # ## Sufficient statistics
 # One product of the weights (stars × pixels) by the pairwise products of the coefficients (pixels × pairs). It runs in single precision, in blocks of
-# stars that fit the cache. That is twice as fast and accurate to a thousandth of an error bar; a last step in double precision takes care of the rest.
+# stars that fit the cache. That is twice as fast and accurate to a thousandth of an error bar; a last step on exact residuals takes care of the rest.
 
 # %%
 #| export

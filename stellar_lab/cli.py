@@ -257,7 +257,7 @@ def _judge(model, spectra, test_size, folds, seed, progress):
     "The fitted model, and name of a set -> (rows, their `infer` table); the set of left-out stars comes last."
     import numpy as np
 
-    from stellar_lab.cannon import fold_numbers, train_test_rows
+    from stellar_lab.cannon import fold_numbers
     from stellar_lab.inversion import cross_label, infer
 
     everyone = np.arange(len(spectra))

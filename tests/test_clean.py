@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from stellar_lab.clean import (
-    Ledger, apply_cuts, dark_pixels, drop_dark_pixels, find_catalogue, find_files, inverse_variance, keep, match_catalogue, product_of,
+    Ledger, apply_cuts, dark_pixels, drop_dark_pixels, find_files, inverse_variance, keep, match_catalogue, product_of,
     read_archive, read_catalogue, read_files,
 )
 from stellar_lab.survey import ARCHIVES, PRODUCTS, RELEASES, Cut, LabError, Spectra, on_band, real_data, wavelength

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCATTER_ROUNDS', 'SCATTER_TOLERANCE', 'FORMAT_VERSION', 'NAIVE_RUN', 'NAIVE_QUANTILE', 'Vectorizer', 'in_blocks',
-           'pair_index', 'train_test_rows', 'fold_numbers', 'Cannon', 'training_set', 'plot_labels', 'plot_fit',
-           'naive_normalize', 'find_continuum_pixels', 'published_giants']
+           'pair_index', 'train_test_rows', 'fold_numbers', 'LabelModel', 'Cannon', 'training_set', 'plot_labels',
+           'plot_fit', 'naive_normalize', 'find_continuum_pixels', 'published_giants']
 
 # %% ../nbs/04_cannon.ipynb #3fe7059f
 import hashlib
@@ -195,7 +195,59 @@ def fold_numbers(n: int, folds: int = 5, seed: int = 0) -> np.ndarray:
     return numbers
 
 
-class Cannon(BaseEstimator):
+class LabelModel(BaseEstimator):
+    "What all models of spectra and labels share: how training stars come in, and the scaling of labels. A subclass has `labels` among its parameters."
+
+    pivots, scales = None, None   # given by hand in a subclass that has them as parameters
+
+    def _begin(self, labels, flux, ivar, label_names, wavelength):
+        "Check the training stars and learn their labels' scaling; returns flux and ivar (N, P)."
+        metadata = {}
+        if isinstance(labels, Spectra):
+            spectra = labels
+            label_names = spectra.label_names if self.labels is None else tuple(self.labels)
+            labels, flux, ivar, wavelength = spectra.labels(label_names), spectra.flux, spectra.ivar, spectra.wavelength
+            metadata = {key: value for key, value in spectra.stars.meta.items() if isinstance(value, (str, int, float, bool, list))}
+        labels, flux, ivar, names = self._check_training(labels, flux, ivar, label_names)
+        scaler = StandardScaler().fit(labels)
+        self.label_names_, self.metadata_ = names, metadata
+        self.pivots_ = np.array(scaler.mean_ if self.pivots is None else self.pivots, dtype=float)
+        self.scales_ = np.array(scaler.scale_ if self.scales is None else self.scales, dtype=float)
+        self.wavelength_ = None if wavelength is None else np.array(wavelength, dtype=float)
+        self.training_labels_ = labels
+        return flux, ivar
+
+    def _check_training(self, labels, flux, ivar, label_names):
+        labels, flux = np.atleast_2d(np.asarray(labels, dtype=float)), np.asarray(flux)
+        ivar = np.ones(flux.shape) if ivar is None else np.asarray(ivar)
+        names = label_names if label_names is not None else self.labels
+        names = tuple(f"LABEL_{k}" for k in range(labels.shape[1])) if names is None else tuple(names)
+        if flux.ndim != 2 or flux.shape != ivar.shape or len(labels) != len(flux):
+            raise LabError(f"labels {labels.shape}, flux {flux.shape} and ivar {ivar.shape} must be (N, K), (N, P) and (N, P)")
+        if len(names) != labels.shape[1]:
+            raise LabError(f"{len(names)} names ({', '.join(names)}) for {labels.shape[1]} labels")
+        without = ~np.isfinite(labels).all(axis=1)
+        if without.any():
+            raise LabError(f"{without.sum()} of {len(labels)} training stars lack a label (first: row {np.argmax(without)}): leave them out (apply_cuts)")
+        return labels, flux, ivar, names
+
+    def _digest(self, *columns):
+        "Fingerprint of the training set: labels, and numbers (N,) that sum up each star's spectrum."
+        digest = hashlib.sha256(self.training_labels_.tobytes())
+        for column in columns:
+            digest.update(column.tobytes())
+        return digest.hexdigest()
+
+    def scale(self, labels) -> np.ndarray:
+        "Labels in physical units (N, K) -> scaled labels (N, K)."
+        return (np.asarray(labels, dtype=float) - self.pivots_) / self.scales_
+
+    def unscale(self, labels) -> np.ndarray:
+        "Scaled labels (N, K) -> labels in physical units (N, K)."
+        return np.asarray(labels, dtype=float) * self.scales_ + self.pivots_
+
+
+class Cannon(LabelModel):
     "Generative model of a spectrum: each pixel a polynomial of the labels (Ness et al. 2015)."
 
     def __init__(
@@ -220,20 +272,9 @@ class Cannon(BaseEstimator):
         wavelength: np.ndarray = None,   # (P,) [Angstrom, vacuum]
     ) -> "Cannon":
         "Learn the spectrum from stars with known labels."
-        metadata = {}
-        if isinstance(labels, Spectra):
-            spectra = labels
-            label_names = spectra.label_names if self.labels is None else tuple(self.labels)
-            labels, flux, ivar, wavelength = spectra.labels(label_names), spectra.flux, spectra.ivar, spectra.wavelength
-            metadata = {key: value for key, value in spectra.stars.meta.items() if isinstance(value, (str, int, float, bool, list))}
-        labels, flux, ivar, names = self._check_training(labels, flux, ivar, label_names)
-        scaler = StandardScaler().fit(labels)
-        self.label_names_, self.metadata_ = names, metadata
-        self.pivots_ = np.array(scaler.mean_ if self.pivots is None else self.pivots, dtype=float)
-        self.scales_ = np.array(scaler.scale_ if self.scales is None else self.scales, dtype=float)
+        flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
+        names = self.label_names_
         self.vectorizer_ = Vectorizer.of_order(names, self.order) if self.terms is None else Vectorizer.of_terms(names, self.terms)
-        self.wavelength_ = None if wavelength is None else np.array(wavelength, dtype=float)
-        self.training_labels_ = labels
         self._fit_pixels(flux, ivar)
         return self
 
@@ -264,27 +305,10 @@ class Cannon(BaseEstimator):
         self.theta_, self.scatter_ = np.concatenate(theta), np.concatenate(scatter)
         n_good, chi2 = sum(n_good), sum(chi2)
         self.training_chi2_ = chi2 / np.maximum(n_good, 1)   # a pixel, each training star at its own labels
-        digest = hashlib.sha256(self.training_labels_.tobytes())
-        for part in (n_good, chi2):
-            digest.update(part.tobytes())
-        self.training_digest_ = digest.hexdigest()
+        self.training_digest_ = self._digest(n_good, chi2)
 
     def _min_stars(self):
         return 2 * len(self.vectorizer_) if self.min_stars is None else self.min_stars
-
-    def _check_training(self, labels, flux, ivar, label_names):
-        labels, flux = np.atleast_2d(np.asarray(labels, dtype=float)), np.asarray(flux)
-        ivar = np.ones(flux.shape) if ivar is None else np.asarray(ivar)
-        names = label_names if label_names is not None else self.labels
-        names = tuple(f"LABEL_{k}" for k in range(labels.shape[1])) if names is None else tuple(names)
-        if flux.ndim != 2 or flux.shape != ivar.shape or len(labels) != len(flux):
-            raise LabError(f"labels {labels.shape}, flux {flux.shape} and ivar {ivar.shape} must be (N, K), (N, P) and (N, P)")
-        if len(names) != labels.shape[1]:
-            raise LabError(f"{len(names)} names ({', '.join(names)}) for {labels.shape[1]} labels")
-        without = ~np.isfinite(labels).all(axis=1)
-        if without.any():
-            raise LabError(f"{without.sum()} of {len(labels)} training stars lack a label (first: row {np.argmax(without)}): leave them out (apply_cuts)")
-        return labels, flux, ivar, names
 
     @property
     def usable_(self) -> np.ndarray:
@@ -292,13 +316,11 @@ class Cannon(BaseEstimator):
         check_is_fitted(self, "theta_")
         return np.isfinite(self.theta_[:, 0])
 
-    def scale(self, labels) -> np.ndarray:
-        "Labels in physical units (N, K) -> scaled labels (N, K)."
-        return (np.asarray(labels, dtype=float) - self.pivots_) / self.scales_
-
-    def unscale(self, labels) -> np.ndarray:
-        "Scaled labels (N, K) -> labels in physical units (N, K)."
-        return np.asarray(labels, dtype=float) * self.scales_ + self.pivots_
+    @property
+    def typical_flux_(self) -> np.ndarray:
+        "(P,) The spectrum at the pivots; NaN in pixels that could not be fitted."
+        check_is_fitted(self, "theta_")
+        return self.theta_[:, 0]
 
     def _labels(self, labels):
         check_is_fitted(self, "theta_")

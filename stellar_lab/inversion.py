@@ -5,14 +5,17 @@
 # %% auto #0
 __all__ = ['BLOCK', 'PASS', 'MARGIN', 'DECREMENT', 'RIDGE', 'TRIALS', 'GAUSS_STEPS', 'EXACT_STEPS', 'EXACT_ERROR', 'NEIGHBOURS',
            'POOR_FIT_FACTOR', 'POOR_FIT_QUANTILE', 'MIN_GOOD', 'CLIP', 'Statistics', 'pixel_weights', 'statistics',
-           'label_box', 'Flag', 'outside_training', 'poor_fit_limit', 'flag_names', 'infer', 'with_error_model',
-           'apply_error_model', 'cross_label', 'error_table', 'plot_comparison']
+           'label_box', 'Flag', 'outside_training', 'poor_fit_limit', 'flag_names', 'infer', 'with_names',
+           'finite_flux', 'label_table', 'check_spectra', 'as_trained', 'with_error_model', 'apply_error_model',
+           'cross_label', 'error_table', 'plot_comparison']
 
 # %% ../nbs/05_inversion.ipynb #615e52c4
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntFlag
+from functools import singledispatch
 
 import astropy.units as u
 import matplotlib.pyplot as plt
@@ -21,10 +24,11 @@ from astropy.table import QTable
 from scipy.optimize import minimize
 from scipy.spatial import cKDTree
 from sklearn.base import clone
+from sklearn.utils.validation import has_fit_parameter
 from tqdm import tqdm
 
-from .cannon import Cannon, in_blocks, pair_index
-from .normalize import MASKED_LIMIT
+from .cannon import Cannon, LabelModel, in_blocks, pair_index
+from .normalize import MASKED_LIMIT, normalize
 from .survey import LABELS, LabError, Spectra, label_records, on_band
 
 # %% ../nbs/05_inversion.ipynb #63efe4a1
@@ -136,7 +140,7 @@ TRIALS = 512        # training stars that the search may start from
 GAUSS_STEPS = 8     # steps after which a star that still moves gets the full second derivative
 
 
-def label_box(model: Cannon) -> tuple:
+def label_box(model: LabelModel) -> tuple:
     "Lower and upper bound (K,) of the scaled labels."
     scaled = model.scale(model.training_labels_)
     low, high = scaled.min(axis=0), scaled.max(axis=0)
@@ -275,7 +279,7 @@ def _neighbourhood(model):
 
 
 def outside_training(
-    model: Cannon,
+    model: LabelModel,
     scaled: np.ndarray,          # (N, K) scaled labels
     neighbourhood: tuple = None, # from an earlier call's `_neighbourhood`
 ) -> np.ndarray:                 # (N,) bool
@@ -297,26 +301,29 @@ def flag_names(flags) -> list:
 MIN_GOOD = 1 - MASKED_LIMIT / len(on_band)   # the lab drops stars with fewer usable pixels
 
 
+@singledispatch
 def infer(
-    model: Cannon,
+    model: Cannon,               # or any other model of a later chapter that registers its own way
     flux,                        # (N, P) relative to the continuum, or a `Spectra`
     ivar: np.ndarray = None,     # (N, P) inverse variance, 0 where unusable
     min_good: float = MIN_GOOD,  # share of the model's pixels below which a star is flagged FEW_PIXELS
     max_steps: int = 60,         # of the search from one start
 ) -> QTable:                     # one row a star: labels, errors, covariance, chi2, n_good, steps, flags
     "Labels of stars from their spectra. Label columns have lower-case names and units; `covariance` is in the same units; NaN where no pixel is left."
-    spectra = flux if isinstance(flux, Spectra) else None
-    flux, ivar = _check_spectra(model, flux, ivar)
-    if not len(flux):
-        raise LabError("there are no spectra to label")
+    spectra = flux
+    flux, ivar = check_spectra(model, flux, ivar)
     basis, box, neighbourhood = _Basis.of(model, np.float32), label_box(model), _neighbourhood(model)
 
     def work(rows):
         return _infer_block(model, basis, box, neighbourhood, flux[rows], ivar[rows], rows.start, max_steps)
 
     parts = in_blocks(work, len(flux), BLOCK)
-    table = _label_table(model, *map(np.concatenate, zip(*parts)), min_good)
-    if spectra is not None and "APOGEE_ID" in spectra.stars.colnames:
+    return with_names(_label_table(model, *map(np.concatenate, zip(*parts)), min_good), spectra)
+
+
+def with_names(table: QTable, spectra) -> QTable:
+    "The table with the stars' names in front, where `spectra` is a `Spectra` that knows them."
+    if isinstance(spectra, Spectra) and "APOGEE_ID" in spectra.stars.colnames:
         table.add_column([str(name) for name in spectra.stars["APOGEE_ID"]], index=0, name="apogee_id")
     return table
 
@@ -325,10 +332,7 @@ def _infer_block(model, basis, box, neighbourhood, flux, ivar, first, max_steps)
     "A block of stars from pixels to scaled labels; `first` is its first star's number."
     stats = _statistics(basis, flux, ivar)
     if not (np.isfinite(stats.A).all() and np.isfinite(stats.b).all()):   # only then is it worth looking at every pixel
-        broken = ~np.isfinite(flux) & (ivar > 0) | ~np.isfinite(ivar)
-        if broken.any():
-            raise LabError(f"star {first + np.argmax(broken.any(axis=1))} has a usable pixel without a finite flux or ivar: set ivar to 0 there")
-        flux = np.nan_to_num(flux, nan=0, posinf=0, neginf=0)
+        flux = finite_flux(flux, ivar, first)
         stats = _statistics(basis, flux, ivar)
     scaled, steps = _search(model, stats, box, max_steps)
     scaled, chi2, hessian, resting = _finish(model, basis, scaled, stats, flux, ivar, box)
@@ -341,16 +345,40 @@ def _infer_block(model, basis, box, neighbourhood, flux, ivar, first, max_steps)
     return scaled, chi2, covariance, stats.n_good, steps, resting & ~blind, outside
 
 
+def finite_flux(
+    flux: np.ndarray,   # (N, P)
+    ivar: np.ndarray,   # (N, P)
+    first: int = 0,     # number of the first star, for the message
+) -> np.ndarray:        # (N, P) zero where flux is not finite and not usable
+    "Flux that can be multiplied; LabError where a usable pixel has none."
+    broken = ~np.isfinite(flux) & (ivar > 0) | ~np.isfinite(ivar)
+    if broken.any():
+        raise LabError(f"star {first + np.argmax(broken.any(axis=1))} has a usable pixel without a finite flux or ivar: set ivar to 0 there")
+    return np.nan_to_num(flux, nan=0, posinf=0, neginf=0)
+
+
 def _label_table(model, scaled, chi2, covariance, n_good, steps, resting, outside, min_good):
-    "Physical units, errors and flags."
+    "Flags of an inversion, and the table."
     flags = np.where(resting, 0, Flag.NOT_CONVERGED)
     low, high = label_box(model)
     flags |= np.where(np.any((scaled <= low) | (scaled >= high), axis=1), Flag.AT_BOUND, 0)   # never for NaN
     flags |= np.where(outside, Flag.OUTSIDE_TRAINING, 0)
     flags |= np.where(chi2 > poor_fit_limit(model) * n_good, Flag.POOR_FIT, 0)
     flags |= np.where(n_good < max(min_good * model.usable_.sum(), len(model.vectorizer_)), Flag.FEW_PIXELS, 0)
-    covariance = apply_error_model(model, covariance)
-    table, labels, errors = QTable(), model.unscale(scaled), np.sqrt(np.einsum("nkk->nk", covariance))
+    return label_table(model, model.unscale(scaled), apply_error_model(model, covariance), chi2, n_good, steps, flags)
+
+
+def label_table(
+    model: LabelModel,
+    labels: np.ndarray,       # (N, K) physical units
+    covariance: np.ndarray,   # (N, K, K)
+    chi2: np.ndarray,         # (N,) NaN where the model has none
+    n_good: np.ndarray,       # (N,) usable pixels
+    steps: np.ndarray,        # (N,) 0 where nothing was searched
+    flags: np.ndarray,        # (N,) of `Flag`
+) -> QTable:
+    "The table that `infer` gives, whatever the model: labels with units and errors, covariance, chi2, n_good, steps, flags."
+    table, errors = QTable(), np.sqrt(np.einsum("nkk->nk", covariance))
     for k, name in enumerate(model.label_names_):
         unit = LABELS[name].unit if name in LABELS else u.dimensionless_unscaled
         table[name.lower()], table[f"{name.lower()}_err"] = labels[:, k] * unit, errors[:, k] * unit
@@ -361,7 +389,8 @@ def _label_table(model, scaled, chi2, covariance, n_good, steps, resting, outsid
     return table
 
 
-def _check_spectra(model, flux, ivar):
+def check_spectra(model: LabelModel, flux, ivar) -> tuple:   # flux, ivar (N, P) float32
+    "Spectra that the model can read, from a `Spectra` or arrays; LabError where grid or shape do not fit."
     if isinstance(flux, Spectra):
         grid, (flux, ivar) = flux.wavelength, (flux.flux, flux.ivar)
         if model.wavelength_ is not None and (len(grid) != len(model.wavelength_) or not np.allclose(grid, model.wavelength_, rtol=1e-8)):
@@ -370,9 +399,32 @@ def _check_spectra(model, flux, ivar):
     if ivar is None:
         raise LabError("ivar is missing: give the inverse variance of each pixel, 0 where unusable, or a Spectra")
     flux, ivar = np.atleast_2d(np.asarray(flux, dtype=np.float32)), np.atleast_2d(np.asarray(ivar, dtype=np.float32))
-    if flux.shape != ivar.shape or flux.shape[1] != len(model.theta_):
-        raise LabError(f"flux {flux.shape} and ivar {ivar.shape} must both be (N, {len(model.theta_)})")
+    if flux.shape != ivar.shape or flux.shape[1] != len(model.typical_flux_):
+        raise LabError(f"flux {flux.shape} and ivar {ivar.shape} must both be (N, {len(model.typical_flux_)})")
+    if not len(flux):
+        raise LabError("there are no spectra to label")
     return flux, ivar
+
+# %% ../nbs/05_inversion.ipynb #a5c9e002
+def _dark(model, spectra, fraction=0.05):
+    "Pixels below `fraction` of what a typical star has there, each star relative to its own median: (N, P) bool."
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)   # a star without a usable pixel has no median
+        level = np.nanmedian(np.where(spectra.ivar > 0, spectra.flux, np.nan), axis=1, keepdims=True)
+        typical = model.typical_flux_ / np.nanmedian(model.typical_flux_)
+        return spectra.flux < fraction * np.where(level > 0, level, np.nan) * typical
+
+
+def as_trained(
+    model: LabelModel,
+    spectra: Spectra,   # as read, of the product that the model was trained on
+) -> Spectra:           # ready for `infer`
+    "Spectra normalized, and freed of dark pixels, as the model's training spectra were; each star by itself."
+    if spectra.stars.meta.get("normalized", False):
+        return spectra
+    spectra = spectra.replace(ivar=np.where(_dark(model, spectra), np.float32(0), spectra.ivar))
+    pixels = model.metadata_.get("continuum_pixels")
+    return normalize(spectra, continuum_pixels=None if pixels is None else np.isin(np.arange(len(spectra.wavelength)), pixels))
 
 # %% ../nbs/05_inversion.ipynb #5f03feff
 CLIP = 4   # residuals beyond this many robust standard deviations do not shape the error model
@@ -383,21 +435,25 @@ def _robust_std(values):
 
 
 def with_error_model(
-    model: Cannon,
-    table: QTable,        # `infer` of stars left out of training, formal errors
+    model: LabelModel,
+    table: QTable,        # `infer` of stars left out of training, formal errors; NaN where the model has none, then the floor is all
     truth: np.ndarray,    # (N, K) their catalogue labels
-) -> Cannon:              # a copy of the model whose inferred errors are inflated
+) -> LabelModel:          # a copy of the model whose inferred errors are inflated
     "Learn from left-out stars how large the errors really are."
     names = [name.lower() for name in model.label_names_]
     residual = _values(table, names) - np.asarray(truth, dtype=float)
     formal2 = _values(table, [f"{name}_err" for name in names]) ** 2
     fits = []
     for r, f2 in zip(residual.T, formal2.T):
-        use = np.isfinite(r) & np.isfinite(f2) & (f2 > 0)
+        formal = np.isfinite(f2).any()
+        use = np.isfinite(r) & (np.isfinite(f2) & (f2 > 0) if formal else True)
         use[use] = np.abs(r[use] - np.median(r[use])) < CLIP * _robust_std(r[use])
         if use.sum() < 10:
             raise LabError(f"{use.sum()} left-out stars are too few for an error model: 10 are needed")
         unit2 = np.mean(r[use] ** 2)
+        if not formal:
+            fits.append((0, unit2))
+            continue
         r, f2 = r[use] ** 2 / unit2, f2[use] / np.median(f2[use])
 
         def cost(p):
@@ -412,12 +468,12 @@ def with_error_model(
     return model
 
 
-def apply_error_model(model: Cannon, covariance: np.ndarray) -> np.ndarray:
+def apply_error_model(model: LabelModel, covariance: np.ndarray) -> np.ndarray:
     "Formal covariance (N, K, K) -> honest covariance; unchanged where the model carries no error model."
     if not hasattr(model, "error_inflation_"):
         return covariance
-    stretch = np.sqrt(model.error_inflation_)
-    return covariance * np.outer(stretch, stretch) + np.diag(model.error_floor_)
+    stretch = np.outer(*2 * [np.sqrt(model.error_inflation_)])
+    return np.where(stretch > 0, covariance * stretch, 0) + np.diag(model.error_floor_)
 
 
 def _values(table, names):
@@ -426,7 +482,7 @@ def _values(table, names):
 
 # %% ../nbs/05_inversion.ipynb #09b862c2
 def cross_label(
-    model: Cannon,         # parameters; it is cloned, not changed
+    model: LabelModel,     # parameters; it is cloned, not changed
     spectra: Spectra,
     groups: np.ndarray,    # (N,) fold number or name of the group of each star
     progress: bool = True,
@@ -439,7 +495,8 @@ def cross_label(
     table = None
     for number in tqdm(range(len(names)), desc="left out", unit="group", disable=not progress, leave=False):
         rows = place == number
-        part = infer(clone(model).fit(spectra[~rows]), spectra[rows])
+        quiet = {"progress": progress} if has_fit_parameter(model, "progress") else {}
+        part = infer(clone(model).fit(spectra[~rows], **quiet), spectra[rows])
         if table is None:
             table = QTable(part[np.zeros(len(spectra), dtype=int)])
         table[rows] = part

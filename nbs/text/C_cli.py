@@ -54,7 +54,7 @@ from IPython.display import Markdown
 
 from stellar_lab.cannon import Cannon, train_test_rows, training_set
 from stellar_lab.clean import read_archive
-from stellar_lab.inversion import error_table, infer, with_error_model
+from stellar_lab.inversion import as_trained, error_table, infer, with_error_model
 from stellar_lab.normalize import normalize
 from stellar_lab.survey import LABELS, archive_root, use_style, write_table
 
@@ -149,7 +149,7 @@ def _ledger_lines(ledger, width):
 
 # %% [markdown]
 # New spectra must be treated as the training spectra were: another product or another list of continuum pixels shifts the labels by more than their
-# errors (chapter 3 measures it). So the model carries the product and the pixels in its own file.
+# errors (chapter 3 measures it). So the model carries the product and the pixels in its own file, and `inversion.as_trained` follows them.
 
 # %%
 #| export
@@ -166,38 +166,6 @@ def _recipe(spectra, continuum_pixels, source):
         stars.meta |= {"continuum_pixels": np.flatnonzero(pixels).tolist(), "continuum_source": source}
     return spectra.replace(stars=stars)
 
-
-def as_trained(
-    model,       # Cannon
-    spectra,     # Spectra as read, of the product that the model was trained on
-):               # -> Spectra
-    "Spectra normalized, and freed of dark pixels, as the model's training spectra were; each star by itself."
-    import numpy as np
-
-    from stellar_lab.normalize import normalize
-
-    if spectra.stars.meta.get("normalized", False):
-        return spectra
-    spectra = spectra.replace(ivar=np.where(_dark(model, spectra), np.float32(0), spectra.ivar))
-    pixels = model.metadata_.get("continuum_pixels")
-    return normalize(spectra, continuum_pixels=None if pixels is None else np.isin(np.arange(len(spectra.wavelength)), pixels))
-
-
-# %% [markdown]
-# One rule of chapter 2 looks at many stars at once: a pixel far below what it has in other stars is dark. A single new star has no others beside it;
-# but the model remembers what a pixel has in a typical star. So a star's labels do not depend on who else is labelled with it.
-
-# %%
-#| export
-def _dark(model, spectra, fraction=0.05):
-    "Pixels below `fraction` of what a star of mean labels has there, each star relative to its own median: (N, P) bool."
-    import numpy as np
-
-    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
-        warnings.simplefilter("ignore", RuntimeWarning)   # a star without a usable pixel has no median
-        level = np.nanmedian(np.where(spectra.ivar > 0, spectra.flux, np.nan), axis=1, keepdims=True)
-        typical = model.theta_[:, 0] / np.nanmedian(model.theta_[:, 0])
-        return spectra.flux < fraction * np.where(level > 0, level, np.nan) * typical
 
 
 # %% [markdown]
@@ -483,6 +451,19 @@ def _raise(error):
 LABEL_BATCH = 64   # files in memory at a time
 
 
+def load_model(
+    path,   # .asdf file of a Cannon, .keras file of a network
+):          # -> the model
+    "Read a model of either kind. Only a network's file brings TensorFlow in, whose import takes ten seconds."
+    if Path(path).suffix.lower() != ".keras":
+        from stellar_lab.cannon import Cannon
+
+        return Cannon.load(path)
+    from stellar_lab.network import Network
+
+    return Network.load(path)
+
+
 @dataclass
 class LabelSummary:
     "The table of labels, and what could not be labelled."
@@ -513,20 +494,19 @@ class LabelSummary:
 
 
 def label(
-    model,                      # Cannon, or the .asdf file of one
+    model,                      # a fitted model, or the file of one: .asdf of a Cannon, .keras of a network
     paths,                      # apStar or aspcapStar files, folders, archive roots
     out=None,                   # .fits, .ecsv or .parquet for the table; nothing is written by default
     any_product: bool = False,  # take spectra of another product than the model's, although their labels are biased
     progress: bool = True,      # show a bar
 ) -> LabelSummary:              # its `.table` holds the labels
     "Labels of stars from their files, treated as the model's training spectra were. LabError if there are none."
-    from stellar_lab.cannon import Cannon
     from stellar_lab.survey import TABLE_FORMATS, LabError, require
 
     if out is not None and _check_target(out, tuple(TABLE_FORMATS), "a table").suffix.lower() == ".parquet":
         require("pyarrow", "parquet")
-    name = "" if isinstance(model, Cannon) else str(model)
-    model = Cannon.load(model) if name else model
+    name = str(model) if isinstance(model, (str, os.PathLike)) else ""
+    model = load_model(model) if name else model
     files = find_spectra(paths, model.metadata_.get("product"))
     _check_products(model, files, any_product)
     table, problems = _label_files(model, files, progress)
@@ -571,8 +551,10 @@ def _label_files(model, files, progress):
 
 
 def _label_batch(model, paths, product):
+    import numpy as np
+
     from stellar_lab.clean import Problem, _read_stars
-    from stellar_lab.inversion import infer
+    from stellar_lab.inversion import as_trained, infer
     from stellar_lab.survey import PRODUCTS
 
     spectra, places, problems = _read_stars(paths, PRODUCTS[product], row=1, progress=False)
@@ -581,7 +563,7 @@ def _label_batch(model, paths, product):
     table = infer(model, as_trained(model, spectra))
     table["file"] = [paths[place] for place in places]
     table.meta |= {"product": product, "made_by": f"stellar_lab {__version__}"}
-    blind = [Problem(str(file), "no usable pixel, or too few for the model") for file in table["file"][table["n_good"] < len(model.vectorizer_)]]
+    blind = [Problem(str(file), "no usable pixel, or too few for the model") for file in table["file"][np.isnan(table[model.label_names_[0].lower()])]]
     return table, problems + blind
 
 
@@ -609,15 +591,14 @@ def write_labels(
 # %%
 #| export
 def describe(
-    path,              # .asdf file of a model
+    path,              # .asdf file of a Cannon, .keras file of a network
     width: int = None, # columns to fill; those of the terminal by default
 ) -> str:
     "What a model is and, from the record beside it, how it was trained and how wrong it is."
-    from stellar_lab.cannon import Cannon
     from stellar_lab.survey import LabError
 
-    model, record = Cannon.load(path), Path(path).with_suffix(".json")
-    text = [f"{path}: a Cannon", *_model_lines(model, _versions_of(path)), ""]
+    model, record = load_model(path), Path(path).with_suffix(".json")
+    text = [f"{path}: a {type(model).__name__}", *_model_lines(model, _versions_of(path)), ""]
     try:
         report = TrainingReport.load(record)
     except LabError as error:
@@ -630,24 +611,39 @@ def describe(
 def _versions_of(path):
     import asdf
 
+    if Path(path).suffix.lower() == ".keras":
+        from stellar_lab.network import network_facts
+
+        return network_facts(path)["versions"]
+
     with asdf.open(path) as file:
         return dict(file.tree.get("versions", {}))
 
 
-def _model_lines(model, versions):
+def _inside_lines(model):
+    "What a model is made of, and its errors: a Cannon's terms and scatter, or a network's weights and training."
     import numpy as np
 
-    names, terms = model.label_names_, model.vectorizer_.terms
+    if hasattr(model, "vectorizer_"):
+        terms = model.vectorizer_.terms
+        scatter = f"{np.nanmedian(model.scatter_):.4f} in the median pixel" if model.scatter else "none fitted"
+        return [("terms", f"{len(terms)}: {', '.join(terms)}"), ("scatter", scatter)], "formal: photon noise alone, much too small"
+    losses = ", ".join(f"{name} {values[-1]:.4g}" for name, values in model.history_.items() if values)
+    return [("weights", f"{model.net_.count_params():,}"), ("training", f"{len(model.history_['loss'])} epochs, at the end {losses}")], "as the network gives them"
+
+
+def _model_lines(model, versions):
+    names = model.label_names_
+    inside, errors = _inside_lines(model)
     grid = "" if model.wavelength_ is None else f" from {model.wavelength_[0]:.2f} to {model.wavelength_[-1]:.2f} Angstrom"
     low, high = model.training_labels_.min(axis=0), model.training_labels_.max(axis=0)
-    scatter = f"{np.nanmedian(model.scatter_):.4f} in the median pixel" if model.scatter else "none fitted"
     lines = [
         ("labels", ", ".join(f"{name} {a:.4g} to {b:.4g}" for name, a, b in zip(names, low, high))),
-        ("terms", f"{len(terms)}: {', '.join(terms)}"),
+        *inside[:1],
         ("trained on", f"{len(model.training_labels_)} stars, {_origin(model.metadata_)}"),
-        ("pixels", f"{model.usable_.sum()} of {len(model.theta_)}{grid}"),
-        ("scatter", scatter),
-        ("errors", "honest" if hasattr(model, "error_floor_") else "formal: photon noise alone, much too small"),
+        ("pixels", f"{model.usable_.sum()} of {len(model.usable_)}{grid}"),
+        *inside[1:],
+        ("errors", "honest" if hasattr(model, "error_floor_") else errors),
         ("digest", model.training_digest_[:16]),
         ("versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
     ]
@@ -932,14 +928,14 @@ def _add_train(commands):
 def _add_label(commands):
     with _command(commands, "label", _run_label, "labels of stars from their files", _LABEL, "nothing was written") as parser:
         parser.add_argument("paths", nargs="+", metavar="PATH", help="files, folders, or the root of an archive")
-        parser.add_argument("--model", required=True, metavar="FILE", help="a model that 'stellar-lab train' wrote (.asdf)")
+        parser.add_argument("--model", required=True, metavar="FILE", help="a model: what 'stellar-lab train' wrote (.asdf), or a network (.keras)")
         parser.add_argument("--out", required=True, metavar="FILE", help="where the table goes: .fits, .ecsv or .parquet")
         parser.add_argument("--any-product", action="store_true", help="take files of the other product, too, although their labels are biased")
 
 
 def _add_report(commands):
     with _command(commands, "report", _run_report, "what a model is, and how wrong", _REPORT, "nothing was lost") as parser:
-        parser.add_argument("--model", required=True, metavar="FILE", help="a model that 'stellar-lab train' wrote (.asdf)")
+        parser.add_argument("--model", required=True, metavar="FILE", help="a model: what 'stellar-lab train' wrote (.asdf), or a network (.keras)")
 
 
 def make_parser() -> argparse.ArgumentParser:

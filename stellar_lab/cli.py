@@ -747,7 +747,8 @@ Examples:
 
 _LABEL = """
 Label stars: read their spectra, treat them as the model's training spectra
-were treated, find the labels that fit best.
+were treated, find the labels that fit best. The model is a Cannon's file
+(.asdf) or a network's (.keras, saved in Python; its chi2 is empty).
 
 PATH is an apStar or aspcapStar file, a folder (searched for such files down
 to the last one, files of single visits left out) or the root of an archive.

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['READ_BLOCK', 'NETWORK_FORMAT', 'MEMBER', 'SAVE_EVERY', 'LAB_LAYERS', 'LabelReader', 'infer_by_reading',
-           'photon_covariance', 'RidgeLabels', 'Prepare', 'Network', 'network_facts', 'LabNetwork']
+           'photon_covariance', 'RidgeLabels', 'Prepare', 'FusedAdam', 'Network', 'network_facts', 'LabNetwork',
+           'plot_history']
 
-# %% ../nbs/09_network.ipynb #5d7d83c4
+# %% ../nbs/09_network.ipynb #c4ac7415
 import hashlib
 import json
 import os
@@ -29,7 +30,7 @@ from .cannon import LabelModel, pair_index, train_test_rows
 from .inversion import MIN_GOOD, Flag, apply_error_model, check_spectra, finite_flux, infer, label_table, outside_training, with_names
 from .survey import LABELS, LabError, Spectra, atomic_path, plot_spectrum, require
 
-# %% ../nbs/09_network.ipynb #4d3b1ffc
+# %% ../nbs/09_network.ipynb #cad21d2d
 class LabelReader(LabelModel):
     "A model from spectrum to labels. A subclass says in `fit` how it learns and in `_read` how it reads."
 
@@ -99,7 +100,7 @@ def photon_covariance(
     variance = np.divide(1, ivar, out=np.zeros(ivar.shape), where=ivar > 0)
     return (variance @ (weights[i] * weights[j]).T)[:, place]
 
-# %% ../nbs/09_network.ipynb #e7378283
+# %% ../nbs/09_network.ipynb #5e219549
 class RidgeLabels(LabelReader):
     "Ridge regression from flux to labels: the best that a linear map can do, in a second."
 
@@ -128,7 +129,7 @@ class RidgeLabels(LabelReader):
         weights, constant = self.affine_map()
         return self.fill(flux, ivar) @ weights.T + constant, photon_covariance(weights, np.where(self.usable_, ivar, 0))
 
-# %% ../nbs/09_network.ipynb #becca949
+# %% ../nbs/09_network.ipynb #80816e30
 @contextmanager
 def _hushed():
     "Nothing that compiled libraries say reaches the error output."
@@ -174,7 +175,20 @@ class Prepare(keras.layers.Layer):
     def get_config(self):
         return super().get_config() | {"centre": self.centre}
 
-# %% ../nbs/09_network.ipynb #182e2c23
+# %% ../nbs/09_network.ipynb #037583bd
+class FusedAdam(keras.optimizers.Adam):
+    "Keras' Adam with amsgrad, each step as TensorFlow's single operation for it (on the processor)."
+
+    def update_step(self, gradient, variable, learning_rate):
+        number = self._get_variable_index(variable)
+        handles = [part.handle if hasattr(part, "handle") else part.value.handle
+                   for part in (variable, self._momentums[number], self._velocities[number], self._velocity_hats[number])]
+        step = tf.cast(self.iterations + 1, tf.float32)
+        tf.raw_ops.ResourceApplyAdamWithAmsgrad(
+            **dict(zip(("var", "m", "v", "vhat"), handles)), beta1_power=tf.pow(self.beta_1, step), beta2_power=tf.pow(self.beta_2, step),
+            lr=tf.cast(learning_rate, tf.float32), beta1=self.beta_1, beta2=self.beta_2, epsilon=self.epsilon, grad=gradient)
+
+# %% ../nbs/09_network.ipynb #4be7bd96
 NETWORK_FORMAT, MEMBER = 1, "stellar_lab.json"   # of the file; the part of it that is ours
 SAVE_EVERY = 30   # seconds between two states of a training that are kept
 
@@ -228,7 +242,8 @@ class Network(LabelReader):
             yield tuple(tf.gather(part, order[start:start + self.batch_size]) for part in data)
 
     def _optimizer(self):
-        return keras.optimizers.Adam(self.learning_rate, amsgrad=True)
+        "Adam with amsgrad."
+        return (keras.optimizers.Adam if tf.config.list_physical_devices("GPU") else FusedAdam)(self.learning_rate, amsgrad=True)
 
     # ---- training
 
@@ -248,6 +263,7 @@ class Network(LabelReader):
         flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
         data, held = self._sets(flux, ivar, validation)
         keras.utils.set_random_seed(self.seed)
+        tf.config.experimental.enable_op_determinism()
         self._assemble()
         self._train(data, held, checkpoint, progress)
         return self
@@ -382,13 +398,15 @@ def _network_class(tree, path):
     if tree["module"].startswith("stellar_lab."):
         with suppress(ImportError):
             import_module(tree["module"])
-    known, new = {}, [Network]
+    known, new = [], [Network]
     while new:
-        known |= {kind.__name__: kind for kind in new}
+        known += new
         new = [below for kind in new for below in kind.__subclasses__()]
-    if tree["stellar_lab_model"] not in known:
+    named = [kind for kind in known if kind.__name__ == tree["stellar_lab_model"]]
+    named.sort(key=lambda kind: kind.__module__ == tree["module"])   # last, and taken: of the module that the file names
+    if not named:
         raise LabError(f"{path} holds a {tree['stellar_lab_model']!r}, which is not known here: import {tree['module']} first")
-    return known[tree["stellar_lab_model"]]
+    return named[-1]
 
 
 def _to_json(value):
@@ -400,7 +418,7 @@ def _to_json(value):
 def _from_json(value):
     return np.array(value["array"], dtype=value["dtype"]) if isinstance(value, dict) and "array" in value else value
 
-# %% ../nbs/09_network.ipynb #bfe261d6
+# %% ../nbs/09_network.ipynb #cb4d9552
 class _State:
     "The state of a training, in a file if there is one."
 
@@ -434,37 +452,56 @@ class _State:
             return
         best = best or []
         facts = {"identity": self.identity.hexdigest(), "epoch": epoch, "history": history, "state": len(self.variables), "best": len(best)}
-        arrays = {f"state{k}": np.asarray(variable) for k, variable in enumerate(self.variables)} | {f"best{k}": array for k, array in enumerate(best)}
+        arrays = {f"state{k}": variable.numpy() for k, variable in enumerate(self.variables)} | {f"best{k}": array for k, array in enumerate(best)}
         with atomic_path(self.path) as temporary, open(temporary, "wb") as file:
             np.savez(file, facts=json.dumps(facts), **arrays)
         self.saved = time.monotonic()
 
-# %% ../nbs/09_network.ipynb #95ebfa4a
-LAB_LAYERS = (1000, 2000, 2000, 200, 20)   # and one for the labels
+# %% ../nbs/09_network.ipynb #5cc8747f
+LAB_LAYERS = (1000, 2000, 2000, 200, 20)   # widths; one more layer for the labels
 
 
 class LabNetwork(Network):
-    "The lab's network: dense layers, all linear, hence an affine map."
+    "The lab's network: dense layers, all linear, hence an affine map. With `centre=True` the same layers see the flux minus its mean."
 
-    def __init__(self, labels=None, epochs=250, batch_size=32, learning_rate=1e-3, centre=False, validation=0, keep_best=False, seed=42):
+    def __init__(
+        self, labels: Sequence = None, epochs: int = 250, batch_size: int = 32, learning_rate: float = 1e-3,
+        centre: bool = False,   # the lab fed the flux as it is
+        validation: float = 0, keep_best: bool = False, seed: int = 42,
+    ):
         super().__init__(labels, epochs, batch_size, learning_rate, centre, validation, keep_best, seed)
 
     def _build(self, n_pixels, n_labels):
         layers = [keras.layers.Dense(width, activation="linear", kernel_initializer="random_uniform") for width in (*LAB_LAYERS, n_labels)]
-        return keras.Sequential([keras.Input((n_pixels,)), *layers], name="net")
+        return keras.Sequential([keras.Input((n_pixels,)), *layers])
 
     def affine_map(
         self,
     ) -> tuple:   # W (K, P) and b (K,) of labels = W flux + b, physical units, float64
-        "The layers multiplied out, and filling and scaling with them."
+        "The layers multiplied out, and centring and scaling with them."
         check_is_fitted(self, "net_")
         product, constant = np.eye(len(self.label_names_)), np.zeros(len(self.label_names_))
         for layer in reversed(self.net_.layers):
             kernel, bias = (np.asarray(part, dtype=float) for part in layer.get_weights())
             product, constant = kernel @ product, constant + bias @ product
         weights = product.T * self.scales_[:, None]
-        shift = weights @ self.typical_flux_ if self.centre else 0
-        return weights, self.unscale(constant) - shift
+        return weights, self.unscale(constant) - (weights @ self.typical_flux_ if self.centre else 0)
 
     def _covariance(self, labels, ivar):
         return photon_covariance(self.affine_map()[0], np.where(self.usable_, ivar, 0))
+
+# %% ../nbs/09_network.ipynb #990220fd
+def plot_history(
+    histories: dict,   # name -> `history_` of a network
+    ax=None,
+):
+    "Loss of training stars (lines) and of stars set aside (dashes) against the epoch; returns the Axes."
+    ax = plt.subplots(figsize=(7, 3))[1] if ax is None else ax
+    for k, (name, history) in enumerate(histories.items()):
+        for kind, style in (("loss", "-"), ("val_loss", "--")):
+            if history.get(kind):
+                ax.plot(1 + np.arange(len(history[kind])), history[kind], style, color=f"C{k}", label=name if kind == "loss" else None)
+    ax.axhline(1, color="0.6", lw=0.8, zorder=0)
+    ax.set(xlabel="epoch", ylabel="loss (scaled labels, squared)", yscale="log")
+    ax.legend(frameon=False)
+    return ax

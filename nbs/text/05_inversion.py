@@ -360,7 +360,9 @@ def flag_names(flags) -> list:
 #
 # ## `infer`
 # All of it, in blocks of stars, so that threads share the work and memory stays small. The formal covariance is the inverse of the Hessian. If the model carries an *error model*
-# (below), it is applied.
+# (below), it is applied. The
+# function looks at the kind of model (`singledispatch`): what follows is for the Cannon, and other models, such as the networks of chapter 9, register a way of their own, so that everything that
+# calls `infer`, judges or compares works with any of them.
 
 # %%
 #| export

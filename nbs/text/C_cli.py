@@ -445,6 +445,7 @@ def _raise(error):
 
 # %% [markdown]
 # Labels come in batches, so that a hundred thousand files need no more memory than a few dozen. What fails is counted and said, file by file.
+# The model is a Cannon's file (`.asdf`) or a network's (`.keras`, chapter 9); the table is the same, with no $\chi^2$ from a network.
 
 # %%
 #| export
@@ -847,7 +848,8 @@ Examples:
 
 _LABEL = """
 Label stars: read their spectra, treat them as the model's training spectra
-were treated, find the labels that fit best.
+were treated, find the labels that fit best. The model is a Cannon's file
+(.asdf) or a network's (.keras, saved in Python; its chi2 is empty).
 
 PATH is an apStar or aspcapStar file, a folder (searched for such files down
 to the last one, files of single visits left out) or the root of an archive.

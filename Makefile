@@ -68,7 +68,7 @@ bench: $(STAMP) ## time training and inversion beside their bare matrix products
 
 constraints: $(STAMP) ## fix the newest versions that go together, for all three Pythons
 	@$(BIN)/python -m uv --version >/dev/null 2>&1 || $(BIN)/python -m pip install --quiet uv
-	@$(BIN)/python -m uv pip compile setup.py --all-extras --universal --python-version 3.11 --fork-strategy fewest --upgrade --refresh-package stellar-lab \
+	@$(BIN)/python -m uv pip compile setup.py --extra all --universal --python-version 3.11 --fork-strategy fewest --upgrade --refresh-package stellar-lab \
 		--no-annotate --custom-compile-command "make constraints" --quiet --output-file constraints.txt
 
 clean: ## remove _build/ and build/; the environment and the archives stay

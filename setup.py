@@ -17,6 +17,7 @@ def requirements(name):
 EXTRAS = ("notebook", "network", "parquet", "video", "test")
 extras = {extra: requirements(f"{extra}_requirements") for extra in EXTRAS}
 extras["all"] = [requirement for extra in EXTRAS for requirement in extras[extra]]
+extras["synthesis"] = requirements("synthesis_requirements")   # remakes what data/ ships; not part of "all"
 
 setup(
     name=project["lib_name"],

@@ -1,0 +1,198 @@
+"""Synthetic stars: shipped files that belong together, labels and grids as properties, faults that a user can cause, the command."""
+import hashlib
+import importlib.util
+import subprocess
+import sys
+from importlib.resources import as_file, files
+from pathlib import Path
+
+import numpy as np
+import pytest
+from astropy.io import fits
+from astropy.table import Table
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stellar_lab import synthesis
+from stellar_lab.survey import LabError, MissingExtra, wavelength
+from stellar_lab.synthesis import GRID_LABELS, Emulator
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = ROOT / "tools" / "synthesis.py"
+BATCHES = sorted((ROOT / "tools" / "grid").glob("batch_*.fits"))
+unit_cubes = st.lists(st.lists(st.floats(0, 1), min_size=9, max_size=9), min_size=1, max_size=5).map(np.array)
+
+
+@pytest.fixture(scope="module")
+def emulator():
+    return Emulator.load()
+
+
+def digest(name):
+    with as_file(files("stellar_lab.data") / name) as path:
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+# ---- what is shipped
+
+def test_lines_checks_batches_and_emulator_come_from_the_same_calibration(emulator):
+    lines = digest(synthesis.LINES_FILE)
+    assert emulator.facts["LINES"] == lines
+    with synthesis.check_file() as hdus:
+        assert hdus["LABORATORY"].header["LINES"] == lines
+    for path in BATCHES:
+        assert fits.getheader(path, "DEPTH")["LINES"] == lines, path.name
+
+
+def test_products_name_their_versions(emulator):
+    assert {"PYTHON", "PYSME", "NUMPY", "SCIPY", "ASTROPY", "SEED", "MODELS", "ASIDE"} <= set(emulator.facts)
+    assert synthesis.shipped_lines().meta["PYSME"] == emulator.facts["PYSME"] == "1.2.0"
+
+
+@pytest.mark.skipif(not BATCHES, reason="the grid's batches are not at hand")
+def test_batches_hold_the_design_and_whole_spectra():
+    number = int(BATCHES[-1].stem.split("_")[1])
+    design = synthesis.grid_design((number + 1) * synthesis.BATCH, fits.getheader(BATCHES[-1], "DEPTH")["SEED"])
+    labels, flux, _ = synthesis.read_batch(BATCHES[-1])
+    assert np.allclose(synthesis.label_matrix(labels[list(GRID_LABELS)]), synthesis.label_matrix(design)[-synthesis.BATCH:])
+    good = np.asarray(labels["GOOD"], bool)
+    assert good.mean() > 0.9 and flux.shape == (synthesis.BATCH, len(synthesis.grid_wavelength))
+    assert flux[good].min() > 0 and flux[good].max() < 1.005
+
+
+@pytest.mark.skipif(not BATCHES, reason="the grid's batches are not at hand")
+def test_the_shipped_error_is_that_of_models_kept_aside(emulator):
+    chosen = BATCHES[:12]   # the first models kept aside are enough to see a wrong number
+    labels, flux, _ = synthesis.read_grid(chosen)
+    aside = synthesis.kept_aside(len(labels))
+    error = synthesis.emulator_error(emulator, labels[aside], flux[aside])
+    assert error["median"] == pytest.approx(emulator.facts["RMSMED"], rel=0.5)
+
+
+def test_lines_are_as_the_recipe_says():
+    lines = synthesis.shipped_lines()
+    change = np.abs(lines["LOGGF_CAL"] - lines["LOGGF"])
+    hydrogen = np.asarray(lines["SPECIES"], str) == "H 1"
+    assert hydrogen.sum() == 18 and change[hydrogen].max() < 1e-3   # theory knows hydrogen exactly
+    assert (lines["DEPTH"].max(axis=1)[~hydrogen] > synthesis.MIN_DEPTH).all()
+    assert np.all(np.diff(lines["WAVE"]) >= 0) and change.max() < 2
+
+
+# ---- labels
+
+@given(unit_cubes)
+@settings(deadline=None)
+def test_labels_and_their_place_in_the_domain_are_inverse(cube):
+    assert np.allclose(synthesis.unit_labels(synthesis.labels_from_unit(cube)), cube, atol=1e-6)
+
+
+@given(unit_cubes)
+@settings(deadline=None, max_examples=25)
+def test_every_star_of_the_domain_has_a_spectrum(emulator, cube):
+    labels = synthesis.labels_from_unit(cube)
+    flux = emulator(labels)
+    assert emulator.inside(labels).all()
+    assert flux.shape == (len(cube), len(wavelength)) and np.isfinite(flux).all()
+    assert flux.min() > -0.3 and flux.max() < 1.3   # in the corners of nine dimensions a polynomial may overshoot
+
+
+@given(st.floats(3000, 8000), st.floats(-1, 5), st.floats(-3, 1))
+@settings(deadline=None, max_examples=50)
+def test_complete_labels_keeps_what_it_is_given(teff, logg, fe_h):
+    table = synthesis.complete_labels({"TEFF": [teff], "LOGG": [logg], "FE_H": [fe_h], "MG_FE": [0.3]})
+    assert (table["TEFF"][0], table["LOGG"][0], table["FE_H"][0], table["MG_FE"][0], table["SI_FE"][0]) == (teff, logg, fe_h, 0.3, 0.3)
+    assert table.colnames == list(GRID_LABELS)
+
+
+def test_a_star_lacks_a_label():
+    with pytest.raises(LabError, match="a star needs LOGG"):
+        synthesis.complete_labels({"TEFF": [4500.0], "FE_H": [0.0]})
+
+
+# ---- spectra
+
+@given(st.floats(14000, 18000))
+def test_air_and_vacuum_are_inverse(vacuum):
+    assert synthesis.vacuum_wavelength(synthesis.air_wavelength(np.array([vacuum])))[0] == pytest.approx(vacuum, abs=1e-5)
+
+
+@given(st.floats(0.5, 60))
+@settings(deadline=None)
+def test_rotation_takes_no_light_away(vsini):
+    kernel = synthesis.rotation_kernel(vsini)
+    assert kernel.sum() == pytest.approx(1) and np.allclose(kernel, kernel[::-1]) and (kernel >= 0).all()
+
+
+def test_a_wavelength_grid_of_ones_own_shows_the_same_star(emulator):
+    star = synthesis.labels_from_unit(np.full((1, 9), 0.5))
+    own = wavelength[1000:1100]
+    assert np.allclose(emulator(star, own), emulator(star)[:, 1000:1100], atol=1e-6)
+    between = emulator(star, np.sqrt(own[1:] * own[:-1]))
+    assert np.abs(between - 0.5 * (emulator(star, own)[:, 1:] + emulator(star, own)[:, :-1])).max() < 0.05
+
+
+def test_stars_do_not_depend_on_their_company(emulator):
+    stars = synthesis.label_matrix(synthesis.grid_design(8, seed=3))
+    together = emulator(stars)
+    assert np.allclose(together[3:4], emulator(stars[3:4]), atol=1e-5)
+
+
+# ---- files
+
+def test_an_emulator_survives_saving(emulator, tmp_path):
+    emulator.save(tmp_path / "again.fits")
+    again = Emulator.load(tmp_path / "again.fits")
+    star = synthesis.labels_from_unit(np.full((1, 9), 0.4))
+    assert np.abs(again(star) - emulator(star)).max() < 2e-4 and again.facts == emulator.facts
+
+
+def test_an_emulator_of_another_version_is_refused(emulator, tmp_path):
+    emulator.save(tmp_path / "old.fits")
+    with fits.open(tmp_path / "old.fits", mode="update") as hdus:
+        hdus["COMPONENTS"].header["EMUVERS"] = 0
+    with pytest.raises(LabError, match="old.fits was made by another version"):
+        Emulator.load(tmp_path / "old.fits")
+
+
+def test_batches_of_different_lines_do_not_mix(tmp_path):
+    labels = synthesis.grid_design(2)
+    labels["GOOD"] = True
+    for number, lines in enumerate(("one", "two")):
+        synthesis.write_batch(tmp_path / f"batch_{number}.fits", labels, np.ones((2, len(synthesis.grid_wavelength))), {"LINES": lines, "SEED": 1})
+    with pytest.raises(LabError, match="batch_1.fits was made with other lines"):
+        synthesis.read_grid(sorted(tmp_path.iterdir()))
+
+
+def test_a_wrong_tarball_is_named(tmp_path):
+    import tarfile
+    with tarfile.open(tmp_path / "wrong.tar.gz", "w:gz"):
+        pass
+    with pytest.raises(LabError, match="wrong.tar.gz holds 0 files"):
+        synthesis.read_linemake(tmp_path / "wrong.tar.gz")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pysme") is not None, reason="PySME is installed")
+def test_without_pysme_the_error_says_how_to_get_it():
+    with pytest.raises(MissingExtra, match=r"pip install 'stellar_lab\[synthesis\]'"):
+        synthesis.Synthesizer(Table(), {})
+
+
+# ---- the command
+
+def test_the_command_explains_itself():
+    said = subprocess.run([sys.executable, COMMAND, "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(step in said for step in ("lines", "atmospheres", "calibrate", "check", "grid", "emulator"))
+
+
+def test_the_emulator_can_be_made_from_batches(tmp_path):
+    design = synthesis.grid_design(200)
+    unit = synthesis.unit_labels(synthesis.label_matrix(design))
+    shapes = np.sin(np.outer(np.arange(1, 10), synthesis.grid_wavelength / 3))   # every label moves a pattern of its own
+    flux = 0.7 + 0.01 * (unit + 0.2 * unit**2) @ shapes
+    design["GOOD"] = True
+    for number in range(8):
+        rows = slice(25 * number, 25 * number + 25)
+        synthesis.write_batch(tmp_path / f"batch_{number}.fits", design[rows], flux[rows], {"LINES": "x", "SEED": 1})
+    made = synthesis.make_emulator(sorted(tmp_path.glob("batch_*.fits")), tmp_path / "emulator.fits", {"NUMPY": "0"}, components=12)
+    assert made.facts["MODELS"] == 180 and made.facts["RMSMED"] < 2e-3
+    assert Emulator.load(tmp_path / "emulator.fits").facts["ASIDE"] == 20

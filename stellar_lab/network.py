@@ -196,6 +196,8 @@ SAVE_EVERY = 30   # seconds between two states of a training that are kept
 class Network(LabelReader):
     "A Keras network from spectrum to labels. A subclass overrides `_build`, and `_prepare`, `_finish`, `_loss`, `_batches` or `_optimizer` where it differs."
 
+    paced = False   # does the learning rate follow a course over all epochs?
+
     def __init__(
         self,
         labels: Sequence = None,       # names of the labels to learn from a `Spectra`; by default all that it holds
@@ -426,7 +428,7 @@ class _State:
         self.path, self.saved = None if path is None else Path(path), time.monotonic()
         self.variables, self.losses = [*model.core_.variables, *optimizer.variables], ["loss"] + ["val_loss"] * (held is not None)
         if self.path is not None:
-            parameters = {name: value for name, value in model.get_params().items() if name != "epochs"}   # more epochs are the same training, longer
+            parameters = {name: value for name, value in model.get_params().items() if name != "epochs" or model.paced}   # else more epochs are the same training, longer
             self.identity = hashlib.sha256(repr((type(model).__name__, parameters, model.training_digest_, model.label_names_)).encode())
             for part in held or ():
                 self.identity.update(np.asarray(part).tobytes())

@@ -363,9 +363,9 @@ class Synthesizer:
 
     def line_list(self, lines):
         "The lines as PySME takes them: for hydrogen two columns hold the level numbers."
-        import pandas
-        frame = pandas.DataFrame({"species": np.asarray(lines["SPECIES"], str), "wlcent": np.asarray(lines["WAVE"], float),
-                                  "excit": np.asarray(lines["EXCITATION"], float), "gflog": np.asarray(lines["LOGGF"], float)})
+        frame = require("pandas", EXTRA).DataFrame({
+            "species": np.asarray(lines["SPECIES"], str), "wlcent": np.asarray(lines["WAVE"], float),
+            "excit": np.asarray(lines["EXCITATION"], float), "gflog": np.asarray(lines["LOGGF"], float)})
         hydrogen = frame["species"] == "H 1"
         vacuum = frame["wlcent"] * 1.000273
         upper = np.sqrt(1 / np.maximum(1 / 16 - 1e8 / vacuum / RYDBERG_H, 1e-6)).round()

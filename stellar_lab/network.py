@@ -151,6 +151,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 with _hushed():
     tf, keras = require("tensorflow", "network"), require("keras", "network")
     tf.constant(0)   # wakes it up
+tf.get_logger().setLevel("ERROR")   # it warns of functions traced anew, which happens once a network
 
 
 @keras.saving.register_keras_serializable(package="stellar_lab")

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(path.stem for path in (ROOT / "stellar_lab").glob("*.py"))
 EXTRA_ONLY = ("IPython", "execnb", "fastcore", "ghapi", "hypothesis", "imageio_ffmpeg", "ipykernel", "jupyter", "jupyter_client", "jupyter_core",
               "jupyterlab", "jupytext", "keras", "nbclient", "nbconvert", "nbdev", "nbformat", "pyarrow", "pytest", "tensorflow")
+NETWORKS = ("augmentation", "network", "results")   # cannot be without TensorFlow, and say so
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_the_wheel_carries_code_and_data_but_no_notebooks(wheel):
     assert any(name.endswith("LICENSE") for name in names)
 
 
-def test_every_module_imports_without_any_extra(wheel, tmp_path):
+def test_every_module_imports_without_any_extra_or_names_it(wheel, tmp_path):
     "From the unpacked wheel, with all packages of the extras hidden."
     zipfile.ZipFile(wheel).extractall(tmp_path)
     script = f"""
@@ -90,8 +91,14 @@ class Hiding:
         return None if name.split(".")[0] in {EXTRA_ONLY} else self.finder.find_spec(name, *more)
 sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
 sys.path.insert(0, {str(tmp_path)!r})
+from stellar_lab.survey import MissingExtra
 for module in {MODULES}:
-    importlib.import_module("stellar_lab" if module == "__init__" else f"stellar_lab.{{module}}")
+    try:
+        importlib.import_module("stellar_lab" if module == "__init__" else f"stellar_lab.{{module}}")
+    except MissingExtra as error:
+        assert module in {NETWORKS} and "stellar_lab[network]" in str(error), (module, error)
+    else:
+        assert module not in {NETWORKS}, module
 assert sys.modules["stellar_lab"].__file__.startswith({str(tmp_path)!r}), sys.modules["stellar_lab"].__file__
 from importlib.resources import files
 found = {{file.name for file in files("stellar_lab.data").iterdir()}}

@@ -46,8 +46,10 @@ MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethro
 
 
 def is_progress(output):
-    "A progress bar's trace."
-    return output.output_type == "stream" and output.name == "stderr" and bool(PROGRESS.search(output.text))
+    "A progress bar's trace, or what moves the cursor between one bar and another."
+    if output.output_type != "stream" or output.name != "stderr":
+        return False
+    return bool(PROGRESS.search(output.text)) or not re.sub(r"\x1b\[[0-9;]*[A-Za-z]|\s", "", output.text)
 
 
 def presented(notebook):

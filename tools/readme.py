@@ -1,12 +1,17 @@
-"""Writes the table of errors in README.md: trains on the embedded archive as a user would, and judges in five folds."""
+"""Writes the tables in README.md: the recorded scoreboard, and errors, for which it trains on the embedded archive as a user would and judges in five folds.
+
+  readme.py              both
+  readme.py scoreboard   the scoreboard alone; it trains nothing"""
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- errors: written by tools/readme.py -->\n", "<!-- end of errors -->"
+ERRORS = "<!-- errors: written by tools/readme.py -->\n", "<!-- end of errors -->"
+SCOREBOARD = "<!-- scoreboard: written by tools/readme.py -->\n", "<!-- end of scoreboard -->"
 CHAINS = {"apstar": "raw flux, normalized here", "aspcapstar": "normalized by the survey"}
 
 
@@ -29,13 +34,46 @@ def rows(records):
         yield f"| {lines[0]['label']}{' [K]' if lines[0]['unit'] == 'K' else ''} | " + " | ".join(cells) + " |"
 
 
-def main():
-    records = [judge(product) for product in CHAINS]
+def markdown(table):
+    """An astropy table of text as markdown."""
+    lines = [table.colnames, ["---"] * len(table.colnames), *table.iterrows()]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def scoreboard():
+    """The recorded scoreboard of the full run: all models in five folds, the other contests as averages, and where it comes from."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from stellar_lab.results import contests_side_by_side, readable, recorded
+
+    table = recorded()
+    folds = table[(table["product"] == "apstar") & (table["contest"] == "five folds")]
+    meta, rich = table.meta, table["n"][table["contest"] == "metal-rich, five folds"]
+    remark = f", {meta['remark']}" if meta["remark"] else ""
+    return (f"{markdown(readable(folds))}\n\nScaled RMSE averaged over the labels and, in brackets, beside the Cannon's on the same labels, in all contests "
+            f"(metal-rich: the {rich[0]} stars above [M/H] = -1.3 among themselves):\n\n{markdown(contests_side_by_side(table))}\n\n"
+            f"Recorded on {meta['date']} by `python tools/scoreboard.py` ({meta['profile']} profile, {meta['stars']} stars, {meta['device']}{remark}; tensorflow {meta['versions']['tensorflow']}); "
+            "the figures are those of `data/scoreboard_clusters.ecsv`.\n")
+
+
+def between(text, begin, end):
+    """What stands between two markers."""
+    return text.split(begin)[1].split(end)[0]
+
+
+def put(text, begin, end, part):
+    """The text with another part between the markers."""
+    before, rest = text.split(begin)
+    return before + begin + part + end + rest.split(end)[1]
+
+
+def main(parts=()):
     readme = ROOT / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    readme.write_text(before + BEGIN + "\n".join(rows(records)) + "\n" + END + rest.split(END)[1], encoding="utf-8")
+    text = readme.read_text(encoding="utf-8")
+    if "scoreboard" not in parts:
+        text = put(text, *ERRORS, "\n".join(rows([judge(product) for product in CHAINS])) + "\n")
+    readme.write_text(put(text, *SCOREBOARD, scoreboard()), encoding="utf-8")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,226 @@
+"""The scoreboard: contests, what is kept of an interrupted run, tables, the recorded file and the README that shows it."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from astropy.table import QTable, Table
+
+pytest.importorskip("tensorflow")
+
+from stellar_lab import results
+from stellar_lab.cannon import Cannon
+from stellar_lab.network import RidgeLabels
+from stellar_lab.results import Contest, averages, contestants, contests, contests_side_by_side, judge, plot_residual_trends, plot_scores
+from stellar_lab.results import predictions, published, readable, recorded, run_scoreboard, score, whole_groups
+from stellar_lab.survey import ARCHIVES, LABELS, LabError, Spectra
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import readme
+
+FIVE = ARCHIVES["survey"].labels
+SIX = ARCHIVES["clusters"].labels
+
+
+def stars(names=SIX, n=120, pixels=60, seed=0, archive="clusters"):
+    "Stars whose flux is linear in their scaled labels, in seven locations."
+    rng = np.random.default_rng(seed)
+    scaled = rng.normal(size=(n, len(names)))
+    flux = 0.9 + 0.03 * scaled @ np.random.default_rng(1).normal(size=(len(names), pixels)) + 0.003 * rng.normal(size=(n, pixels))
+    columns = {name: (4500 + 300 * column if name == "TEFF" else -1 + column) for name, column in zip(names, scaled.T)}
+    table = Table({"APOGEE_ID": [f"2M{k}" for k in range(n)], "FIELD": [f"F{k % 7}" for k in range(n)], "LOCATION_ID": 4000 + np.arange(n) % 7, **columns},
+                  meta={"product": "apstar", "normalized": True, "archive": archive, "labels": list(names)})
+    return Spectra(np.linspace(15200, 15300, pixels), flux.astype("f4"), np.full((n, pixels), 1e5, "f4"), table)
+
+
+@pytest.fixture(scope="module")
+def board():
+    "Cannon of four and of all labels and ridge regression in five folds."
+    contest = contests(stars(), "full")[0]
+    return contest, *judge({name: contestants(SIX)[name] for name in ("Cannon, four labels", "Cannon", "ridge regression")}, contest, progress=False)
+
+
+@pytest.mark.parametrize("names", [FIVE, SIX])
+def test_contestants(names):
+    quick, full = contestants(names), contestants(names, "full")
+    assert list(quick) == list(full) and len(quick) == 6
+    assert quick["Cannon, four labels"].labels == list(names)[:4] and quick["Cannon"].labels == list(names)
+    assert all(model.scatter for name, model in quick.items() if name.startswith("Cannon"))
+    assert full["lab network"].epochs == full["augmented network"].epochs == 250 and full["lab network"].centre
+    with pytest.raises(KeyError):
+        contestants(names, "slow")
+
+
+def test_contests_leave_out_whole_places():
+    spectra = stars()
+    split, = contests(spectra)
+    assert len(split.judged) == 40 and set(split.groups) == {-1, 0}
+    folds, apart, rich = contests(spectra, "full")
+    assert apart.name == "clusters left out" and all(len(set(apart.groups[k::7])) == 1 for k in range(7)) and len(set(apart.groups)) == 5
+    assert len(folds.judged) == 120 and np.all(rich.spectra.labels(["M_H"]) > results.METAL_RICH) and len(rich.spectra) < 120
+
+
+def test_contests_of_the_surveys_labels():
+    spectra = stars(FIVE, archive="survey")
+    folds, apart = contests(spectra, "full")
+    assert apart.name == "fields left out"
+    without = spectra.replace(stars=Table({name: spectra.stars[name] for name in ("FIELD", *FIVE)}, meta=spectra.stars.meta))
+    assert np.array_equal(whole_groups(without).groups, apart.groups)
+    with pytest.raises(LabError, match="all stars have the same FIELD"):
+        whole_groups(without[np.arange(0, 120, 7)])
+
+
+def test_another_seed_is_another_order():
+    first, second = (contests(stars(), "full", seed)[0].groups for seed in (0, 1))
+    assert not np.array_equal(first, second)
+
+
+def test_stars_are_judged_by_strangers_and_in_order(board):
+    contest, table, labelled = board
+    model = RidgeLabels(labels=SIX).fit(contest.spectra[contest.groups != 3])
+    inside = contest.groups[contest.judged] == 3
+    np.testing.assert_allclose(labelled["ridge regression"]["logg"].value[inside], model.predict(contest.spectra[contest.groups == 3])[:, 1])
+    assert np.array_equal(labelled["ridge regression"]["row"], contest.judged)
+    assert list(labelled["Cannon, four labels"].colnames) == ["row", "teff", "logg", "m_h", "alpha_m"]
+
+
+def test_scaled_rmse_has_one_scale(board):
+    contest, table, _ = board
+    spread = dict(zip(SIX, contest.spectra.labels(SIX).std(axis=0)))
+    assert np.allclose(table["rmse"] / table["scaled_rmse"], [spread[label] for label in table["label"]])
+    assert list(table["model"][:4]) == ["Cannon, four labels"] * 4 and len(table) == 16
+    six, four = (table["scaled_rmse"][table["model"] == name] for name in ("Cannon", "Cannon, four labels"))
+    assert six.max() < 0.1 and four.mean() > six[:4].mean()   # what two hidden labels do to the lines goes into the others
+
+
+def test_averages_compare_the_same_labels(board):
+    _, table, _ = board
+    found = averages(table)
+    ratio = dict(zip(found["model"], found["ratio"]))
+    six, four = (table["scaled_rmse"][table["model"] == name] for name in ("Cannon", "Cannon, four labels"))
+    assert ratio["Cannon"] == 1 and np.isclose(ratio["Cannon, four labels"], four.mean() / six[:4].mean())
+    assert np.isnan(averages(table[table["model"] == "ridge regression"])["ratio"][0])
+
+
+def test_readable(board):
+    _, table, _ = board
+    text = readable(table)
+    assert text.colnames[:3] == ["model", "TEFF [K]", "LOGG"] and text["N_M"][0] == "" and len(text) == 3
+    row = table[(table["model"] == "Cannon") & (table["label"] == "LOGG")][0]
+    assert text["LOGG"][1] == f"{row['rmse']:.3f} ({row['bias']:+.3f})"
+    wide = contests_side_by_side(table)
+    assert wide.colnames == ["model", "five folds (apstar)"] and "(1.00)" in wide["five folds (apstar)"][1]
+
+
+def test_figures(board):
+    contest, table, labelled = board
+    fig = plot_residual_trends(labelled, contest)
+    assert [len(ax.lines) for ax in fig.axes] == [4, 4, 4, 4, 3, 3]   # the zero line and three models, or two
+    line = fig.axes[1].lines[3]   # ridge regression, LOGG
+    truth = contest.spectra.labels(["LOGG"])[:, 0]
+    lowest = np.argsort(truth)[:15]
+    assert np.isclose(line.get_ydata()[0], np.median((labelled["ridge regression"]["logg"].value - truth)[lowest]))
+    shown = plot_scores({"two": table[table["model"] == "Cannon"], "one": table}).axes[::-1]
+    assert shown[0].get_ylim()[1] > table["scaled_rmse"].max()   # the second panel is not cut at the first one's largest value
+    assert len(shown) == 2 and np.allclose(shown[0].lines[0].get_ydata(), table["scaled_rmse"][table["model"] == "Cannon"])
+
+
+# ---- kept trainings
+
+class Counted(RidgeLabels):
+    fits = 0
+
+    def fit(self, *args, **kwargs):
+        Counted.fits += 1
+        return super().fit(*args, **kwargs)
+
+
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(Counted, "fits", 0)
+    contest = contests(stars(), "full")[0]
+    whole = predictions(Counted(labels=SIX), contest, tmp_path, progress=False)
+    assert Counted.fits == 5 and len(list(tmp_path.iterdir())) == 5
+    sorted(tmp_path.iterdir())[2].unlink()
+    again = predictions(Counted(labels=SIX), contest, tmp_path, progress=False)
+    assert Counted.fits == 6
+    for name in whole.colnames:
+        np.testing.assert_array_equal(whole[name], again[name])   # a file keeps every digit
+    assert score("x", whole, contest)["rmse"].tolist() == score("x", again, contest)["rmse"].tolist()
+
+
+def test_what_is_kept_belongs_to_stars_and_parameters(tmp_path, monkeypatch):
+    contest = contests(stars(), "full")[0]
+    predictions(Counted(labels=SIX), contest, tmp_path, progress=False)
+    monkeypatch.setattr(Counted, "fits", 0)
+    predictions(Counted(labels=SIX, alphas=(1.0,)), contest, tmp_path, progress=False)
+    assert Counted.fits == 5
+    flux = contest.spectra.flux.copy()
+    flux[7, 7] += 0.01
+    predictions(Counted(labels=SIX), Contest(contest.name, contest.spectra.replace(flux=flux), contest.groups), tmp_path, progress=False)
+    assert Counted.fits == 10
+    predictions(Counted(labels=SIX), Contest(contest.name, contest.spectra, (contest.groups + 1) % 5), tmp_path, progress=False)
+    assert Counted.fits == 15
+
+
+def test_a_contest_without_training_stars():
+    spectra = stars()
+    for groups in (np.zeros(120, int), np.full(120, -1)):
+        with pytest.raises(LabError, match="odd: no star is left out, or all are at once"):
+            predictions(RidgeLabels(), Contest("odd", spectra, groups), progress=False)
+
+
+def test_a_whole_run(tmp_path, monkeypatch):
+    "Cheap models first; the lab's networks on the first product only; the table names what is missing while it grows."
+    seen = []
+
+    class Slow(RidgeLabels):
+        "Stands for the lab's networks."
+
+    def training_set(root, product, progress):
+        spectra = stars(FIVE, archive="survey")
+        spectra.stars.meta["product"] = product
+        return spectra, None
+
+    def write(table, path):
+        seen.append(list(table.meta["missing"]))
+        QTable(table).write(path, overwrite=True, format="ascii.ecsv")
+
+    monkeypatch.setattr(results, "LabNetwork", Slow)
+    monkeypatch.setattr(results, "training_set", training_set)
+    monkeypatch.setattr(results, "contestants", lambda names, profile: {"lab network": Slow(labels=names), "Cannon": Cannon(labels=names)})
+    monkeypatch.setattr(results, "write_table", write)
+    table = run_scoreboard(tmp_path, tmp_path / "board.ecsv", None, products=["apstar", "aspcapstar"], remark="a test", progress=False)
+    assert list(dict.fromkeys(zip(table["product"], table["contest"], table["model"]))) == [
+        ("apstar", "five folds", "lab network"), ("apstar", "five folds", "Cannon"), ("apstar", "fields left out", "lab network"),
+        ("apstar", "fields left out", "Cannon"), ("aspcapstar", "five folds", "Cannon"), ("aspcapstar", "fields left out", "Cannon")]
+    assert [len(missing) for missing in seen] == [5, 4, 3, 2, 1, 0] and seen[3] == ["lab network, five folds", "lab network, fields left out"]
+    back = QTable.read(tmp_path / "board.ecsv")
+    assert back.meta["archive"] == "survey" and back.meta["stars"] == 120 and back.meta["remark"] == "a test" and back.meta["versions"]["numpy"] == np.__version__
+    assert "CPU core" in back.meta["device"] and len(back) == len(table)
+
+
+# ---- what is shipped
+
+def test_published_table():
+    table = published()
+    assert len(table) == 15 and set(table["label"]) == set(FIVE) and table["unit"][0] == str(LABELS["TEFF"].unit)
+    rmse, bias = ({(row["model"], row["label"]): row[column] for row in table} for column in ("rmse", "bias"))
+    assert rmse["Cannon", "TEFF"] == 74.32 and rmse["lab network", "LOGG"] == 0.188 and rmse["augmented network", "SI_FE"] == 0.0404
+    assert bias["augmented network", "TEFF"] == -5.044 and bias["Cannon", "SI_FE"] == 0.0077 and bias["lab network", "FE_H"] == 0.0035
+
+
+def test_recorded_run():
+    table = recorded()
+    assert recorded("atlantis") is None
+    assert table.meta["archive"] == "clusters" and table.meta["profile"] == "full"
+    assert {"date", "device", "versions", "seed", "stars"} <= set(table.meta)
+    folds = averages(table[(table["contest"] == "five folds") & (table["product"] == "apstar")])
+    assert list(folds["model"]) == list(contestants(SIX)) and set(table["n"][table["contest"] == "five folds"]) == {table.meta["stars"]}
+    ratio = dict(zip(folds["model"], folds["ratio"]))
+    assert ratio["error-aware network"] <= 0.9 and ratio["augmented network"] <= 1.1
+
+
+def test_readme_shows_the_recorded_run():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme.between(text, *readme.SCOREBOARD) == readme.scoreboard()

@@ -8,14 +8,13 @@ __all__ = ['BAD_ERROR', 'BAD_JITTER', 'DRAW_OFFSET', 'FAINT', 'WARM_UP', 'FEATUR
            'feature_axes']
 
 # %% ../nbs/10_augmentation.ipynb #e795f175
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from sklearn.decomposition import PCA
 
-from .cannon import train_test_rows
 from .network import LabNetwork, Network, keras, tf
-from .survey import LabError, Spectra, chip_slices
+from .survey import LabError, chip_slices
 
 # %% ../nbs/10_augmentation.ipynb #c7829fd7
 BAD_ERROR, BAD_JITTER = 0.1, 0.05   # an error above the first counts as the second

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from . import __version__
 from .cannon import LabelModel, pair_index, train_test_rows
 from .inversion import MIN_GOOD, Flag, apply_error_model, check_spectra, finite_flux, infer, label_table, outside_training, with_names
-from .survey import LABELS, LabError, Spectra, atomic_path, plot_spectrum, require
+from .survey import LabError, Spectra, atomic_path, require
 
 # %% ../nbs/09_network.ipynb #cad21d2d
 class LabelReader(LabelModel):
@@ -84,7 +84,7 @@ def infer_by_reading(
         parts.append((*model._read(finite_flux(f, w, start), w), ((w > 0) & model.usable_).sum(axis=1)))
     labels, covariance, n_good = map(np.concatenate, zip(*parts))
     K = labels.shape[1]
-    blind, covariance = n_good <= K, apply_error_model(model, covariance)
+    blind, covariance = (n_good <= K) | ~np.isfinite(labels).all(axis=1), apply_error_model(model, covariance)
     labels[blind], covariance[blind] = np.nan, np.nan
     flags = np.where(blind, Flag.NOT_CONVERGED, 0) | np.where(n_good < max(min_good * model.usable_.sum(), K + 1), Flag.FEW_PIXELS, 0)
     flags[~blind] |= np.where(outside_training(model, model.scale(labels[~blind])), Flag.OUTSIDE_TRAINING, 0)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LINES_FILE', 'CHECK_FILE', 'EXTRA', 'ELEMENTS', 'MOLECULES', 'C12_C13', 'O16_O18', 'O16_O17', 'ISOTOPES',
-           'LINE_RANGE', 'BRACKETT_RANGE', 'RYDBERG_H', 'ATMOSPHERE_COLUMNS', 'REFERENCE_GIANTS', 'GRID_FIRST',
-           'GRID_LAST', 'GRID_STEP', 'grid_wavelength', 'GRID_LABELS', 'SOLAR', 'ALPHA', 'HYDROGEN_CORE', 'FWHM',
-           'survey_pixels', 'ATOMIC_WEIGHT', 'PRIOR', 'SURFACE', 'MAX_CHANGE', 'MIN_DEPTH', 'CALIBRATORS',
+           'LINE_RANGE', 'BRACKETT_RANGE', 'RYDBERG_H', 'LIGHT_SPEED', 'ATMOSPHERE_COLUMNS', 'REFERENCE_GIANTS',
+           'GRID_FIRST', 'GRID_LAST', 'GRID_STEP', 'grid_wavelength', 'GRID_LABELS', 'SOLAR', 'ALPHA', 'HYDROGEN_CORE',
+           'FWHM', 'survey_pixels', 'ATOMIC_WEIGHT', 'PRIOR', 'SURFACE', 'MAX_CHANGE', 'MIN_DEPTH', 'CALIBRATORS',
            'STAR_ELEMENTS', 'STAR_PRIOR', 'SPECIES_PRIOR', 'MODEL_ERROR', 'JUDGES', 'HYDROGEN_WINDOW', 'BRANCH_WIDTH',
            'COOLEST', 'BOX', 'CARBON_MARGIN', 'FLUX_STEP', 'BATCH', 'EMULATOR_FILE', 'EMULATOR_VERSION', 'check_file',
            'shipped_lines', 'air_wavelength', 'vacuum_wavelength', 'read_linemake', 'read_atmosphere_net', 'atmosphere',
@@ -31,10 +31,12 @@ from pathlib import Path
 import numpy as np
 from astropy.io import fits
 from astropy.table import Table
-from scipy import optimize, sparse
+from scipy import constants, optimize, sparse
 from scipy.interpolate import CubicSpline, PchipInterpolator
 from scipy.ndimage import convolve1d, gaussian_filter1d
 from scipy.sparse.linalg import splu
+from scipy.spatial.distance import cdist
+from scipy.stats import qmc
 
 from .survey import LOG10_START, LOG10_STEP, LabError, Spectra, atomic_path, chip_slices, on_band, require
 from .survey import wavelength as SURVEY_WAVELENGTH
@@ -75,6 +77,7 @@ ISOTOPES = {"607.01214": _c12, "607.01314": 1 - _c12, "606.01212": _c12**2, "608
 LINE_RANGE = (15100.0, 17000.0)      # Angstrom, air
 BRACKETT_RANGE = (14900.0, 17400.0)
 RYDBERG_H = 109677.583               # 1/cm
+LIGHT_SPEED = constants.c / 1e3      # km/s
 
 # %% ../nbs/A_synthesis.ipynb #c78455a0
 def air_wavelength(
@@ -194,7 +197,7 @@ grid_wavelength = 10 ** (LOG10_START + GRID_STEP * np.arange(GRID_FIRST, GRID_LA
 GRID_LABELS = ("TEFF", "LOGG", "FE_H", "MG_FE", "SI_FE", "ALPHA_FE", "C_FE", "N_FE", "VMICRO")
 SOLAR = "asplund2009"
 ALPHA = ("O", "Ne", "S", "Ar", "Ca", "Ti")   # the elements that ALPHA_FE moves; Mg and Si have labels of their own
-_K_BOLTZMANN, _ATOMIC_MASS, _MEAN_WEIGHT = 1.380649e-16, 1.66053907e-24, 1.26
+_K_BOLTZMANN, _ATOMIC_MASS, _MEAN_WEIGHT = constants.k * 1e7, constants.atomic_mass * 1e3, 1.26   # cgs
 
 
 @contextmanager
@@ -241,7 +244,7 @@ class Synthesizer:
             "species": np.asarray(lines["SPECIES"], str), "wlcent": np.asarray(lines["WAVE"], float),
             "excit": np.asarray(lines["EXCITATION"], float), "gflog": np.asarray(lines["LOGGF"], float)})
         hydrogen = frame["species"] == "H 1"
-        vacuum = frame["wlcent"] * 1.000273
+        vacuum = vacuum_wavelength(frame["wlcent"])
         upper = np.sqrt(1 / np.maximum(1 / 16 - 1e8 / vacuum / RYDBERG_H, 1e-6)).round()
         frame["gamrad"] = 0.0
         frame["gamqst"] = np.where(hydrogen, 4.0, 0.0)
@@ -343,7 +346,7 @@ def broaden(
     step: float = GRID_STEP,    # of the grid, in log10 of the wavelength
 ) -> np.ndarray:
     "Convolve with a Gaussian: the line-spread function, and near enough macroturbulence."
-    pixel = 299792.458 * np.log(10) * step
+    pixel = LIGHT_SPEED * np.log(10) * step
     return gaussian_filter1d(flux, fwhm / np.sqrt(8 * np.log(2)) / pixel, axis=-1, mode="nearest", truncate=5)
 
 
@@ -356,7 +359,7 @@ def rotation_kernel(
     limb: float = 0.4,         # linear limb darkening, in the near infrared
 ) -> np.ndarray:
     "What rotation does to a line (Gray 2005), on the pixels of an even log grid; sums to one."
-    pixel = 299792.458 * np.log(10) * step
+    pixel = LIGHT_SPEED * np.log(10) * step
     half = max(int(np.ceil(vsini / pixel)), 1)
     fine = np.linspace(-half - 0.5, half + 0.5, (2 * half + 1) * 20 + 1)
     y = np.clip(1 - (fine * pixel / max(vsini, 1e-6)) ** 2, 0, None)
@@ -372,6 +375,11 @@ ATOMIC_WEIGHT = dict(zip("C N O Na Mg Al Si P S K Ca Sc Ti V Cr Mn Fe Co Ni Cu".
 PRIOR = {"CN": 0.15, "CO": 0.06, "OH": 0.1, "C2": 0.3, "FeH": 0.5}   # how far a log gf may be wrong [dex]; atoms 0.5
 SURFACE = 0.8           # depth of the strongest lines
 MAX_CHANGE = 1.3        # dex
+
+
+def _element(lines):
+    "Element or molecule of each line."
+    return np.array([name.split()[0] for name in np.asarray(lines["SPECIES"], str)])
 
 
 def _growth():
@@ -390,15 +398,14 @@ def line_response(
     line_vacuum: np.ndarray,            # (L,) vacuum wavelengths of the lines
 ):
     "Sparse (P, L) matrix: how each pixel changes when one line's log gf grows by one dex, estimated from the curve of growth."
-    element = np.array([name.split()[0] for name in np.asarray(lines["SPECIES"], str)])
-    mass = np.array([_MASS.get(name, ATOMIC_WEIGHT.get(name, 50.0)) for name in element])
-    doppler = line_vacuum / 299792.458 * np.sqrt(2 * 8.314e-3 * 3500 / mass + vmicro**2)
+    mass = np.array([_MASS.get(name, ATOMIC_WEIGHT.get(name, 50.0)) for name in _element(lines)])
+    doppler = line_vacuum / LIGHT_SPEED * np.sqrt(2e-3 * constants.R * 3500 / mass + vmicro**2)   # km/s
     grown, slope = _growth()
     depth = np.clip(np.nan_to_num(depths), 0, 0.999 * SURFACE)
     strength = SURFACE * doppler * np.interp(depth / SURFACE, grown, slope) * np.log(10)
     seen = np.interp(line_vacuum, grid_wavelength, fine)
     strength = strength * np.clip(seen / np.maximum(1 - depth, 0.05), 0, 1)     # a line under another has less light to take
-    sigma = np.hypot(fwhm / np.sqrt(8 * np.log(2)) / 299792.458 * line_vacuum, doppler / np.sqrt(2))
+    sigma = np.hypot(fwhm / np.sqrt(8 * np.log(2)) / LIGHT_SPEED * line_vacuum, doppler / np.sqrt(2))
     use = np.flatnonzero(depth > 2e-4)
     first = np.searchsorted(wavelength, line_vacuum[use] - 4 * sigma[use])
     last = np.searchsorted(wavelength, line_vacuum[use] + 4 * sigma[use])
@@ -519,10 +526,6 @@ def _calibrator(synthesizer, labels, depths, spectra, row):
     good = ivar > 0
     weight = np.where(good, 1 / (1 / np.where(good, ivar, 1) + MODEL_ERROR**2), 0) * np.minimum(1, 0.04 / np.maximum(np.abs(residual), 1e-9))
     return response, residual, weight, np.corrcoef(flux[good], model[good])[0, 1]
-
-
-def _element(lines):
-    return np.array([name.split()[0] for name in np.asarray(lines["SPECIES"], str)])
 
 
 def _species_groups(lines):
@@ -646,7 +649,6 @@ def grid_design(
     seed: int = 20131,
 ) -> Table:                  # (models,) rows of GRID_LABELS
     "Quasi-random labels: every beginning of the list covers the whole domain."
-    from scipy.stats import qmc
     cube = qmc.Sobol(len(GRID_LABELS), scramble=True, seed=seed).random_base2(int(np.ceil(np.log2(max(models, 2)))))[:models]
     return Table(labels_from_unit(cube), names=GRID_LABELS)
 
@@ -740,9 +742,7 @@ def _polynomial(scaled):
 
 def _kernel(left, right, lengths):
     "(N, M) Gaussian of the distance between two sets of features, each in units of its length."
-    left, right = left / lengths, right / lengths
-    distance2 = (left**2).sum(axis=1)[:, None] + (right**2).sum(axis=1) - 2 * left @ right.T
-    return np.exp(-0.5 * np.clip(distance2, 0, None))
+    return np.exp(-0.5 * cdist(left / lengths, right / lengths, "sqeuclidean"))
 
 
 class Emulator:
@@ -822,7 +822,7 @@ class Emulator:
         wavelength=None,            # (P,) [Angstrom, vacuum]; the survey's on-band pixels by default
         fwhm: float = FWHM,         # of spectrograph and macroturbulence [km/s]
         vsini: float = 0.0,         # rotation [km/s]
-        outside: str = "error",     # "nan" gives stars outside the domain a spectrum of NaN
+        outside: str = "error",     # stars outside the domain: an error, "nan" a spectrum of NaN, "ignore" what the formula gives
     ) -> np.ndarray:                # (N, P) float32, flux relative to the continuum
         "Synthetic spectra."
         labels = label_matrix(labels)

@@ -195,3 +195,16 @@ def test_command_line_reads_a_network(trained, tmp_path):
     text = cli.describe(path, width=100)
     assert "a Small" in text and "20 epochs" in text and "no record" in text and "keras" in text
     assert isinstance(cli.load_model(path), Small)
+
+
+def test_a_reader_that_has_no_answer_is_flagged_not_fatal():
+    class Silent(RidgeLabels):
+        def _read(self, flux, ivar):
+            labels, covariance = super()._read(flux, ivar)
+            labels[0] = np.nan
+            return labels, covariance
+
+    sample = stars(60)
+    table = infer(Silent(labels=NAMES).fit(sample), sample)
+    assert np.isnan(table["teff"][0]) and np.all(np.isnan(table["covariance"][0])) and table["flags"][0] & Flag.NOT_CONVERGED
+    assert np.all(np.isfinite(table["teff"][1:].value))

@@ -21,7 +21,6 @@ import tempfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +32,8 @@ from scipy.ndimage import binary_opening
 from tqdm import tqdm
 
 from stellar_lab.survey import (
-    ARCHIVE_FILE, ARCHIVES, CHIPS, LABELS, LOG10_START, LOG10_STEP, N_PIXELS, PIXMASK, LabError, Spectra, atomic_path, on_band, wavelength,
+    ARCHIVE_FILE, ARCHIVES, CHIPS, LABELS, LOG10_START, LOG10_STEP, N_PIXELS, PIXMASK, LabError, Spectra, atomic_path, data_file, on_band,
+    wavelength,
 )
 
 # %% ../nbs/B_archives.ipynb #1025dac1
@@ -149,18 +149,10 @@ def pack_real_stars(
         fits.HDUList([fits.PrimaryHDU(), *images, table]).writeto(temporary)
     return _sha256(path)
 
-# %% ../nbs/B_archives.ipynb #dc6cbaff
-def _data_file(name):
-    "A file of the package's data folder, as a context manager that gives a path."
-    file = files("stellar_lab.data") / name
-    if not file.is_file():
-        raise LabError(f"the installed package lacks its data file {name}: install stellar_lab again")
-    return as_file(file)
-
 # %% ../nbs/B_archives.ipynb #67e4f3a8
 def clusters() -> QTable:   # one row a cluster: CLUSTER, KIND, FIELDS, LOCATION_ID, FE_H, AGE, FE_H_SOURCE, AGE_SOURCE, NOTE
     "The star clusters of the real stars, with literature metallicities and ages; `FIELDS` holds the survey's names with blanks between."
-    with _data_file("clusters.ecsv") as path:
+    with data_file("clusters.ecsv") as path:
         return QTable.read(path, format="ascii.ecsv")
 
 
@@ -172,7 +164,7 @@ def _cluster_of(fields):
 # %% ../nbs/B_archives.ipynb #d1e387a8
 def _unpack():
     "Flux (553, 7214), its error with 0 where the survey gave none, and the stars table."
-    with _data_file(PACKED_STARS) as path, fits.open(path) as hdus:
+    with data_file(PACKED_STARS) as path, fits.open(path) as hdus:
         steps, levels = hdus["FLUX"].data, hdus["ERROR"].data
         stars = Table(hdus["STARS"].data)
     error = np.where(levels > NO_ERROR, np.exp(levels * LOG_ERROR_STEP), 0)

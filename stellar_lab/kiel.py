@@ -17,7 +17,6 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import as_file, files
 from pathlib import Path
 
 import astropy.units as u
@@ -28,7 +27,7 @@ from astropy.table import QTable, vstack
 from matplotlib import patheffects
 
 from .cannon import in_blocks
-from .survey import LABELS, LabError, atomic_path, label_records, require
+from .survey import LABELS, LabError, atomic_path, data_file, label_records, require
 
 # %% ../nbs/06_kiel.ipynb #459c78f5
 PHASES = {0: "main sequence", 2: "red giant branch", 3: "core helium burning", 4: "early AGB", 5: "thermal pulses",
@@ -124,10 +123,7 @@ def make_isochrones(
 @cache
 def shipped_isochrones() -> Isochrones:
     "The isochrones that the package brings, read-only; LabError if its data file is missing."
-    file = files("stellar_lab.data") / EXTRACT
-    if not file.is_file():
-        raise LabError(f"the installed package lacks its data file {EXTRACT}: install stellar_lab again")
-    with as_file(file) as path, fits.open(path) as hdus:
+    with data_file(EXTRACT) as path, fits.open(path) as hdus:
         parts = {name: np.array(hdus[name].data, dtype=int if name in ("eep", "phase") else float) for name in ("feh", "log_age", "eep", *CUBES)}
     parts["phase"][parts["phase"] == NO_PHASE] = -1
     for array in parts.values():

@@ -9,7 +9,6 @@ __all__ = ['MAX_CONDITION', 'CHIP_BITS', 'MASKED_LIMIT', 'lab_continuum_pixels',
 
 # %% ../nbs/03_normalize.ipynb #25f32df2
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -19,14 +18,14 @@ from numpy.polynomial.polynomial import polyvander
 
 from .clean import Ledger, keep
 from stellar_lab.survey import (
-    CHIP_COLORS, CHIPS, LOG10_START, LOG10_STEP, N_PIXELS, PIXMASK, PIXMASK_NAMES, LabError, Spectra, chip_slices, full_wavelength,
-    on_band, plot_spectrum, wavelength,
+    CHIP_COLORS, CHIPS, LOG10_START, LOG10_STEP, N_PIXELS, PIXMASK, PIXMASK_NAMES, LabError, Spectra, chip_slices, data_file,
+    full_wavelength, on_band, plot_spectrum, wavelength,
 )
 
 # %% ../nbs/03_normalize.ipynb #95b297b4
 def lab_continuum_pixels() -> np.ndarray:   # (7214,) bool, on-band grid
     "The lab's 529 continuum pixels (Ness et al. 2015)."
-    with as_file(files("stellar_lab.data") / "continuum_pixels.npy") as path:
+    with data_file("continuum_pixels.npy") as path:
         return np.load(path)
 
 # %% ../nbs/03_normalize.ipynb #420218dd

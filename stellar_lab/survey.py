@@ -7,7 +7,7 @@ __all__ = ['N_PIXELS', 'LOG10_START', 'LOG10_STEP', 'CHIPS', 'full_wavelength', 
            'PIXMASK_NAMES', 'MISSING', 'LABELS', 'APOGEE_ID', 'PRODUCTS', 'RELEASES', 'ARCHIVES', 'ARCHIVE_FILE',
            'TABLE_FORMATS', 'STYLE', 'CHIP_COLORS', 'LabError', 'MissingExtra', 'require', 'chip_slices', 'Label',
            'label_records', 'Product', 'Release', 'Cut', 'Archive', 'archive_record', 'archive_root', 'real_data',
-           'profile', 'atomic_path', 'write_table', 'Spectra', 'use_style', 'plot_spectrum']
+           'profile', 'data_file', 'atomic_path', 'write_table', 'Spectra', 'use_style', 'plot_spectrum']
 
 # %% ../nbs/00_survey.ipynb #95364aa8
 import json
@@ -16,6 +16,7 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from importlib.resources import as_file, files
 from pathlib import Path, PurePosixPath
 
 import astropy.units as u
@@ -300,6 +301,16 @@ def profile() -> str:
     if name not in ("quick", "full"):
         raise LabError(f"STELLAR_LAB_PROFILE is {name!r}: choose quick or full")
     return name
+
+# %% ../nbs/00_survey.ipynb #da7af11f
+def data_file(
+    name: str,   # of a file in the package's data folder
+):               # -> context manager that gives its path
+    "A file that the package brings; LabError if the installation lacks it."
+    file = files("stellar_lab.data") / name
+    if not file.is_file():
+        raise LabError(f"the installed package lacks its data file {name}: install stellar_lab again")
+    return as_file(file)
 
 # %% ../nbs/00_survey.ipynb #7a56f7cd
 @contextmanager

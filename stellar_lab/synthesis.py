@@ -25,7 +25,6 @@ import tarfile
 import tempfile
 import warnings
 from contextlib import contextmanager, redirect_stdout
-from importlib.resources import as_file, files
 from pathlib import Path
 
 import numpy as np
@@ -38,31 +37,23 @@ from scipy.sparse.linalg import splu
 from scipy.spatial.distance import cdist
 from scipy.stats import qmc
 
-from .survey import LOG10_START, LOG10_STEP, LabError, Spectra, atomic_path, chip_slices, on_band, require
+from .survey import LOG10_START, LOG10_STEP, LabError, Spectra, atomic_path, chip_slices, data_file, on_band, require
 from .survey import wavelength as SURVEY_WAVELENGTH
 
 # %% ../nbs/A_synthesis.ipynb #8b6f7d1c
-def _data_file(name):
-    "A file of the package's data folder, as a context manager that gives a path."
-    file = files("stellar_lab.data") / name
-    if not file.is_file():
-        raise LabError(f"the installed package lacks its data file {name}: install stellar_lab again")
-    return as_file(file)
-
-
 LINES_FILE, CHECK_FILE = "synthetic_lines.fits", "synthetic_check.fits"
 
 
 @contextmanager
 def check_file():
     "The HDUs of what the chapter shows of PySME and ASPCAP."
-    with _data_file(CHECK_FILE) as path, fits.open(path) as hdus:
+    with data_file(CHECK_FILE) as path, fits.open(path) as hdus:
         yield hdus
 
 
 def shipped_lines() -> Table:   # SPECIES, WAVE (air) [Angstrom], EXCITATION [eV], LOGGF of the laboratory, LOGGF_CAL, CODE, DEPTH (3,)
     "The calibrated lines."
-    with _data_file(LINES_FILE) as path:
+    with data_file(LINES_FILE) as path:
         return Table.read(path)
 
 # %% ../nbs/A_synthesis.ipynb #991ceb62
@@ -761,7 +752,7 @@ class Emulator:
     def load(cls, path=None) -> "Emulator":
         "The emulator that the package ships, or one of your own."
         if path is None:
-            with _data_file(EMULATOR_FILE) as path:
+            with data_file(EMULATOR_FILE) as path:
                 return cls.load(path)
         with fits.open(path) as hdus:
             header = hdus["COMPONENTS"].header

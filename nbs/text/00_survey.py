@@ -24,6 +24,7 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from importlib.resources import as_file, files
 from pathlib import Path, PurePosixPath
 
 import astropy.units as u
@@ -452,6 +453,29 @@ with tempfile.TemporaryDirectory() as root:
     (Path(root) / ARCHIVE_FILE).write_text('{"archive": "atlantis"}')
     with pytest.raises(LabError, match="'atlantis'.*choose from survey, mock, clusters"):
         archive_record(root)
+
+
+# %% [markdown]
+# ## Files that the package brings
+# The package's data are opened through `importlib.resources`, so a clone, an editable install and a wheel find the same ones.
+
+# %%
+#| export
+def data_file(
+    name: str,   # of a file in the package's data folder
+):               # -> context manager that gives its path
+    "A file that the package brings; LabError if the installation lacks it."
+    file = files("stellar_lab.data") / name
+    if not file.is_file():
+        raise LabError(f"the installed package lacks its data file {name}: install stellar_lab again")
+    return as_file(file)
+
+
+# %%
+with data_file("continuum_pixels.npy") as path:
+    assert np.load(path).shape == wavelength.shape
+with pytest.raises(LabError, match="lacks its data file lost.fits: install stellar_lab again"):
+    data_file("lost.fits")
 
 
 # %% [markdown]

@@ -21,7 +21,6 @@
 # %%
 #| export
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -31,8 +30,8 @@ from numpy.polynomial.polynomial import polyvander
 
 from stellar_lab.clean import Ledger, keep
 from stellar_lab.survey import (
-    CHIP_COLORS, CHIPS, LOG10_START, LOG10_STEP, N_PIXELS, PIXMASK, PIXMASK_NAMES, LabError, Spectra, chip_slices, full_wavelength,
-    on_band, plot_spectrum, wavelength,
+    CHIP_COLORS, CHIPS, LOG10_START, LOG10_STEP, N_PIXELS, PIXMASK, PIXMASK_NAMES, LabError, Spectra, chip_slices, data_file,
+    full_wavelength, on_band, plot_spectrum, wavelength,
 )
 
 # %%
@@ -59,7 +58,7 @@ from stellar_lab.survey import LABELS, archive_root, real_data, use_style
 #| export
 def lab_continuum_pixels() -> np.ndarray:   # (7214,) bool, on-band grid
     "The lab's 529 continuum pixels (Ness et al. 2015)."
-    with as_file(files("stellar_lab.data") / "continuum_pixels.npy") as path:
+    with data_file("continuum_pixels.npy") as path:
         return np.load(path)
 
 

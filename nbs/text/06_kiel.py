@@ -31,7 +31,6 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import as_file, files
 from pathlib import Path
 
 import astropy.units as u
@@ -42,7 +41,7 @@ from astropy.table import QTable, vstack
 from matplotlib import patheffects
 
 from stellar_lab.cannon import in_blocks
-from stellar_lab.survey import LABELS, LabError, atomic_path, label_records, require
+from stellar_lab.survey import LABELS, LabError, atomic_path, data_file, label_records, require
 
 # %%
 #| hide
@@ -177,10 +176,7 @@ def make_isochrones(
 @cache
 def shipped_isochrones() -> Isochrones:
     "The isochrones that the package brings, read-only; LabError if its data file is missing."
-    file = files("stellar_lab.data") / EXTRACT
-    if not file.is_file():
-        raise LabError(f"the installed package lacks its data file {EXTRACT}: install stellar_lab again")
-    with as_file(file) as path, fits.open(path) as hdus:
+    with data_file(EXTRACT) as path, fits.open(path) as hdus:
         parts = {name: np.array(hdus[name].data, dtype=int if name in ("eep", "phase") else float) for name in ("feh", "log_age", "eep", *CUBES)}
     parts["phase"][parts["phase"] == NO_PHASE] = -1
     for array in parts.values():

@@ -17,14 +17,13 @@
 
 # %%
 #| export
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from sklearn.decomposition import PCA
 
-from stellar_lab.cannon import train_test_rows
 from stellar_lab.network import LabNetwork, Network, keras, tf
-from stellar_lab.survey import LabError, Spectra, chip_slices
+from stellar_lab.survey import LabError, chip_slices
 
 # %%
 #| hide
@@ -37,7 +36,7 @@ from astropy.table import Table
 from IPython.display import Markdown
 from scipy.optimize import minimize
 
-from stellar_lab.cannon import Cannon, training_set
+from stellar_lab.cannon import Cannon, train_test_rows, training_set
 from stellar_lab.clean import apply_cuts, read_archive
 from stellar_lab.inversion import error_table, infer, plot_comparison
 from stellar_lab.network import LAB_LAYERS, RidgeLabels, plot_history
@@ -47,7 +46,7 @@ from stellar_lab.survey import archive_record, archive_root, plot_spectrum, prof
 # %% [markdown]
 # ## The lab's recipe
 # The lab draws 10,000 stars from its training set, with replacement, a star with small errors more often: its chance is proportional to $1/(100 + \sum_p\sigma_p)$. Each draw gets fresh Gaussian noise of the size of
-# its own errors, where an error above 0.1 (a bad pixel) counts as 0.05. The catalogue of a bad pixel's errors is infinite for us (`ivar = 0`), so it counts as 0.05 too, on the training mean that stands there.
+# its own errors, where an error above 0.1 (a bad pixel) counts as 0.05. For us a bad pixel's error is infinite (`ivar = 0`), so it counts as 0.05 too, around the training mean that stands there.
 
 # %%
 #| export
@@ -371,9 +370,17 @@ for bit in sorted(counts, key=lambda bit: -bit["pixels"])[:None if full else 4] 
     rows.append({"let in": bit["name"], "pixels": f"{np.mean(let_in.ivar > 0):.1%}", "ridge": f"{error:.3f}"})
 Table(rows)
 
+# %%
+#| echo: false
+if len(counts):
+    bad = raw.mask != 0
+    alone = bad & (raw.mask & (raw.mask - 1) == 0)   # a power of two: a single bit
+    most = max(rows[1:], key=lambda row: float(row["pixels"].rstrip("%")))
+    text = (f"**What to see.** Share of usable pixels and scaled RMSE of the test stars, for the most frequent bits. {1 - alone.sum() / bad.sum():.0%} of the flagged pixels carry more than one bit. {most['let in']} brings most pixels back, up to "
+            f"{most['pixels']}, and the error goes from {rows[0]['ridge']} to {most['ridge']}.")
+Markdown(text if len(counts) else "The spectra at hand carry no bitmask.")
+
 # %% [markdown]
-# **What to see.** Share of usable pixels and scaled RMSE of the test stars, for the most frequent bits. Most bad pixels carry more than one bit, so a single one that is let in brings few of them back; where it brings many, their flux is as bad as the bit says.
-#
 # **Other optimizers.** The lab inverted its Cannon by numerical gradients, over all pixels. The same $\chi^2$ for three stars, four ways, beside the exact answer of chapter 5.
 
 # %%
@@ -505,8 +512,7 @@ class Mixture(keras.layers.Layer):
 
 
 # %% [markdown]
-# In training, every star loses some of its pixels by chance, another set in every step, so that no label comes to hang on a single pixel. This is the noise that matters here: the stars of the archive are bright, and what is
-# missing in a spectrum differs more from star to star than the noise does.
+# In training, every star loses some of its pixels by chance, another set in every step, so that no label comes to hang on a single pixel. Noise is not added; what it would change is left as an exercise.
 
 # %%
 #| export
@@ -765,5 +771,6 @@ with pytest.raises(LabError, match="at least one component"):
 # %% [markdown]
 # ## Exercises
 # - Set `members=1` and look at the errors again: what does a single network not know about itself?
+# - Let training also jitter the flux it keeps (`jitter_scale`), and look at the test stars.
 # - Replace the convolution by nothing ($k$ a single pixel) and repeat the 30 % test.
 # - The stars of the archive are bright. Add noise to the test spectra until the median signal-to-noise is 30, tell the network (`ivar`), and watch the gate and the errors.

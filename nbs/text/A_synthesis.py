@@ -35,18 +35,19 @@ import tarfile
 import tempfile
 import warnings
 from contextlib import contextmanager, redirect_stdout
-from importlib.resources import as_file, files
 from pathlib import Path
 
 import numpy as np
 from astropy.io import fits
 from astropy.table import Table
-from scipy import optimize, sparse
+from scipy import constants, optimize, sparse
 from scipy.interpolate import CubicSpline, PchipInterpolator
 from scipy.ndimage import convolve1d, gaussian_filter1d
 from scipy.sparse.linalg import splu
+from scipy.spatial.distance import cdist
+from scipy.stats import qmc
 
-from stellar_lab.survey import LOG10_START, LOG10_STEP, LabError, Spectra, atomic_path, chip_slices, on_band, require
+from stellar_lab.survey import LOG10_START, LOG10_STEP, LabError, Spectra, atomic_path, chip_slices, data_file, on_band, require
 from stellar_lab.survey import wavelength as SURVEY_WAVELENGTH
 
 # %%
@@ -61,12 +62,11 @@ from scipy.optimize import least_squares
 from stellar_lab.archives import real_stars
 from stellar_lab.clean import read_files
 from stellar_lab.normalize import normalize
-from stellar_lab.survey import plot_spectrum, real_data, use_style
+from stellar_lab.survey import LABELS, plot_spectrum, real_data, use_style
 
 # %%
 #| hide
 use_style()
-
 
 # %% [markdown]
 # ## The lines
@@ -77,27 +77,19 @@ use_style()
 
 # %%
 #| export
-def _data_file(name):
-    "A file of the package's data folder, as a context manager that gives a path."
-    file = files("stellar_lab.data") / name
-    if not file.is_file():
-        raise LabError(f"the installed package lacks its data file {name}: install stellar_lab again")
-    return as_file(file)
-
-
 LINES_FILE, CHECK_FILE = "synthetic_lines.fits", "synthetic_check.fits"
 
 
 @contextmanager
 def check_file():
     "The HDUs of what the chapter shows of PySME and ASPCAP."
-    with _data_file(CHECK_FILE) as path, fits.open(path) as hdus:
+    with data_file(CHECK_FILE) as path, fits.open(path) as hdus:
         yield hdus
 
 
 def shipped_lines() -> Table:   # SPECIES, WAVE (air) [Angstrom], EXCITATION [eV], LOGGF of the laboratory, LOGGF_CAL, CODE, DEPTH (3,)
     "The calibrated lines."
-    with _data_file(LINES_FILE) as path:
+    with data_file(LINES_FILE) as path:
         return Table.read(path)
 
 
@@ -114,6 +106,7 @@ ISOTOPES = {"607.01214": _c12, "607.01314": 1 - _c12, "606.01212": _c12**2, "608
 LINE_RANGE = (15100.0, 17000.0)      # Angstrom, air
 BRACKETT_RANGE = (14900.0, 17400.0)
 RYDBERG_H = 109677.583               # 1/cm
+LIGHT_SPEED = constants.c / 1e3      # km/s
 
 
 # %% [markdown]
@@ -320,7 +313,7 @@ grid_wavelength = 10 ** (LOG10_START + GRID_STEP * np.arange(GRID_FIRST, GRID_LA
 GRID_LABELS = ("TEFF", "LOGG", "FE_H", "MG_FE", "SI_FE", "ALPHA_FE", "C_FE", "N_FE", "VMICRO")
 SOLAR = "asplund2009"
 ALPHA = ("O", "Ne", "S", "Ar", "Ca", "Ti")   # the elements that ALPHA_FE moves; Mg and Si have labels of their own
-_K_BOLTZMANN, _ATOMIC_MASS, _MEAN_WEIGHT = 1.380649e-16, 1.66053907e-24, 1.26
+_K_BOLTZMANN, _ATOMIC_MASS, _MEAN_WEIGHT = constants.k * 1e7, constants.atomic_mass * 1e3, 1.26   # cgs
 
 
 @contextmanager
@@ -367,7 +360,7 @@ class Synthesizer:
             "species": np.asarray(lines["SPECIES"], str), "wlcent": np.asarray(lines["WAVE"], float),
             "excit": np.asarray(lines["EXCITATION"], float), "gflog": np.asarray(lines["LOGGF"], float)})
         hydrogen = frame["species"] == "H 1"
-        vacuum = frame["wlcent"] * 1.000273
+        vacuum = vacuum_wavelength(frame["wlcent"])
         upper = np.sqrt(1 / np.maximum(1 / 16 - 1e8 / vacuum / RYDBERG_H, 1e-6)).round()
         frame["gamrad"] = 0.0
         frame["gamqst"] = np.where(hydrogen, 4.0, 0.0)
@@ -507,7 +500,7 @@ def broaden(
     step: float = GRID_STEP,    # of the grid, in log10 of the wavelength
 ) -> np.ndarray:
     "Convolve with a Gaussian: the line-spread function, and near enough macroturbulence."
-    pixel = 299792.458 * np.log(10) * step
+    pixel = LIGHT_SPEED * np.log(10) * step
     return gaussian_filter1d(flux, fwhm / np.sqrt(8 * np.log(2)) / pixel, axis=-1, mode="nearest", truncate=5)
 
 
@@ -522,7 +515,7 @@ def rotation_kernel(
     limb: float = 0.4,         # linear limb darkening, in the near infrared
 ) -> np.ndarray:
     "What rotation does to a line (Gray 2005), on the pixels of an even log grid; sums to one."
-    pixel = 299792.458 * np.log(10) * step
+    pixel = LIGHT_SPEED * np.log(10) * step
     half = max(int(np.ceil(vsini / pixel)), 1)
     fine = np.linspace(-half - 0.5, half + 0.5, (2 * half + 1) * 20 + 1)
     y = np.clip(1 - (fine * pixel / max(vsini, 1e-6)) ** 2, 0, None)
@@ -539,7 +532,7 @@ def rotation_kernel(
 spike = np.zeros(401)
 spike[200] = 1
 gauss, rotated = broaden(spike, 13.3), np.convolve(spike, rotation_kernel(20.0), "same")
-velocity = (np.arange(401) - 200) * 299792.458 * np.log(10) * GRID_STEP
+velocity = (np.arange(401) - 200) * LIGHT_SPEED * np.log(10) * GRID_STEP
 fig, ax = plt.subplots(figsize=(6, 2.5))
 for profile, label in ((gauss, "spectrograph, 13.3 km/s"), (rotated, "rotation, 20 km/s")):
     ax.plot(velocity, profile, label=label)
@@ -570,6 +563,11 @@ SURFACE = 0.8           # depth of the strongest lines
 MAX_CHANGE = 1.3        # dex
 
 
+def _element(lines):
+    "Element or molecule of each line."
+    return np.array([name.split()[0] for name in np.asarray(lines["SPECIES"], str)])
+
+
 def _growth():
     "d(width)/d(ln tau) of a Gaussian line, in units of the Doppler width, as a function of the depth of its centre."
     tau = np.geomspace(1e-5, 300, 300)
@@ -586,15 +584,14 @@ def line_response(
     line_vacuum: np.ndarray,            # (L,) vacuum wavelengths of the lines
 ):
     "Sparse (P, L) matrix: how each pixel changes when one line's log gf grows by one dex, estimated from the curve of growth."
-    element = np.array([name.split()[0] for name in np.asarray(lines["SPECIES"], str)])
-    mass = np.array([_MASS.get(name, ATOMIC_WEIGHT.get(name, 50.0)) for name in element])
-    doppler = line_vacuum / 299792.458 * np.sqrt(2 * 8.314e-3 * 3500 / mass + vmicro**2)
+    mass = np.array([_MASS.get(name, ATOMIC_WEIGHT.get(name, 50.0)) for name in _element(lines)])
+    doppler = line_vacuum / LIGHT_SPEED * np.sqrt(2e-3 * constants.R * 3500 / mass + vmicro**2)   # km/s
     grown, slope = _growth()
     depth = np.clip(np.nan_to_num(depths), 0, 0.999 * SURFACE)
     strength = SURFACE * doppler * np.interp(depth / SURFACE, grown, slope) * np.log(10)
     seen = np.interp(line_vacuum, grid_wavelength, fine)
     strength = strength * np.clip(seen / np.maximum(1 - depth, 0.05), 0, 1)     # a line under another has less light to take
-    sigma = np.hypot(fwhm / np.sqrt(8 * np.log(2)) / 299792.458 * line_vacuum, doppler / np.sqrt(2))
+    sigma = np.hypot(fwhm / np.sqrt(8 * np.log(2)) / LIGHT_SPEED * line_vacuum, doppler / np.sqrt(2))
     use = np.flatnonzero(depth > 2e-4)
     first = np.searchsorted(wavelength, line_vacuum[use] - 4 * sigma[use])
     last = np.searchsorted(wavelength, line_vacuum[use] + 4 * sigma[use])
@@ -618,7 +615,7 @@ def brute_spectrum(tau, centres, doppler):
 rng = np.random.default_rng(5)
 toy = Table({"SPECIES": ["Fe 1"] * 40, "WAVE": air_wavelength(np.sort(rng.uniform(16010, 16190, 40)))})
 centres, tau = vacuum_wavelength(toy["WAVE"]), 10 ** rng.uniform(-2, 0.5, 40)
-doppler = centres / 299792.458 * np.sqrt(2 * 8.314e-3 * 3500 / 56 + 1.5**2)
+doppler = centres / LIGHT_SPEED * np.sqrt(2e-3 * constants.R * 3500 / 56 + 1.5**2)
 plain = brute_spectrum(tau, centres, doppler)
 grid = grid_wavelength[survey_pixels]
 response = line_response(toy, SURFACE * (1 - np.exp(-tau)), plain, 1.5, 13.3, grid, centres)
@@ -763,10 +760,6 @@ def _calibrator(synthesizer, labels, depths, spectra, row):
     good = ivar > 0
     weight = np.where(good, 1 / (1 / np.where(good, ivar, 1) + MODEL_ERROR**2), 0) * np.minimum(1, 0.04 / np.maximum(np.abs(residual), 1e-9))
     return response, residual, weight, np.corrcoef(flux[good], model[good])[0, 1]
-
-
-def _element(lines):
-    return np.array([name.split()[0] for name in np.asarray(lines["SPECIES"], str)])
 
 
 def _species_groups(lines):
@@ -1013,7 +1006,6 @@ def grid_design(
     seed: int = 20131,
 ) -> Table:                  # (models,) rows of GRID_LABELS
     "Quasi-random labels: every beginning of the list covers the whole domain."
-    from scipy.stats import qmc
     cube = qmc.Sobol(len(GRID_LABELS), scramble=True, seed=seed).random_base2(int(np.ceil(np.log2(max(models, 2)))))[:models]
     return Table(labels_from_unit(cube), names=GRID_LABELS)
 
@@ -1043,12 +1035,14 @@ def unit_labels(
 
 # %%
 design = grid_design(512)
+axis = {name: LABELS[name].axis for name in ("TEFF", "LOGG", "FE_H", "MG_FE")} | {"C_FE": "[C/Fe] [dex]", "ALPHA_FE": r"[$\alpha$/Fe] [dex]"}
 fig, axes = plt.subplots(1, 3, figsize=(10, 3))
 for ax, (x, y) in zip(axes, (("TEFF", "LOGG"), ("FE_H", "MG_FE"), ("C_FE", "ALPHA_FE"))):
     ax.scatter(design[x], design[y], c=design["FE_H"], s=5, cmap="viridis")
-    ax.set(xlabel=x, ylabel=y)
+    ax.set(xlabel=axis[x], ylabel=axis[y])
 axes[0].invert_xaxis()
-axes[0].invert_yaxis();
+axes[0].invert_yaxis()
+fig.colorbar(axes[0].collections[0], ax=axes, label=axis["FE_H"]);
 
 # %%
 unit = unit_labels(label_matrix(design))
@@ -1150,9 +1144,7 @@ def _polynomial(scaled):
 
 def _kernel(left, right, lengths):
     "(N, M) Gaussian of the distance between two sets of features, each in units of its length."
-    left, right = left / lengths, right / lengths
-    distance2 = (left**2).sum(axis=1)[:, None] + (right**2).sum(axis=1) - 2 * left @ right.T
-    return np.exp(-0.5 * np.clip(distance2, 0, None))
+    return np.exp(-0.5 * cdist(left / lengths, right / lengths, "sqeuclidean"))
 
 
 class Emulator:
@@ -1171,7 +1163,7 @@ class Emulator:
     def load(cls, path=None) -> "Emulator":
         "The emulator that the package ships, or one of your own."
         if path is None:
-            with _data_file(EMULATOR_FILE) as path:
+            with data_file(EMULATOR_FILE) as path:
                 return cls.load(path)
         with fits.open(path) as hdus:
             header = hdus["COMPONENTS"].header
@@ -1232,7 +1224,7 @@ class Emulator:
         wavelength=None,            # (P,) [Angstrom, vacuum]; the survey's on-band pixels by default
         fwhm: float = FWHM,         # of spectrograph and macroturbulence [km/s]
         vsini: float = 0.0,         # rotation [km/s]
-        outside: str = "error",     # "nan" gives stars outside the domain a spectrum of NaN
+        outside: str = "error",     # stars outside the domain: an error, "nan" a spectrum of NaN, "ignore" what the formula gives
     ) -> np.ndarray:                # (N, P) float32, flux relative to the continuum
         "Synthetic spectra."
         labels = label_matrix(labels)

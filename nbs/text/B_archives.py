@@ -31,7 +31,6 @@ import tempfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from pathlib import Path
 
 import numpy as np
@@ -43,7 +42,8 @@ from scipy.ndimage import binary_opening
 from tqdm import tqdm
 
 from stellar_lab.survey import (
-    ARCHIVE_FILE, ARCHIVES, CHIPS, LABELS, LOG10_START, LOG10_STEP, N_PIXELS, PIXMASK, LabError, Spectra, atomic_path, on_band, wavelength,
+    ARCHIVE_FILE, ARCHIVES, CHIPS, LABELS, LOG10_START, LOG10_STEP, N_PIXELS, PIXMASK, LabError, Spectra, atomic_path, data_file, on_band,
+    wavelength,
 )
 
 # %%
@@ -244,31 +244,18 @@ def pack_real_stars(
 
 
 # %% [markdown]
-# Data files of the package are opened through `importlib.resources`, so a clone, an editable install and a wheel find the same ones.
-
-# %%
-#| export
-def _data_file(name):
-    "A file of the package's data folder, as a context manager that gives a path."
-    file = files("stellar_lab.data") / name
-    if not file.is_file():
-        raise LabError(f"the installed package lacks its data file {name}: install stellar_lab again")
-    return as_file(file)
-
-
-# %% [markdown]
 # The shipped file is what this function makes of that tarball. Its checksum is tested always. That it can be *remade*, bit by bit, is tested when
 # the variable `STELLAR_LAB_CANNON_TARBALL` names the tarball (or the unpacked folder `example_DR10`).
 
 # %%
-with _data_file(PACKED_STARS) as packed:
+with data_file(PACKED_STARS) as packed:
     assert _sha256(packed) == "f4aa9313225a39cfb82ca8132aae671b423ec51f4cde51d1e7491ad379ac22f3"
     print(f"{PACKED_STARS}: {packed.stat().st_size / 1e6:.1f} MB, checksum as it should be")
 
 # %%
 source = os.environ.get("STELLAR_LAB_CANNON_TARBALL")
 if source:
-    with tempfile.TemporaryDirectory() as folder, _data_file(PACKED_STARS) as packed:
+    with tempfile.TemporaryDirectory() as folder, data_file(PACKED_STARS) as packed:
         assert pack_real_stars(source, Path(folder) / "again.fits", progress=False) == _sha256(packed)
 print("remade, same bytes" if source else "remaking skipped: STELLAR_LAB_CANNON_TARBALL is not set")
 
@@ -281,7 +268,7 @@ print("remade, same bytes" if source else "remaking skipped: STELLAR_LAB_CANNON_
 #| export
 def clusters() -> QTable:   # one row a cluster: CLUSTER, KIND, FIELDS, LOCATION_ID, FE_H, AGE, FE_H_SOURCE, AGE_SOURCE, NOTE
     "The star clusters of the real stars, with literature metallicities and ages; `FIELDS` holds the survey's names with blanks between."
-    with _data_file("clusters.ecsv") as path:
+    with data_file("clusters.ecsv") as path:
         return QTable.read(path, format="ascii.ecsv")
 
 
@@ -299,7 +286,7 @@ def _cluster_of(fields):
 #| export
 def _unpack():
     "Flux (553, 7214), its error with 0 where the survey gave none, and the stars table."
-    with _data_file(PACKED_STARS) as path, fits.open(path) as hdus:
+    with data_file(PACKED_STARS) as path, fits.open(path) as hdus:
         steps, levels = hdus["FLUX"].data, hdus["ERROR"].data
         stars = Table(hdus["STARS"].data)
     error = np.where(levels > NO_ERROR, np.exp(levels * LOG_ERROR_STEP), 0)

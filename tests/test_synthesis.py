@@ -80,10 +80,36 @@ def test_lines_are_as_the_recipe_says():
 
 # ---- labels
 
-@given(unit_cubes)
+@given(unit_cubes, st.sampled_from(list(synthesis.DOMAINS)))
 @settings(deadline=None)
-def test_labels_and_their_place_in_the_domain_are_inverse(cube):
-    assert np.allclose(synthesis.unit_labels(synthesis.labels_from_unit(cube)), cube, atol=1e-6)
+def test_labels_and_their_place_in_the_domain_are_inverse(cube, domain):
+    assert np.allclose(synthesis.unit_labels(synthesis.labels_from_unit(cube, domain), domain), cube, atol=1e-6)
+
+
+def test_the_design_of_the_giants_is_the_one_that_the_grid_was_computed_for():
+    labels = synthesis.label_matrix(synthesis.grid_design(1500))   # a change of the last bit would mix two designs in one grid
+    assert hashlib.sha256(labels.tobytes()).hexdigest() == "3bb0352d619e392455dd2b708a74f64ed587aab0dc43413481fc5dd1db3c9992"
+
+
+def test_dwarfs_follow_the_main_sequence():
+    dwarfs = synthesis.grid_design(256, domain="dwarfs")
+    assert dwarfs["TEFF"].min() >= 4000 and dwarfs["TEFF"].max() <= 6200
+    assert (synthesis.grid_design(100, domain=synthesis.DWARFS)["LOGG"] == dwarfs["LOGG"][:100]).all()
+    assert np.corrcoef(dwarfs["TEFF"], dwarfs["LOGG"])[0, 1] < -0.6   # the heavier a dwarf, the hotter and the larger
+    assert not ((synthesis.unit_labels(synthesis.label_matrix(dwarfs)) <= 1).all(axis=1)).any()   # none is a giant
+
+
+def test_an_unknown_domain_is_named():
+    with pytest.raises(LabError, match="there is no domain 'hamsters' of synthetic stars: choose giants or dwarfs"):
+        synthesis.grid_design(4, domain="hamsters")
+
+
+def test_usual_dwarfs_have_not_dredged_up():
+    star = {"TEFF": [5000.0], "LOGG": [4.55], "FE_H": [0.0]}
+    giant, dwarf = synthesis.complete_labels(star), synthesis.complete_labels(star, "dwarfs")
+    assert giant["N_FE"][0] > dwarf["N_FE"][0] == 0 and giant["C_FE"][0] < dwarf["C_FE"][0] == 0
+    unit = synthesis.unit_labels(synthesis.label_matrix(dwarf), "dwarfs")
+    assert ((unit >= 0) & (unit <= 1)).all()
 
 
 @given(unit_cubes)
@@ -143,7 +169,14 @@ def test_an_emulator_survives_saving(emulator, tmp_path):
     emulator.save(tmp_path / "again.fits")
     again = Emulator.load(tmp_path / "again.fits")
     star = synthesis.labels_from_unit(np.full((1, 9), 0.4))
-    assert np.abs(again(star) - emulator(star)).max() < 2e-4 and again.facts == emulator.facts
+    assert np.abs(again(star) - emulator(star)).max() < 2e-4 and again.facts == emulator.facts and again.domain is synthesis.GIANTS
+
+
+def test_a_file_without_a_domain_is_of_giants(emulator, tmp_path):
+    emulator.save(tmp_path / "old.fits")
+    with fits.open(tmp_path / "old.fits", mode="update") as hdus:
+        hdus["COMPONENTS"].header.pop("DOMAIN", None)
+    assert Emulator.load(tmp_path / "old.fits").domain is synthesis.GIANTS
 
 
 def test_an_emulator_of_another_version_is_refused(emulator, tmp_path):
@@ -160,6 +193,16 @@ def test_batches_of_different_lines_do_not_mix(tmp_path):
     for number, lines in enumerate(("one", "two")):
         synthesis.write_batch(tmp_path / f"batch_{number}.fits", labels, np.ones((2, len(synthesis.grid_wavelength))), {"LINES": lines, "SEED": 1})
     with pytest.raises(LabError, match="batch_1.fits was made with other lines"):
+        synthesis.read_grid(sorted(tmp_path.iterdir()))
+
+
+def test_batches_of_giants_and_dwarfs_do_not_mix(tmp_path):
+    for number, domain in enumerate(("giants", "dwarfs")):
+        labels = synthesis.grid_design(2, domain=domain)
+        labels["GOOD"] = True
+        facts = {"LINES": "one", "SEED": 1} | ({"DOMAIN": domain} if domain == "dwarfs" else {})   # the oldest batches of giants do not say so
+        synthesis.write_batch(tmp_path / f"batch_{number}.fits", labels, np.ones((2, len(synthesis.grid_wavelength))), facts)
+    with pytest.raises(LabError, match="batch_1.fits was made .* for another domain"):
         synthesis.read_grid(sorted(tmp_path.iterdir()))
 
 

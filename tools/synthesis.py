@@ -87,14 +87,18 @@ def batch_path(folder, number):
     return folder / f"batch_{number:04d}.fits"
 
 
+def grid_folder(options):
+    return options.folder or (GRID if options.domain == "giants" else GRID / options.domain)
+
+
 def grid(options):
-    "Spectra of the grid, a file a batch -> tools/grid/; what is there already is kept."
-    facts = versions("pysme-astro", "numpy", "scipy", "astropy") | {"LINES": digest(options.lines)[:16], "SEED": options.seed}
+    "Spectra of the grid, a file a batch -> tools/grid/ (giants) or tools/grid/dwarfs/; what is there already is kept."
+    facts = versions("pysme-astro", "numpy", "scipy", "astropy") | {"LINES": digest(options.lines)[:16], "SEED": options.seed, "DOMAIN": options.domain}
     say("grid", facts)
-    labels = synthesis.grid_design(options.models, options.seed)
+    labels = synthesis.grid_design(options.models, options.seed, options.domain)
     jobs = []
     for number, first in enumerate(range(0, len(labels), synthesis.BATCH)):
-        path = batch_path(options.folder, number)
+        path = batch_path(grid_folder(options), number)
         if not path.exists():
             jobs.append((str(path), labels[first:first + synthesis.BATCH], str(options.lines), str(WORK / "atmospheres.npz"), facts | {"FIRST": first}))
     load_net()
@@ -108,10 +112,10 @@ def grid(options):
 
 
 def emulator(options):
-    "The emulator, trained on the batches -> data/synthetic_emulator.fits."
+    "The emulator, trained on the batches -> data/synthetic_emulator.fits, or synthetic_dwarfs.fits."
     facts = versions("numpy", "scipy", "astropy")
     say("emulator", facts)
-    synthesis.make_emulator(sorted(options.folder.glob("batch_*.fits")), options.out, facts)
+    synthesis.make_emulator(sorted(grid_folder(options).glob("batch_*.fits")), options.out or DATA / synthesis.EMULATOR_FILES[options.domain], facts)
 
 
 def main(argv=None):
@@ -131,9 +135,10 @@ def main(argv=None):
     step.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     step.add_argument("--nice", type=int, default=19, help="let other work go first (19)")
     step = steps.add_parser("emulator", help=emulator.__doc__)
-    step.add_argument("--out", type=Path, default=DATA / "synthetic_emulator.fits")
+    step.add_argument("--out", type=Path, help="of the emulator (data/synthetic_emulator.fits, or synthetic_dwarfs.fits)")
     for name in ("grid", "emulator"):
-        steps.choices[name].add_argument("--folder", type=Path, default=GRID, help="of the batches (tools/grid)")
+        steps.choices[name].add_argument("--domain", choices=list(synthesis.DOMAINS), default="giants", help="which stars (giants)")
+        steps.choices[name].add_argument("--folder", type=Path, help="of the batches (tools/grid, or tools/grid/dwarfs)")
     for name in ("calibrate", "check", "grid"):
         steps.choices[name].add_argument("--lines", type=Path, default=DATA / "synthetic_lines.fits", help="calibrated lines (data/synthetic_lines.fits)")
     options = parser.parse_args(argv)

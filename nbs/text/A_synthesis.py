@@ -34,7 +34,9 @@ import os
 import tarfile
 import tempfile
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -960,6 +962,7 @@ assert np.abs(common).max() > 0.04            # and some features are not explai
 # A few hundred stars must stand for all. Their labels are *quasi-random* (a Sobol sequence): points that avoid each other, so that every beginning of the list covers the whole
 # domain, and the grid can grow while it is used. The domain follows nature: temperatures within 375 K of the giant branch of that gravity and metallicity, Mg and Si
 # beside the other alpha elements, and less carbon than oxygen: from C/O = 0.8 on the oxygen is bound in CO, the rest of the carbon makes CN and C₂, and the star turns into a carbon star.
+# A `Domain` holds these rules. Giants have one; dwarfs, which a survey of giants meets by mistake, have another, around the main sequence, and a small grid of their own (below).
 
 # %%
 #| export
@@ -971,20 +974,61 @@ def giant_branch(
     return 4240 + 515 * x - 320 * np.asarray(fe_h) - 50 * x * fe_h - 45 * np.square(fe_h)
 
 
-BRANCH_WIDTH, COOLEST = 375.0, 3650.0   # K
-BOX = {"LOGG": (0.3, 3.9), "FE_H": (-1.25, 0.5), "ALPHA_FE": (-0.2, 0.5), "MG_FE": (-0.3, 0.3), "SI_FE": (-0.3, 0.3), "C_FE": (-0.7, 0.3),
-       "N_FE": (-0.3, 0.9), "VMICRO": (0.9, 2.3)}   # MG_FE and SI_FE: beside ALPHA_FE
-CARBON_MARGIN = 0.15                    # [C/O] stays below: C/O is 0.55 in the Sun, and from 0.8 on stars turn into carbon stars
+def main_sequence(
+    logg: np.ndarray, fe_h: np.ndarray,
+) -> np.ndarray:   # effective temperature [K]
+    "Temperature of a dwarf: along MIST's main sequences of 2 to 10 Gyr."
+    x = np.asarray(logg) + 0.1 * np.asarray(fe_h) - 4.5
+    return 5500 - 4460 * x - 7450 * x**2
 
 
-def _ranges(labels: dict) -> dict:
-    "Lower and upper limit of every grid label, given the labels that come before it."
-    branch = giant_branch(labels["LOGG"], labels["FE_H"])
-    alpha = labels["ALPHA_FE"]
-    low = np.maximum(branch - BRANCH_WIDTH, COOLEST)
-    around = {name: tuple(alpha + limit for limit in BOX[name]) for name in ("MG_FE", "SI_FE")}
-    carbon = (np.full_like(alpha, BOX["C_FE"][0]), np.minimum(BOX["C_FE"][1], alpha + CARBON_MARGIN))
-    return BOX | around | {"TEFF": (low, np.maximum(branch + BRANCH_WIDTH, low + 150)), "C_FE": carbon}
+CARBON_MARGIN = 0.15   # [C/O] stays below: C/O is 0.55 in the Sun, and from 0.8 on stars turn into carbon stars
+
+
+@dataclass(frozen=True, eq=False)
+class Domain:
+    "Which stars a grid covers: temperatures around a branch, boxes of the other labels; and where their features lie."
+    name: str
+    branch: Callable   # (log g, [Fe/H]) -> Teff [K] in the middle
+    width: float       # K, to each side
+    coolest: float     # K
+    hottest: float     # K
+    box: dict          # lower and upper limit of each other label; MG_FE and SI_FE: beside ALPHA_FE
+    middle: tuple      # of the nine `features`, about
+    spread: tuple      # of the nine `features`, about
+
+    def ranges(self, labels: dict) -> dict:
+        "Lower and upper limit of every grid label, given the labels that come before it."
+        branch, alpha = self.branch(labels["LOGG"], labels["FE_H"]), labels["ALPHA_FE"]
+        low = np.maximum(branch - self.width, self.coolest)
+        around = {name: tuple(alpha + limit for limit in self.box[name]) for name in ("MG_FE", "SI_FE")}
+        carbon = (np.full_like(alpha, self.box["C_FE"][0]), np.minimum(self.box["C_FE"][1], alpha + CARBON_MARGIN))
+        high = np.minimum(np.maximum(branch + self.width, low + 150), self.hottest)
+        return self.box | around | {"TEFF": (low, high), "C_FE": carbon}
+
+
+GIANTS = Domain(
+    "giants", giant_branch, width=375.0, coolest=3650.0, hottest=np.inf,
+    box={"LOGG": (0.3, 3.9), "FE_H": (-1.25, 0.5), "ALPHA_FE": (-0.2, 0.5), "MG_FE": (-0.3, 0.3), "SI_FE": (-0.3, 0.3), "C_FE": (-0.7, 0.3),
+         "N_FE": (-0.3, 0.9), "VMICRO": (0.9, 2.3)},
+    middle=(1.12, 2.1, -0.35, 0, 0, 0, 0, 0, 1.6), spread=(0.125, 1, 0.5, 0.5, 0.5, 0.5, 0.3, 0.5, 0.4))
+DWARFS = Domain(
+    "dwarfs", main_sequence, width=450.0, coolest=4000.0, hottest=6200.0,
+    box={"LOGG": (4.1, 4.85), "FE_H": (-1.0, 0.45), "ALPHA_FE": (-0.1, 0.4), "MG_FE": (-0.15, 0.15), "SI_FE": (-0.15, 0.15), "C_FE": (-0.2, 0.2),
+         "N_FE": (-0.2, 0.4), "VMICRO": (0.6, 1.6)},
+    middle=(0.98, 4.5, -0.3, -0.15, -0.15, -0.15, -0.15, -0.2, 1.1), spread=(0.08, 0.2, 0.4, 0.4, 0.4, 0.4, 0.2, 0.4, 0.3))
+DOMAINS = {domain.name: domain for domain in (GIANTS, DWARFS)}
+
+
+def the_domain(
+    name,               # a `Domain`, or the name of one
+) -> Domain:
+    "A domain by its name."
+    if isinstance(name, Domain):
+        return name
+    if name not in DOMAINS:
+        raise LabError(f"there is no domain {name!r} of synthetic stars: choose {' or '.join(DOMAINS)}")
+    return DOMAINS[name]
 
 
 def label_matrix(labels) -> np.ndarray:   # (N, 9)
@@ -1004,20 +1048,23 @@ def label_matrix(labels) -> np.ndarray:   # (N, 9)
 def grid_design(
     models: int,             # how many
     seed: int = 20131,
+    domain=GIANTS,           # or its name
 ) -> Table:                  # (models,) rows of GRID_LABELS
     "Quasi-random labels: every beginning of the list covers the whole domain."
     cube = qmc.Sobol(len(GRID_LABELS), scramble=True, seed=seed).random_base2(int(np.ceil(np.log2(max(models, 2)))))[:models]
-    return Table(labels_from_unit(cube), names=GRID_LABELS)
+    return Table(labels_from_unit(cube, domain), names=GRID_LABELS)
 
 
 def labels_from_unit(
     unit: np.ndarray,        # (N, 9) from 0 to 1
+    domain=GIANTS,           # or its name
 ) -> np.ndarray:             # (N, 9) in the order of GRID_LABELS
     "The inverse of `unit_labels`."
-    cube, labels = dict(zip(GRID_LABELS, np.asarray(unit, float).T)), {}
+    cube, labels, domain = dict(zip(GRID_LABELS, np.asarray(unit, float).T)), {}, the_domain(domain)
     for name in ("LOGG", "FE_H", "ALPHA_FE"):
-        labels[name] = BOX[name][0] + cube[name] * (BOX[name][1] - BOX[name][0])
-    limits = _ranges(labels)
+        low, high = domain.box[name]
+        labels[name] = low + cube[name] * (high - low)
+    limits = domain.ranges(labels)
     for name in GRID_LABELS:
         low, high = limits[name]
         labels[name] = low + cube[name] * (high - low)
@@ -1026,10 +1073,11 @@ def labels_from_unit(
 
 def unit_labels(
     labels: np.ndarray,      # (N, 9) in the order of GRID_LABELS
-) -> np.ndarray:             # (N, 9); from 0 to 1 inside the grid's domain
-    "Where in the grid's domain a star stands."
+    domain=GIANTS,           # or its name
+) -> np.ndarray:             # (N, 9); from 0 to 1 inside the domain
+    "Where in the domain a star stands."
     columns = dict(zip(GRID_LABELS, np.asarray(labels, float).T))
-    limits = _ranges(columns)
+    limits = the_domain(domain).ranges(columns)
     return np.column_stack([(columns[name] - limits[name][0]) / (limits[name][1] - limits[name][0]) for name in GRID_LABELS])
 
 
@@ -1123,17 +1171,19 @@ with tempfile.TemporaryDirectory() as folder:
 
 # %%
 #| export
-EMULATOR_FILE, EMULATOR_VERSION = "synthetic_emulator.fits", 1
+EMULATOR_FILES, EMULATOR_VERSION = {"giants": "synthetic_emulator.fits", "dwarfs": "synthetic_dwarfs.fits"}, 1
 _PAIRS = np.triu_indices(len(GRID_LABELS))
 
 
 def features(
     labels: np.ndarray,      # (N, 9) in the order of GRID_LABELS
+    domain=GIANTS,           # or its name
 ) -> np.ndarray:             # (N, 9), each of order one
     "What lines ask for: 1/T (Boltzmann's factor), how many atoms of an element there are rather than ratios to iron, and carbon beside oxygen."
     teff, logg, fe_h, mg, si, alpha, carbon, nitrogen, vmicro = np.asarray(labels, float).T
-    return np.column_stack([(5040 / teff - 1.12) * 8, logg - 2.1, (fe_h + 0.35) / 0.5, (mg + fe_h) / 0.5, (si + fe_h) / 0.5, (alpha + fe_h) / 0.5,
-                            (carbon - alpha) / 0.3, (nitrogen + fe_h) / 0.5, (vmicro - 1.6) / 0.4])
+    domain = the_domain(domain)
+    columns = np.column_stack([5040 / teff, logg, fe_h, mg + fe_h, si + fe_h, alpha + fe_h, carbon - alpha, nitrogen + fe_h, vmicro])
+    return (columns - domain.middle) / domain.spread
 
 
 def _polynomial(scaled):
@@ -1148,22 +1198,27 @@ def _kernel(left, right, lengths):
 
 
 class Emulator:
-    "Normalized synthetic spectra for any labels inside the grid's domain, in products of matrices."
+    "Normalized synthetic spectra for any labels inside the domain of its grid, in products of matrices."
 
-    def __init__(self, mean, components, points, lengths, groups, weights, facts=None):
+    def __init__(self, mean, components, points, lengths, groups, weights, facts=None, domain=GIANTS):
         self.mean = np.asarray(mean, "f4")                # (P,) flux
         self.components = np.asarray(components, "f4")    # (K, P)
         self.points = points                              # (M, 9) features of the models
         self.lengths, self.groups = lengths, groups       # (G, 9) of the kernels, (K,) the kernel of each component
         self.weights = weights                            # (55 + M, K)
         self.facts = dict(facts or {})                    # what made it, and its error
+        self.domain = the_domain(domain)
         self._kept = None
 
     @classmethod
-    def load(cls, path=None) -> "Emulator":
-        "The emulator that the package ships, or one of your own."
+    def load(
+        cls,
+        path=None,         # of one of your own; by default one that the package ships
+        domain=GIANTS,     # which of those: of GIANTS or of DWARFS, or the name
+    ) -> "Emulator":
+        "The emulator that the package ships for a domain, or one of your own."
         if path is None:
-            with data_file(EMULATOR_FILE) as path:
+            with data_file(EMULATOR_FILES[the_domain(domain).name]) as path:
                 return cls.load(path)
         with fits.open(path) as hdus:
             header = hdus["COMPONENTS"].header
@@ -1172,14 +1227,15 @@ class Emulator:
             facts = {card.keyword: card.value for card in header.cards if card.keyword in header["FACTS"].split()}
             components = hdus["COMPONENTS"].data * hdus["SCALE"].data[:, None]
             return cls(hdus["MEAN"].data.astype("f4"), components, *(hdus[name].data.astype(float) for name in ("POINTS", "LENGTHS")),
-                       hdus["GROUPS"].data.astype(int), hdus["WEIGHTS"].data.astype(float), facts)
+                       hdus["GROUPS"].data.astype(int), hdus["WEIGHTS"].data.astype(float), facts, header.get("DOMAIN", "giants"))
 
     def save(self, path):
         "Write it as one FITS file; components as 16-bit numbers."
         scale = np.abs(self.components).max(axis=1) / 32000
         components = fits.CompImageHDU(np.round(self.components / scale[:, None]).astype("i2"), name="COMPONENTS", compression_type="RICE_1",
                                        tile_shape=(1, self.components.shape[1]))
-        facts = self.facts | {"EMUVERS": EMULATOR_VERSION, "LOGSTART": LOG10_START + GRID_STEP * GRID_FIRST, "LOGSTEP": GRID_STEP}
+        facts = self.facts | {"EMUVERS": EMULATOR_VERSION, "LOGSTART": LOG10_START + GRID_STEP * GRID_FIRST, "LOGSTEP": GRID_STEP,
+                              "DOMAIN": self.domain.name}
         for name, value in (facts | {"FACTS": " ".join(self.facts)}).items():
             components.header[name] = value
         images = {"MEAN": self.mean, "SCALE": scale.astype("f4"), "POINTS": self.points.astype("f4"), "LENGTHS": self.lengths.astype("f4"),
@@ -1189,12 +1245,12 @@ class Emulator:
 
     def inside(self, labels) -> np.ndarray:   # (N,) bool
         "Which stars lie in the domain of the grid."
-        unit = unit_labels(label_matrix(labels))
+        unit = unit_labels(label_matrix(labels), self.domain)
         return np.all((unit >= -1e-6) & (unit <= 1 + 1e-6), axis=1)
 
     def coefficients(self, labels) -> np.ndarray:   # (N, K)
         "What each component contributes."
-        scaled = features(label_matrix(labels))
+        scaled = features(label_matrix(labels), self.domain)
         out = _polynomial(scaled) @ self.weights[:_polynomial(scaled[:1]).shape[1]]
         for group, lengths in enumerate(self.lengths):
             mine = self.groups == group
@@ -1235,9 +1291,9 @@ class Emulator:
         inside = self.inside(labels)
         if outside == "error" and not inside.all():
             first = np.flatnonzero(~inside)[0]
-            unit = unit_labels(labels[[first]])[0]
+            unit = unit_labels(labels[[first]], self.domain)[0]
             guilty = [name for name, u in zip(GRID_LABELS, unit) if not -1e-6 <= u <= 1 + 1e-6]
-            raise LabError(f"{(~inside).sum()} of {len(labels)} stars lie outside the grid, the first is row {first} with its "
+            raise LabError(f"{(~inside).sum()} of {len(labels)} stars lie outside the grid of {self.domain.name}, the first is row {first} with its "
                            f"{', '.join(guilty)}: leave them out (`inside` says which) or ask for outside='nan'")
         basis = self._on(wavelength, fwhm, vsini)
         flux = self.coefficients(labels).astype("f4") @ basis[1:]
@@ -1249,15 +1305,18 @@ class Emulator:
 
 def complete_labels(
     labels,          # table or mapping with at least TEFF, LOGG, FE_H
+    domain=GIANTS,   # or its name
 ) -> Table:          # with all of GRID_LABELS
-    "Fill in what is usual for a giant where a label is not given: alpha elements follow each other, dredge-up lowers C and lifts N."
+    "Fill in what is usual where a label is not given: alpha elements follow each other; in a giant, dredge-up lowers C and lifts N."
     given = {name: np.atleast_1d(np.asarray(labels[name], float)) for name in GRID_LABELS if name in list(labels.keys())}
     missing = [name for name in ("TEFF", "LOGG", "FE_H") if name not in given]
     if missing:
         raise LabError(f"a star needs {', '.join(missing)}: the other labels can be filled in, not these")
+    domain = the_domain(domain)
     alpha = np.mean([given[name] for name in ("MG_FE", "SI_FE", "ALPHA_FE") if name in given] or [np.zeros_like(given["TEFF"])], axis=0)
-    usual = {"MG_FE": alpha, "SI_FE": alpha, "ALPHA_FE": alpha, "C_FE": alpha - 0.15, "N_FE": np.full_like(alpha, 0.2),
-             "VMICRO": np.clip(2.24 - 0.3 * given["LOGG"], *BOX["VMICRO"])}
+    carbon, nitrogen = (alpha - 0.15, 0.2) if domain.name == "giants" else (np.zeros_like(alpha), 0.0)
+    usual = {"MG_FE": alpha, "SI_FE": alpha, "ALPHA_FE": alpha, "C_FE": carbon, "N_FE": np.full_like(alpha, nitrogen),
+             "VMICRO": np.clip(2.24 - 0.3 * given["LOGG"], *domain.box["VMICRO"])}
     return Table([given.get(name, usual.get(name)) for name in GRID_LABELS], names=GRID_LABELS)
 
 
@@ -1268,9 +1327,9 @@ def read_grid(paths) -> tuple:   # labels (N, 9), flux (N, P) float32, header fa
     labels, flux, facts = [], [], None
     for path in paths:
         table, spectra, header = read_batch(path)
-        same = {name: header[name] for name in ("LINES", "SEED")}
+        same = {name: header[name] for name in ("LINES", "SEED")} | {"DOMAIN": header.get("DOMAIN", "giants")}
         if facts is not None and same != facts[1]:
-            raise LabError(f"{path} was made with other lines or another seed than the batches before it: compute it again")
+            raise LabError(f"{path} was made with other lines, another seed or for another domain than the batches before it: compute it again")
         facts = facts or (header, same)
         good = np.asarray(table["GOOD"], bool)
         labels.append(label_matrix(table[list(GRID_LABELS)])[good])
@@ -1288,11 +1347,12 @@ def train_emulator(
     flux: np.ndarray,          # (M, P) on the grid
     components: int = 80,
     groups=(0, 3, 10, 30),     # first component of each group that shares a kernel
+    domain=GIANTS,             # or its name
 ) -> Emulator:
     "Principal components of the spectra as the survey would see them; each coefficient a parabola of the features, where there are models enough, plus a Gaussian process."
     from sklearn.gaussian_process import GaussianProcessRegressor
     from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
-    scaled = features(labels)
+    scaled = features(labels, domain)
     mean = flux.mean(axis=0)
     seen = broaden(flux - mean, FWHM)[:, survey_pixels]
     left, size, _ = np.linalg.svd(seen, full_matrices=False)
@@ -1317,7 +1377,7 @@ def train_emulator(
         weights[:, a:b] = amplitude * np.linalg.solve(gram, rest[:, a:b])
         lengths.append(length)
         member[a:b] = number
-    return Emulator(mean, basis, scaled, np.array(lengths), member, np.vstack([linear, weights]))
+    return Emulator(mean, basis, scaled, np.array(lengths), member, np.vstack([linear, weights]), domain=domain)
 
 
 def emulator_error(emulator: Emulator, labels, flux) -> dict:
@@ -1332,7 +1392,7 @@ def make_emulator(paths, out, facts, components: int = 80):
     "Train on the batches, judge on the models kept aside, write."
     labels, flux, header = read_grid(paths)
     aside = kept_aside(len(labels))
-    emulator = train_emulator(labels[~aside], flux[~aside], components)
+    emulator = train_emulator(labels[~aside], flux[~aside], components, domain=header.get("DOMAIN", "giants"))
     error = emulator_error(emulator, labels[aside], flux[aside])
     made = {name: header[name] for name in ("PYTHON", "PYSME", "LINES", "SEED") if name in header}
     emulator.facts = made | {name: value for name, value in facts.items() if name not in made} | {
@@ -1391,7 +1451,7 @@ assert one.min() < two.min() and abs((1 - one).sum() / (1 - two).sum() - 1) < 0.
 
 # %%
 hot = complete_labels({"TEFF": [4600.0, 6500.0], "LOGG": [2.4, 2.4], "FE_H": [0.0, 0.0]})
-with pytest.raises(LabError, match="1 of 2 stars lie outside the grid, the first is row 1 with its TEFF"):
+with pytest.raises(LabError, match="1 of 2 stars lie outside the grid of giants, the first is row 1 with its TEFF"):
     emulator(hot)
 assert np.isnan(emulator(hot, outside="nan")).all(axis=1).tolist() == [False, True]
 with pytest.raises(LabError, match="the label LOGG, MG_FE is missing"):
@@ -1496,14 +1556,14 @@ def fit_star(
     error = np.where(ivar > 0, np.hypot(1 / np.sqrt(np.where(ivar > 0, ivar, 1)), MODEL_ERROR), np.inf)
 
     def model(unit):
-        fine = emulator(labels_from_unit(unit[None]), grid, fwhm=fwhm, outside="ignore")[0].astype(float)
+        fine = emulator(labels_from_unit(unit[None], emulator.domain), grid, fwhm=fwhm, outside="ignore")[0].astype(float)
         return fine * match_continuum(grid, flux, ivar, fine)
 
-    first = np.full(len(GRID_LABELS), 0.5) if start is None else np.clip(unit_labels(label_matrix(start))[0], 0.02, 0.98)
+    first = np.full(len(GRID_LABELS), 0.5) if start is None else np.clip(unit_labels(label_matrix(start), emulator.domain)[0], 0.02, 0.98)
     found = optimize.least_squares(lambda unit: (flux - model(unit)) / error, first, bounds=(0, 1), loss="soft_l1", diff_step=0.01, xtol=1e-3, max_nfev=25)
     good = ivar > 0
     best = model(found.x)
-    return dict(zip(GRID_LABELS, labels_from_unit(found.x[None])[0])), best, np.corrcoef(best[good], flux[good])[0, 1]
+    return dict(zip(GRID_LABELS, labels_from_unit(found.x[None], emulator.domain)[0])), best, np.corrcoef(best[good], flux[good])[0, 1]
 
 
 # %%

@@ -8,6 +8,7 @@ __all__ = ['READ_BLOCK', 'NETWORK_FORMAT', 'MEMBER', 'SAVE_EVERY', 'LAB_LAYERS',
            'plot_history']
 
 # %% ../nbs/09_network.ipynb #c4ac7415
+import gc
 import hashlib
 import json
 import os
@@ -269,6 +270,7 @@ class Network(LabelReader):
         tf.config.experimental.enable_op_determinism()
         self._assemble()
         self._train(data, held, checkpoint, progress)
+        gc.collect()   # graph and optimizer, three numbers a weight, hold each other
         return self
 
     def _sets(self, flux, ivar, validation):
@@ -318,6 +320,7 @@ class Network(LabelReader):
         "Compiled: a step downhill on a batch, and the loss of a set of stars; and the optimizer."
         optimizer, core, variables = self._optimizer(), self.core_, self.core_.trainable_variables
         optimizer.build(variables)
+        optimizer._all_reduce_sum_gradients = lambda pairs: pairs   # Keras' sum over machines: there is one, and the sum's derivative is never let go of
 
         @tf.function(reduce_retracing=True)
         def step(flux, ivar, truth):

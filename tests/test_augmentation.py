@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("tensorflow")
 
-from test_network import NAMES, stars
+from test_network import NAMES, leftovers, stars
 
 from stellar_lab.augmentation import BAD_JITTER, AugmentedNetwork, ErrorAwareNetwork, Local, Mixture, draw_weights, feature_axes, jitter_scale, noisy_copies, noisy_stream
 from stellar_lab.inversion import cross_label, infer
@@ -104,6 +104,12 @@ def test_the_error_aware_network_keeps_its_word(tmp_path):
     assert isinstance(again, ErrorAwareNetwork) and again.get_params() == network.get_params()
     assert np.array_equal(infer(again, sample[80:])["covariance"], table["covariance"])
     assert len(cross_label(ErrorAwareNetwork(**SMALL), sample, np.arange(120) % 2, progress=False)) == 120
+
+
+@pytest.mark.parametrize("model", [AugmentedNetwork(epochs=2), ErrorAwareNetwork(**SMALL)], ids=["augmented", "error-aware"])
+def test_a_training_leaves_its_weights_and_nothing_else(model):
+    during, weights, after = leftovers(model, stars(60, pixels=60))
+    assert during["ResourceVariable"] == weights and set(during) == {"ResourceVariable"} and not after
 
 
 def test_an_interrupted_training_ends_as_the_whole_one(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """Networks: what a file keeps, trainings that are interrupted, answers that do not depend on bad pixels or company, errors."""
+import gc
 import json
 import zipfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -77,6 +79,28 @@ def test_flags(trained):
     ivar[0], ivar[1, 10:], flux[2] = 0, 0, 3
     flags = infer(trained, flux, ivar)["flags"]
     assert flags[0] == Flag.NOT_CONVERGED | Flag.FEW_PIXELS and flags[1] & Flag.FEW_PIXELS and flags[2] & Flag.OUTSIDE_TRAINING
+
+
+def alive():
+    "Variables and graphs of TensorFlow in this process, by kind."
+    gc.collect()
+    return Counter(kind for kind in (type(thing).__name__ for thing in gc.get_objects()) if kind in ("ResourceVariable", "FuncGraph", "_EagerDefinedFunction", "FusedAdam", "AdamW"))
+
+
+def leftovers(model, data):
+    "What a second training leaves in the process while its network lives, and after that."
+    type(model)(**model.get_params()).fit(data, progress=False)
+    before = alive()
+    kept = type(model)(**model.get_params()).fit(data, validation=data[:20], progress=False)
+    during, weights = alive() - before, len(kept.keras_.variables)
+    del kept
+    return during, weights, alive() - before
+
+
+def test_a_training_leaves_its_weights_and_nothing_else():
+    during, weights, after = leftovers(Small(labels=NAMES, epochs=2), stars())
+    assert during["ResourceVariable"] == weights and set(during) == {"ResourceVariable"}
+    assert not after
 
 
 def test_a_killed_training_goes_on(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@
 
 # %%
 #| export
+import gc
 import hashlib
 import json
 import os
@@ -332,6 +333,10 @@ for kind in (keras.optimizers.Adam, FusedAdam):
 assert np.allclose(*paths, atol=1e-6) and np.abs(paths[0] - 1).min() > 1e-3
 
 # %% [markdown]
+# **What a training leaves behind** should be its weights. Before a step Keras sums the gradients of all machines that train together; TensorFlow notes how that sum would be differentiated, in a register of the whole process, and with the note it keeps
+# the graph of the step, and with the graph its variables: weights, $\mathbf m$, $\mathbf v$ and $\hat{\mathbf v}$, 208 MiB for each training of the lab's network until the process ends
+# ([a known fault](https://github.com/tensorflow/tensorflow/issues/80895)). We train on one machine and leave the sum out.
+#
 # The frame itself is long, but plain: parameters, the six places that a subclass may change, training, reading, keeping.
 
 # %%
@@ -415,6 +420,7 @@ class Network(LabelReader):
         tf.config.experimental.enable_op_determinism()
         self._assemble()
         self._train(data, held, checkpoint, progress)
+        gc.collect()   # graph and optimizer, three numbers a weight, hold each other
         return self
 
     def _sets(self, flux, ivar, validation):
@@ -464,6 +470,7 @@ class Network(LabelReader):
         "Compiled: a step downhill on a batch, and the loss of a set of stars; and the optimizer."
         optimizer, core, variables = self._optimizer(), self.core_, self.core_.trainable_variables
         optimizer.build(variables)
+        optimizer._all_reduce_sum_gradients = lambda pairs: pairs   # Keras' sum over machines: there is one, and the sum's derivative is never let go of
 
         @tf.function(reduce_retracing=True)
         def step(flux, ivar, truth):

@@ -15,7 +15,7 @@ __all__ = ['LINES_FILE', 'CHECK_FILE', 'EXTRA', 'ELEMENTS', 'MOLECULES', 'C12_C1
            'hydrogen_demonstration', 'giant_branch', 'main_sequence', 'Domain', 'the_domain', 'label_matrix',
            'grid_design', 'labels_from_unit', 'unit_labels', 'write_batch', 'read_batch', 'compute_batch', 'features',
            'Emulator', 'complete_labels', 'read_grid', 'kept_aside', 'train_emulator', 'emulator_error',
-           'make_emulator', 'fit_star']
+           'make_emulator', 'aspcap_agreement', 'make_witness', 'fit_star']
 
 # %% ../nbs/A_synthesis.ipynb #c2e12b12
 import gzip
@@ -630,6 +630,7 @@ class Domain:
     box: dict          # lower and upper limit of each other label; MG_FE and SI_FE: beside ALPHA_FE
     middle: tuple      # of the nine `features`, about
     spread: tuple      # of the nine `features`, about
+    components: int    # of the spectra that an emulator keeps
 
     def ranges(self, labels: dict) -> dict:
         "Lower and upper limit of every grid label, given the labels that come before it."
@@ -645,12 +646,12 @@ GIANTS = Domain(
     "giants", giant_branch, width=375.0, coolest=3650.0, hottest=np.inf,
     box={"LOGG": (0.3, 3.9), "FE_H": (-1.25, 0.5), "ALPHA_FE": (-0.2, 0.5), "MG_FE": (-0.3, 0.3), "SI_FE": (-0.3, 0.3), "C_FE": (-0.7, 0.3),
          "N_FE": (-0.3, 0.9), "VMICRO": (0.9, 2.3)},
-    middle=(1.12, 2.1, -0.35, 0, 0, 0, 0, 0, 1.6), spread=(0.125, 1, 0.5, 0.5, 0.5, 0.5, 0.3, 0.5, 0.4))
+    middle=(1.12, 2.1, -0.35, 0, 0, 0, 0, 0, 1.6), spread=(0.125, 1, 0.5, 0.5, 0.5, 0.5, 0.3, 0.5, 0.4), components=80)
 DWARFS = Domain(
     "dwarfs", main_sequence, width=450.0, coolest=4000.0, hottest=6200.0,
     box={"LOGG": (4.1, 4.85), "FE_H": (-1.0, 0.45), "ALPHA_FE": (-0.1, 0.4), "MG_FE": (-0.15, 0.15), "SI_FE": (-0.15, 0.15), "C_FE": (-0.2, 0.2),
          "N_FE": (-0.2, 0.4), "VMICRO": (0.6, 1.6)},
-    middle=(0.98, 4.5, -0.3, -0.15, -0.15, -0.15, -0.15, -0.2, 1.1), spread=(0.08, 0.2, 0.4, 0.4, 0.4, 0.4, 0.2, 0.4, 0.3))
+    middle=(0.98, 4.5, -0.3, -0.15, -0.15, -0.15, -0.15, -0.2, 1.1), spread=(0.08, 0.2, 0.4, 0.4, 0.4, 0.4, 0.2, 0.4, 0.3), components=30)
 DOMAINS = {domain.name: domain for domain in (GIANTS, DWARFS)}
 
 
@@ -712,7 +713,7 @@ def unit_labels(
     "Where in the domain a star stands."
     columns = dict(zip(GRID_LABELS, np.asarray(labels, float).T))
     limits = the_domain(domain).ranges(columns)
-    return np.column_stack([(columns[name] - limits[name][0]) / (limits[name][1] - limits[name][0]) for name in GRID_LABELS])
+    return np.column_stack([(columns[name] - limits[name][0]) / np.maximum(limits[name][1] - limits[name][0], 1e-9) for name in GRID_LABELS])
 
 # %% ../nbs/A_synthesis.ipynb #9438a14c
 FLUX_STEP = 2e-4     # of the stored spectra
@@ -932,39 +933,38 @@ def kept_aside(models: int) -> np.ndarray:
 def train_emulator(
     labels: np.ndarray,        # (M, 9)
     flux: np.ndarray,          # (M, P) on the grid
-    components: int = 80,
-    groups=(0, 3, 10, 30),     # first component of each group that shares a kernel
+    components: int = None,    # the domain's by default
+    groups=(0, 1, 2, 3, 4, 6, 8, 10, 15, 20, 30, 50),   # first component of each group that shares a kernel
     domain=GIANTS,             # or its name
 ) -> Emulator:
-    "Principal components of the spectra as the survey would see them; each coefficient a parabola of the features, where there are models enough, plus a Gaussian process."
-    from sklearn.gaussian_process import GaussianProcessRegressor
-    from sklearn.gaussian_process.kernels import RBF, ConstantKernel, WhiteKernel
+    "Principal components of the spectra as the survey would see them; each coefficient a Gaussian process: a parabola of the features and bells around the models."
     scaled = features(labels, domain)
     mean = flux.mean(axis=0)
     seen = broaden(flux - mean, FWHM)[:, survey_pixels]
     left, size, _ = np.linalg.svd(seen, full_matrices=False)
-    count = min(components, len(size))
+    count = min(components or the_domain(domain).components, len(size))
     coefficient = left[:, :count] * np.sqrt(len(labels))          # of unit variance
     basis = np.linalg.lstsq(coefficient, flux - mean, rcond=None)[0]
-    polynomial = _polynomial(scaled)
-    linear = np.linalg.solve(polynomial.T @ polynomial + np.eye(polynomial.shape[1]), polynomial.T @ coefficient)
-    if len(labels) < 3 * polynomial.shape[1]:   # too few models for a parabola: leave everything to the Gaussian process
-        linear *= 0
-    rest = coefficient - polynomial @ linear
     first = [g for g in groups if g < count] + [count]
-    weights, lengths, member = np.zeros((len(labels), count)), [], np.zeros(count, int)
-    for number, (a, b) in enumerate(zip(first[:-1], first[1:])):
-        target = rest[:, a:b] / rest[:, a:b].std(axis=0)
-        kernel = ConstantKernel(1.0, (1e-2, 1e4)) * RBF(np.full(labels.shape[1], 3.0), (0.3, 100)) + WhiteKernel(1e-3, (1e-8, 1.0))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")   # a label without influence has a length at its bound
-            fit = GaussianProcessRegressor(kernel).fit(scaled, target).kernel_
-        length, amplitude, noise = fit.k1.k2.length_scale, fit.k1.k1.constant_value, fit.k2.noise_level
-        gram = amplitude * _kernel(scaled, scaled, length) + noise * np.eye(len(labels))
-        weights[:, a:b] = amplitude * np.linalg.solve(gram, rest[:, a:b])
-        lengths.append(length)
-        member[a:b] = number
-    return Emulator(mean, basis, scaled, np.array(lengths), member, np.vstack([linear, weights]), domain=domain)
+    fits_ = [_gaussian_process(scaled, coefficient[:, a:b]) for a, b in zip(first[:-1], first[1:])]
+    lengths, weights = np.array([fit[0] for fit in fits_]), np.hstack([fit[1] for fit in fits_])
+    return Emulator(mean, basis, scaled, lengths, np.repeat(np.arange(len(fits_)), np.diff(first)), weights, domain=domain)
+
+
+def _gaussian_process(scaled, target):
+    "Lengths of the bells (9,), and weights (55 + M, K) of the products of features and of the bells, from the likeliest kernel that K coefficients share."
+    from sklearn.gaussian_process import GaussianProcessRegressor
+    from sklearn.gaussian_process.kernels import RBF, ConstantKernel, DotProduct, WhiteKernel
+    parabola = ConstantKernel(1e-3, (1e-9, 1e2)) * DotProduct(10.0, (0.1, 1e3)) ** 2
+    bells = ConstantKernel(1.0, (1e-4, 1e5)) * RBF(np.full(scaled.shape[1], 3.0), (0.3, 300))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")   # a label without influence has a length at its bound
+        fit = GaussianProcessRegressor(parabola + bells + WhiteKernel(1e-3, (1e-8, 1.0))).fit(scaled, target)
+    parabola, bells = fit.kernel_.k1.k1, fit.kernel_.k1.k2
+    offset, twice = parabola.k2.kernel.sigma_0, np.where(_PAIRS[0] == _PAIRS[1], 1, 2)
+    share = parabola.k1.constant_value * np.concatenate([[offset**4], np.full(scaled.shape[1], 2 * offset**2), twice])   # (s^2 + x.x')^2, multiplied out
+    alpha = fit.alpha_.reshape(len(scaled), -1)
+    return bells.k2.length_scale, np.vstack([share[:, None] * (_polynomial(scaled).T @ alpha), bells.k1.constant_value * alpha])
 
 
 def emulator_error(emulator: Emulator, labels, flux) -> dict:
@@ -975,7 +975,7 @@ def emulator_error(emulator: Emulator, labels, flux) -> dict:
     return {"median": float(np.median(rms)), "p99": float(np.percentile(rms, 99)), "below1": float(np.mean(rms < 0.01)), "rms": rms}
 
 
-def make_emulator(paths, out, facts, components: int = 80):
+def make_emulator(paths, out, facts, components: int = None):
     "Train on the batches, judge on the models kept aside, write."
     labels, flux, header = read_grid(paths)
     aside = kept_aside(len(labels))
@@ -988,6 +988,52 @@ def make_emulator(paths, out, facts, components: int = 80):
     print(f"{(~aside).sum()} models, error on {aside.sum()} kept aside: median over pixels of the rms {error['median']:.3%}, 99 % of pixels below "
           f"{error['p99']:.3%}", flush=True)
     return emulator
+
+# %% ../nbs/A_synthesis.ipynb #68ee13ce
+def aspcap_agreement(
+    emulator: Emulator,
+    labels,                # of N stars, all in the domain
+    theirs: np.ndarray,    # (N, P) ASPCAP's synthetic spectra, on-band
+    ivar: np.ndarray,      # (N, P) of the stars: pixels of no weight are left out
+) -> tuple:                # theirs minus ours (N, P), NaN where left out; correlation (N,); rms (N,)
+    "How far ASPCAP's synthetic spectra are from ours."
+    off, correlation = np.full(theirs.shape, np.nan), np.full(len(theirs), np.nan)
+    for row, ours in enumerate(emulator(labels)):
+        shown = (theirs[row] > 0) & (ivar[row] > 0)
+        ours = ours * match_continuum(SURVEY_WAVELENGTH, theirs[row], np.ones(len(ours)), ours)
+        off[row, shown] = (theirs[row] - ours)[shown]
+        correlation[row] = np.corrcoef(theirs[row, shown], ours[shown])[0, 1]
+    return off, correlation, np.nanstd(off, axis=1)
+
+
+def make_witness(
+    emulator: Emulator,
+    spectra: Spectra,      # the real stars
+    example,               # folder example_DR10/Data of TheCannon 0.3.5, for ASPCAP's own spectra
+    out, facts: dict,      # the file that `make_check` wrote, what to note in it
+):
+    "Compare with ASPCAP's spectra of all real giants in the domain; adds WITNESS (a row a giant) and WITNESS_PIXELS to the file."
+    spectra = spectra[np.asarray(spectra.stars["LOGG"], float) < 3.9]
+    labels = star_labels(spectra.stars)
+    stars = Table({name: np.asarray(spectra.stars[name], str) for name in ("APOGEE_ID", "CLUSTER")} | {name: [star[name] for star in labels] for name in GRID_LABELS})
+    stars["INSIDE"] = emulator.inside(stars)
+    inside = np.flatnonzero(stars["INSIDE"])
+    theirs = np.array([fits.getdata(next(Path(example).glob(f"*{name}.fits")), 3)[on_band] for name in stars["APOGEE_ID"][inside]])
+    off, correlation, rms = aspcap_agreement(emulator, stars[inside], theirs, spectra.ivar[inside])
+    for name, values in (("CORRELATION", correlation), ("RMS", rms)):
+        stars[name] = np.full(len(stars), np.nan, "f4")
+        stars[name][inside] = values
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")   # a pixel that no star shows stays NaN
+        low, middle, high = np.nanpercentile(off, [16, 50, 84], axis=0)
+    pixels = Table({"MEDIAN": middle.astype("f4"), "SPREAD": (0.5 * (high - low)).astype("f4")})
+    with fits.open(out) as hdus:
+        kept = fits.HDUList([hdu.copy() for hdu in hdus if not hdu.name.startswith("WITNESS")])
+    kept += [fits.BinTableHDU(stars, name="WITNESS"), fits.BinTableHDU(pixels, name="WITNESS_PIXELS")]
+    kept["WITNESS"].header.update(facts)
+    with atomic_path(out) as temporary:
+        kept.writeto(temporary)
+    print(f"{len(inside)} of {len(stars)} giants lie in the domain: median correlation {np.median(correlation):.4f}, rms {np.median(rms):.2%}")
 
 # %% ../nbs/A_synthesis.ipynb #03e332d2
 def fit_star(

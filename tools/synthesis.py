@@ -1,4 +1,4 @@
-"""Remakes the synthetic stars, step by step: python tools/synthesis.py lines|atmospheres|calibrate|check|grid|emulator (--help says more)."""
+"""Remakes the synthetic stars, step by step: python tools/synthesis.py lines|atmospheres|calibrate|check|grid|emulator|witness (--help says more)."""
 import argparse
 import hashlib
 import multiprocessing
@@ -118,6 +118,15 @@ def emulator(options):
     synthesis.make_emulator(sorted(grid_folder(options).glob("batch_*.fits")), options.out or DATA / synthesis.EMULATOR_FILES[options.domain], facts)
 
 
+def witness(options):
+    "The emulator of giants against ASPCAP's spectra of all real giants, added to data/synthetic_check.fits."
+    path = DATA / synthesis.EMULATOR_FILES["giants"]
+    emulator = synthesis.Emulator.load(path)
+    facts = {"EMULATOR": digest(path)[:16], "MODELS": emulator.facts["MODELS"]}
+    say("witness", facts)
+    synthesis.make_witness(emulator, real_stars(), options.example, DATA / synthesis.CHECK_FILE, facts)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     steps = parser.add_subparsers(dest="step", required=True)
@@ -127,8 +136,9 @@ def main(argv=None):
     step.add_argument("atmosnet", type=Path, help="atmosnet-1.0.1.tar.gz (pip download --no-deps --no-binary :all: atmosnet==1.0.1)")
     step = steps.add_parser("calibrate", help=calibrate.__doc__)
     step.add_argument("--rounds", type=int, default=7)
-    step = steps.add_parser("check", help=check.__doc__)
-    step.add_argument("example", type=Path, help="folder TheCannon/example_DR10/Data of TheCannon 0.3.5")
+    for name in ("check", "witness"):
+        step = steps.add_parser(name, help=globals()[name].__doc__)
+        step.add_argument("example", type=Path, help="folder TheCannon/example_DR10/Data of TheCannon 0.3.5")
     step = steps.add_parser("grid", help=grid.__doc__)
     step.add_argument("--models", type=int, default=1500, help="how many in all (1500); a larger number later adds to those that exist")
     step.add_argument("--seed", type=int, default=20131)

@@ -35,7 +35,7 @@ $(STAMP): FORCE
 endif
 FORCE:
 
-lab: $(STAMP) ## the whole lab into _build/ [ARCHIVE=clusters|URL|folder] [PROFILE=quick|full]
+lab: $(STAMP) ## the whole lab into _build/ [ARCHIVE=clusters|mock|URL|folder] [PROFILE=quick|full]
 	@$(BIN)/python tools/lab.py run --archive "$(ARCHIVE)" --profile "$(PROFILE)"
 
 test: archive check ## all tests: generated files, notebooks, then tests/

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -97,8 +98,8 @@ def test_help_names_what_the_lab_knows(run, monkeypatch):
     assert all(telescope in helps["fetch"] for release in RELEASES.values() for telescope in release.telescopes)
     assert re.findall(r"\b(1|2|4|8|16) (?=not conv|at the edge|far|poor|few)", helps["label"]) == [str(flag.value) for flag in Flag]
     assert all(suffix in helps["label"] for suffix in survey.TABLE_FORMATS)
-    for name, writer in ARCHIVE_WRITERS.items():
-        assert name in survey.ARCHIVES and callable(getattr(archives, writer)) and name in helps["archive"]
+    for name, (module, function) in ARCHIVE_WRITERS.items():
+        assert name in survey.ARCHIVES and callable(getattr(import_module(f"stellar_lab.{module}"), function)) and name in helps["archive"]
     overview = run("--help")[1]
     assert all(f"\n    {command} " in overview for command in COMMANDS)
 

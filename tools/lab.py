@@ -1,6 +1,6 @@
 """The lab's main job: an archive of stars, the notebooks in order, a table of errors.
 
-  lab.py run [--archive clusters|URL|folder] [--profile quick|full]   everything, into _build/
+  lab.py run [--archive clusters|mock|URL|folder] [--profile quick|full]   everything, into _build/
   lab.py archive [NAME]                                               write an embedded archive, unless it is there
   lab.py outputs [NOTEBOOK ...]                                       refresh the outputs that the notebooks carry
 """
@@ -42,9 +42,17 @@ def say(text=""):
 
 # ---- archives
 
+MADE_FROM = {   # embedded archive -> modules and files of data/ that decide its bytes
+    "clusters": (("survey", "archives"), ("clusters*",)),
+    "mock": (("survey", "archives", "kiel", "synthesis", "mock"), ("isochrones.fits", "synthetic_emulator.fits", "synthetic_dwarfs.fits")),
+}
+
+
 def recipe(name):
     "A digest of what an embedded archive is made from: its name, the code that writes it and the data."
-    sources = [*sorted((ROOT / "data").glob("clusters*")), *(ROOT / "stellar_lab" / module for module in ("survey.py", "archives.py"))]
+    modules, patterns = MADE_FROM[name]
+    sources = [*sorted(file for pattern in patterns for file in (ROOT / "data").glob(pattern)),
+               *(ROOT / "stellar_lab" / f"{module}.py" for module in modules)]
     digest = hashlib.sha256(name.encode())
     for source in sources:
         digest.update(source.name.encode() + source.read_bytes())

@@ -769,7 +769,7 @@ assert flagged <= 0.05
 train_errors = error_table(*tables["training"], names, model.scales_)
 assert np.all(train_errors["rmse"] < error_table(table, truth, names, model.scales_)["rmse"] * 1.1)   # not better on strangers
 shuffled = error_table(table, np.random.default_rng(0).permutation(truth), names, model.scales_)
-assert np.all(shuffled["scaled_rmse"] > 2 * error_table(table, truth, names, model.scales_)["scaled_rmse"])   # nor by luck
+assert np.all(shuffled["scaled_rmse"] > 1.5 * error_table(table, truth, names, model.scales_)["scaled_rmse"])   # nor by luck
 
 # %% [markdown]
 # ## Errors that hold

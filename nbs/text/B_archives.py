@@ -813,6 +813,9 @@ def passes_cuts(stars: Table, record) -> np.ndarray:
     return passed
 
 
+MOST_FLAGGED = 3000   # on-band pixels: the mystery star and the copies must not fall to the lab's cut for other reasons than their own
+
+
 def plan_archive(
     spectra: Spectra,
     record,                # the archive's record in survey.ARCHIVES
@@ -825,7 +828,8 @@ def plan_archive(
     if unknown:
         raise LabError(f"unknown flaw {', '.join(sorted(unknown))}: choose from {', '.join(FLAWS)}")
     rng, snr = np.random.default_rng([seed, 1]), np.asarray(spectra.stars["SNR"], float)
-    good = np.flatnonzero(passes_cuts(spectra.stars, record))
+    good = np.flatnonzero(passes_cuts(spectra.stars, record) & np.isfinite(spectra.labels(record.labels)).all(axis=1)
+                          & ((spectra.mask != 0).sum(axis=1) <= MOST_FLAGGED))
     if len(good) < 2:
         raise LabError(f"only {len(good)} of {len(spectra)} stars pass the cuts of {record.name}: an archive needs two at least")
     mystery = _pick_mystery(spectra, good, record, rng)
@@ -885,18 +889,24 @@ def write_star(
     if flaw == "low-snr":
         flux = np.where(error > 0, flux + rng.standard_normal(len(flux)) / star["SNR"], flux)
         error = np.where(error > 0, np.hypot(error, 1 / star["SNR"]), 0)
-    scale = instrument_continuum([star["TEFF"]], [star["H"]], draw_throughput(seed, star["APOGEE_ID"])[None])[0]
+    scale = instrument_continuum([_continuum_teff(star)], [star["H"]], draw_throughput(seed, star["APOGEE_ID"])[None])[0]
     raw = (star, flux * scale, np.where(error > 0, error * scale, NO_VALUE), mask, rng)
     if flaw == "mystery":
         mystery_hdus(*raw).writeto(Path(root) / MYSTERY_FILE)
         return 1
-    make = {"apstar": lambda: apstar_hdus(*raw), "aspcapstar": lambda: aspcapstar_hdus(star, flux, error)}
+    marked = np.where((mask != 0) & (error > 0), np.maximum(error, MAX_ERROR), error)   # this product has no mask: a bad pixel shows by its error
+    make = {"apstar": lambda: apstar_hdus(*raw), "aspcapstar": lambda: aspcapstar_hdus(star, flux, marked)}
     for product in products:
         path = Path(root) / rules.path(product, str(star[rules.field_column]), star["APOGEE_ID"], star["TELESCOPE"])
         path.parent.mkdir(parents=True, exist_ok=True)
         make[product]().writeto(path)
         _damage(path, flaw)
     return len(products)
+
+
+def _continuum_teff(star):
+    "The temperature of the black body under a star, or of a table of them: the true one where the stars table knows it, else the catalogue's."
+    return star["TEFF_CONTINUUM" if "TEFF_CONTINUUM" in star.keys() else "TEFF"]
 
 
 def _damage(path, flaw):
@@ -969,11 +979,11 @@ def truth_table(spectra, plan, seed, truth=None) -> Table:
     stars = spectra.stars[plan["SOURCE"]] if truth is None else truth[plan["SOURCE"]]
     source = spectra.stars[plan["SOURCE"]]
     table = Table({"APOGEE_ID": plan["APOGEE_ID"], "SOURCE_ID": source["APOGEE_ID"], "FLAW": plan["FLAW"], "LOCATION_ID": source["LOCATION_ID"],
-                   "SNR": plan["SNR"], "H": np.asarray(source["H"], float), "TEFF_CONTINUUM": np.asarray(source["TEFF"], float)})
+                   "SNR": plan["SNR"], "H": np.asarray(source["H"], float), "TEFF_CONTINUUM": np.asarray(_continuum_teff(source), float)})
     table["THROUGHPUT"] = [draw_throughput(seed, str(name)) for name in plan["APOGEE_ID"]]
-    for name in LABELS:
-        if name in stars.colnames:
-            table[name] = np.asarray(stars[name], float)
+    for name in (LABELS if truth is None else truth.colnames):
+        if name in stars.colnames and name not in table.colnames:
+            table[name] = np.asarray(stars[name], float if name in LABELS else None)
     table["APOGEE_ID"][plan["FLAW"] == "mystery"] = "mystery"
     return table
 

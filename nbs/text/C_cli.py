@@ -32,6 +32,7 @@ import tempfile
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 from stellar_lab import __version__
@@ -687,7 +688,7 @@ def _paragraphs(pairs):
 
 # %%
 #| export
-ARCHIVE_WRITERS = {"clusters": "write_clusters"}   # name -> function of stellar_lab.archives
+ARCHIVE_WRITERS = {"clusters": ("archives", "write_clusters"), "mock": ("mock", "write_mock")}   # name -> module and function of stellar_lab
 PRODUCT_NAMES = ("apstar", "aspcapstar")
 
 
@@ -733,9 +734,8 @@ def _command(commands, name, run, summary, text, interrupted):
 # %%
 #| export
 def _run_archive(options):
-    from stellar_lab import archives
-
-    writer = getattr(archives, ARCHIVE_WRITERS[options.name])
+    module, function = ARCHIVE_WRITERS[options.name]
+    writer = getattr(import_module(f"stellar_lab.{module}"), function)
     print(writer(options.root, seed=options.seed, stars=options.stars, progress=_shows_progress()))
     return 0
 
@@ -804,11 +804,15 @@ all, in the survey's own files and folders. No network is needed.
   clusters   553 real giants and dwarfs of 18 star clusters and the Pleiades
              (SDSS DR10), as apStar and as aspcapStar files of DR14, some 600
              stars with the copies that carry planted flaws; 0.9 GB
+  mock       2,723 synthetic giants in four fields, with the survey's noise,
+             masks and label errors, a few dwarfs and binaries among them;
+             truth.fits knows their true labels; 3 GB
 
 The same seed gives the same bytes. An archive that is there already stays.
 
-Example:
+Examples:
   stellar-lab archive clusters stars
+  stellar-lab archive mock made --stars 600
 """
 
 _FETCH = """
@@ -882,12 +886,12 @@ Example:
 # %%
 #| export
 def _add_archive(commands):
-    with _command(commands, "archive", _run_archive, "write an archive of real stars, no network needed", _ARCHIVE,
+    with _command(commands, "archive", _run_archive, "write an archive of real or synthetic stars, no network needed", _ARCHIVE,
                   "nothing was written") as parser:
         parser.add_argument("name", metavar="NAME", choices=ARCHIVE_WRITERS, help=f"which archive: {', '.join(ARCHIVE_WRITERS)}")
         parser.add_argument("root", metavar="ROOT", help="folder to write; must not exist, or be empty")
-        parser.add_argument("--stars", type=int, metavar="N", help="only this many stars, for a quick trial (default: all)")
-        parser.add_argument("--seed", type=int, default=42, metavar="S", help="of noise, visits and flaws")
+        parser.add_argument("--stars", type=int, metavar="N", help="so many stars instead of all")
+        parser.add_argument("--seed", type=int, default=42, metavar="S", help="of what is drawn: noise, visits, flaws, synthetic stars")
 
 
 def _add_fetch(commands):

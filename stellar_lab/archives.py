@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['PACKED_STARS', 'TARBALL_SHA256', 'EXAMPLE', 'EXAMPLE_DIGEST', 'CSV_LABELS', 'CSV_ERRORS', 'FPARAM', 'FACTS',
            'ERROR_FLOORS', 'FLUX_STEP', 'LOG_ERROR_STEP', 'NO_ERROR', 'MAX_ERROR', 'EDGE', 'RUN', 'H_ZERO',
-           'H_WAVELENGTH', 'THROUGHPUT', 'COSMIC_RAYS', 'NO_VALUE', 'FLAWS', 'MOST_FLAGGED', 'MYSTERY_FILE',
-           'TRUTH_FILE', 'FORMAT', 'tree_digest', 'pack_real_stars', 'clusters', 'real_stars', 'pixel_bits',
-           'black_body', 'draw_throughput', 'instrument_continuum', 'split_visits', 'apstar_hdus', 'mystery_hdus',
-           'aspcapstar_hdus', 'Flaw', 'passes_cuts', 'plan_archive', 'write_star', 'allstar_table', 'truth_table',
-           'true_continuum', 'ArchiveSummary', 'write_archive', 'write_clusters']
+           'H_WAVELENGTH', 'THROUGHPUT', 'COSMIC_RAYS', 'NO_VALUE', 'FLAWS', 'MOST_FLAGGED', 'MYSTERY_FILE', 'FORMAT',
+           'tree_digest', 'pack_real_stars', 'clusters', 'real_stars', 'pixel_bits', 'black_body', 'draw_throughput',
+           'instrument_continuum', 'split_visits', 'apstar_hdus', 'mystery_hdus', 'aspcapstar_hdus', 'Flaw',
+           'passes_cuts', 'plan_archive', 'write_star', 'allstar_table', 'truth_table', 'true_continuum',
+           'ArchiveSummary', 'write_archive', 'write_clusters']
 
 # %% ../nbs/B_archives.ipynb #4e95420c
 import csv
@@ -32,8 +32,8 @@ from scipy.ndimage import binary_opening
 from tqdm import tqdm
 
 from stellar_lab.survey import (
-    ARCHIVE_FILE, ARCHIVES, CHIPS, LABELS, LOG10_START, LOG10_STEP, N_PIXELS, PIXMASK, LabError, Spectra, atomic_path, data_file, on_band,
-    wavelength,
+    ARCHIVE_FILE, ARCHIVES, CHIPS, LABELS, LOG10_START, LOG10_STEP, N_PIXELS, PIXMASK, TRUTH_FILE, LabError, Spectra, atomic_path, data_file,
+    on_band, read_truth, wavelength,
 )
 
 # %% ../nbs/B_archives.ipynb #1025dac1
@@ -592,14 +592,13 @@ def true_continuum(
     root,          # of an archive that was written here
 ) -> tuple:        # (N,) APOGEE_ID ("mystery" for the nameless one), (N, 7214) continuum [1e-17 erg/s/cm^2/Angstrom]
     "The continuum that each spectrum of the archive was put on."
-    file = Path(root) / TRUTH_FILE
-    if not file.is_file():
-        raise LabError(f"{file} is missing: only an archive that stellar_lab wrote knows its continua")
-    table = Table.read(file)
-    return np.array(table["APOGEE_ID"].astype(str)), instrument_continuum(table["TEFF_CONTINUUM"], table["H"], np.asarray(table["THROUGHPUT"]))
+    table = read_truth(root)
+    if table is None:
+        raise LabError(f"{Path(root) / TRUTH_FILE} is missing: only an archive that stellar_lab wrote knows its continua")
+    return np.array(table["APOGEE_ID"]), instrument_continuum(table["TEFF_CONTINUUM"], table["H"], np.asarray(table["THROUGHPUT"]))
 
 # %% ../nbs/B_archives.ipynb #4b9b20a0
-MYSTERY_FILE, TRUTH_FILE, FORMAT = "mystery_spec_wiped.fits", "truth.fits", 1
+MYSTERY_FILE, FORMAT = "mystery_spec_wiped.fits", 1
 
 
 @dataclass(frozen=True)

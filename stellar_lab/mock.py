@@ -22,8 +22,8 @@ from scipy.stats import truncnorm
 
 from .archives import ArchiveSummary, black_body, write_archive
 from .kiel import shipped_isochrones, total_metallicity
-from .survey import ARCHIVES, CHIPS, LABELS, LOG10_STEP, PIXMASK, LabError, Spectra, full_wavelength, on_band, wavelength
-from .synthesis import GRID_LABELS, Emulator, complete_labels, label_matrix
+from .survey import CHIPS, LABELS, LOG10_STEP, PIXMASK, LabError, Spectra, full_wavelength, on_band, wavelength
+from .synthesis import GRID_LABELS, Emulator, label_matrix
 
 # %% ../nbs/B_mock.ipynb #241641d2
 STARS = 2723                        # the lab's four fields

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['N_PIXELS', 'LOG10_START', 'LOG10_STEP', 'CHIPS', 'full_wavelength', 'on_band', 'wavelength', 'CHIP_SPLITS', 'PIXMASK',
            'PIXMASK_NAMES', 'MISSING', 'LABELS', 'APOGEE_ID', 'PRODUCTS', 'RELEASES', 'ARCHIVES', 'ARCHIVE_FILE',
-           'TABLE_FORMATS', 'STYLE', 'CHIP_COLORS', 'LabError', 'MissingExtra', 'require', 'chip_slices', 'Label',
-           'label_records', 'Product', 'Release', 'Cut', 'Archive', 'archive_record', 'archive_root', 'real_data',
-           'profile', 'data_file', 'atomic_path', 'write_table', 'Spectra', 'use_style', 'plot_spectrum']
+           'TRUTH_FILE', 'TABLE_FORMATS', 'STYLE', 'CHIP_COLORS', 'LabError', 'MissingExtra', 'require', 'chip_slices',
+           'Label', 'label_records', 'Product', 'Release', 'Cut', 'Archive', 'archive_record', 'archive_root',
+           'real_data', 'profile', 'read_truth', 'true_labels', 'data_file', 'atomic_path', 'write_table', 'Spectra',
+           'use_style', 'plot_spectrum']
 
 # %% ../nbs/00_survey.ipynb #95364aa8
 import json
@@ -257,6 +258,7 @@ ARCHIVES = {archive.name: archive for archive in (
             cuts=(_SNR, Cut("dwarf", "LOGG", high=3.8, reason="the model is one of giants"))),
 )}
 ARCHIVE_FILE = "archive.json"   # at the root of an archive that we wrote
+TRUTH_FILE = "truth.fits"       # beside it, what only its writer knows
 
 # %% ../nbs/00_survey.ipynb #b4be588d
 def archive_record(
@@ -301,6 +303,36 @@ def profile() -> str:
     if name not in ("quick", "full"):
         raise LabError(f"STELLAR_LAB_PROFILE is {name!r}: choose quick or full")
     return name
+
+# %% ../nbs/00_survey.ipynb #c74ddd2f
+def read_truth(
+    root,                # of an archive
+    apogee_ids=None,     # (N,) which stars, in this order ("mystery" for the nameless one); all by default
+) -> Table | None:       # a row a star; None where the archive has no truth table, as the survey has none
+    "What only the writer of an archive knows of its stars. LabError for a star that it does not list."
+    file = Path(root) / TRUTH_FILE
+    if not file.is_file():
+        return None
+    table = Table.read(file)
+    table.convert_bytestring_to_unicode()
+    if apogee_ids is None:
+        return table
+    place = {str(name): row for row, name in enumerate(table["APOGEE_ID"])}
+    strangers = [str(name) for name in apogee_ids if str(name) not in place]
+    if strangers:
+        raise LabError(f"{file} does not list {strangers[0]}, nor {len(strangers) - 1} more: is it the truth table of another archive?")
+    return table[[place[str(name)] for name in apogee_ids]]
+
+
+def true_labels(
+    root, apogee_ids,    # as for `read_truth`
+    names,               # K label names
+) -> tuple | None:       # labels (N, K), trends of the catalogue (N, K), physical units; None where nobody knows them
+    "The true labels of stars, and what the catalogue was made to be off. Stars that were observed, not made, have none."
+    truth = read_truth(root, apogee_ids)
+    if truth is None or not all(f"{name}_TREND" in truth.colnames for name in names):
+        return None
+    return tuple(np.column_stack([np.asarray(truth[f"{name}{suffix}"], float) for name in names]) for suffix in ("", "_TREND"))
 
 # %% ../nbs/00_survey.ipynb #da7af11f
 def data_file(

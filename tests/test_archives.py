@@ -16,10 +16,10 @@ from hypothesis.extra import numpy as hnp
 
 from stellar_lab import archives
 from stellar_lab.archives import (
-    FLAWS, LOG_ERROR_STEP, MAX_ERROR, MYSTERY_FILE, NO_ERROR, TRUTH_FILE, _encode, clusters, draw_throughput, pixel_bits, real_stars, split_visits,
+    FLAWS, LOG_ERROR_STEP, MAX_ERROR, MYSTERY_FILE, NO_ERROR, _encode, clusters, draw_throughput, pixel_bits, real_stars, split_visits,
     tree_digest, true_continuum, write_archive, write_clusters,
 )
-from stellar_lab.survey import ARCHIVE_FILE, ARCHIVES, LabError, on_band
+from stellar_lab.survey import ARCHIVE_FILE, ARCHIVES, TRUTH_FILE, LabError, on_band
 
 RULES = ARCHIVES["clusters"].rules
 

@@ -6,14 +6,14 @@ import pytest
 from astropy.io import fits
 from astropy.table import Table
 
-from stellar_lab.archives import MYSTERY_FILE, TRUTH_FILE, true_continuum
+from stellar_lab.archives import MYSTERY_FILE, true_continuum
 from stellar_lab.clean import apply_cuts, find_files, read_archive
 from stellar_lab.cli import main
 from stellar_lab.mock import (
     FIBRES, KINDS, LABEL_ERRORS, catalogue_trend, companion_share, draw_catalogue, draw_mask, draw_population, mock_stars, observe, place_on_isochrones,
     true_spectra,
 )
-from stellar_lab.survey import APOGEE_ID, ARCHIVES, PIXMASK, LabError, archive_record, wavelength
+from stellar_lab.survey import APOGEE_ID, ARCHIVES, PIXMASK, TRUTH_FILE, LabError, archive_record, wavelength
 from stellar_lab.synthesis import GRID_LABELS, Emulator, label_matrix
 
 STARS = 60

@@ -387,6 +387,7 @@ ARCHIVES = {archive.name: archive for archive in (
             cuts=(_SNR, Cut("dwarf", "LOGG", high=3.8, reason="the model is one of giants"))),
 )}
 ARCHIVE_FILE = "archive.json"   # at the root of an archive that we wrote
+TRUTH_FILE = "truth.fits"       # beside it, what only its writer knows
 
 # %%
 Table(rows=[(a.name, a.release, ", ".join(a.labels), len(a.fields), "; ".join(map(str, a.cuts))) for a in ARCHIVES.values()],
@@ -453,6 +454,55 @@ with tempfile.TemporaryDirectory() as root:
     (Path(root) / ARCHIVE_FILE).write_text('{"archive": "atlantis"}')
     with pytest.raises(LabError, match="'atlantis'.*choose from survey, mock, clusters"):
         archive_record(root)
+
+
+# %% [markdown]
+# An archive that was written here brings a truth table: what the writer alone knows. For synthetic stars that is every label, and the trend that was planted in the catalogue,
+# so that "wrong" can be told from "different".
+
+# %%
+#| export
+def read_truth(
+    root,                # of an archive
+    apogee_ids=None,     # (N,) which stars, in this order ("mystery" for the nameless one); all by default
+) -> Table | None:       # a row a star; None where the archive has no truth table, as the survey has none
+    "What only the writer of an archive knows of its stars. LabError for a star that it does not list."
+    file = Path(root) / TRUTH_FILE
+    if not file.is_file():
+        return None
+    table = Table.read(file)
+    table.convert_bytestring_to_unicode()
+    if apogee_ids is None:
+        return table
+    place = {str(name): row for row, name in enumerate(table["APOGEE_ID"])}
+    strangers = [str(name) for name in apogee_ids if str(name) not in place]
+    if strangers:
+        raise LabError(f"{file} does not list {strangers[0]}, nor {len(strangers) - 1} more: is it the truth table of another archive?")
+    return table[[place[str(name)] for name in apogee_ids]]
+
+
+def true_labels(
+    root, apogee_ids,    # as for `read_truth`
+    names,               # K label names
+) -> tuple | None:       # labels (N, K), trends of the catalogue (N, K), physical units; None where nobody knows them
+    "The true labels of stars, and what the catalogue was made to be off. Stars that were observed, not made, have none."
+    truth = read_truth(root, apogee_ids)
+    if truth is None or not all(f"{name}_TREND" in truth.colnames for name in names):
+        return None
+    return tuple(np.column_stack([np.asarray(truth[f"{name}{suffix}"], float) for name in names]) for suffix in ("", "_TREND"))
+
+
+# %%
+with tempfile.TemporaryDirectory() as root:
+    assert read_truth(root) is None and true_labels(root, ["a"], ["TEFF"]) is None
+    made = Table({"APOGEE_ID": ["a", "b", "mystery"], "TEFF": [4000.0, 4500.0, 5000.0], "TEFF_TREND": [9.0, 0.0, -9.0]})
+    made.write(Path(root) / TRUTH_FILE)
+    assert read_truth(root, ["b"])["TEFF"][0] == 4500
+    labels, trend = true_labels(root, ["mystery", "a"], ["TEFF"])
+    assert labels.tolist() == [[5000], [4000]] and trend.tolist() == [[-9], [9]]
+    assert true_labels(root, ["a"], ["TEFF", "LOGG"]) is None
+    with pytest.raises(LabError, match="does not list c, nor 1 more"):
+        read_truth(root, ["a", "c", "d"])
 
 
 # %% [markdown]

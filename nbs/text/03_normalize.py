@@ -41,11 +41,11 @@ import tempfile
 import pytest
 from IPython.display import Markdown
 
-from stellar_lab.archives import MYSTERY_FILE, TRUTH_FILE, true_continuum
+from stellar_lab.archives import MYSTERY_FILE, true_continuum
 from stellar_lab.cannon import Cannon, fold_numbers
 from stellar_lab.clean import apply_cuts, read_archive, read_files
 from stellar_lab.inversion import cross_label, error_table, infer
-from stellar_lab.survey import LABELS, archive_root, real_data, use_style
+from stellar_lab.survey import LABELS, archive_root, read_truth, real_data, use_style
 
 
 # %% [markdown]
@@ -671,7 +671,7 @@ def distance(fitted, known, usable):
 
 # %%
 known = None
-if (archive_root() / TRUTH_FILE).exists():
+if read_truth(archive_root()) is not None:
     names, curves = true_continuum(archive_root())
     place = {name: row for row, name in enumerate(names)}
     known = curves[[place[name] for name in raw.stars["APOGEE_ID"][whole]]]

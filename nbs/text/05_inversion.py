@@ -53,7 +53,8 @@ from IPython.display import Markdown
 from stellar_lab.archives import clusters, real_stars
 from stellar_lab.cannon import find_continuum_pixels, fold_numbers, plot_fit, published_giants, train_test_rows, training_set
 from stellar_lab.clean import apply_cuts, read_archive, read_files
-from stellar_lab.survey import archive_record, archive_root, real_data, use_style
+from stellar_lab.mock import true_spectra
+from stellar_lab.survey import archive_record, archive_root, read_truth, real_data, true_labels, use_style
 
 # %% [markdown]
 # ## Sufficient statistics
@@ -809,6 +810,40 @@ chain_errors
 flagged = np.mean(in_folds["flags"] > 0)
 print(f"{flagged:.1%} of {len(spectra)} left-out stars flagged:", *(f"{flag.name} {np.count_nonzero(in_folds['flags'] & flag)}" for flag in Flag))
 assert flagged <= 0.05
+
+
+# %% [markdown]
+# ## Where the truth is known
+# So far a label is wrong when it is not the catalogue's. Synthetic stars (`stellar-lab archive mock`) know better: their truth table holds the true labels $\ell$ and the trend $t(\ell)$ that
+# was planted in the catalogue. A model that learns from the catalogue should give $\ell + t(\ell)$. How much of its error is the chain's fault (noise, masks, the continuum)? The *ideal* says: the same model,
+# trained and tested on the true spectra without noise, with the catalogue's noisy labels as before.
+
+# %%
+def judged_by_truth(spectra, names, truth):
+    "RMSE of test stars against catalogue and truth, bias against truth in units of that RMSE, and the RMSE of the ideal: a row a label."
+    labels, trend = true_labels(archive_root(), spectra.stars["APOGEE_ID"][test], names)
+    flux = true_spectra(truth)
+    ideal = spectra.replace(flux=flux, ivar=np.full(flux.shape, 4e4, "f4"))
+    ours, best = (_values(infer(Cannon(scatter=True, labels=names).fit(stars[train]), stars[test]), [name.lower() for name in names])
+                  for stars in (spectra, ideal))
+    catalogue, rms = spectra[test].labels(names), lambda residual: np.sqrt(np.mean(residual**2, axis=0))
+    wrong = ours - labels - trend
+    return Table({"label": names, "against catalogue": rms(ours - catalogue), "ideal": rms(best - catalogue), "ratio": rms(ours - catalogue) / rms(best - catalogue),
+                  "against truth": rms(wrong), "bias / rmse": wrong.mean(axis=0) / rms(wrong), "catalogue's own error": rms(catalogue - labels - trend)})
+
+
+# %%
+truth = read_truth(archive_root(), spectra.stars["APOGEE_ID"]) if record.name == "mock" else None
+if truth is not None:
+    by_truth = judged_by_truth(spectra, names, truth)
+    for column in by_truth.colnames[1:]:
+        by_truth[column].info.format = ".3g"
+by_truth if truth is not None else "The stars of this archive were observed, not made: nobody knows their true labels."
+
+# %%
+if truth is not None and len(spectra) > 1000:   # fewer stars, and chance decides
+    assert np.all(by_truth["ratio"] <= 1.3)
+    assert np.all(np.abs(by_truth["bias / rmse"]) <= 0.25)
 
 # %% [markdown]
 # ## What the continuum costs

@@ -50,12 +50,12 @@ from astropy.table import Table
 from IPython.display import Markdown
 from scipy.stats import binom, kstest
 
-from stellar_lab.archives import MYSTERY_FILE, TRUTH_FILE, clusters
+from stellar_lab.archives import MYSTERY_FILE, clusters
 from stellar_lab.cannon import plot_fit, train_test_rows, training_set
 from stellar_lab.clean import read_files
 from stellar_lab.inversion import flag_names, with_error_model
 from stellar_lab.normalize import normalize
-from stellar_lab.survey import archive_record, archive_root, chip_slices, profile, real_data, use_style
+from stellar_lab.survey import archive_record, archive_root, chip_slices, profile, read_truth, real_data, use_style
 
 # %% [markdown]
 # ## A likelihood that touches no pixel
@@ -687,7 +687,7 @@ formal = np.sqrt(np.diag(covariance))
 middle, spread = posterior.draws().mean(axis=0), posterior.draws().std(axis=0)
 assert posterior.converged and lab_run.converged
 assert np.all(np.abs(lab_run.draws().mean(axis=0) - middle) < 0.15 * formal)   # 1,000 effective draws: 0.03 each
-assert np.all(np.abs(middle - posterior.best) < 0.3 * formal) and np.allclose(spread, formal, rtol=0.15)
+assert np.all(np.abs(middle - posterior.best) < 0.3 * formal) and np.allclose(spread, formal, rtol=0.25)
 
 # %%
 scattered = sample(model, star, prior=population, start="prior", ensembles=2, progress=False)
@@ -1016,12 +1016,6 @@ summary
 
 
 # %%
-def unsealed(root):
-    "The truth table's row of the mystery star."
-    table = Table.read(root / TRUTH_FILE)
-    return table[np.asarray(table["APOGEE_ID"].astype(str)) == "mystery"][0]
-
-
 def verdict(summary, truth):
     "Each label beside the truth (a dict), in formal and in honest errors."
     rows = [row for row in summary if row["label"] in truth]
@@ -1036,9 +1030,10 @@ def verdict(summary, truth):
 
 
 # %%
-sealed = has_mystery and (root / TRUTH_FILE).is_file()
+truth = read_truth(root, ["mystery"]) if has_mystery else None
+sealed = truth is not None
 if sealed:
-    row = unsealed(root)
+    row = truth[0]
     answer = verdict(summary, {name: float(row[name]) for name in names})
 answer if sealed else "this archive has no sealed mystery star"
 
@@ -1055,7 +1050,8 @@ if sealed:
         width = float(summary["plus"][place] + summary["minus"][place]) / 2
         text += (f"It belongs to {of['CLUSTER']}, whose [Fe/H] is {m_h:.2f} in the literature; ours is {float(summary['value'][place]):.2f}, "
                  f"{abs(off) / width:.1f} formal and {abs(off) / float(summary['honest'][place]):.1f} honest errors away. ")
-    text += (f"From the catalogue's labels it differs by up to {formal_off.max():.0f} formal errors, which by the posterior's own word should "
+    whose = "the catalogue's" if record.name == "clusters" else "its true"
+    text += (f"From {whose} labels it differs by up to {formal_off.max():.0f} formal errors, which by the posterior's own word should "
              f"happen to no star in the Galaxy, and by at most {honest_off.max():.1f} honest ones, which happens every day.")
 Markdown(text)
 

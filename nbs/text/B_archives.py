@@ -42,8 +42,8 @@ from scipy.ndimage import binary_opening
 from tqdm import tqdm
 
 from stellar_lab.survey import (
-    ARCHIVE_FILE, ARCHIVES, CHIPS, LABELS, LOG10_START, LOG10_STEP, N_PIXELS, PIXMASK, LabError, Spectra, atomic_path, data_file, on_band,
-    wavelength,
+    ARCHIVE_FILE, ARCHIVES, CHIPS, LABELS, LOG10_START, LOG10_STEP, N_PIXELS, PIXMASK, TRUTH_FILE, LabError, Spectra, atomic_path, data_file,
+    on_band, read_truth, wavelength,
 )
 
 # %%
@@ -992,11 +992,10 @@ def true_continuum(
     root,          # of an archive that was written here
 ) -> tuple:        # (N,) APOGEE_ID ("mystery" for the nameless one), (N, 7214) continuum [1e-17 erg/s/cm^2/Angstrom]
     "The continuum that each spectrum of the archive was put on."
-    file = Path(root) / TRUTH_FILE
-    if not file.is_file():
-        raise LabError(f"{file} is missing: only an archive that stellar_lab wrote knows its continua")
-    table = Table.read(file)
-    return np.array(table["APOGEE_ID"].astype(str)), instrument_continuum(table["TEFF_CONTINUUM"], table["H"], np.asarray(table["THROUGHPUT"]))
+    table = read_truth(root)
+    if table is None:
+        raise LabError(f"{Path(root) / TRUTH_FILE} is missing: only an archive that stellar_lab wrote knows its continua")
+    return np.array(table["APOGEE_ID"]), instrument_continuum(table["TEFF_CONTINUUM"], table["H"], np.asarray(table["THROUGHPUT"]))
 
 
 # %% [markdown]
@@ -1006,7 +1005,7 @@ def true_continuum(
 
 # %%
 #| export
-MYSTERY_FILE, TRUTH_FILE, FORMAT = "mystery_spec_wiped.fits", "truth.fits", 1
+MYSTERY_FILE, FORMAT = "mystery_spec_wiped.fits", 1
 
 
 @dataclass(frozen=True)
@@ -1169,7 +1168,7 @@ assert [path.name for path in Path(scratch.name).iterdir()] == ["clusters"]   # 
 
 # %%
 rules = ARCHIVES["clusters"].rules
-truth = Table.read(root / TRUTH_FILE)
+truth = read_truth(root)
 ids, curves = true_continuum(root)
 subset = full[_spread(553, 24)]
 row = int(np.flatnonzero((subset.stars["NVISITS"] > 3) & (subset.stars["LOGG"] < 2.5) & (subset.stars["M_H"] > -0.9))[0])

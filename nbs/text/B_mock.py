@@ -28,8 +28,8 @@ from scipy.stats import truncnorm
 
 from stellar_lab.archives import ArchiveSummary, black_body, write_archive
 from stellar_lab.kiel import shipped_isochrones, total_metallicity
-from stellar_lab.survey import ARCHIVES, CHIPS, LABELS, LOG10_STEP, PIXMASK, LabError, Spectra, full_wavelength, on_band, wavelength
-from stellar_lab.synthesis import GRID_LABELS, Emulator, complete_labels, label_matrix
+from stellar_lab.survey import CHIPS, LABELS, LOG10_STEP, PIXMASK, LabError, Spectra, full_wavelength, on_band, wavelength
+from stellar_lab.synthesis import GRID_LABELS, Emulator, label_matrix
 
 # %%
 #| hide
@@ -40,11 +40,10 @@ import matplotlib.pyplot as plt
 import pytest
 from IPython.display import Markdown
 
-from stellar_lab.archives import H_WAVELENGTH, TRUTH_FILE, tree_digest
+from stellar_lab.archives import tree_digest
 from stellar_lab.cannon import Cannon
 from stellar_lab.clean import apply_cuts, read_archive
-from stellar_lab.kiel import plot_kiel
-from stellar_lab.survey import plot_spectrum, real_data, use_style
+from stellar_lab.survey import ARCHIVES, plot_spectrum, read_truth, real_data, use_style
 
 # %%
 #| hide
@@ -561,7 +560,7 @@ def write_mock(
 scratch = tempfile.TemporaryDirectory()
 root = Path(scratch.name) / "mock"
 print(write_mock(root, stars=100, progress=False))
-truth = Table.read(root / TRUTH_FILE)
+truth = read_truth(root)
 truth["APOGEE_ID", "FLAW", "KIND", "TEFF", "LOGG", "FE_H", "MG_FE", "SI_FE", "TEFF_TREND"][:5]
 
 # %%

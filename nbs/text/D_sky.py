@@ -568,7 +568,7 @@ unflagged = robust((labels[:, :3] - catalogue["calibrated"])[sure])
 beside = {name: robust(x[judge] - known_fe[judge]) for name, x in (("ours", labels[:, 2]), ("calibrated", catalogue["calibrated"][:, 2]), ("raw", catalogue["raw"][:, 2]))}
 Markdown(f"**What to see.** Crosses are the clusters that made the correction, dots the {judge.sum()} judges. Robust scatter against calibrated labels, emulator: {verdict(best)}; Cannon: {verdict(by_cannon)}. "
          f"Of the judges, {(judge & (flags > 0)).sum()} are flagged ({(judge & (flags > 0) & (known_fe < -1.25)).sum()} of them in clusters below the domain, whose raw [M/H] is too high); without them the emulator's scatter is {plain_digits(unflagged)}. "
-         f"The median correlation is {best['correlation']:.3f}. Within a cluster the points lie close together; what scatters is whole clusters against each other.\n\n"
+         f"The median correlation is {best['correlation']:.3f}. Within a cluster the points lie close together; what scatters is whole clusters against each other. Read the scatters with care: the degree of the continuum, the weight of a pixel, the five sentences and the cubic terms were tried on these very judges, some dozens of settings, so a new cluster would scatter somewhat more.\n\n"
          f"In [M/H] the two catalogues themselves disagree: calibrated minus raw scatters by {between[2]:.3f} among the judges, and physics sides with the raw ones ({best['raw'][1][2]:.3f}). Which is nearer to the sky? Against the "
          f"clusters' [Fe/H] in the literature the stars' [M/H] scatters by {beside['ours']:.3f} here, {beside['calibrated']:.3f} in the calibrated and {beside['raw']:.3f} in the raw catalogue.")
 

@@ -52,6 +52,7 @@ def test_an_augmented_network_holds_stars_back_not_copies():
     sets = small(epochs=1, draws=3)
     sets.fit(stars(100), progress=False)
     data, held = sets._sets(*(np.asarray(part, "f4") for part in (stars(100).flux, stars(100).ivar)), None)
+    sets._look(*data)
     assert len(data[0]) + len(held[0]) == 100 and not set(map(bytes, data[0].numpy())) & set(map(bytes, held[0].numpy()))
     assert sum(len(batch[0]) for batch in sets._batches(data, 0)) == 3 * len(data[0])
     assert len(sets.history_["val_loss"]) == 1 and sets.best_epoch_ == 0

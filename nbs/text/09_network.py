@@ -18,6 +18,7 @@
 
 # %%
 #| export
+import ctypes
 import gc
 import hashlib
 import json
@@ -78,11 +79,12 @@ class LabelReader(LabelModel):
         "Training stars as the Cannon takes them; learns scaling and typical flux, returns flux and ivar (N, P) float32."
         flux, ivar = super()._begin(labels, flux, ivar, label_names, wavelength)
         flux, ivar = np.asarray(flux, np.float32), np.asarray(ivar, np.float32)
-        flux, good = finite_flux(flux, ivar), ivar > 0
+        flux, good = finite_flux(flux, ivar), ivar > 0   # a copy, ours to change
+        flux[~good] = 0
         count = good.sum(axis=0)
         self.usable_ = count > 0   # (P,) some training star has the pixel
-        self.typical_flux_ = np.where(self.usable_, np.where(good, flux, 0).sum(axis=0, dtype=float) / np.maximum(count, 1), 1)
-        self.training_digest_ = self._digest(good.sum(axis=1, dtype=np.int32), np.where(good, flux, 0).sum(axis=1, dtype=float))
+        self.typical_flux_ = np.where(self.usable_, flux.sum(axis=0, dtype=float) / np.maximum(count, 1), 1)
+        self.training_digest_ = self._digest(good.sum(axis=1, dtype=np.int32), flux.sum(axis=1, dtype=float))
         return flux, ivar
 
     def fill(self, flux: np.ndarray, ivar: np.ndarray) -> np.ndarray:   # (N, P)
@@ -211,7 +213,7 @@ assert abs(pull.std() - 1) < 4 / np.sqrt(2 * len(pull))
 use_style()
 record = archive_record(archive_root())
 names = list(record.labels)
-spectra, ledger = training_set(archive_root(), progress=False)
+spectra = training_set(archive_root(), progress=False)[0].replace(mask=None)   # its bits have become ivar = 0
 train, test = train_test_rows(len(spectra))
 truth = spectra[test].labels(names)
 
@@ -267,6 +269,7 @@ def _hushed():
 
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ONEDNN_USE_SYSTEM_ALLOCATOR", "1")   # memory that is free goes back to the process, not to a pool of TensorFlow's own
 with _hushed():
     tf, keras = require("tensorflow", "network"), require("keras", "network")
     tf.constant(0)   # wakes it up
@@ -332,21 +335,35 @@ for kind in (keras.optimizers.Adam, FusedAdam):
     paths.append(weight.numpy())
 assert np.allclose(*paths, atol=1e-6) and np.abs(paths[0] - 1).min() > 1e-3
 
+
 # %% [markdown]
 # **What a training leaves behind** should be its weights. Before a step Keras sums the gradients of all machines that train together; TensorFlow notes how that sum would be differentiated, in a register of the whole process, and with the note it keeps
 # the graph of the step, and with the graph its variables: weights, $\mathbf m$, $\mathbf v$ and $\hat{\mathbf v}$, 208 MiB for each training of the lab's network until the process ends
 # ([a known fault](https://github.com/tensorflow/tensorflow/issues/80895)). We train on one machine and leave the sum out.
 #
-# The frame itself is long, but plain: parameters, the six places that a subclass may change, training, reading, keeping.
+# Then Python has to find the graph and the optimizer, which refer to each other, and the C library to give back the pages that fell free.
+
+# %%
+#| export
+def release_memory():
+    "Collect what refers to itself, and give free memory back to the machine where the C library can."
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+# %% [markdown]
+# The frame itself is long, but plain: parameters, the seven places that a subclass may change, training, reading, keeping.
 
 # %%
 #| export
 NETWORK_FORMAT, MEMBER = 1, "stellar_lab.json"   # of the file; the part of it that is ours
 SAVE_EVERY = 30   # seconds between two states of a training that are kept
+NET_BLOCK = 128   # stars that a network reads at a time: its layers keep arrays of as many spectra
 
 
 class Network(LabelReader):
-    "A Keras network from spectrum to labels. A subclass overrides `_build`, and `_prepare`, `_finish`, `_loss`, `_batches` or `_optimizer` where it differs."
+    "A Keras network from spectrum to labels. A subclass overrides `_build`, and `_look`, `_prepare`, `_finish`, `_loss`, `_batches` or `_optimizer` where it differs."
 
     paced = False   # does the learning rate follow a course over all epochs?
 
@@ -376,6 +393,9 @@ class Network(LabelReader):
         prepared = layer(flux, ivar)
         layer.set_weights([self.typical_flux_, self.usable_])
         return prepared
+
+    def _look(self, flux, ivar, truth):
+        "What the layers have to know of the training stars before they are built: here nothing."
 
     def _finish(self, output):
         "Symbolic output of the trainable part -> labels in physical units, or a dict with `labels` (N, K) and `covariance` (N, K, K)."
@@ -414,26 +434,28 @@ class Network(LabelReader):
         progress: bool = True,           # show a bar
     ) -> "Network":
         "Train on stars with known labels, given as to `Cannon.fit`. The same seed gives the same network on the same machine."
-        flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
-        data, held = self._sets(flux, ivar, validation)
+        data, held = self._sets(*self._begin(labels, flux, ivar, label_names, wavelength), validation)   # no name keeps the arrays that the tensors copy
         keras.utils.set_random_seed(self.seed)
         tf.config.experimental.enable_op_determinism()
+        labels = flux = ivar = validation = None   # from here on the tensors are all that is needed
+        self._look(*data)
         self._assemble()
         self._train(data, held, checkpoint, progress)
-        gc.collect()   # graph and optimizer, three numbers a weight, hold each other
+        data = held = None
+        release_memory()   # graph and optimizer, three numbers a weight, hold each other
         return self
 
     def _sets(self, flux, ivar, validation):
         "Stars to learn from and stars to follow the loss on (or None): tensors of flux, ivar and scaled labels."
-        sets = [(flux, ivar, self.scale(self.training_labels_)), None]
+        stars, held, rows = (flux, ivar, self.scale(self.training_labels_)), None, [slice(None)] * 2
         if isinstance(validation, Spectra):
             held_flux, held_ivar = check_spectra(self, validation, None)
-            sets[1] = finite_flux(held_flux, held_ivar), held_ivar, self.scale(validation.labels(self.label_names_))
+            held = finite_flux(held_flux, held_ivar), held_ivar, self.scale(validation.labels(self.label_names_))
         elif self.validation:
-            sets = [tuple(part[rows] for part in sets[0]) for rows in train_test_rows(len(flux), self.validation, self.seed)]
-        if self.keep_best and sets[1] is None:
+            held, rows = stars, train_test_rows(len(flux), self.validation, self.seed)
+        if self.keep_best and held is None:
             raise LabError("keep_best needs stars set aside: give fit a validation set, or the network a share (validation=0.2)")
-        return [None if part is None else tuple(tf.constant(array, tf.float32) for array in part) for part in sets]
+        return [None if part is None else tuple(tf.constant(array[own], tf.float32) for array in part) for part, own in zip((stars, held), rows)]
 
     def _assemble(self):
         "The Keras models: `core_` in scaled labels, which is trained, and `keras_` around it in physical ones, which is kept."
@@ -481,8 +503,12 @@ class Network(LabelReader):
             return loss
 
         @tf.function(reduce_retracing=True)
-        def loss_of(flux, ivar, truth):
+        def loss_of_block(flux, ivar, truth):
             return self._loss(truth, core([flux, ivar], training=False))
+
+        def loss_of(*stars):
+            blocks = [[part[start:start + NET_BLOCK] for part in stars] for start in range(0, len(stars[0]), NET_BLOCK)]
+            return np.average([float(loss_of_block(*block)) for block in blocks], weights=[len(block[0]) for block in blocks])
 
         return step, loss_of, optimizer
 
@@ -490,11 +516,13 @@ class Network(LabelReader):
 
     def _read(self, flux, ivar):
         check_is_fitted(self, "keras_")
-        output = self.keras_([tf.constant(flux, tf.float32), tf.constant(ivar, tf.float32)], training=False)
-        output = output if isinstance(output, dict) else {"labels": output}
-        labels = np.asarray(output["labels"], dtype=float)
-        covariance = output.get("covariance")
-        return labels, self._covariance(labels, ivar) if covariance is None else np.asarray(covariance, dtype=float)
+        parts = []
+        for start in range(0, len(flux), NET_BLOCK):
+            f, w = (tf.constant(part[start:start + NET_BLOCK], tf.float32) for part in (flux, ivar))
+            output = self.keras_([f, w], training=False)
+            parts.append(output if isinstance(output, dict) else {"labels": output})
+        found = {name: np.concatenate([part[name] for part in parts]).astype(float) for name in parts[0]}
+        return found["labels"], found["covariance"] if "covariance" in found else self._covariance(found["labels"], ivar)
 
     def _covariance(self, labels, ivar):
         "Covariance (N, K, K) of the labels where the Keras model does not give one: unknown."
@@ -734,9 +762,27 @@ print(f"{blank.net_.count_params():,} weights, of which {7214 * 5 + 5:,} would d
 # five hundred, enough to come within 10 % of its final error; in the full profile both get the lab's 250 epochs.
 
 # %%
-steps = -(-len(train) // 32)   # an epoch
-full, quick = profile() == "full", {"as in the lab": -(-100 // steps), "flux centred": -(-500 // steps)}
-epochs = {name: 250 if full else number for name, number in quick.items()}
+#| export
+LAB_EPOCHS = 250
+
+
+def epochs_within(
+    steps: int,               # that a training may take
+    stars: int,               # to train on
+    most: int = LAB_EPOCHS,   # epochs
+    batch_size: int = 32,     # stars to a step
+) -> int:
+    "Epochs that hold so many steps (the last one whole), `most` at most: with more stars to an epoch fewer are needed."
+    return min(most, -(-steps // -(-stars // batch_size)))
+
+
+# %%
+assert epochs_within(500, 320) == 50 and epochs_within(500, 1_010) == 16 and epochs_within(501, 320, batch_size=64) == 101
+assert epochs_within(500, 320, most=20) == 20
+
+# %%
+full = profile() == "full"
+epochs = {name: LAB_EPOCHS if full else epochs_within(steps, len(train)) for name, steps in {"as in the lab": 100, "flux centred": 500}.items()}
 networks = {name: LabNetwork(labels=names, epochs=number, centre=name == "flux centred").fit(spectra[train], validation=spectra[test], progress=False)
             for name, number in epochs.items()}
 

@@ -11,8 +11,8 @@ pytest.importorskip("tensorflow")
 from stellar_lab import results
 from stellar_lab.cannon import Cannon
 from stellar_lab.network import RidgeLabels
-from stellar_lab.results import Contest, averages, contestants, contests, contests_side_by_side, judge, plot_residual_trends, plot_scores
-from stellar_lab.results import predictions, published, readable, recorded, run_scoreboard, score, whole_groups
+from stellar_lab.results import Contest, against_truth, averages, contestants, contests, contests_side_by_side, judge, leading, plot_residual_trends, plot_scores
+from stellar_lab.results import predictions, published, readable, recorded, records, run_scoreboard, score, whole_groups, with_truth
 from stellar_lab.survey import ARCHIVES, LABELS, LabError, Spectra
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,11 +45,20 @@ def board():
 def test_contestants(names):
     quick, full = contestants(names), contestants(names, "full")
     assert list(quick) == list(full) and len(quick) == 6
-    assert quick["Cannon, four labels"].labels == list(names)[:4] and quick["Cannon"].labels == list(names)
+    smaller = list(quick)[0]
+    assert smaller == ("Cannon, linear" if names is FIVE else "Cannon, four labels") and quick["Cannon"].labels == list(names)
+    assert (quick[smaller].order, len(quick[smaller].labels)) == ((1, 5) if names is FIVE else (2, 4))
     assert all(model.scatter for name, model in quick.items() if name.startswith("Cannon"))
     assert full["lab network"].epochs == full["augmented network"].epochs == 250 and full["lab network"].centre
     with pytest.raises(KeyError):
         contestants(names, "slow")
+
+
+def test_many_stars_need_fewer_epochs_but_not_in_the_full_profile():
+    few, many, full = (contestants(FIVE, profile, stars) for profile, stars in (("quick", 320), ("quick", 1824), ("full", 1824)))
+    names = ("lab network", "augmented network", "error-aware network")
+    assert [few[name].epochs for name in names] == [35, 35, 100] and [full[name].epochs for name in names] == [250, 250, 100]
+    assert [many[name].epochs for name in names] == [11, 14, 36]
 
 
 def test_contests_leave_out_whole_places():
@@ -63,8 +72,8 @@ def test_contests_leave_out_whole_places():
 
 def test_contests_of_the_surveys_labels():
     spectra = stars(FIVE, archive="survey")
-    folds, apart = contests(spectra, "full")
-    assert apart.name == "fields left out"
+    split, folds, apart = contests(spectra, "full")
+    assert split.name == "one split" and np.array_equal(split.groups, contests(spectra)[0].groups) and apart.name == "fields left out"
     without = spectra.replace(stars=Table({name: spectra.stars[name] for name in ("FIELD", *FIVE)}, meta=spectra.stars.meta))
     assert np.array_equal(whole_groups(without).groups, apart.groups)
     with pytest.raises(LabError, match="all stars have the same FIELD"):
@@ -188,16 +197,65 @@ def test_a_whole_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(results, "LabNetwork", Slow)
     monkeypatch.setattr(results, "training_set", training_set)
-    monkeypatch.setattr(results, "contestants", lambda names, profile: {"lab network": Slow(labels=names), "Cannon": Cannon(labels=names)})
+    monkeypatch.setattr(results, "contestants", lambda names, profile, stars: {"lab network": Slow(labels=names), "Cannon": Cannon(labels=names)})
     monkeypatch.setattr(results, "write_table", write)
-    table = run_scoreboard(tmp_path, tmp_path / "board.ecsv", None, products=["apstar", "aspcapstar"], remark="a test", progress=False)
+    run = lambda **options: run_scoreboard(tmp_path, tmp_path / "board.ecsv", None, products=["apstar", "aspcapstar"], remark="a test", progress=False, **options)
+    table = run(only=["five folds", "fields left out"])
     assert list(dict.fromkeys(zip(table["product"], table["contest"], table["model"]))) == [
         ("apstar", "five folds", "lab network"), ("apstar", "five folds", "Cannon"), ("apstar", "fields left out", "lab network"),
         ("apstar", "fields left out", "Cannon"), ("aspcapstar", "five folds", "Cannon"), ("aspcapstar", "fields left out", "Cannon")]
     assert [len(missing) for missing in seen] == [5, 4, 3, 2, 1, 0] and seen[3] == ["lab network, five folds", "lab network, fields left out"]
+    assert set(leading(run(only=["one split"]))["contest"]) == {"one split"}
+    with pytest.raises(LabError, match="no contest 'clusters left out': choose from one split, five folds, fields left out"):
+        run(only=["clusters left out"])
+    table = run(only=["five folds", "fields left out"])
     back = QTable.read(tmp_path / "board.ecsv")
     assert back.meta["archive"] == "survey" and back.meta["stars"] == 120 and back.meta["remark"] == "a test" and back.meta["versions"]["numpy"] == np.__version__
     assert "CPU core" in back.meta["device"] and len(back) == len(table)
+
+
+# ---- against the truth
+
+def made_up(folder, shift=0.1, lost=()):
+    "Stars whose catalogue lies `shift` above the truth in every label, and their archive's truth table without the stars `lost`."
+    spectra = stars(FIVE, archive="mock")
+    truth = Table({name: np.asarray(spectra.stars[name]) - shift for name in FIVE} | {"APOGEE_ID": spectra.stars["APOGEE_ID"]})
+    truth[np.setdiff1d(np.arange(120), lost)[::-1]].write(folder / "truth.fits")
+    return with_truth(spectra, folder)
+
+
+def test_truth_is_joined_by_name(tmp_path):
+    spectra = made_up(tmp_path, lost=[3, 5])
+    true = np.asarray(spectra.stars["LOGG_TRUE"])
+    assert set(np.flatnonzero(np.isnan(true))) == {3, 5} and spectra.label_names == FIVE
+    good = np.isfinite(true)
+    assert np.allclose(spectra.labels(["LOGG"])[good, 0] - true[good], 0.1)
+
+
+def test_no_truth_no_columns(tmp_path):
+    spectra = stars(FIVE, archive="mock")
+    assert with_truth(spectra, tmp_path) is spectra
+    made_up(tmp_path, shift=0)
+    assert with_truth(spectra, tmp_path) is spectra   # a file that repeats the catalogue is none
+    assert with_truth(stars(SIX), tmp_path).stars.colnames == stars(SIX).stars.colnames   # other labels
+    table, _ = judge({"ridge regression": RidgeLabels(labels=FIVE)}, contests(spectra)[0], progress=False)
+    with pytest.raises(LabError, match="no truth is known"):
+        against_truth(table)
+
+
+def test_errors_against_the_truth(tmp_path):
+    spectra = made_up(tmp_path, lost=[3])
+    contest = contests(spectra)[0]
+    table, labelled = judge({name: contestants(FIVE)[name] for name in ("Cannon", "ridge regression")}, contest, progress=False)
+    true = against_truth(table)
+    assert np.allclose(true["bias"] - table["bias"], 0.1, atol=0.01)   # but for the lost star
+    left = contest.spectra[contest.judged].stars["LOGG_TRUE"]
+    by_hand = np.sqrt(np.nanmean((labelled["ridge regression"]["logg"].value - left) ** 2))
+    row = true[(true["model"] == "ridge regression") & (true["label"] == "LOGG")][0]
+    assert np.isclose(row["rmse"], by_hand) and np.isclose(row["scaled_rmse"], by_hand / contest.spectra[contest.judged].labels(["LOGG"]).std())
+    assert averages(true)["ratio"][0] == 1 and readable(true).colnames == readable(table).colnames
+    table.write(tmp_path / "t.ecsv")
+    assert np.allclose(against_truth(QTable.read(tmp_path / "t.ecsv"))["rmse"], true["rmse"])
 
 
 # ---- what is shipped
@@ -224,3 +282,15 @@ def test_recorded_run():
 def test_readme_shows_the_recorded_run():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert readme.between(text, *readme.SCOREBOARD) == readme.scoreboard()
+
+
+def test_readme_shows_a_second_record(tmp_path, monkeypatch):
+    spectra = made_up(tmp_path)
+    table, _ = judge({name: contestants(FIVE)[name] for name in ("Cannon, linear", "Cannon")}, contests(spectra)[0], progress=False)
+    table.meta = recorded().meta | {"archive": "mock", "stars": 120}
+    monkeypatch.setattr(results, "recorded", lambda name="clusters": {"clusters": recorded(), "mock": table}.get(name))
+    assert list(records()) == ["clusters", "mock"]
+    text = readme.scoreboard()
+    assert text.index("**Real stars") < text.index("**Synthetic stars") and text.count("Recorded on") == 2
+    assert "against the labels that the stars were made from" in text and "scoreboard.py --archive data/archives/mock`" in text and "scoreboard_mock.ecsv" in text
+    assert "Cannon, linear" in text and "metal-rich: the 174 stars" in text

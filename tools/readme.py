@@ -41,18 +41,30 @@ def markdown(table):
 
 
 def scoreboard():
-    """The recorded scoreboard of the full run: all models in five folds, the other contests as averages, and where it comes from."""
+    """The recorded scoreboards of the full runs: all models in the archive's first contest, the others as averages, errors against the truth where one is known, and where it all comes from."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    from stellar_lab.results import contests_side_by_side, readable, recorded
+    from stellar_lab.results import records
 
-    table = recorded()
-    folds = table[(table["product"] == "apstar") & (table["contest"] == "five folds")]
-    meta, rich = table.meta, table["n"][table["contest"] == "metal-rich, five folds"]
+    parts = {archive: board(archive, table) for archive, table in records().items()}
+    titles = {"clusters": "Real stars of 18 clusters (`clusters`)", "mock": "Synthetic stars whose truth is known (`mock`)", "survey": "The survey's own stars"}
+    return "\n".join(f"**{titles[archive]}.**\n\n{part}" if len(parts) > 1 else part for archive, part in parts.items())
+
+
+def board(archive, table):
+    """The recorded scoreboard of one archive."""
+    import numpy as np
+    from stellar_lab.results import against_truth, contests_side_by_side, leading, readable
+
+    first, meta, rich = leading(table), table.meta, table["n"][table["contest"] == "metal-rich, five folds"]
     remark = f", {meta['remark']}" if meta["remark"] else ""
-    return (f"{markdown(readable(folds))}\n\nScaled RMSE averaged over the labels and, in brackets, beside the Cannon's on the same labels, in all contests "
-            f"(metal-rich: the {rich[0]} stars above [M/H] = -1.3 among themselves):\n\n{markdown(contests_side_by_side(table))}\n\n"
-            f"Recorded on {meta['date']} by `python tools/scoreboard.py` ({meta['profile']} profile, {meta['stars']} stars, {meta['device']}{remark}; tensorflow {meta['versions']['tensorflow']}); "
-            "the figures are those of `data/scoreboard_clusters.ecsv`.\n")
+    text = f"{markdown(readable(first))}\n\n"
+    if "true_rmse" in first.colnames and np.isfinite(first["true_rmse"]).any():
+        text += f"The same answers against the labels that the stars were made from:\n\n{markdown(readable(against_truth(first)))}\n\n"
+    where = f" (metal-rich: the {rich[0]} stars above [M/H] = -1.3 among themselves)" if len(rich) else ""
+    text += f"Scaled RMSE averaged over the labels and, in brackets, beside the Cannon's on the same labels, in all contests{where}:\n\n{markdown(contests_side_by_side(table))}\n\n"
+    command = "python tools/scoreboard.py" + ("" if archive == "clusters" else f" --archive data/archives/{archive}")
+    return (f"{text}Recorded on {meta['date']} by `{command}` ({meta['profile']} profile, {meta['stars']} stars, {meta['device']}{remark}; tensorflow {meta['versions']['tensorflow']}); "
+            f"the figures are those of `data/scoreboard_{archive}.ecsv`.\n")
 
 
 def between(text, begin, end):

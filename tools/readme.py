@@ -1,7 +1,9 @@
-"""Writes the tables in README.md: the recorded scoreboard, and errors, for which it trains on the embedded archive as a user would and judges in five folds.
+"""Writes what README.md shows: the recorded scoreboard, a picture, and errors, for which it trains on the embedded archive as a user would and judges in five folds.
 
-  readme.py              both
-  readme.py scoreboard   the scoreboard alone; it trains nothing"""
+  readme.py              all
+  readme.py scoreboard   the scoreboard alone; it trains nothing
+  readme.py picture      the picture alone: a figure that a notebook carries"""
+import base64
 import json
 import os
 import subprocess
@@ -12,6 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 ERRORS = "<!-- errors: written by tools/readme.py -->\n", "<!-- end of errors -->"
 SCOREBOARD = "<!-- scoreboard: written by tools/readme.py -->\n", "<!-- end of scoreboard -->"
+PICTURE = ROOT / "nbs" / "real_star.png"
 CHAINS = {"apstar": "raw flux, normalized here", "aspcapstar": "normalized by the survey"}
 
 
@@ -67,6 +70,14 @@ def board(archive, table):
             f"the figures are those of `data/scoreboard_{archive}.ecsv`.\n")
 
 
+def picture():
+    """The star under its synthetic fit, as the notebook drew it, in a file that README.md can show."""
+    cells = json.loads((ROOT / "nbs" / "D_sky.ipynb").read_text(encoding="utf-8"))["cells"]
+    images = [output["data"]["image/png"] for cell in cells for output in cell.get("outputs", ())
+              if "image/png" in output.get("data", {}) and "plot_star(" in "".join(cell["source"])]
+    PICTURE.write_bytes(base64.b64decode("".join(images[0])))
+
+
 def between(text, begin, end):
     """What stands between two markers."""
     return text.split(begin)[1].split(end)[0]
@@ -79,6 +90,10 @@ def put(text, begin, end, part):
 
 
 def main(parts=()):
+    if "scoreboard" not in parts:
+        picture()
+    if "picture" in parts:
+        return 0
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     if "scoreboard" not in parts:

@@ -771,7 +771,7 @@ def published() -> QTable:   # a row for each model and label: model, label, uni
 # %%
 def beside_published(table):
     "Published and our RMSE (bias) of the labels that can stand beside each other, a row a model."
-    pairs = {"TEFF": "TEFF", "LOGG": "LOGG", "FE_H": "M_H" if "M_H" in names else "FE_H"}
+    pairs = {"TEFF": "TEFF", "LOGG": "LOGG", "FE_H": "M_H" if "M_H" in names else "FE_H"} | {label: label for label in ("MG_FE", "SI_FE") if label in names}
     theirs = {(row["model"], row["label"]): _cell(row) for row in published()}
     ours = {(row["model"], row["label"]): _cell(row) for row in table}
     return Table([{"model": model} | {f"{kind} {name}": cells.get((model, name), "") for label, our in pairs.items()

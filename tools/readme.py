@@ -65,7 +65,7 @@ def board(archive, table):
         text += f"The same answers against the labels that the stars were made from:\n\n{markdown(readable(against_truth(first)))}\n\n"
     where = f" (metal-rich: the {rich[0]} stars above [M/H] = -1.3 among themselves)" if len(rich) else ""
     text += f"Scaled RMSE averaged over the labels and, in brackets, beside the Cannon's on the same labels, in all contests{where}:\n\n{markdown(contests_side_by_side(table))}\n\n"
-    command = "python tools/scoreboard.py" + ("" if archive == "clusters" else f" --archive data/archives/{archive}")
+    command = "python tools/scoreboard.py" + ("" if archive == "clusters" else f" --archive data/archives/{archive}") + ("" if meta["profile"] == "full" else f" --profile {meta['profile']}")
     return (f"{text}Recorded on {meta['date']} by `{command}` ({meta['profile']} profile, {meta['stars']} stars, {meta['device']}{remark}; tensorflow {meta['versions']['tensorflow']}); "
             f"the figures are those of `data/scoreboard_{archive}.ecsv`.\n")
 

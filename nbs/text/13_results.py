@@ -829,7 +829,7 @@ def plot_scores(
 # %%
 panels = {f"live: {profile()} profile, {first.name}": live[live["contest"] == first.name]}
 if old is not None:
-    panels[f"recorded: full profile, {old['contest'][0]}"] = leading(old)
+    panels[f"recorded: {old.meta['profile']} profile, {old['contest'][0]}"] = leading(old)
 fig = plot_scores(panels)
 
 # %% [markdown]

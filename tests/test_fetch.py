@@ -532,7 +532,15 @@ def goes_on(server, home):
     assert any(path == STAR and asked for path, asked in net.log) and tree(home, unfinished=True) == tree(server)
 
 
-def test_control_c(server, home):
+@pytest.fixture
+def control_c():
+    "Control-C interrupts, also where a shell that runs the tests in the background has it ignored."
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
+
+
+def test_control_c(server, home, control_c):
     def press(handler):
         threading.Timer(0.3, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
         slowly(handler)

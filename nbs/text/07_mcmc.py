@@ -1020,12 +1020,12 @@ def verdict(summary, truth):
     "Each label beside the truth (a dict), in formal and in honest errors."
     rows = [row for row in summary if row["label"] in truth]
     table = Table({"label": [row["label"] for row in rows], "posterior": [row["value"] for row in rows]})
-    table["catalogue"] = [truth[row["label"]] for row in rows]
-    off = np.asarray(table["posterior"] - table["catalogue"])
+    table["sealed"] = [truth[row["label"]] for row in rows]
+    off = np.asarray(table["posterior"] - table["sealed"])
     formal = np.array([(row["plus"] + row["minus"]) / 2 for row in rows])
     table["difference"], table["in formal errors"], table["in honest errors"] = off, off / formal, off / np.array([row["honest"] for row in rows])
     for name in table.colnames[1:]:
-        table[name].info.format = ".4g" if name in ("posterior", "catalogue", "difference") else "+.1f"
+        table[name].info.format = ".4g" if name in ("posterior", "sealed", "difference") else "+.1f"
     return table
 
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PACKED_STARS', 'TARBALL_SHA256', 'EXAMPLE', 'EXAMPLE_DIGEST', 'CSV_LABELS', 'CSV_ERRORS', 'FPARAM', 'FACTS',
            'ERROR_FLOORS', 'FLUX_STEP', 'LOG_ERROR_STEP', 'NO_ERROR', 'MAX_ERROR', 'EDGE', 'RUN', 'H_ZERO',
-           'H_WAVELENGTH', 'THROUGHPUT', 'COSMIC_RAYS', 'NO_VALUE', 'FLAWS', 'MOST_FLAGGED', 'MYSTERY_FILE', 'FORMAT',
-           'tree_digest', 'pack_real_stars', 'clusters', 'real_stars', 'pixel_bits', 'black_body', 'draw_throughput',
+           'H_WAVELENGTH', 'THROUGHPUT', 'COSMIC_RAYS', 'NO_VALUE', 'FLAWS', 'MYSTERY_FILE', 'FORMAT', 'tree_digest',
+           'pack_real_stars', 'clusters', 'real_stars', 'pixel_bits', 'black_body', 'draw_throughput',
            'instrument_continuum', 'split_visits', 'apstar_hdus', 'mystery_hdus', 'aspcapstar_hdus', 'Flaw',
            'passes_cuts', 'plan_archive', 'write_star', 'allstar_table', 'truth_table', 'true_continuum',
            'ArchiveSummary', 'write_archive', 'write_clusters']
@@ -31,6 +31,7 @@ from scipy import constants
 from scipy.ndimage import binary_opening
 from tqdm import tqdm
 
+from .normalize import MASKED_LIMIT
 from stellar_lab.survey import (
     ARCHIVE_FILE, ARCHIVES, CHIPS, LABELS, LOG10_START, LOG10_STEP, N_PIXELS, PIXMASK, TRUTH_FILE, LabError, Spectra, atomic_path, data_file,
     on_band, read_truth, wavelength,
@@ -444,9 +445,6 @@ def passes_cuts(stars: Table, record) -> np.ndarray:
     return passed
 
 
-MOST_FLAGGED = 3000   # on-band pixels: the mystery star and the copies must not fall to the lab's cut for other reasons than their own
-
-
 def plan_archive(
     spectra: Spectra,
     record,                # the archive's record in survey.ARCHIVES
@@ -460,7 +458,7 @@ def plan_archive(
         raise LabError(f"unknown flaw {', '.join(sorted(unknown))}: choose from {', '.join(FLAWS)}")
     rng, snr = np.random.default_rng([seed, 1]), np.asarray(spectra.stars["SNR"], float)
     good = np.flatnonzero(passes_cuts(spectra.stars, record) & np.isfinite(spectra.labels(record.labels)).all(axis=1)
-                          & ((spectra.mask != 0).sum(axis=1) <= MOST_FLAGGED))
+                          & ((spectra.mask != 0).sum(axis=1) <= MASKED_LIMIT))   # the mystery star and the copies must not fall to other cuts than their own
     if len(good) < 2:
         raise LabError(f"only {len(good)} of {len(spectra)} stars pass the cuts of {record.name}: an archive needs two at least")
     mystery = _pick_mystery(spectra, good, record, rng)

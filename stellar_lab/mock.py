@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['STARS', 'SEQUENCES', 'ALPHA_SPREAD', 'FE_H_RANGE', 'LUMINOSITY_POWER', 'GIANTS_LOGG', 'IMF_SLOPE', 'KINDS',
-           'BINARY_VELOCITY', 'FIBRES', 'DWARFS_LOGG', 'FIELDS', 'FIELD_RADIUS', 'RATIOS', 'SKY_LINES',
-           'TELLURIC_BANDS', 'SKY_SEED', 'VELOCITY_SPREAD', 'SUPERPERSISTENCE', 'PERSISTENCE', 'DEAD_COLUMNS', 'COSMIC',
-           'SNR_MEDIAN', 'SNR_SPREAD', 'SNR_RANGE', 'TELLURIC_RESIDUAL', 'VISITS', 'LABEL_ERRORS', 'FAINT', 'NO_LABELS',
-           'ONE_MISSING', 'draw_discs', 'place_on_isochrones', 'draw_chemistry', 'draw_population', 'companion_share',
-           'true_spectra', 'draw_mask', 'observe', 'catalogue_trend', 'draw_catalogue', 'mock_stars', 'write_mock']
+           'BINARY_VELOCITY', 'FIBRES', 'DWARFS_LOGG', 'FIELDS', 'FIELD_RADIUS', 'RATIOS', 'PIXEL_VELOCITY',
+           'SKY_LINES', 'TELLURIC_BANDS', 'SKY_SEED', 'VELOCITY_SPREAD', 'SUPERPERSISTENCE', 'PERSISTENCE',
+           'DEAD_COLUMNS', 'COSMIC', 'SNR_MEDIAN', 'SNR_SPREAD', 'SNR_RANGE', 'TELLURIC_RESIDUAL', 'VISITS',
+           'LABEL_ERRORS', 'FAINT', 'NO_LABELS', 'ONE_MISSING', 'draw_discs', 'place_on_isochrones', 'draw_chemistry',
+           'draw_population', 'companion_share', 'true_spectra', 'draw_mask', 'observe', 'catalogue_trend',
+           'draw_catalogue', 'mock_stars', 'write_mock']
 
 # %% ../nbs/B_mock.ipynb #0c05d076
 from functools import cache
@@ -23,7 +24,7 @@ from scipy.stats import truncnorm
 from .archives import ArchiveSummary, black_body, write_archive
 from .kiel import shipped_isochrones, total_metallicity
 from .survey import CHIPS, LABELS, LOG10_STEP, PIXMASK, LabError, Spectra, full_wavelength, on_band, wavelength
-from .synthesis import GRID_LABELS, Emulator, label_matrix
+from .synthesis import GRID_LABELS, LIGHT_SPEED, Emulator, label_matrix, usual_vmicro
 
 # %% ../nbs/B_mock.ipynb #241641d2
 STARS = 2723                        # the lab's four fields
@@ -89,7 +90,7 @@ def draw_chemistry(stars: dict, rng: np.random.Generator) -> dict:
         "MG_FE": alpha + 0.02 + 0.05 * normal[0], "SI_FE": 0.8 * alpha + 0.01 + 0.05 * normal[1],
         "C_FE": 0.6 * alpha + mixed * (-0.10 - 0.14 * (mass - 1)) + 0.04 * normal[2],
         "N_FE": 0.2 * alpha + mixed * (0.18 + 0.25 * (mass - 1)) + 0.05 * normal[3],
-        "VMICRO": 2.24 - 0.3 * np.minimum(stars["LOGG"], 4.4) + 0.1 * normal[4],
+        "VMICRO": usual_vmicro(np.minimum(stars["LOGG"], 4.4)) + 0.1 * normal[4],
     }
 
 # %% ../nbs/B_mock.ipynb #2c842b98
@@ -143,7 +144,7 @@ def _draw_binaries(n, dwarfs, rng):
     second = first.copy()
     for name in ("TEFF", "LOGG", "MASS", "PHASE", "LUMINOSITY"):
         second[name] = other[name]
-    second["VMICRO"] = 2.24 - 0.3 * np.minimum(second["LOGG"], 4.4)
+    second["VMICRO"] = usual_vmicro(np.minimum(second["LOGG"], 4.4))
     known = np.isfinite(ratio) & (ratio > RATIOS[0]) & (ratio < RATIOS[1])
     known[known] = _emulators()[_domain(limits[0])[()]].inside(second[list(GRID_LABELS)][known])
     if known.sum() < n:
@@ -190,6 +191,7 @@ def _place_on_sky(table, rng):
     table["GLON"], table["GLAT"] = sky.galactic.l.deg, sky.galactic.b.deg
 
 # %% ../nbs/B_mock.ipynb #974e6b9e
+PIXEL_VELOCITY = LIGHT_SPEED * np.log(10) * LOG10_STEP   # km/s a pixel
 _PADDED = np.arange(CHIPS["blue"][0] - 58, CHIPS["red"][1] + 58)   # full-grid pixels, so that a shifted companion has no edge
 
 
@@ -221,7 +223,7 @@ def true_spectra(
     if len(double):
         pairs = truth[double]
         theirs = _single_spectra(np.column_stack([np.asarray(pairs[f"{name}_2"], float) for name in GRID_LABELS]), fwhm[double], full_wavelength[_PADDED])
-        shift = np.asarray(pairs["VELOCITY_2"], float) / (constants.c / 1e3 * np.log(10) * LOG10_STEP)   # pixels, to the red
+        shift = np.asarray(pairs["VELOCITY_2"], float) / PIXEL_VELOCITY   # pixels, to the red
         place = np.broadcast_to(on_band - _PADDED[0], (len(double), len(on_band))) - shift[:, None]
         moved = map_coordinates(theirs, [np.broadcast_to(np.arange(len(double))[:, None], place.shape), place], order=3, mode="nearest")
         share = companion_share(pairs)
@@ -256,7 +258,7 @@ def draw_mask(
 ) -> np.ndarray:            # (N, 7214) int16 APOGEE_PIXMASK bits
     "Pixel masks: sky and air at fixed places of the detector, so the star's velocity moves them; persistence by fibre; columns and cosmic rays."
     n = len(velocity)
-    shift = np.rint(velocity / (constants.c / 1e3 * np.log(10) * LOG10_STEP)).astype(int)
+    shift = np.rint(velocity / PIXEL_VELOCITY).astype(int)
     detector = on_band[None] + shift[:, None]                       # the place on the detector of each rest-frame pixel
     lines, bands = _sky()
     darkness = rng.uniform(0.1, 0.6, (n, 1))                        # of the night: how bright a line must be for its bit

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DEGREE', 'SKY_LABELS', 'WIDTHS', 'STEPS', 'BEYOND', 'CUBIC', 'KNOWN', 'EVIDENCE', 'MODEL_SCATTER', 'WILD', 'FRESH',
            'LONGEST', 'DEEP', 'GAINS', 'FEW', 'CALIBRATION_CLUSTERS', 'ROUNDS', 'MAIN', 'EDGE', 'NEAR', 'POOR_FIT',
-           'TUNING_FILE', 'TUNING_LABELS', 'redraw', 'SyntheticSky', 'draw_stars', 'usual_vmicro', 'sky_terms',
-           'train_sky', 'known_rows', 'with_knowledge', 'infer_sky', 'sky_values', 'fit_stars', 'Correction',
-           'learn_correction', 'corrected_cannon', 'SkyModel', 'correlation', 'chi2_of', 'sky_model', 'plot_star',
-           'as_survey_labels', 'noisy_stars', 'synthetic_first', 'tuning_table', 'record_tuning']
+           'TUNING_FILE', 'TUNING_LABELS', 'redraw', 'SyntheticSky', 'draw_stars', 'sky_terms', 'train_sky',
+           'known_rows', 'with_knowledge', 'infer_sky', 'sky_values', 'fit_stars', 'Correction', 'learn_correction',
+           'corrected_cannon', 'SkyModel', 'correlation', 'chi2_of', 'sky_model', 'plot_star', 'as_survey_labels',
+           'noisy_stars', 'synthetic_first', 'tuning_table', 'record_tuning']
 
 # %% ../nbs/D_sky.ipynb #f560a865
 import copy
@@ -25,9 +25,9 @@ from scipy.stats import qmc
 from .cannon import Cannon, Vectorizer, fold_numbers
 from .inversion import MIN_GOOD, Flag, check_spectra, error_table, infer, with_names
 from .normalize import normalize
-from .survey import LabError, Spectra, data_file, on_band, plot_spectrum, write_table
+from .survey import LabError, Spectra, on_band, plot_spectrum, write_table
 from .survey import wavelength as SURVEY_WAVELENGTH
-from .synthesis import GRID_FIRST, GRID_LABELS, Emulator, broaden, labels_from_unit, survey_pixels, unit_labels
+from .synthesis import GRID_FIRST, GRID_LABELS, Emulator, broaden, labels_from_unit, survey_pixels, unit_labels, usual_vmicro
 
 # %% ../nbs/D_sky.ipynb #0cdf6182
 DEGREE = 3   # of the pseudo-continuum of each chip
@@ -92,11 +92,6 @@ def draw_stars(
     column["VMICRO"][:] = np.clip(usual_vmicro(column["LOGG"]) + 0.8 * (cube[:, SKY_LABELS.index("VMICRO")] - 0.5), 0.9, 2.3)
     return labels
 
-
-def usual_vmicro(logg):
-    "Microturbulence [km/s] of a giant (Meszaros et al. 2013)."
-    return 2.24 - 0.3 * logg
-
 # %% ../nbs/D_sky.ipynb #e5d505ab
 CUBIC = ("TEFF", "LOGG", "FE_H")
 
@@ -121,7 +116,7 @@ def train_sky(
 
 # %% ../nbs/D_sky.ipynb #d5bdb7f2
 KNOWN = (   # what giants are like, before any spectrum: sum of factor * label = value +- error
-    ({"VMICRO": 1, "LOGG": 0.3}, 2.24, 0.1),                     # turbulence follows gravity
+    ({"VMICRO": 1, "LOGG": 0.3}, usual_vmicro(0.0), 0.1),         # turbulence follows gravity
     ({"ALPHA_FE": 1, "MG_FE": -0.5, "SI_FE": -0.5}, 0.0, 0.08),   # the alpha elements go together
     ({"C_FE": 1, "ALPHA_FE": -0.5}, -0.05, 0.2),                  # dredge-up has lowered carbon
     ({"N_FE": 1}, 0.2, 0.25),                                     # and lifted nitrogen
@@ -297,7 +292,12 @@ EDGE, NEAR = 0.03, 0.15   # of the ranges of temperature, gravity and metallicit
 
 def correlation(spectra: Spectra, flux) -> np.ndarray:   # (N,)
     "Of each star with its model, over the star's good pixels."
-    return np.array([np.corrcoef(f[w > 0], m[w > 0])[0, 1] if (w > 0).sum() > 2 else np.nan for f, w, m in zip(spectra.flux, spectra.ivar, flux)])
+    good = spectra.ivar > 0
+    number = good.sum(axis=1, keepdims=True)
+    seen, made = (np.where(good, x - np.sum(x, axis=1, where=good, dtype=float, keepdims=True) / np.maximum(number, 1), 0) for x in (spectra.flux, flux))
+    with np.errstate(invalid="ignore"):
+        product = (seen * made).sum(axis=1) / np.sqrt((seen**2).sum(axis=1) * (made**2).sum(axis=1))
+    return np.where(number[:, 0] > 2, product, np.nan)
 
 
 def chi2_of(spectra: Spectra, flux, correction=None) -> np.ndarray:   # (N,)

@@ -11,11 +11,11 @@ __all__ = ['LINES_FILE', 'CHECK_FILE', 'EXTRA', 'ELEMENTS', 'MOLECULES', 'C12_C1
            'GIANTS', 'DWARFS', 'DOMAINS', 'FLUX_STEP', 'BATCH', 'EMULATOR_FILES', 'EMULATOR_VERSION', 'check_file',
            'shipped_lines', 'air_wavelength', 'vacuum_wavelength', 'read_linemake', 'read_atmosphere_net', 'atmosphere',
            'thin_atmosphere', 'Synthesizer', 'broaden', 'rotation_kernel', 'line_response', 'match_continuum',
-           'best_broadening', 'lines_that_matter', 'star_labels', 'calibrate_lines', 'stronger', 'make_check',
-           'hydrogen_demonstration', 'giant_branch', 'main_sequence', 'Domain', 'the_domain', 'label_matrix',
-           'grid_design', 'labels_from_unit', 'unit_labels', 'write_batch', 'read_batch', 'compute_batch', 'features',
-           'Emulator', 'complete_labels', 'read_grid', 'kept_aside', 'train_emulator', 'emulator_error',
-           'make_emulator', 'aspcap_agreement', 'make_witness', 'fit_star']
+           'best_broadening', 'lines_that_matter', 'usual_vmicro', 'star_labels', 'calibrate_lines', 'stronger',
+           'make_check', 'hydrogen_demonstration', 'giant_branch', 'main_sequence', 'Domain', 'the_domain',
+           'label_matrix', 'grid_design', 'labels_from_unit', 'unit_labels', 'write_batch', 'read_batch',
+           'compute_batch', 'features', 'Emulator', 'complete_labels', 'read_grid', 'kept_aside', 'train_emulator',
+           'emulator_error', 'make_emulator', 'aspcap_agreement', 'make_witness', 'fit_star']
 
 # %% ../nbs/A_synthesis.ipynb #c2e12b12
 import gzip
@@ -455,12 +455,19 @@ def lines_that_matter(
     return lines[(depths.max(axis=1) > MIN_DEPTH) | (np.asarray(lines["SPECIES"], str) == "H 1")]
 
 
+def usual_vmicro(
+    logg: np.ndarray,
+) -> np.ndarray:     # [km/s]
+    "Microturbulence that goes with a giant's gravity (Meszaros et al. 2013)."
+    return 2.24 - 0.3 * logg
+
+
 def star_labels(
     stars: Table,
 ) -> list:         # a dict of GRID_LABELS a star
     "What ASPCAP's raw labels say of real stars, in the grid's labels; its microturbulence follows from log g (Meszaros et al. 2013)."
     teff, logg, m_h, alpha, carbon, nitrogen = (np.asarray(stars[name], float) for name in ("TEFF_RAW", "LOGG_RAW", "M_H_RAW", "ALPHA_M", "C_M", "N_M"))
-    return [dict(zip(GRID_LABELS, row)) for row in zip(teff, logg, m_h, alpha, alpha, alpha, carbon, nitrogen, 2.24 - 0.3 * logg)]
+    return [dict(zip(GRID_LABELS, row)) for row in zip(teff, logg, m_h, alpha, alpha, alpha, carbon, nitrogen, usual_vmicro(logg))]
 
 # %% ../nbs/A_synthesis.ipynb #a2ff5148
 CALIBRATORS = (   # M67, NGC 188, NGC 2158, M71: four clusters that are not judged
@@ -906,7 +913,7 @@ def complete_labels(
     alpha = np.mean([given[name] for name in ("MG_FE", "SI_FE", "ALPHA_FE") if name in given] or [np.zeros_like(given["TEFF"])], axis=0)
     carbon, nitrogen = (alpha - 0.15, 0.2) if domain.name == "giants" else (np.zeros_like(alpha), 0.0)
     usual = {"MG_FE": alpha, "SI_FE": alpha, "ALPHA_FE": alpha, "C_FE": carbon, "N_FE": np.full_like(alpha, nitrogen),
-             "VMICRO": np.clip(2.24 - 0.3 * given["LOGG"], *domain.box["VMICRO"])}
+             "VMICRO": np.clip(usual_vmicro(given["LOGG"]), *domain.box["VMICRO"])}
     return Table([given.get(name, usual.get(name)) for name in GRID_LABELS], names=GRID_LABELS)
 
 # %% ../nbs/A_synthesis.ipynb #be619145

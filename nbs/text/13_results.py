@@ -26,7 +26,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
-from importlib.resources import as_file, files
 from itertools import cycle
 from pathlib import Path
 
@@ -44,7 +43,7 @@ from stellar_lab.augmentation import AugmentedNetwork, ErrorAwareNetwork
 from stellar_lab.cannon import Cannon, LabelModel, fold_numbers, train_test_rows, training_set
 from stellar_lab.inversion import error_table, infer
 from stellar_lab.network import LAB_EPOCHS, LabNetwork, RidgeLabels, epochs_within, tf
-from stellar_lab.survey import ARCHIVES, LABELS, LabError, Spectra, archive_record, label_records, write_table
+from stellar_lab.survey import ARCHIVES, LABELS, LabError, Spectra, archive_record, data_file, label_records, read_truth, write_table
 
 # %%
 import tempfile
@@ -53,7 +52,7 @@ import pytest
 from IPython.display import Markdown
 
 from stellar_lab.network import LabelReader
-from stellar_lab.survey import archive_root, profile, use_style
+from stellar_lab.survey import TRUTH_FILE, archive_root, profile, use_style
 
 # %% [markdown]
 # ## The contestants
@@ -93,7 +92,7 @@ def contestants(
 
 # %%
 #| export
-TRUTH_FILE, TRUE = "truth.fits", "_TRUE"   # at the root of an archive that was made; ending of the columns
+TRUE = "_TRUE"   # ending of the columns
 
 
 def with_truth(
@@ -101,11 +100,8 @@ def with_truth(
     root,               # of their archive
 ) -> Spectra:           # with columns `<label>_TRUE`, or as they are where no truth is known
     "Stars with the labels they were made from beside those of the catalogue."
-    file, names = Path(root) / TRUTH_FILE, spectra.label_names
-    if not file.is_file():
-        return spectra
-    table = Table.read(file)
-    if not set(names) <= set(table.colnames):
+    table, names = read_truth(root), spectra.label_names
+    if table is None or not set(names) <= set(table.colnames):
         return spectra
     place = {str(name).strip(): row for row, name in enumerate(table["APOGEE_ID"])}
     rows = np.array([place.get(str(name).strip(), -1) for name in spectra.stars["APOGEE_ID"]])
@@ -644,10 +640,11 @@ def recorded(
     archive: str = "clusters",   # name of its record
 ):                               # -> QTable, or None where no run was recorded
     "The scoreboard of the full run that the package carries."
-    file = files("stellar_lab.data") / f"scoreboard_{archive}.ecsv"
-    if not file.is_file():
+    try:
+        file = data_file(f"scoreboard_{archive}.ecsv")
+    except LabError:
         return None
-    with as_file(file) as path:
+    with file as path:
         return QTable.read(path, format="ascii.ecsv")
 
 

@@ -687,12 +687,19 @@ def lines_that_matter(
     return lines[(depths.max(axis=1) > MIN_DEPTH) | (np.asarray(lines["SPECIES"], str) == "H 1")]
 
 
+def usual_vmicro(
+    logg: np.ndarray,
+) -> np.ndarray:     # [km/s]
+    "Microturbulence that goes with a giant's gravity (Meszaros et al. 2013)."
+    return 2.24 - 0.3 * logg
+
+
 def star_labels(
     stars: Table,
 ) -> list:         # a dict of GRID_LABELS a star
     "What ASPCAP's raw labels say of real stars, in the grid's labels; its microturbulence follows from log g (Meszaros et al. 2013)."
     teff, logg, m_h, alpha, carbon, nitrogen = (np.asarray(stars[name], float) for name in ("TEFF_RAW", "LOGG_RAW", "M_H_RAW", "ALPHA_M", "C_M", "N_M"))
-    return [dict(zip(GRID_LABELS, row)) for row in zip(teff, logg, m_h, alpha, alpha, alpha, carbon, nitrogen, 2.24 - 0.3 * logg)]
+    return [dict(zip(GRID_LABELS, row)) for row in zip(teff, logg, m_h, alpha, alpha, alpha, carbon, nitrogen, usual_vmicro(logg))]
 
 
 # %% [markdown]
@@ -1319,7 +1326,7 @@ def complete_labels(
     alpha = np.mean([given[name] for name in ("MG_FE", "SI_FE", "ALPHA_FE") if name in given] or [np.zeros_like(given["TEFF"])], axis=0)
     carbon, nitrogen = (alpha - 0.15, 0.2) if domain.name == "giants" else (np.zeros_like(alpha), 0.0)
     usual = {"MG_FE": alpha, "SI_FE": alpha, "ALPHA_FE": alpha, "C_FE": carbon, "N_FE": np.full_like(alpha, nitrogen),
-             "VMICRO": np.clip(2.24 - 0.3 * given["LOGG"], *domain.box["VMICRO"])}
+             "VMICRO": np.clip(usual_vmicro(given["LOGG"]), *domain.box["VMICRO"])}
     return Table([given.get(name, usual.get(name)) for name in GRID_LABELS], names=GRID_LABELS)
 
 

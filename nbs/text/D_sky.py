@@ -27,9 +27,9 @@ from scipy.stats import qmc
 from stellar_lab.cannon import Cannon, Vectorizer, fold_numbers
 from stellar_lab.inversion import MIN_GOOD, Flag, check_spectra, error_table, infer, with_names
 from stellar_lab.normalize import normalize
-from stellar_lab.survey import LabError, Spectra, data_file, on_band, plot_spectrum, write_table
+from stellar_lab.survey import LabError, Spectra, on_band, plot_spectrum, write_table
 from stellar_lab.survey import wavelength as SURVEY_WAVELENGTH
-from stellar_lab.synthesis import GRID_FIRST, GRID_LABELS, Emulator, broaden, labels_from_unit, survey_pixels, unit_labels
+from stellar_lab.synthesis import GRID_FIRST, GRID_LABELS, Emulator, broaden, labels_from_unit, survey_pixels, unit_labels, usual_vmicro
 
 # %%
 #| hide
@@ -40,8 +40,8 @@ from scipy.stats import spearmanr
 from stellar_lab.archives import clusters, real_stars
 from stellar_lab.clean import read_files
 from stellar_lab.inversion import flag_names
-from stellar_lab.survey import profile, real_data, use_style
-from stellar_lab.synthesis import match_continuum
+from stellar_lab.survey import data_file, profile, real_data, use_style
+from stellar_lab.synthesis import RYDBERG_H
 
 # %%
 #| hide
@@ -156,11 +156,6 @@ def draw_stars(
     return labels
 
 
-def usual_vmicro(logg):
-    "Microturbulence [km/s] of a giant (Meszaros et al. 2013)."
-    return 2.24 - 0.3 * logg
-
-
 # %%
 drawn = draw_stars(512)
 fig, axes = plt.subplots(1, 3, figsize=(10, 3))
@@ -228,7 +223,7 @@ assert np.median(error) < 0.95 * np.median(quadratic) and np.median(error) < 0.0
 # %%
 #| export
 KNOWN = (   # what giants are like, before any spectrum: sum of factor * label = value +- error
-    ({"VMICRO": 1, "LOGG": 0.3}, 2.24, 0.1),                     # turbulence follows gravity
+    ({"VMICRO": 1, "LOGG": 0.3}, usual_vmicro(0.0), 0.1),         # turbulence follows gravity
     ({"ALPHA_FE": 1, "MG_FE": -0.5, "SI_FE": -0.5}, 0.0, 0.08),   # the alpha elements go together
     ({"C_FE": 1, "ALPHA_FE": -0.5}, -0.05, 0.2),                  # dredge-up has lowered carbon
     ({"N_FE": 1}, 0.2, 0.25),                                     # and lifted nitrogen
@@ -466,7 +461,12 @@ EDGE, NEAR = 0.03, 0.15   # of the ranges of temperature, gravity and metallicit
 
 def correlation(spectra: Spectra, flux) -> np.ndarray:   # (N,)
     "Of each star with its model, over the star's good pixels."
-    return np.array([np.corrcoef(f[w > 0], m[w > 0])[0, 1] if (w > 0).sum() > 2 else np.nan for f, w, m in zip(spectra.flux, spectra.ivar, flux)])
+    good = spectra.ivar > 0
+    number = good.sum(axis=1, keepdims=True)
+    seen, made = (np.where(good, x - np.sum(x, axis=1, where=good, dtype=float, keepdims=True) / np.maximum(number, 1), 0) for x in (spectra.flux, flux))
+    with np.errstate(invalid="ignore"):
+        product = (seen * made).sum(axis=1) / np.sqrt((seen**2).sum(axis=1) * (made**2).sum(axis=1))
+    return np.where(number[:, 0] > 2, product, np.nan)
 
 
 def chi2_of(spectra: Spectra, flux, correction=None) -> np.ndarray:   # (N,)
@@ -582,7 +582,7 @@ assert best["raw"][1][2] < 0.05
 # Against *calibrated* gravities ours are too high, and our temperatures too low. Is that physics? ASPCAP's raw gravities of red giants are known to be too high by 0.2 to 0.3 beside those from stars' oscillations, which is why the survey calibrates them ([Mészáros et al. 2013](https://doi.org/10.1088/0004-6256/146/5/133)); its raw temperatures are lower than photometric ones by about 110 K. Our lines were fitted to thirteen stars *with raw labels*: a line whose strength was chosen so that a star fits at 4500 K will say 4500 K of its twin. If that is the cause, the offset from raw labels must be small in the clusters of the calibration. What else could move gravity? The hydrogen lines, which PySME computes in equilibrium; the degree of the continuum's polynomial; and microturbulence. We take each away in turn (one round of correction is enough for that).
 
 # %%
-hydrogen = 1e8 / (109677.583 * (1 / 16 - 1 / np.arange(10, 21) ** 2))   # Brackett lines [Angstrom, vacuum]
+hydrogen = 1e8 / (RYDBERG_H * (1 / 16 - 1 / np.arange(10, 21) ** 2))   # Brackett lines [Angstrom, vacuum]
 far = np.all(np.abs(SURVEY_WAVELENGTH[:, None] - hydrogen) > 12, axis=1)
 without = real.replace(ivar=real.ivar * far.astype("f4"))
 

@@ -171,13 +171,14 @@ def fit_stars(
     start: np.ndarray,           # (N, 10) labels to begin with
     steps: int = 5,
     block: int = 96,             # stars at a time
+    held: int = 0,               # so many labels, the first ones, stay where they are
 ) -> tuple:                      # labels (N, 10), their covariance (N, 10, 10), model flux (N, P)
     "Gauss-Newton steps on the emulator itself, for all stars at once, with what is known beforehand."
-    parts = [_fit_block(sky, spectra[rows], start[rows], steps) for rows in np.array_split(np.arange(len(spectra)), -(-len(spectra) // block))]
+    parts = [_fit_block(sky, spectra[rows], start[rows], steps, held) for rows in np.array_split(np.arange(len(spectra)), -(-len(spectra) // block))]
     return tuple(np.concatenate(part) for part in zip(*parts))
 
 
-def _fit_block(sky, spectra, labels, steps):
+def _fit_block(sky, spectra, labels, steps, held):
     rows, values = known_rows()
     scatter = MODEL_SCATTER if sky.correction is None else sky.correction.scatter
     weight = spectra.ivar / (1 + spectra.ivar * scatter**2) / EVIDENCE
@@ -190,7 +191,8 @@ def _fit_block(sky, spectra, labels, steps):
         robust = (weight * np.minimum(1, WILD / np.maximum(np.abs(left), 1e-9))).astype("f4")
         hessian = (slopes * robust[:, None]) @ np.swapaxes(slopes, 1, 2) + rows.T @ rows
         force = (slopes @ (robust * left)[..., None])[..., 0] - (labels @ rows.T - values) @ rows
-        move = np.linalg.solve(hessian, force[..., None])[..., 0]
+        move = np.zeros_like(labels)
+        move[:, held:] = np.linalg.solve(hessian[:, held:, held:], force[:, held:, None])[..., 0]
         labels = _bounded(labels + np.clip(move, -LONGEST, LONGEST))
     return labels, np.linalg.inv(hessian), sky(labels)
 
@@ -308,22 +310,26 @@ def chi2_of(spectra: Spectra, flux, correction=None) -> np.ndarray:   # (N,)
 
 
 def sky_model(
-    spectra: Spectra,            # real stars of CALIBRATION_CLUSTERS, from `redraw`; their labels are not looked at
+    spectra: Spectra,            # real stars of CALIBRATION_CLUSTERS, from `redraw`; the labels they carry are not looked at
     sky: SyntheticSky = None,
     rounds: int = ROUNDS,        # of fitting and correcting; 0 leaves physics as it is
     cannon: Cannon = None,       # from `train_sky` of these synthetic stars, if it is there already
+    known: np.ndarray = None,    # (N, 3) TEFF [K], LOGG, FE_H at which the stars are held; None: each at its own best
 ) -> SkyModel:
     "Synthetic stars, and what some real ones have in common beside them."
     sky = SyntheticSky() if sky is None else sky
     plain = train_sky(sky) if cannon is None else cannon
     start = copy.copy(plain)
     start.scatter_ = np.hypot(plain.scatter_, MODEL_SCATTER)
-    labels, correction = sky_values(infer_sky(start, spectra)), None
+    labels, correction, held = sky_values(infer_sky(start, spectra)), None, 0
+    if known is not None:
+        held = len(MAIN)
+        labels[:, MAIN] = known
     for number in range(rounds):
-        labels, _, _ = fit_stars(sky.corrected(correction), spectra, labels, steps=5 if number == 0 else 3)
+        labels, _, _ = fit_stars(sky.corrected(correction), spectra, labels, steps=5 if number == 0 else 3, held=held)
         correction = learn_correction(spectra, sky(labels))
     sky = sky.corrected(correction)
-    labels, _, flux = fit_stars(sky, spectra, labels, steps=3)
+    labels, _, flux = fit_stars(sky, spectra, labels, steps=3, held=held)
     limit = POOR_FIT * np.quantile(chi2_of(spectra, flux, correction), 0.99)
     return SkyModel(sky, start if correction is None else corrected_cannon(plain, correction), float(limit))
 

@@ -610,7 +610,7 @@ def run_scoreboard(
     products = list(products or record.products[:1])
     for k, product in enumerate(products):
         spectra = with_truth(training_set(root, product=product, progress=progress)[0].replace(mask=None), root)
-        models, held = contestants(spectra.label_names, profile, len(spectra)), contests(spectra, profile, seed)
+        models, held = contestants(spectra.label_names, profile, len(train_test_rows(len(spectra))[0])), contests(spectra, profile, seed)
         unknown = sorted(set(only or ()) - {contest.name for contest in held})
         if unknown:
             raise LabError(f"no contest {', '.join(map(repr, unknown))}: choose from {', '.join(contest.name for contest in held)}")

@@ -7,13 +7,15 @@ __all__ = ['DEGREE', 'SKY_LABELS', 'WIDTHS', 'STEPS', 'BEYOND', 'CUBIC', 'KNOWN'
            'LONGEST', 'DEEP', 'GAINS', 'FEW', 'CALIBRATION_CLUSTERS', 'ROUNDS', 'MAIN', 'EDGE', 'NEAR', 'POOR_FIT',
            'TUNING_FILE', 'TUNING_LABELS', 'redraw', 'SyntheticSky', 'draw_stars', 'sky_terms', 'train_sky',
            'known_rows', 'with_knowledge', 'infer_sky', 'sky_values', 'fit_stars', 'Correction', 'learn_correction',
-           'corrected_cannon', 'SkyModel', 'correlation', 'chi2_of', 'sky_model', 'plot_star', 'as_survey_labels',
-           'noisy_stars', 'synthetic_first', 'tuning_table', 'record_tuning']
+           'literature_fe_h', 'corrected_cannon', 'SkyModel', 'correlation', 'chi2_of', 'sky_model', 'literature_scale',
+           'on_literature_scale', 'plot_star', 'as_survey_labels', 'noisy_stars', 'synthetic_first', 'tuning_table',
+           'record_tuning']
 
 # %% ../nbs/D_sky.ipynb #f560a865
 import copy
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from importlib import import_module
 
@@ -22,6 +24,7 @@ import numpy as np
 from astropy.table import QTable, Table, vstack
 from scipy.stats import qmc
 
+from .archives import clusters, real_stars
 from .cannon import Cannon, Vectorizer, fold_numbers
 from .inversion import MIN_GOOD, Flag, check_spectra, error_table, infer, with_names
 from .normalize import normalize
@@ -171,15 +174,24 @@ def fit_stars(
     start: np.ndarray,           # (N, 10) labels to begin with
     steps: int = 5,
     block: int = 96,             # stars at a time
-    held: int = 0,               # so many labels, the first ones, stay where they are
+    held: Sequence = (),         # names of labels that stay where they are
 ) -> tuple:                      # labels (N, 10), their covariance (N, 10, 10), model flux (N, P)
     "Gauss-Newton steps on the emulator itself, for all stars at once, with what is known beforehand."
     parts = [_fit_block(sky, spectra[rows], start[rows], steps, held) for rows in np.array_split(np.arange(len(spectra)), -(-len(spectra) // block))]
     return tuple(np.concatenate(part) for part in zip(*parts))
 
 
+def _named(names):
+    "Which of SKY_LABELS these are, (10,) bool."
+    unknown = sorted(set(names) - set(SKY_LABELS))
+    if unknown:
+        raise LabError(f"no label {', '.join(unknown)} to hold: choose from {', '.join(SKY_LABELS)}")
+    return np.array([name in names for name in SKY_LABELS])
+
+
 def _fit_block(sky, spectra, labels, steps, held):
     rows, values = known_rows()
+    free = ~_named(held)
     scatter = MODEL_SCATTER if sky.correction is None else sky.correction.scatter
     weight = spectra.ivar / (1 + spectra.ivar * scatter**2) / EVIDENCE
     labels = _bounded(np.array(labels, float))
@@ -192,7 +204,7 @@ def _fit_block(sky, spectra, labels, steps, held):
         hessian = (slopes * robust[:, None]) @ np.swapaxes(slopes, 1, 2) + rows.T @ rows
         force = (slopes @ (robust * left)[..., None])[..., 0] - (labels @ rows.T - values) @ rows
         move = np.zeros_like(labels)
-        move[:, held:] = np.linalg.solve(hessian[:, held:, held:], force[:, held:, None])[..., 0]
+        move[:, free] = np.linalg.solve(hessian[:, free][:, :, free], force[:, free, None])[..., 0]
         labels = _bounded(labels + np.clip(move, -LONGEST, LONGEST))
     return labels, np.linalg.inv(hessian), sky(labels)
 
@@ -243,6 +255,18 @@ CALIBRATION_CLUSTERS = ("M67", "NGC 188", "NGC 2158", "M71")   # the lines were 
 ROUNDS = 3
 
 
+def literature_fe_h(
+    spectra: Spectra,    # stars with a column CLUSTER, as `real_stars` gives them
+) -> np.ndarray:         # (N,)
+    "[Fe/H] that the literature has for each star's cluster."
+    table = clusters()
+    known, names = dict(zip(table["CLUSTER"], table["FE_H"].value)), np.asarray(spectra.stars["CLUSTER"], str)
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise LabError(f"clusters.ecsv has no cluster {', '.join(unknown)}: it knows {', '.join(known)}")
+    return np.array([known[name] for name in names])
+
+
 def corrected_cannon(model: Cannon, correction: Correction) -> Cannon:   # a copy
     "The Cannon with the correction, which is linear in its coefficients."
     model = copy.copy(model)
@@ -257,7 +281,8 @@ class SkyModel:
     "All that labels a star without a survey: the Cannon that finds the place, the emulator that takes the last steps, and how poor a fit may be."
     sky: SyntheticSky
     cannon: Cannon
-    poor_fit: float      # chi2 a pixel from which a fit counts as poor
+    poor_fit: float               # chi2 a pixel from which a fit counts as poor
+    scale: tuple = (1.0, 0.0)     # slope and intercept of [Fe/H] over the fit's, from `on_literature_scale`
 
     def label(
         self,
@@ -271,13 +296,16 @@ class SkyModel:
         near = np.flatnonzero(np.all(np.abs(unit_labels(labels[:, :-1])[:, MAIN] - 0.5) < 0.5 + NEAR, axis=1))   # False for NaN
         if len(near):
             labels[near], covariance[near], flux[near] = fit_stars(self.sky, spectra[near], labels[near], steps)
-        for k, name in enumerate(SKY_LABELS):
-            unit = table[name.lower()].unit
-            table[name.lower()], table[f"{name.lower()}_err"] = labels[:, k] * unit, np.sqrt(covariance[:, k, k]) * unit
-        table["covariance"], table["chi2"] = covariance, chi2_of(spectra, flux, self.sky.correction)
+        table["chi2"] = chi2_of(spectra, flux, self.sky.correction)
         table["n_good"] = (spectra.ivar > 0).sum(axis=1).astype("i4")
         table["correlation"] = correlation(spectra, flux)
-        table["flags"] = self._flags(labels, table).astype("i4")
+        table["flags"] = self._flags(labels, table).astype("i4")   # the domain is in the fit's own terms
+        stretch = np.where(np.array(SKY_LABELS) == "FE_H", self.scale[0], 1)
+        table["covariance"] = covariance * stretch * stretch[:, None]
+        values = np.where(np.array(SKY_LABELS) == "FE_H", np.polyval(self.scale, labels), labels)
+        for k, name in enumerate(SKY_LABELS):
+            unit = table[name.lower()].unit
+            table[name.lower()], table[f"{name.lower()}_err"] = values[:, k] * unit, np.sqrt(covariance[:, k, k]) * stretch[k] * unit
         return table, flux
 
     def _flags(self, labels, table):
@@ -314,27 +342,50 @@ def sky_model(
     sky: SyntheticSky = None,
     rounds: int = ROUNDS,        # of fitting and correcting; 0 leaves physics as it is
     cannon: Cannon = None,       # from `train_sky` of these synthetic stars, if it is there already
-    known: np.ndarray = None,    # (N, 3) TEFF [K], LOGG, FE_H at which the stars are held; None: each at its own best
+    known: dict = None,          # label -> (N,) values at which the stars are held while the correction is learned
 ) -> SkyModel:
     "Synthetic stars, and what some real ones have in common beside them."
     sky = SyntheticSky() if sky is None else sky
     plain = train_sky(sky) if cannon is None else cannon
     start = copy.copy(plain)
     start.scatter_ = np.hypot(plain.scatter_, MODEL_SCATTER)
-    labels, correction, held = sky_values(infer_sky(start, spectra)), None, 0
-    if known is not None:
-        held = len(MAIN)
-        labels[:, MAIN] = known
+    known = known or {}
+    held = _named(known)
+    labels, correction = sky_values(infer_sky(start, spectra)), None
+    if known:
+        labels[:, held] = np.column_stack([known[name] for name in SKY_LABELS if name in known])
     for number in range(rounds):
-        labels, _, _ = fit_stars(sky.corrected(correction), spectra, labels, steps=5 if number == 0 else 3, held=held)
+        labels, _, _ = fit_stars(sky.corrected(correction), spectra, labels, steps=5 if number == 0 else 3, held=tuple(known))
         correction = learn_correction(spectra, sky(labels))
     sky = sky.corrected(correction)
-    labels, _, flux = fit_stars(sky, spectra, labels, steps=3, held=held)
+    labels, _, flux = fit_stars(sky, spectra, labels, steps=3)
     limit = POOR_FIT * np.quantile(chi2_of(spectra, flux, correction), 0.99)
     return SkyModel(sky, start if correction is None else corrected_cannon(plain, correction), float(limit))
 
 
 POOR_FIT = 2.5   # times the 99th percentile of chi2 a pixel of the stars that made the correction
+
+# %% ../nbs/D_sky.ipynb #ffdf7ee5
+def literature_scale(
+    fitted: np.ndarray,      # (N,) [Fe/H] of cluster stars as a fit gave them
+    literature: np.ndarray,  # (N,) [Fe/H] of their clusters
+) -> tuple:                  # slope and intercept
+    "The line through the clusters' medians; a cluster counts once, however many of its stars are seen."
+    values = np.unique(literature)
+    if len(values) < 2:
+        raise LabError(f"stars of {len(values)} metallicities set no scale: give stars of two clusters or more, whose [Fe/H] differs")
+    medians = [np.nanmedian(np.asarray(fitted, float)[literature == value]) for value in values]
+    return tuple(np.polyfit(medians, values, 1).tolist())
+
+
+def on_literature_scale(
+    model: SkyModel,
+    spectra: Spectra,        # cluster stars, from `redraw`
+    literature: np.ndarray,  # (N,) [Fe/H] of their clusters
+) -> SkyModel:               # the same, [Fe/H] and its error on the scale of `literature`
+    "Labels of the model that speak the literature's language."
+    plain = replace(model, scale=(1.0, 0.0))
+    return replace(plain, scale=literature_scale(plain.label(spectra)[0]["fe_h"].value, literature))
 
 # %% ../nbs/D_sky.ipynb #b2035816
 def plot_star(
@@ -431,10 +482,9 @@ def tuning_table(
 
 def record_tuning(path, **options):
     "The recorded run: `python -c \"from stellar_lab.sky import record_tuning; record_tuning('data/sky_tuning.ecsv')\"`."
-    from stellar_lab.archives import real_stars
     spectra = redraw(real_stars())
     corrector = np.isin(np.asarray(spectra.stars["CLUSTER"], str), CALIBRATION_CLUSTERS)
-    model = sky_model(spectra[corrector])
+    model = sky_model(spectra[corrector], known={"FE_H": literature_fe_h(spectra[corrector])})
     giants = spectra[spectra.labels(("LOGG",))[:, 0] < 3.8]
     table = tuning_table(model, giants, **options)
     tensorflow = import_module("tensorflow")

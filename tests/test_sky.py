@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from stellar_lab import sky as rooms
 from stellar_lab.archives import real_stars
 from stellar_lab.inversion import Flag
-from stellar_lab.sky import KNOWN, SKY_LABELS, Correction, SyntheticSky, draw_stars, known_rows, learn_correction, redraw, sky_model
+from stellar_lab.sky import KNOWN, SKY_LABELS, Correction, SyntheticSky, draw_stars, known_rows, learn_correction, literature_fe_h, literature_scale, redraw, sky_model
 from stellar_lab.survey import LabError, Spectra, data_file, real_data, wavelength
 
 
@@ -24,7 +24,8 @@ def real():
 
 @pytest.fixture(scope="module")
 def model(sky, real):
-    return sky_model(real[np.isin(np.asarray(real.stars["CLUSTER"], str), rooms.CALIBRATION_CLUSTERS)], sky, rounds=1)
+    mine = real[np.isin(np.asarray(real.stars["CLUSTER"], str), rooms.CALIBRATION_CLUSTERS)]
+    return sky_model(mine, sky, rounds=1, known={"FE_H": literature_fe_h(mine)})
 
 
 def stars(flux, ivar=1e6):
@@ -46,6 +47,16 @@ def test_a_correction_of_one_gain_is_found_again(gain, offset, seed):
     flux = 1 - np.random.default_rng(seed).uniform(0.1, 0.5, (20, 50)).astype("f4")
     correction = learn_correction(Spectra(wavelength[:50], 1 - np.float32(gain) * (1 - flux), np.ones_like(flux), Table({"STAR": np.arange(20)})), flux)
     assert np.allclose(correction.gain, gain, atol=1e-3) and np.allclose(correction.offset, 0, atol=1e-3)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.floats(0.5, 2), st.floats(-0.5, 0.5), st.integers(0, 1000))
+def test_the_line_of_the_scale_is_found_again_whatever_the_numbers_of_stars(slope, intercept, seed):
+    rng = np.random.default_rng(seed)
+    literature = np.repeat([-0.8, -0.3, 0.0, 0.1], rng.integers(5, 40, 4))
+    fitted = (literature - intercept) / slope
+    fitted[rng.choice(len(fitted), 2, replace=False)] = [3.0, np.nan]   # a star gone astray and one without an answer do not matter
+    assert np.allclose(literature_scale(fitted, literature), (slope, intercept), atol=1e-6)
 
 
 def test_what_is_known_holds_for_an_ordinary_giant():
@@ -106,6 +117,13 @@ def test_faults_are_named(model, real):
     short = Spectra(wavelength[:100], real.flux[:1, :100], real.ivar[:1, :100], real.stars[:1])
     with pytest.raises(LabError, match="pixels"):
         model.label(short)
+    with pytest.raises(LabError, match="set no scale"):
+        literature_scale(np.zeros(5), np.full(5, -0.3))
+    with pytest.raises(LabError, match="no label M_H to hold"):
+        sky_model(real[:2], model.sky, 1, model.cannon, known={"M_H": np.zeros(2)})
+    stranger = real[:1].replace(stars=Table({"CLUSTER": ["NGC 1"]}))
+    with pytest.raises(LabError, match="no cluster NGC 1"):
+        literature_fe_h(stranger)
 
 
 @pytest.mark.skipif(real_data() is None, reason="STELLAR_LAB_REAL_DATA is not set")

@@ -8,8 +8,8 @@ __all__ = ['DEGREE', 'SKY_LABELS', 'WIDTHS', 'STEPS', 'BEYOND', 'CUBIC', 'KNOWN'
            'TUNING_FILE', 'TUNING_LABELS', 'redraw', 'SyntheticSky', 'draw_stars', 'sky_terms', 'train_sky',
            'known_rows', 'with_knowledge', 'infer_sky', 'sky_values', 'fit_stars', 'Correction', 'learn_correction',
            'literature_fe_h', 'corrected_cannon', 'SkyModel', 'correlation', 'chi2_of', 'sky_model', 'literature_scale',
-           'on_literature_scale', 'plot_star', 'as_survey_labels', 'noisy_stars', 'synthetic_first', 'tuning_table',
-           'record_tuning']
+           'on_literature_scale', 'physics_model', 'plot_star', 'as_survey_labels', 'noisy_stars', 'synthetic_first',
+           'tuning_table', 'record_tuning']
 
 # %% ../nbs/D_sky.ipynb #f560a865
 import copy
@@ -387,6 +387,17 @@ def on_literature_scale(
     plain = replace(model, scale=(1.0, 0.0))
     return replace(plain, scale=literature_scale(plain.label(spectra)[0]["fe_h"].value, literature))
 
+
+def physics_model(
+    sky: SyntheticSky = None,
+    cannon: Cannon = None,     # from `train_sky` of these synthetic stars, if it is there already
+) -> SkyModel:
+    "This chapter's model, made of what the package brings: computed stars, corrected by real ones at their clusters' [Fe/H], on that scale. It takes half a minute."
+    real = real_stars()
+    mine = redraw(real[np.isin(np.asarray(real.stars["CLUSTER"], str), CALIBRATION_CLUSTERS)])
+    fe_h = literature_fe_h(mine)
+    return on_literature_scale(sky_model(mine, sky, cannon=cannon, known={"FE_H": fe_h}), mine, fe_h)
+
 # %% ../nbs/D_sky.ipynb #b2035816
 def plot_star(
     spectra: Spectra, row: int,     # the star, from `redraw`
@@ -482,9 +493,7 @@ def tuning_table(
 
 def record_tuning(path, **options):
     "The recorded run: `python -c \"from stellar_lab.sky import record_tuning; record_tuning('data/sky_tuning.ecsv')\"`."
-    spectra = redraw(real_stars())
-    corrector = np.isin(np.asarray(spectra.stars["CLUSTER"], str), CALIBRATION_CLUSTERS)
-    model = sky_model(spectra[corrector], known={"FE_H": literature_fe_h(spectra[corrector])})
+    spectra, model = redraw(real_stars()), physics_model()
     giants = spectra[spectra.labels(("LOGG",))[:, 0] < 3.8]
     table = tuning_table(model, giants, **options)
     tensorflow = import_module("tensorflow")

@@ -77,6 +77,24 @@ def test_a_gap_is_filled_with_what_the_neighbours_say():
     assert np.abs(np.asarray(layer(flux, ivar))[0, 15]) < 1e-6   # nothing near
 
 
+def test_the_kernel_learns_the_same_where_a_chip_has_no_pixels():
+    rng = np.random.default_rng(0)
+    flux, ivar, weight = (tf.constant(rng.uniform(*limits, (8, 30)), tf.float32) for limits in ((0.5, 1), (100, 1000), (-1, 1)))
+
+    def slope(edges):
+        layer = Local(edges)
+        with tf.GradientTape() as tape:
+            total = tf.reduce_sum(layer(flux, ivar) * weight)
+        return np.asarray(tape.gradient(total, layer.log_kernel))
+
+    expected = slope([0, 30])
+    for _ in range(20):
+        dirt = [tf.fill((200,), np.float32("nan")) for _ in range(50)]   # what the memory held
+        del dirt
+        assert np.allclose(slope([0, 30, 30, 30]), expected, rtol=1e-5, atol=1e-9)
+    assert np.abs(expected).max() > 0
+
+
 def test_axes_are_orthogonal_and_features_of_the_size_wanted():
     spectra = np.random.default_rng(0).normal(size=(60, 4)) @ np.diag([3, 1, 0.3, 0.1]) @ np.random.default_rng(1).normal(size=(4, 50))
     axes = feature_axes(spectra, 4)

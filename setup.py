@@ -1,4 +1,5 @@
 """Reads settings.ini, the single source of metadata and requirements."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -17,7 +18,9 @@ def requirements(name):
 EXTRAS = ("notebook", "network", "parquet", "video", "test")
 extras = {extra: requirements(f"{extra}_requirements") for extra in EXTRAS}
 extras["all"] = [requirement for extra in EXTRAS for requirement in extras[extra]]
-extras["synthesis"] = requirements("synthesis_requirements")   # remakes what data/ ships; not part of "all"
+extras["synthesis"] = requirements(
+    "synthesis_requirements"
+)  # remakes what data/ ships; not part of "all"
 
 setup(
     name=project["lib_name"],

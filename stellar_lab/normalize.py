@@ -18,43 +18,66 @@ from numpy.polynomial.polynomial import polyvander
 
 from .clean import Ledger, keep
 from stellar_lab.survey import (
-    CHIP_COLORS, CHIPS, LOG10_START, LOG10_STEP, N_PIXELS, PIXMASK, PIXMASK_NAMES, LabError, Spectra, chip_slices, data_file,
-    full_wavelength, on_band, plot_spectrum, wavelength,
+    CHIP_COLORS,
+    CHIPS,
+    LOG10_START,
+    LOG10_STEP,
+    N_PIXELS,
+    PIXMASK,
+    PIXMASK_NAMES,
+    LabError,
+    Spectra,
+    chip_slices,
+    data_file,
+    full_wavelength,
+    on_band,
+    plot_spectrum,
+    wavelength,
 )
 
 # %% ../nbs/03_normalize.ipynb #95b297b4
-def lab_continuum_pixels() -> np.ndarray:   # (7214,) bool, on-band grid
+def lab_continuum_pixels() -> np.ndarray:  # (7214,) bool, on-band grid
     "The lab's 529 continuum pixels (Ness et al. 2015)."
     with data_file("continuum_pixels.npy") as path:
         return np.load(path)
 
 # %% ../nbs/03_normalize.ipynb #420218dd
 def read_continuum_pixels(
-    path,            # .npy: flags of the on-band or the full grid, or numbers of on-band pixels; else text: vacuum wavelengths [Angstrom], # comments
-) -> np.ndarray:     # (7214,) bool, on-band grid
+    path,  # .npy: flags of the on-band or the full grid, or numbers of on-band pixels; else text: vacuum wavelengths [Angstrom], # comments
+) -> np.ndarray:  # (7214,) bool, on-band grid
     "Read a list of continuum pixels; a `LabError` says what is wrong with it."
     path = Path(path)
     try:
         values = np.load(path) if path.suffix == ".npy" else np.loadtxt(path, ndmin=1)
     except (OSError, ValueError, EOFError) as error:
-        raise LabError(f"cannot read continuum pixels from {path} ({error}): give a .npy file of flags, or text, a wavelength a line") from error
+        raise LabError(
+            f"cannot read continuum pixels from {path} ({error}): give a .npy file of flags, or text, a wavelength a line"
+        ) from error
     if values.ndim != 1 or values.dtype.kind not in "biuf" or not len(values):
-        raise LabError(f"{path} holds an array of shape {values.shape} and type {values.dtype}: give one row of flags, pixel numbers or wavelengths")
+        raise LabError(
+            f"{path} holds an array of shape {values.shape} and type {values.dtype}: give one row of flags, pixel numbers or wavelengths"
+        )
     if len(values) in (len(wavelength), N_PIXELS) and np.isin(values, (0, 1)).all():
         chosen = np.flatnonzero(values) if len(values) == N_PIXELS else on_band[values != 0]
     elif values.dtype.kind == "b":
-        raise LabError(f"{path} holds {len(values)} flags, but the grids have {len(wavelength)} (on the chips) or {N_PIXELS} (all) pixels")
+        raise LabError(
+            f"{path} holds {len(values)} flags, but the grids have {len(wavelength)} (on the chips) or {N_PIXELS} (all) pixels"
+        )
     elif path.suffix == ".npy" and values.dtype.kind in "iu":
         wrong = (values < 0) | (values >= len(wavelength))
         if wrong.any():
-            raise LabError(f"{path} names pixel {values[wrong][0]}, but the on-band pixels are numbered 0 to {len(wavelength) - 1}")
+            raise LabError(
+                f"{path} names pixel {values[wrong][0]}, but the on-band pixels are numbered 0 to {len(wavelength) - 1}"
+            )
         chosen = on_band[values]
     else:
         chosen = _pixels_at(values, path)
     off = ~np.isin(chosen, on_band)
     if off.any():
-        raise LabError(f"{path}: {off.sum()} of {len(chosen)} pixels lie beside the chips, the first at {full_wavelength[chosen[off][0]]:.2f} "
-                       "Angstrom, where not every star has light: take them out")
+        raise LabError(
+            f"{path}: {off.sum()} of {len(chosen)} pixels lie beside the chips, the first at {full_wavelength[chosen[off][0]]:.2f} "
+            "Angstrom, where not every star has light: take them out"
+        )
     return np.isin(on_band, chosen)
 
 
@@ -70,33 +93,37 @@ def _pixels_at(wavelengths, path):
     pixel = np.rint(np.nan_to_num(position, nan=-1, posinf=-1, neginf=-1)).astype(int)
     wrong = ~(np.abs(position - pixel) <= 0.25) | (pixel < 0) | (pixel >= N_PIXELS)
     if wrong.any():
-        raise LabError(f"{path}: {wrong.sum()} of {len(wavelengths)} wavelengths meet no pixel of the survey's grid, the first is "
-                       f"{wavelengths[wrong][0]:.2f}: give vacuum wavelengths in Angstrom from survey.wavelength")
+        raise LabError(
+            f"{path}: {wrong.sum()} of {len(wavelengths)} wavelengths meet no pixel of the survey's grid, the first is "
+            f"{wavelengths[wrong][0]:.2f}: give vacuum wavelengths in Angstrom from survey.wavelength"
+        )
     return pixel
 
 # %% ../nbs/03_normalize.ipynb #34c7affb
 def inliers(
-    flux: np.ndarray,       # (N, M) flux at the M continuum pixels of a chip, in order
-    good: np.ndarray,       # (N, M) bool, usable
-    run: int = 20,          # pixels of the list in a run; the last run takes the remainder
-    tolerance: float = 0.1, # largest distance from the run's median, relative to it
-) -> np.ndarray:            # (N, M) bool: usable and within the tolerance
+    flux: np.ndarray,  # (N, M) flux at the M continuum pixels of a chip, in order
+    good: np.ndarray,  # (N, M) bool, usable
+    run: int = 20,  # pixels of the list in a run; the last run takes the remainder
+    tolerance: float = 0.1,  # largest distance from the run's median, relative to it
+) -> np.ndarray:  # (N, M) bool: usable and within the tolerance
     "Which continuum pixels are left when the outliers of each run are dropped."
     n_stars, n_pixels = flux.shape
-    head = max(n_pixels // run - 1, 0) * run   # pixels of all runs but the last
+    head = max(n_pixels // run - 1, 0) * run  # pixels of all runs but the last
     values = np.where(good, flux, np.nan)
     median = np.empty_like(values)
     runs = values[:, :head].reshape(n_stars, head // run, run)
     median[:, :head] = np.repeat(_nan_median(runs), run, axis=1)
     median[:, head:] = _nan_median(values[:, head:])[:, None]
-    return np.abs(values - median) <= tolerance * np.abs(median)   # False where either is NaN
+    return np.abs(values - median) <= tolerance * np.abs(median)  # False where either is NaN
 
 
 def _nan_median(values):
     "Median along the last axis without NaNs, NaN where nothing is left; a sort puts NaNs last (nanmedian does it 20 times slower)."
     ordered = np.sort(values, axis=-1)
     count = np.isfinite(values).sum(axis=-1, keepdims=True)
-    middle = [np.take_along_axis(ordered, np.maximum(k, 0) // 2, axis=-1) for k in (count - 1, count)]
+    middle = [
+        np.take_along_axis(ordered, np.maximum(k, 0) // 2, axis=-1) for k in (count - 1, count)
+    ]
     return 0.5 * (middle[0] + middle[1])[..., 0]
 
 # %% ../nbs/03_normalize.ipynb #4420c33f
@@ -104,11 +131,11 @@ MAX_CONDITION = 1e12
 
 
 def fit_polynomials(
-    x: np.ndarray,          # (M,) abscissa, scaled to about -1 … 1
-    y: np.ndarray,          # (N, M), finite wherever it has a weight
-    weights: np.ndarray,    # (N, M) inverse variances, 0 leaves a point out
+    x: np.ndarray,  # (M,) abscissa, scaled to about -1 … 1
+    y: np.ndarray,  # (N, M), finite wherever it has a weight
+    weights: np.ndarray,  # (N, M) inverse variances, 0 leaves a point out
     degree: int = 2,
-) -> tuple:                 # (N, degree + 1) float64 coefficients of 1, x, x², …; (N,) bool: the points determine them. Zeros where they do not
+) -> tuple:  # (N, degree + 1) float64 coefficients of 1, x, x², …; (N,) bool: the points determine them. Zeros where they do not
     "Weighted least squares of N polynomials at once, from the moments of the weights."
     powers = polyvander(x, 2 * degree)
     weights = np.asarray(weights, float)
@@ -116,43 +143,53 @@ def fit_polynomials(
         weights = np.nan_to_num(weights / weights.max(axis=1, initial=0, keepdims=True))
     moments = weights @ powers
     matrix = moments[:, np.add.outer(np.arange(degree + 1), np.arange(degree + 1))]
-    right = (weights * np.where(weights > 0, y, 0)) @ powers[:, :degree + 1]
+    right = (weights * np.where(weights > 0, y, 0)) @ powers[:, : degree + 1]
     solvable = np.linalg.cond(matrix) < MAX_CONDITION
     matrix[~solvable], right[~solvable] = np.eye(degree + 1), 0
     return np.linalg.solve(matrix, right[..., None])[..., 0], solvable
 
 # %% ../nbs/03_normalize.ipynb #62efa852
-CHIP_BITS = {name: 1 << bit for bit, name in enumerate(CHIPS)}   # of the column CHIPS_FAILED
+CHIP_BITS = {name: 1 << bit for bit, name in enumerate(CHIPS)}  # of the column CHIPS_FAILED
 
 
 @dataclass(frozen=True)
 class ContinuumFit:
     "The pseudo-continuum of N stars and what it was drawn through."
-    continuum: np.ndarray   # (N, P) float32, positive at usable pixels; NaN on a chip that failed
-    used: np.ndarray        # (N, P) bool, continuum pixels that were fitted
-    rejected: np.ndarray    # (N, P) bool, usable continuum pixels dropped as outliers
-    failed: np.ndarray      # (N, 3) bool, by chip in the order of `survey.CHIPS`
+
+    continuum: np.ndarray  # (N, P) float32, positive at usable pixels; NaN on a chip that failed
+    used: np.ndarray  # (N, P) bool, continuum pixels that were fitted
+    rejected: np.ndarray  # (N, P) bool, usable continuum pixels dropped as outliers
+    failed: np.ndarray  # (N, 3) bool, by chip in the order of `survey.CHIPS`
 
 
 def continuum(
     spectra: Spectra,
-    continuum_pixels: np.ndarray = None,    # (P,) bool; the lab's 529 by default
-    degree: int = 2,                        # of the polynomial in wavelength
-    run: int = 20,                          # continuum pixels in a run
-    tolerance: float = 0.1,                 # largest relative distance from the run's median
-    min_pixels: int = None,                 # trustworthy continuum pixels that a chip needs; 4 (degree + 1) by default
+    continuum_pixels: np.ndarray = None,  # (P,) bool; the lab's 529 by default
+    degree: int = 2,  # of the polynomial in wavelength
+    run: int = 20,  # continuum pixels in a run
+    tolerance: float = 0.1,  # largest relative distance from the run's median
+    min_pixels: int = None,  # trustworthy continuum pixels that a chip needs; 4 (degree + 1) by default
 ) -> ContinuumFit:
     "Fit the pseudo-continuum of all stars: per chip a polynomial through the continuum pixels, weighted by 1/error (Ness et al. 2015)."
     min_pixels = 4 * (degree + 1) if min_pixels is None else min_pixels
     _check(degree, run, tolerance, min_pixels)
     listed, shape = _on_grid(continuum_pixels, spectra.wavelength), spectra.flux.shape
-    fit = ContinuumFit(np.ones(shape, np.float32), np.zeros(shape, bool), np.zeros(shape, bool), np.zeros((len(spectra), len(CHIPS)), bool))
+    fit = ContinuumFit(
+        np.ones(shape, np.float32),
+        np.zeros(shape, bool),
+        np.zeros(shape, bool),
+        np.zeros((len(spectra), len(CHIPS)), bool),
+    )
     for number, (name, chip) in enumerate(chip_slices(spectra.wavelength).items()):
         if chip.stop > chip.start:
             pixels = chip.start + np.flatnonzero(listed[chip])
             if len(pixels) < min_pixels:
-                raise LabError(f"the list holds {len(pixels)} continuum pixels on the {name} chip, a fit needs {min_pixels}: give a longer list")
-            fit.failed[:, number] = _fit_chip(spectra, fit, chip, pixels, degree, run, tolerance, min_pixels)
+                raise LabError(
+                    f"the list holds {len(pixels)} continuum pixels on the {name} chip, a fit needs {min_pixels}: give a longer list"
+                )
+            fit.failed[:, number] = _fit_chip(
+                spectra, fit, chip, pixels, degree, run, tolerance, min_pixels
+            )
     return fit
 
 
@@ -163,7 +200,9 @@ def _fit_chip(spectra, fit, chip, pixels, degree, run, tolerance, min_pixels):
     keep = inliers(flux, good, run, tolerance)
     fit.used[:, pixels], fit.rejected[:, pixels] = keep, good & ~keep
     grid = spectra.wavelength[chip]
-    x = (2 * spectra.wavelength - grid[0] - grid[-1]) / (grid[-1] - grid[0])   # -1 to 1 over the chip
+    x = (2 * spectra.wavelength - grid[0] - grid[-1]) / (
+        grid[-1] - grid[0]
+    )  # -1 to 1 over the chip
     coefficients, solvable = fit_polynomials(x[pixels], flux, np.where(keep, ivar, 0), degree)
     curve = fit.continuum[:, chip]
     curve[:] = coefficients @ polyvander(x[chip], degree).T
@@ -175,7 +214,11 @@ def _fit_chip(spectra, fit, chip, pixels, degree, run, tolerance, min_pixels):
 
 
 def _check(degree, run, tolerance, min_pixels):
-    for name, value, low in (("degree", degree, 0), ("run", run, 1), ("min_pixels", min_pixels, degree + 1)):
+    for name, value, low in (
+        ("degree", degree, 0),
+        ("run", run, 1),
+        ("min_pixels", min_pixels, degree + 1),
+    ):
         if value != int(value) or value < low:
             raise LabError(f"{name} is {value!r}: it must be a whole number of at least {low}")
     if not tolerance > 0:
@@ -188,24 +231,30 @@ def _on_grid(continuum_pixels, grid):
         position = _position(grid)
         pixel = np.rint(position).astype(int)
         if np.abs(position - pixel).max(initial=0) > 0.01:
-            raise LabError("the lab's continuum pixels are those of the survey's grid, and these spectra stand on another: give continuum_pixels")
+            raise LabError(
+                "the lab's continuum pixels are those of the survey's grid, and these spectra stand on another: give continuum_pixels"
+            )
         return np.isin(pixel, on_band[lab_continuum_pixels()])
     continuum_pixels = np.asarray(continuum_pixels)
     if continuum_pixels.shape != grid.shape or continuum_pixels.dtype != bool:
-        raise LabError(f"continuum_pixels has the shape {continuum_pixels.shape} and type {continuum_pixels.dtype}: "
-                       f"give one flag (bool) for each of the {len(grid)} pixels of the spectra")
+        raise LabError(
+            f"continuum_pixels has the shape {continuum_pixels.shape} and type {continuum_pixels.dtype}: "
+            f"give one flag (bool) for each of the {len(grid)} pixels of the spectra"
+        )
     return continuum_pixels
 
 # %% ../nbs/03_normalize.ipynb #68c25474
 def normalize(
     spectra: Spectra,
-    continuum_pixels: np.ndarray = None,    # (P,) bool; the lab's 529 by default
-    degree: int = 2,                        # of the polynomial in wavelength
-    run: int = 20,                          # continuum pixels in a run
-    tolerance: float = 0.1,                 # largest relative distance from the run's median
-    min_pixels: int = None,                 # trustworthy continuum pixels that a chip needs; 4 (degree + 1) by default
-    block: int = 256,                       # stars at a time
-) -> Spectra:                               # flux finite everywhere; ivar 0 at masked pixels and on failed chips; stars get CHIPS_FAILED
+    continuum_pixels: np.ndarray = None,  # (P,) bool; the lab's 529 by default
+    degree: int = 2,  # of the polynomial in wavelength
+    run: int = 20,  # continuum pixels in a run
+    tolerance: float = 0.1,  # largest relative distance from the run's median
+    min_pixels: int = None,  # trustworthy continuum pixels that a chip needs; 4 (degree + 1) by default
+    block: int = 256,  # stars at a time
+) -> (
+    Spectra
+):  # flux finite everywhere; ivar 0 at masked pixels and on failed chips; stars get CHIPS_FAILED
     "Flux relative to the pseudo-continuum, masked pixels unusable; spectra already normalized come back unchanged."
     if spectra.stars.meta.get("normalized", False):
         return spectra
@@ -219,7 +268,9 @@ def normalize(
         failed[rows] = fit.failed
     stars = spectra.stars.copy()
     stars["CHIPS_FAILED"] = (failed @ list(CHIP_BITS.values())).astype(np.uint8)
-    stars["CHIPS_FAILED"].description = "chips without a continuum: " + ", ".join(f"{bit} {name}" for name, bit in CHIP_BITS.items())
+    stars["CHIPS_FAILED"].description = "chips without a continuum: " + ", ".join(
+        f"{bit} {name}" for name, bit in CHIP_BITS.items()
+    )
     stars.meta["normalized"] = True
     return spectra.replace(flux=flux, ivar=ivar, stars=stars)
 
@@ -234,17 +285,21 @@ def _divide(spectra, curve):
 
 # %% ../nbs/03_normalize.ipynb #170ebb27
 def plot_continuum(
-    spectra: Spectra,           # as they were before the division
+    spectra: Spectra,  # as they were before the division
     fit: ContinuumFit,
-    star: int = 0,              # row
-    chip: str = None,           # "blue", "green" or "red"; all three by default
+    star: int = 0,  # row
+    chip: str = None,  # "blue", "green" or "red"; all three by default
     ax=None,
 ):
     "The raw spectrum of one star, its continuum, and the pixels fitted and rejected; returns the Axes."
     ax = plt.subplots(figsize=(9, 2.8))[1] if ax is None else ax
     pieces = chip_slices(spectra.wavelength)
     for name in [chip] if chip else pieces:
-        grid, flux, good = spectra.wavelength[pieces[name]], spectra.flux[star, pieces[name]], spectra.ivar[star, pieces[name]] > 0
+        grid, flux, good = (
+            spectra.wavelength[pieces[name]],
+            spectra.flux[star, pieces[name]],
+            spectra.ivar[star, pieces[name]] > 0,
+        )
         used, rejected = fit.used[star, pieces[name]], fit.rejected[star, pieces[name]]
         ax.plot(grid, np.where(good, flux, np.nan), color="0.7", lw=0.5)
         ax.plot(grid[used], flux[used], ".", ms=3, color=CHIP_COLORS[name])
@@ -255,38 +310,51 @@ def plot_continuum(
     return ax
 
 # %% ../nbs/03_normalize.ipynb #4f95d4e8
-def count_mask_bits(spectra: Spectra) -> Table:   # bit, name, pixels, share of all pixels
+def count_mask_bits(spectra: Spectra) -> Table:  # bit, name, pixels, share of all pixels
     "How often each bit of the survey's pixel mask is set."
     if spectra.mask is None:
         raise LabError("these spectra have no bitmask: only apStar files carry one")
     pixels = [int(np.count_nonzero(spectra.mask & (1 << bit))) for bit in range(len(PIXMASK_NAMES))]
     share = np.array(pixels) / max(spectra.mask.size, 1)
-    return Table({"bit": np.arange(len(PIXMASK_NAMES)), "name": PIXMASK_NAMES, "pixels": pixels, "share": share})
+    return Table(
+        {
+            "bit": np.arange(len(PIXMASK_NAMES)),
+            "name": PIXMASK_NAMES,
+            "pixels": pixels,
+            "share": share,
+        }
+    )
 
 # %% ../nbs/03_normalize.ipynb #4ceb1166
-def unusable_pixels(spectra: Spectra) -> np.ndarray:   # (N,) int
+def unusable_pixels(spectra: Spectra) -> np.ndarray:  # (N,) int
     "How many on-band pixels of each star have no weight."
     inside = np.isin(np.rint(_position(spectra.wavelength)), on_band)
     return np.sum(~(spectra.ivar[:, inside] > 0), axis=1)
 
 
-MASKED_LIMIT = 3000   # the lab's: 41.6 % of the 7,214 on-band pixels
+MASKED_LIMIT = 3000  # the lab's: 41.6 % of the 7,214 on-band pixels
 
 
 def drop_masked(
-    spectra: Spectra,       # after `normalize`
-    limit: int = MASKED_LIMIT,   # unusable on-band pixels that a star may have
+    spectra: Spectra,  # after `normalize`
+    limit: int = MASKED_LIMIT,  # unusable on-band pixels that a star may have
     ledger: Ledger = None,  # to go on with; a new one by default
-) -> tuple:                 # Spectra, Ledger
+) -> tuple:  # Spectra, Ledger
     "Drop stars with more than `limit` unusable on-band pixels."
     good = unusable_pixels(spectra) <= limit
-    return keep(spectra, good, "masked", ledger, f"more than {limit} of {len(on_band)} on-band pixels unusable")
+    return keep(
+        spectra,
+        good,
+        "masked",
+        ledger,
+        f"more than {limit} of {len(on_band)} on-band pixels unusable",
+    )
 
 # %% ../nbs/03_normalize.ipynb #c417913e
 def plot_normalization(
-    raw: Spectra,       # before the division
-    number: int = 8,    # stars at most, from the first
-    **rule,             # keywords of `continuum`
+    raw: Spectra,  # before the division
+    number: int = 8,  # stars at most, from the first
+    **rule,  # keywords of `continuum`
 ):
     "Raw spectra with their continuum on the left, what is left of them on the right; returns the Figure."
     raw = raw[:number]
@@ -299,7 +367,10 @@ def plot_normalization(
         plot_spectrum(raw.wavelength, result.flux[n], result.ivar[n], ax=right)
         right.axhline(1, color="black", lw=0.5)
         right.set(ylim=(0.3, 1.3), ylabel="flux / continuum")
-        left.set_title(f"{raw.stars['APOGEE_ID'][n]}, SNR {raw.stars['SNR'][n]:.0f}" + (f", failed: {failed}" if failed else ""))
+        left.set_title(
+            f"{raw.stars['APOGEE_ID'][n]}, SNR {raw.stars['SNR'][n]:.0f}"
+            + (f", failed: {failed}" if failed else "")
+        )
         right.set_title(f"{unusable_pixels(result)[n]} of {raw.flux.shape[1]} pixels unusable")
         if n < len(raw) - 1:
             left.set_xlabel(""), right.set_xlabel("")

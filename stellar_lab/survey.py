@@ -41,26 +41,34 @@ def require(package: str, extra: str):
     try:
         return import_module(package)
     except ImportError as error:
-        raise MissingExtra(f"this needs the package {package!r}, which is not installed: pip install 'stellar_lab[{extra}]'") from error
+        raise MissingExtra(
+            f"this needs the package {package!r}, which is not installed: pip install 'stellar_lab[{extra}]'"
+        ) from error
 
 # %% ../nbs/00_survey.ipynb #f93379d6
 N_PIXELS = 8575
-LOG10_START, LOG10_STEP = 4.179, 6e-6   # the CRVAL1 and CDELT1 of every apStar and aspcapStar file
-CHIPS = {"blue": (322, 3241), "green": (3648, 6047), "red": (6412, 8305)}   # inclusive pixels of the full grid that every star fills
+LOG10_START, LOG10_STEP = 4.179, 6e-6  # the CRVAL1 and CDELT1 of every apStar and aspcapStar file
+CHIPS = {
+    "blue": (322, 3241),
+    "green": (3648, 6047),
+    "red": (6412, 8305),
+}  # inclusive pixels of the full grid that every star fills
 
-full_wavelength = 10 ** (LOG10_START + LOG10_STEP * np.arange(N_PIXELS))   # (8575,) Angstrom, vacuum
-on_band = np.concatenate([np.arange(first, last + 1) for first, last in CHIPS.values()])   # (7214,) pixels of the full grid
-wavelength = full_wavelength[on_band]   # (7214,) Angstrom, vacuum: the grid of the lab
+full_wavelength = 10 ** (LOG10_START + LOG10_STEP * np.arange(N_PIXELS))  # (8575,) Angstrom, vacuum
+on_band = np.concatenate(
+    [np.arange(first, last + 1) for first, last in CHIPS.values()]
+)  # (7214,) pixels of the full grid
+wavelength = full_wavelength[on_band]  # (7214,) Angstrom, vacuum: the grid of the lab
 for grid in (full_wavelength, on_band, wavelength):
     grid.flags.writeable = False
 
 # %% ../nbs/00_survey.ipynb #24c7a5bb
-CHIP_SPLITS = (3450, 6200)   # full-grid pixels between the chips, where the lab cuts
+CHIP_SPLITS = (3450, 6200)  # full-grid pixels between the chips, where the lab cuts
 
 
 def chip_slices(
-    grid: np.ndarray,   # (P,) increasing wavelengths [Angstrom, vacuum]
-) -> dict:              # chip name -> slice of the grid
+    grid: np.ndarray,  # (P,) increasing wavelengths [Angstrom, vacuum]
+) -> dict:  # chip name -> slice of the grid
     "The pixels of each chip as a slice of `grid`."
     edges = np.searchsorted(grid, full_wavelength[list(CHIP_SPLITS)] * (1 - LOG10_STEP))
     edges = [0, *edges, len(grid)]
@@ -68,51 +76,87 @@ def chip_slices(
 
 # %% ../nbs/00_survey.ipynb #ff0731a9
 PIXMASK = extend_bit_flag_map(
-    "PIXMASK", BADPIX=1 << 0, CRPIX=1 << 1, SATPIX=1 << 2, UNFIXABLE=1 << 3, BADDARK=1 << 4, BADFLAT=1 << 5, BADERR=1 << 6, NOSKY=1 << 7,
-    LITTROW_GHOST=1 << 8, PERSIST_HIGH=1 << 9, PERSIST_MED=1 << 10, PERSIST_LOW=1 << 11, SIG_SKYLINE=1 << 12, SIG_TELLURIC=1 << 13,
+    "PIXMASK",
+    BADPIX=1 << 0,
+    CRPIX=1 << 1,
+    SATPIX=1 << 2,
+    UNFIXABLE=1 << 3,
+    BADDARK=1 << 4,
+    BADFLAT=1 << 5,
+    BADERR=1 << 6,
+    NOSKY=1 << 7,
+    LITTROW_GHOST=1 << 8,
+    PERSIST_HIGH=1 << 9,
+    PERSIST_MED=1 << 10,
+    PERSIST_LOW=1 << 11,
+    SIG_SKYLINE=1 << 12,
+    SIG_TELLURIC=1 << 13,
     NOT_ENOUGH_PSF=1 << 14,
 )
 PIXMASK_NAMES = (
-    "BADPIX", "CRPIX", "SATPIX", "UNFIXABLE", "BADDARK", "BADFLAT", "BADERR", "NOSKY", "LITTROW_GHOST", "PERSIST_HIGH", "PERSIST_MED",
-    "PERSIST_LOW", "SIG_SKYLINE", "SIG_TELLURIC", "NOT_ENOUGH_PSF",
-)   # in the order of their bits
+    "BADPIX",
+    "CRPIX",
+    "SATPIX",
+    "UNFIXABLE",
+    "BADDARK",
+    "BADFLAT",
+    "BADERR",
+    "NOSKY",
+    "LITTROW_GHOST",
+    "PERSIST_HIGH",
+    "PERSIST_MED",
+    "PERSIST_LOW",
+    "SIG_SKYLINE",
+    "SIG_TELLURIC",
+    "NOT_ENOUGH_PSF",
+)  # in the order of their bits
 
 # %% ../nbs/00_survey.ipynb #74b2f89a
-MISSING = -9000.0   # the survey writes -9999 (or -9999.99) where it has no value; everything at or below this means "none"
+MISSING = -9000.0  # the survey writes -9999 (or -9999.99) where it has no value; everything at or below this means "none"
 
 
 @dataclass(frozen=True)
 class Label:
     "One stellar label: its name here, how it is written, its unit, its columns in allStar and the range that plots show."
+
     name: str
     symbol: str
     unit: u.UnitBase
     plot_range: tuple
-    columns: tuple    # names in the allStar tables, the first that exists counts
-    errors: tuple     # names of the column with its 1-sigma error
+    columns: tuple  # names in the allStar tables, the first that exists counts
+    errors: tuple  # names of the column with its 1-sigma error
 
     @property
     def axis(self) -> str:
         "Symbol and unit, for an axis."
-        return self.symbol if self.unit == u.dimensionless_unscaled else f"{self.symbol} [{self.unit:unicode}]"
+        return (
+            self.symbol
+            if self.unit == u.dimensionless_unscaled
+            else f"{self.symbol} [{self.unit:unicode}]"
+        )
 
 
 def _label(name, symbol, unit, plot_range, *older):
     columns = (name, *older)
-    return Label(name, symbol, unit, plot_range, columns, tuple(f"{column}_ERR" for column in columns))
+    return Label(
+        name, symbol, unit, plot_range, columns, tuple(f"{column}_ERR" for column in columns)
+    )
 
 
-LABELS = {label.name: label for label in (
-    _label("TEFF", r"$T_\mathrm{eff}$", u.K, (3200, 5700)),
-    _label("LOGG", r"$\log g$", u.dex, (-0.5, 4.5)),
-    _label("FE_H", "[Fe/H]", u.dex, (-1.2, 0.8)),
-    _label("MG_FE", "[Mg/Fe]", u.dex, (-0.4, 0.6)),
-    _label("SI_FE", "[Si/Fe]", u.dex, (-0.4, 0.5)),
-    _label("M_H", "[M/H]", u.dex, (-2.7, 0.7), "PARAM_M_H"),
-    _label("ALPHA_M", r"[$\alpha$/M]", u.dex, (-0.5, 0.6), "PARAM_ALPHA_M"),
-    _label("C_M", "[C/M]", u.dex, (-0.9, 0.7)),
-    _label("N_M", "[N/M]", u.dex, (-0.6, 1.1)),
-)}
+LABELS = {
+    label.name: label
+    for label in (
+        _label("TEFF", r"$T_\mathrm{eff}$", u.K, (3200, 5700)),
+        _label("LOGG", r"$\log g$", u.dex, (-0.5, 4.5)),
+        _label("FE_H", "[Fe/H]", u.dex, (-1.2, 0.8)),
+        _label("MG_FE", "[Mg/Fe]", u.dex, (-0.4, 0.6)),
+        _label("SI_FE", "[Si/Fe]", u.dex, (-0.4, 0.5)),
+        _label("M_H", "[M/H]", u.dex, (-2.7, 0.7), "PARAM_M_H"),
+        _label("ALPHA_M", r"[$\alpha$/M]", u.dex, (-0.5, 0.6), "PARAM_ALPHA_M"),
+        _label("C_M", "[C/M]", u.dex, (-0.9, 0.7)),
+        _label("N_M", "[N/M]", u.dex, (-0.6, 1.1)),
+    )
+}
 
 
 def label_records(names) -> tuple:
@@ -120,7 +164,9 @@ def label_records(names) -> tuple:
     names = [names] if isinstance(names, str) else list(names)
     unknown = [name for name in names if str(name).upper() not in LABELS]
     if unknown:
-        raise LabError(f"unknown label {', '.join(map(repr, unknown))}: choose from {', '.join(LABELS)}")
+        raise LabError(
+            f"unknown label {', '.join(map(repr, unknown))}: choose from {', '.join(LABELS)}"
+        )
     return tuple(LABELS[str(name).upper()] for name in names)
 
 # %% ../nbs/00_survey.ipynb #d4492dbe
@@ -131,37 +177,50 @@ APOGEE_ID = r"(?:[A-Z0-9]{2}\d{8}[+-]\d{7}|[A-Za-z][A-Za-z0-9_.+]*)"
 @dataclass(frozen=True)
 class Product:
     "A kind of spectrum file: what its HDUs hold. Layout: https://data.sdss.org/datamodel (apStar, aspcapStar)."
+
     name: str
-    hdus: int                       # HDUs that a whole file has at least
+    hdus: int  # HDUs that a whole file has at least
     flux: int = 1
     error: int = 2
-    mask: int | None = None         # HDU of the bitmask, None where there is none
-    normalized: bool = False        # flux is already relative to a pseudo-continuum
-    max_error: float = np.inf       # a pixel with this error or a larger one is unusable
+    mask: int | None = None  # HDU of the bitmask, None where there is none
+    normalized: bool = False  # flux is already relative to a pseudo-continuum
+    max_error: float = np.inf  # a pixel with this error or a larger one is unusable
 
 
-PRODUCTS = {product.name: product for product in (
-    Product("apstar", hdus=10, mask=3, max_error=1e10),   # 1e10 is how the survey writes "no value"
-    Product("aspcapstar", hdus=5, normalized=True, max_error=0.3),
-)}
+PRODUCTS = {
+    product.name: product
+    for product in (
+        Product(
+            "apstar", hdus=10, mask=3, max_error=1e10
+        ),  # 1e10 is how the survey writes "no value"
+        Product("aspcapstar", hdus=5, normalized=True, max_error=0.3),
+    )
+}
 
 
 @dataclass(frozen=True)
 class Release:
     "Path rules of one data release. `{field}` is a location ID up to DR14 and a name since DR16."
+
     name: str
-    paths: dict                     # product -> path template with {telescope}, {field}, {id}, {prefix}
-    allstar: str                    # path of the catalogue
-    target_id: str                  # template of TARGET_ID in the catalogue
+    paths: dict  # product -> path template with {telescope}, {field}, {id}, {prefix}
+    allstar: str  # path of the catalogue
+    target_id: str  # template of TARGET_ID in the catalogue
     telescopes: tuple = ("apo25m",)
-    field_column: str = "FIELD"     # the column of the catalogue that names the folder
-    prefixes: dict = field(default_factory=lambda: {"lco25m": "as"})   # file names begin with "ap", but for these telescopes
-    other_layouts: dict = field(default_factory=dict)   # product or "allstar" -> further templates that a folder may follow
+    field_column: str = "FIELD"  # the column of the catalogue that names the folder
+    prefixes: dict = field(
+        default_factory=lambda: {"lco25m": "as"}
+    )  # file names begin with "ap", but for these telescopes
+    other_layouts: dict = field(
+        default_factory=dict
+    )  # product or "allstar" -> further templates that a folder may follow
 
     def path(self, product: str, field: str, apogee_id: str, telescope: str = "apo25m") -> str:
         "Path of a star's file below the root."
         prefix = self.prefixes.get(telescope, "ap")
-        return self._template(product).format(telescope=telescope, field=field, id=apogee_id, prefix=prefix)
+        return self._template(product).format(
+            telescope=telescope, field=field, id=apogee_id, prefix=prefix
+        )
 
     def folder(self, product: str, field: str, telescope: str = "apo25m") -> str:
         "The folder that holds a field's files."
@@ -171,7 +230,9 @@ class Release:
         "The APOGEE_ID in the name of a star's file; None for other files, those of single visits among them."
         names = {PurePosixPath(template).name for template in self.templates(product)}
         for name in names:
-            pattern = re.escape(name).replace(r"\{id\}", f"({APOGEE_ID})").replace(r"\{prefix\}", "a[ps]")
+            pattern = (
+                re.escape(name).replace(r"\{id\}", f"({APOGEE_ID})").replace(r"\{prefix\}", "a[ps]")
+            )
             match = re.fullmatch(pattern, file_name)
             if match:
                 return match.group(1)
@@ -184,36 +245,71 @@ class Release:
 
     def _template(self, product):
         if product not in self.paths:
-            raise LabError(f"{self.name} has no product {product!r}: choose from {', '.join(self.paths)}")
+            raise LabError(
+                f"{self.name} has no product {product!r}: choose from {', '.join(self.paths)}"
+            )
         return self.paths[product]
 
 # %% ../nbs/00_survey.ipynb #f722a942
 def _release(name, apstar, aspcapstar, allstar, **rules):
     root = f"{name.lower()}/apogee/spectro/"
-    paths = {product: root + path for product, path in (("apstar", apstar), ("aspcapstar", aspcapstar)) if path}
+    paths = {
+        product: root + path
+        for product, path in (("apstar", apstar), ("aspcapstar", aspcapstar))
+        if path
+    }
     return Release(name, paths, root + allstar, **rules)
 
 
-RELEASES = {release.name.lower(): release for release in (
-    _release("DR10", "redux/r3/s3/{field}/apStar-s3-{id}.fits", "redux/r3/s3/a3/v304/{field}/aspcapStar-v304-{id}.fits",
-             "redux/r3/s3/a3/v304/allStar-v304.fits", target_id="{field}.{id}", field_column="LOCATION_ID"),
-    _release("DR14", "redux/r8/stars/{telescope}/{field}/apStar-r8-{id}.fits",
-             "redux/r8/stars/l31c/l31c.2/{field}/aspcapStar-r8-l31c.2-{id}.fits", "redux/r8/stars/l31c/l31c.2/allStar-l31c.2.fits",
-             target_id="{field}.{id}", telescopes=("apo25m", "apo1m"), field_column="LOCATION_ID",
-             other_layouts={"apstar": ("stars/{field}/apStar-r8-{id}.fits",),
-                            "aspcapstar": ("stars/{field}/aspcapStar-r8-l31c.2-{id}.fits",), "allstar": ("stars/allStar-l31c.2.fits",)}),
-    _release("DR16", "redux/r12/stars/{telescope}/{field}/{prefix}Star-r12-{id}.fits",
-             "aspcap/r12/l33/{telescope}/{field}/aspcapStar-r12-{id}.fits", "aspcap/r12/l33/allStar-r12-l33.fits",
-             target_id="{telescope}.{field}.{id}", telescopes=("apo25m", "lco25m", "apo1m")),
-    _release("DR17", "redux/dr17/stars/{telescope}/{field}/{prefix}Star-dr17-{id}.fits",
-             "aspcap/dr17/synspec_rev1/{telescope}/{field}/aspcapStar-dr17-{id}.fits", "aspcap/dr17/synspec_rev1/allStar-dr17-synspec_rev1.fits",
-             target_id="{telescope}.{field}.{id}", telescopes=("apo25m", "lco25m", "apo1m")),
-)}
+RELEASES = {
+    release.name.lower(): release
+    for release in (
+        _release(
+            "DR10",
+            "redux/r3/s3/{field}/apStar-s3-{id}.fits",
+            "redux/r3/s3/a3/v304/{field}/aspcapStar-v304-{id}.fits",
+            "redux/r3/s3/a3/v304/allStar-v304.fits",
+            target_id="{field}.{id}",
+            field_column="LOCATION_ID",
+        ),
+        _release(
+            "DR14",
+            "redux/r8/stars/{telescope}/{field}/apStar-r8-{id}.fits",
+            "redux/r8/stars/l31c/l31c.2/{field}/aspcapStar-r8-l31c.2-{id}.fits",
+            "redux/r8/stars/l31c/l31c.2/allStar-l31c.2.fits",
+            target_id="{field}.{id}",
+            telescopes=("apo25m", "apo1m"),
+            field_column="LOCATION_ID",
+            other_layouts={
+                "apstar": ("stars/{field}/apStar-r8-{id}.fits",),
+                "aspcapstar": ("stars/{field}/aspcapStar-r8-l31c.2-{id}.fits",),
+                "allstar": ("stars/allStar-l31c.2.fits",),
+            },
+        ),
+        _release(
+            "DR16",
+            "redux/r12/stars/{telescope}/{field}/{prefix}Star-r12-{id}.fits",
+            "aspcap/r12/l33/{telescope}/{field}/aspcapStar-r12-{id}.fits",
+            "aspcap/r12/l33/allStar-r12-l33.fits",
+            target_id="{telescope}.{field}.{id}",
+            telescopes=("apo25m", "lco25m", "apo1m"),
+        ),
+        _release(
+            "DR17",
+            "redux/dr17/stars/{telescope}/{field}/{prefix}Star-dr17-{id}.fits",
+            "aspcap/dr17/synspec_rev1/{telescope}/{field}/aspcapStar-dr17-{id}.fits",
+            "aspcap/dr17/synspec_rev1/allStar-dr17-synspec_rev1.fits",
+            target_id="{telescope}.{field}.{id}",
+            telescopes=("apo25m", "lco25m", "apo1m"),
+        ),
+    )
+}
 
 # %% ../nbs/00_survey.ipynb #4bfd7aac
 @dataclass(frozen=True)
 class Cut:
     "Keep stars with low < column < high."
+
     name: str
     column: str
     low: float = -np.inf
@@ -229,6 +325,7 @@ class Cut:
 @dataclass(frozen=True)
 class Archive:
     "What the lab has to know about an archive; `archive.json` at its root names the record."
+
     name: str
     title: str
     release: str
@@ -245,25 +342,53 @@ class Archive:
 
 _SNR = Cut("signal-to-noise", "SNR", low=50, reason="too noisy to train on")
 _LAB = dict(
-    release="dr14", labels=("TEFF", "LOGG", "FE_H", "MG_FE", "SI_FE"), fields=("4230", "4262", "5162", "4241"),
+    release="dr14",
+    labels=("TEFF", "LOGG", "FE_H", "MG_FE", "SI_FE"),
+    fields=("4230", "4262", "5162", "4241"),
     cuts=(_SNR, Cut("metal-poor", "FE_H", low=-1, reason="few stars, weak lines")),
 )
-ARCHIVES = {archive.name: archive for archive in (
-    Archive("survey", "SDSS data release 14, the lab's four fields", **_LAB),
-    Archive("mock", "synthetic stars with known truth, in the lab's four fields", **_LAB),
-    Archive("clusters", "553 real stars of 18 star clusters and the Pleiades (SDSS DR10)", release="dr14",
+ARCHIVES = {
+    archive.name: archive
+    for archive in (
+        Archive("survey", "SDSS data release 14, the lab's four fields", **_LAB),
+        Archive("mock", "synthetic stars with known truth, in the lab's four fields", **_LAB),
+        Archive(
+            "clusters",
+            "553 real stars of 18 star clusters and the Pleiades (SDSS DR10)",
+            release="dr14",
             labels=("TEFF", "LOGG", "M_H", "ALPHA_M", "C_M", "N_M"),
-            fields=("4105", "4128", "4147", "4148", "4160", "4161", "4162", "4200", "4201", "4202", "4217", "4230", "4259", "4260", "4261",
-                    "4262", "4263", "4264", "4418"),
-            cuts=(_SNR, Cut("dwarf", "LOGG", high=3.8, reason="the model is one of giants"))),
-)}
-ARCHIVE_FILE = "archive.json"   # at the root of an archive that we wrote
-TRUTH_FILE = "truth.fits"       # beside it, what only its writer knows
+            fields=(
+                "4105",
+                "4128",
+                "4147",
+                "4148",
+                "4160",
+                "4161",
+                "4162",
+                "4200",
+                "4201",
+                "4202",
+                "4217",
+                "4230",
+                "4259",
+                "4260",
+                "4261",
+                "4262",
+                "4263",
+                "4264",
+                "4418",
+            ),
+            cuts=(_SNR, Cut("dwarf", "LOGG", high=3.8, reason="the model is one of giants")),
+        ),
+    )
+}
+ARCHIVE_FILE = "archive.json"  # at the root of an archive that we wrote
+TRUTH_FILE = "truth.fits"  # beside it, what only its writer knows
 
 # %% ../nbs/00_survey.ipynb #b4be588d
 def archive_record(
-    root,            # a folder
-) -> Archive:        # the record that its archive.json names, the survey's without one
+    root,  # a folder
+) -> Archive:  # the record that its archive.json names, the survey's without one
     "Which archive stands at `root`."
     file = Path(root) / ARCHIVE_FILE
     if not file.exists():
@@ -271,19 +396,29 @@ def archive_record(
     try:
         name = json.loads(file.read_text(encoding="utf-8"))["archive"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise LabError(f"{file} does not name an archive ({error}): write the archive again, or remove the file if this is the survey") from error
+        raise LabError(
+            f"{file} does not name an archive ({error}): write the archive again, or remove the file if this is the survey"
+        ) from error
     if name not in ARCHIVES:
-        raise LabError(f"{file} names the archive {name!r}, which this version does not know: choose from {', '.join(ARCHIVES)}")
+        raise LabError(
+            f"{file} names the archive {name!r}, which this version does not know: choose from {', '.join(ARCHIVES)}"
+        )
     return ARCHIVES[name]
 
 
 def archive_root() -> Path:
     "Root of the archive at hand: `STELLAR_LAB_ARCHIVE`, else `data/archives/clusters` of the project."
     root = os.environ.get("STELLAR_LAB_ARCHIVE")
-    root = Path(root) if root else Path(__file__).resolve().parents[1] / "data" / "archives" / "clusters"
+    root = (
+        Path(root)
+        if root
+        else Path(__file__).resolve().parents[1] / "data" / "archives" / "clusters"
+    )
     if not root.is_dir():
-        raise LabError(f"there is no archive at {root}: run 'make archive', or 'stellar-lab archive clusters {root}', "
-                       "or let STELLAR_LAB_ARCHIVE name a folder")
+        raise LabError(
+            f"there is no archive at {root}: run 'make archive', or 'stellar-lab archive clusters {root}', "
+            "or let STELLAR_LAB_ARCHIVE name a folder"
+        )
     return root
 
 
@@ -293,7 +428,9 @@ def real_data() -> Path | None:
     if not folder:
         return None
     if not Path(folder).is_dir():
-        raise LabError(f"STELLAR_LAB_REAL_DATA names {folder}, which is not a folder: mend the variable or unset it")
+        raise LabError(
+            f"STELLAR_LAB_REAL_DATA names {folder}, which is not a folder: mend the variable or unset it"
+        )
     return Path(folder)
 
 
@@ -306,9 +443,11 @@ def profile() -> str:
 
 # %% ../nbs/00_survey.ipynb #c74ddd2f
 def read_truth(
-    root,                # of an archive
-    apogee_ids=None,     # (N,) which stars, in this order ("mystery" for the nameless one); all by default
-) -> Table | None:       # a row a star; None where the archive has no truth table, as the survey has none
+    root,  # of an archive
+    apogee_ids=None,  # (N,) which stars, in this order ("mystery" for the nameless one); all by default
+) -> (
+    Table | None
+):  # a row a star; None where the archive has no truth table, as the survey has none
     "What only the writer of an archive knows of its stars. LabError for a star that it does not list."
     file = Path(root) / TRUTH_FILE
     if not file.is_file():
@@ -320,28 +459,38 @@ def read_truth(
     place = {str(name): row for row, name in enumerate(table["APOGEE_ID"])}
     strangers = [str(name) for name in apogee_ids if str(name) not in place]
     if strangers:
-        raise LabError(f"{file} does not list {strangers[0]}, nor {len(strangers) - 1} more: is it the truth table of another archive?")
+        raise LabError(
+            f"{file} does not list {strangers[0]}, nor {len(strangers) - 1} more: is it the truth table of another archive?"
+        )
     return table[[place[str(name)] for name in apogee_ids]]
 
 
 def true_labels(
-    root, apogee_ids,    # as for `read_truth`
-    names,               # K label names
-) -> tuple | None:       # labels (N, K), trends of the catalogue (N, K), physical units; None where nobody knows them
+    root,
+    apogee_ids,  # as for `read_truth`
+    names,  # K label names
+) -> (
+    tuple | None
+):  # labels (N, K), trends of the catalogue (N, K), physical units; None where nobody knows them
     "The true labels of stars, and what the catalogue was made to be off. Stars that were observed, not made, have none."
     truth = read_truth(root, apogee_ids)
     if truth is None or not all(f"{name}_TREND" in truth.colnames for name in names):
         return None
-    return tuple(np.column_stack([np.asarray(truth[f"{name}{suffix}"], float) for name in names]) for suffix in ("", "_TREND"))
+    return tuple(
+        np.column_stack([np.asarray(truth[f"{name}{suffix}"], float) for name in names])
+        for suffix in ("", "_TREND")
+    )
 
 # %% ../nbs/00_survey.ipynb #da7af11f
 def data_file(
-    name: str,   # of a file in the package's data folder
-):               # -> context manager that gives its path
+    name: str,  # of a file in the package's data folder
+):  # -> context manager that gives its path
     "A file that the package brings; LabError if the installation lacks it."
     file = files("stellar_lab.data") / name
     if not file.is_file():
-        raise LabError(f"the installed package lacks its data file {name}: install stellar_lab again")
+        raise LabError(
+            f"the installed package lacks its data file {name}: install stellar_lab again"
+        )
     return as_file(file)
 
 # %% ../nbs/00_survey.ipynb #7a56f7cd
@@ -350,7 +499,9 @@ def atomic_path(path):
     "A temporary path beside `path` to write to; it becomes `path` when the block ends well and vanishes when it does not."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")   # keeps the extension, by which writers choose the format
+    temporary = path.with_name(
+        f".{os.getpid()}.{path.name}"
+    )  # keeps the extension, by which writers choose the format
     try:
         yield temporary
         os.replace(temporary, path)
@@ -363,12 +514,14 @@ TABLE_FORMATS = {".fits": "fits", ".ecsv": "ascii.ecsv", ".parquet": "parquet"}
 
 def write_table(
     table: Table,
-    path,           # .fits, .ecsv or .parquet
+    path,  # .fits, .ecsv or .parquet
 ):
     "Write a table whole or not at all, in the format that the extension names."
     suffix = Path(path).suffix.lower()
     if suffix not in TABLE_FORMATS:
-        raise LabError(f"cannot write {path}: the extension must be one of {', '.join(TABLE_FORMATS)}")
+        raise LabError(
+            f"cannot write {path}: the extension must be one of {', '.join(TABLE_FORMATS)}"
+        )
     if suffix == ".parquet":
         require("pyarrow", "parquet")
     with atomic_path(path) as temporary:
@@ -378,18 +531,23 @@ def write_table(
 @dataclass
 class Spectra:
     "Spectra of N stars on P pixels, and all that belongs to the same stars. Label columns are in physical units, NaN where there is none."
-    wavelength: np.ndarray          # (P,) float64, increasing [Angstrom, vacuum]
-    flux: np.ndarray                # (N, P) float32
-    ivar: np.ndarray                # (N, P) float32, inverse variance of flux; 0 marks an unusable pixel
-    stars: Table                    # N rows: APOGEE_ID, FIELD, SNR, labels, label errors, …
-    mask: np.ndarray | None = None  # (N, P) integer APOGEE_PIXMASK bits, None where the product has none
+
+    wavelength: np.ndarray  # (P,) float64, increasing [Angstrom, vacuum]
+    flux: np.ndarray  # (N, P) float32
+    ivar: np.ndarray  # (N, P) float32, inverse variance of flux; 0 marks an unusable pixel
+    stars: Table  # N rows: APOGEE_ID, FIELD, SNR, labels, label errors, …
+    mask: np.ndarray | None = (
+        None  # (N, P) integer APOGEE_PIXMASK bits, None where the product has none
+    )
 
     def __post_init__(self):
         shape = (len(self.stars), len(self.wavelength))
         for name in ("flux", "ivar", "mask"):
             array = getattr(self, name)
             if array is not None and array.shape != shape:
-                raise LabError(f"{name} has the shape {array.shape}, but {shape[0]} stars and {shape[1]} wavelengths need {shape}")
+                raise LabError(
+                    f"{name} has the shape {array.shape}, but {shape[0]} stars and {shape[1]} wavelengths need {shape}"
+                )
         if np.any(np.diff(self.wavelength) <= 0):
             raise LabError("wavelengths must increase from pixel to pixel")
 
@@ -399,7 +557,9 @@ class Spectra:
     def __getitem__(self, rows) -> "Spectra":
         if not isinstance(rows, slice):
             rows = np.atleast_1d(rows)
-            rows = rows if rows.size else rows.astype(int)   # an empty list means no stars, not a float
+            rows = (
+                rows if rows.size else rows.astype(int)
+            )  # an empty list means no stars, not a float
         mask = None if self.mask is None else self.mask[rows]
         return Spectra(self.wavelength, self.flux[rows], self.ivar[rows], self.stars[rows], mask)
 
@@ -419,26 +579,48 @@ class Spectra:
 
     def labels(
         self,
-        names=None,     # K label names; all that the table holds by default
-    ) -> np.ndarray:    # (N, K) float64, physical units, NaN where there is none
+        names=None,  # K label names; all that the table holds by default
+    ) -> np.ndarray:  # (N, K) float64, physical units, NaN where there is none
         "Label values as one array."
-        return self._columns([label.name for label in label_records(self.label_names if names is None else names)])
+        return self._columns(
+            [label.name for label in label_records(self.label_names if names is None else names)]
+        )
 
     def label_errors(self, names=None) -> np.ndarray:
         "1-sigma errors of the labels, like `labels`."
-        return self._columns([f"{label.name}_ERR" for label in label_records(self.label_names if names is None else names)])
+        return self._columns(
+            [
+                f"{label.name}_ERR"
+                for label in label_records(self.label_names if names is None else names)
+            ]
+        )
 
     def _columns(self, columns):
         missing = [column for column in columns if column not in self.stars.colnames]
         if missing:
-            raise LabError(f"the stars have no column {', '.join(missing)}: there are {', '.join(self.stars.colnames)}")
+            raise LabError(
+                f"the stars have no column {', '.join(missing)}: there are {', '.join(self.stars.colnames)}"
+            )
         if not columns:
             return np.empty((len(self), 0))
-        return np.column_stack([np.ma.filled(np.ma.asarray(self.stars[column], dtype=float), np.nan) for column in columns])
+        return np.column_stack(
+            [
+                np.ma.filled(np.ma.asarray(self.stars[column], dtype=float), np.nan)
+                for column in columns
+            ]
+        )
 
 # %% ../nbs/00_survey.ipynb #8137dc44
-STYLE = {"lines.linewidth": 0.9, "figure.constrained_layout.use": True, "figure.dpi": 80, "savefig.dpi": 80, "axes.grid": False}
-CHIP_COLORS = dict(zip(CHIPS, ("#0173b2", "#029e73", "#d55e00")))   # of seaborn's colour-blind palette
+STYLE = {
+    "lines.linewidth": 0.9,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 80,
+    "savefig.dpi": 80,
+    "axes.grid": False,
+}
+CHIP_COLORS = dict(
+    zip(CHIPS, ("#0173b2", "#029e73", "#d55e00"))
+)  # of seaborn's colour-blind palette
 
 
 def use_style():
@@ -447,18 +629,24 @@ def use_style():
 
 
 def plot_spectrum(
-    grid: np.ndarray,           # (P,) [Angstrom]
-    flux: np.ndarray,           # (P,)
-    ivar: np.ndarray = None,    # (P,); pixels of weight 0 leave a gap
-    window: tuple = None,       # (low, high) [Angstrom] to show
-    error: bool = False,        # draw the 1-sigma error on a second axis
-    ax=None, title: str = None, **line,
+    grid: np.ndarray,  # (P,) [Angstrom]
+    flux: np.ndarray,  # (P,)
+    ivar: np.ndarray = None,  # (P,); pixels of weight 0 leave a gap
+    window: tuple = None,  # (low, high) [Angstrom] to show
+    error: bool = False,  # draw the 1-sigma error on a second axis
+    ax=None,
+    title: str = None,
+    **line,
 ):
     "One spectrum; returns the Axes."
     ax = plt.subplots(figsize=(9, 2.5))[1] if ax is None else ax
-    shown = np.ones(len(grid), bool) if window is None else (grid >= window[0]) & (grid <= window[1])
+    shown = (
+        np.ones(len(grid), bool) if window is None else (grid >= window[0]) & (grid <= window[1])
+    )
     good = np.ones(len(grid), bool) if ivar is None else np.asarray(ivar) > 0
-    gaps = np.flatnonzero(np.diff(np.log10(grid[shown])) > 1.5 * LOG10_STEP) + 1   # NaNs between the chips break the line
+    gaps = (
+        np.flatnonzero(np.diff(np.log10(grid[shown])) > 1.5 * LOG10_STEP) + 1
+    )  # NaNs between the chips break the line
 
     def broken(y):
         return np.insert(np.where(good, y, np.nan)[shown].astype(float), gaps, np.nan)

@@ -1,4 +1,5 @@
 """The embedded real stars and the writer: files, faults, and what must hold for any seed and any spectrum."""
+
 import hashlib
 import json
 import os
@@ -16,8 +17,21 @@ from hypothesis.extra import numpy as hnp
 
 from stellar_lab import archives
 from stellar_lab.archives import (
-    FLAWS, LOG_ERROR_STEP, MAX_ERROR, MYSTERY_FILE, NO_ERROR, _encode, clusters, draw_throughput, pixel_bits, real_stars, split_visits,
-    tree_digest, true_continuum, write_archive, write_clusters,
+    FLAWS,
+    LOG_ERROR_STEP,
+    MAX_ERROR,
+    MYSTERY_FILE,
+    NO_ERROR,
+    _encode,
+    clusters,
+    draw_throughput,
+    pixel_bits,
+    real_stars,
+    split_visits,
+    tree_digest,
+    true_continuum,
+    write_archive,
+    write_clusters,
 )
 from stellar_lab.survey import ARCHIVE_FILE, ARCHIVES, TRUTH_FILE, LabError, on_band
 
@@ -38,11 +52,20 @@ def apstar(root, star):
 
 # --- what is shipped
 
+
 def test_checksums_of_the_readme():
     "data/README.md's table has the checksum of every file, but for records, which each run of the scoreboard writes anew."
     data = files("stellar_lab.data")
-    rows = re.findall(r"^\| `([\w.]+)` \|.*\| `([0-9a-f]{64})` \|$", (data / "README.md").read_text(encoding="utf-8"), flags=re.M)
-    shipped = {file.name for file in data.iterdir() if file.name.endswith((".fits", ".ecsv", ".npy")) and not file.name.startswith("scoreboard")}
+    rows = re.findall(
+        r"^\| `([\w.]+)` \|.*\| `([0-9a-f]{64})` \|$",
+        (data / "README.md").read_text(encoding="utf-8"),
+        flags=re.M,
+    )
+    shipped = {
+        file.name
+        for file in data.iterdir()
+        if file.name.endswith((".fits", ".ecsv", ".npy")) and not file.name.startswith("scoreboard")
+    }
     assert {name for name, _ in rows} == shipped
     for name, sha256 in rows:
         assert hashlib.sha256((data / name).read_bytes()).hexdigest() == sha256, name
@@ -61,7 +84,11 @@ def test_real_stars_match_their_clusters():
     assert spectra.flux.dtype == spectra.ivar.dtype == np.float32
     assert set(spectra.label_names) == set(ARCHIVES["clusters"].labels)
     assert spectra.stars.meta["product"] == "aspcapstar" and spectra.stars.meta["normalized"]
-    assert all(len(source) == 19 or source == "round" for name in ("FE_H_SOURCE", "AGE_SOURCE") for source in table[name])
+    assert all(
+        len(source) == 19 or source == "round"
+        for name in ("FE_H_SOURCE", "AGE_SOURCE")
+        for source in table[name]
+    )
     bibcodes = set(table["FE_H_SOURCE"]) | set(table["AGE_SOURCE"]) - {"round"}
     assert bibcodes == set(table.meta["references"])
 
@@ -72,33 +99,46 @@ def test_a_missing_data_file_says_so(monkeypatch):
         real_stars()
 
 
-@pytest.mark.skipif(not os.environ.get("STELLAR_LAB_CANNON_TARBALL"), reason="STELLAR_LAB_CANNON_TARBALL is not set")
+@pytest.mark.skipif(
+    not os.environ.get("STELLAR_LAB_CANNON_TARBALL"), reason="STELLAR_LAB_CANNON_TARBALL is not set"
+)
 def test_remade_file_is_the_shipped_one(tmp_path):
     shipped = (files("stellar_lab.data") / archives.PACKED_STARS).read_bytes()
-    sha256 = archives.pack_real_stars(os.environ["STELLAR_LAB_CANNON_TARBALL"], tmp_path / "again.fits", progress=False)
+    sha256 = archives.pack_real_stars(
+        os.environ["STELLAR_LAB_CANNON_TARBALL"], tmp_path / "again.fits", progress=False
+    )
     assert sha256 == hashlib.sha256(shipped).hexdigest()
 
 
 def test_a_folder_that_was_tampered_with_is_refused(tmp_path):
     (tmp_path / "Data").mkdir()
     (tmp_path / "reference_labels.csv").write_text("ID\n")
-    with pytest.raises(LabError, match="are not those of TheCannon 0.3.5: unpack the tarball again"):
+    with pytest.raises(
+        LabError, match="are not those of TheCannon 0.3.5: unpack the tarball again"
+    ):
         archives.pack_real_stars(tmp_path, tmp_path / "packed.fits", progress=False)
     assert not (tmp_path / "packed.fits").exists()
 
 
-@given(hnp.arrays("f4", 20, elements=st.floats(0, 1.25, width=32)), hnp.arrays("f4", 20, elements=st.floats(0, 100, width=32)))
+@given(
+    hnp.arrays("f4", 20, elements=st.floats(0, 1.25, width=32)),
+    hnp.arrays("f4", 20, elements=st.floats(0, 100, width=32)),
+)
 def test_packing_keeps_good_pixels_good(flux, error):
     error = np.where(error > 0, np.maximum(error, 1e-3), 0)
     steps, levels = _encode(flux, error)
     back = np.where(levels > NO_ERROR, np.exp(levels * LOG_ERROR_STEP), 0)
-    assert np.array_equal((flux > 0) & (error > 0) & (error < MAX_ERROR), (steps > 0) & (back > 0) & (back < MAX_ERROR))
+    assert np.array_equal(
+        (flux > 0) & (error > 0) & (error < MAX_ERROR),
+        (steps > 0) & (back > 0) & (back < MAX_ERROR),
+    )
     assert np.all(np.abs(steps * archives.FLUX_STEP - flux) <= 1e-4)
     some = error > 0
     assert np.all(np.abs(np.log(back[some] / error[some].astype(float))) <= LOG_ERROR_STEP + 1e-9)
 
 
 # --- the writer
+
 
 def test_flux_comes_back_from_both_products(small):
     ids, curves = true_continuum(small)
@@ -117,7 +157,10 @@ def test_flux_comes_back_from_both_products(small):
         with fits.open(aspcap) as hdus:
             assert np.array_equal(hdus[1].data[on_band], spectra.flux[i])
             error, known = hdus[2].data[on_band], spectra.ivar[i] > 0
-            assert np.allclose(error[known] ** -2.0, spectra.ivar[i][known], rtol=1e-5) and not error[~known].any()
+            assert (
+                np.allclose(error[known] ** -2.0, spectra.ivar[i][known], rtol=1e-5)
+                and not error[~known].any()
+            )
 
 
 def test_single_visits_are_one_dimensional_and_off_band_pixels_empty(tmp_path):
@@ -125,13 +168,19 @@ def test_single_visits_are_one_dimensional_and_off_band_pixels_empty(tmp_path):
     rows = np.flatnonzero((stars["NVISITS"] == 1) & (stars["LOGG"] < 3.8))[:4]
     write_clusters(tmp_path / "a", stars=rows, flaws={}, workers=1, progress=False)
     found = sorted((tmp_path / "a").rglob("apStar-*.fits"))
-    assert len(found) == 3   # and one mystery star
+    assert len(found) == 3  # and one mystery star
     off_band = np.setdiff1d(np.arange(8575), on_band)
     for file in found:
         with fits.open(file) as hdus:
             hdus.verify("exception")
-            assert [hdus[i].data.shape for i in range(1, 8)] == [(8575,)] * 7 and hdus[3].data.dtype == np.dtype(">i2")
-            assert not hdus[1].data[off_band].any() and np.all(hdus[2].data[off_band] == 1e10) and np.all(hdus[3].data[off_band] & 1)
+            assert [hdus[i].data.shape for i in range(1, 8)] == [(8575,)] * 7 and hdus[
+                3
+            ].data.dtype == np.dtype(">i2")
+            assert (
+                not hdus[1].data[off_band].any()
+                and np.all(hdus[2].data[off_band] == 1e10)
+                and np.all(hdus[3].data[off_band] & 1)
+            )
 
 
 def test_the_mystery_star_is_nameless(small):
@@ -150,7 +199,10 @@ def test_flaws_are_where_the_truth_says(small):
     assert card["flaws"] == {flaw.name: flaw.count for flaw in FLAWS.values()}
     rows = {name: catalogue[catalogue["APOGEE_ID"] == name] for name in truth["APOGEE_ID"]}
     for name, flaw in zip(truth["APOGEE_ID"], truth["FLAW"]):
-        exist = [bool(list(small.rglob(f"{product}-*-{name}.fits"))) for product in ("apStar*", "aspcapStar*")]
+        exist = [
+            bool(list(small.rglob(f"{product}-*-{name}.fits")))
+            for product in ("apStar*", "aspcapStar*")
+        ]
         if flaw != "mystery":
             assert exist == [flaw != "no-file"] * 2, (name, flaw)
             assert len(rows[name]) == {"no-row": 0, "duplicate": 2}.get(flaw, 1), (name, flaw)
@@ -172,15 +224,27 @@ def test_low_snr_copies_are_as_noisy_as_they_say(small):
 def test_a_star_is_the_same_in_a_smaller_archive(small, tmp_path):
     rows = archives._spread(553, 12)
     write_clusters(tmp_path / "few", stars=rows[:6], flaws={}, workers=1, progress=False)
-    same = {file.name for file in (tmp_path / "few").rglob("apStar-*.fits")} & {file.name for file in small.rglob("apStar-*.fits")}
+    same = {file.name for file in (tmp_path / "few").rglob("apStar-*.fits")} & {
+        file.name for file in small.rglob("apStar-*.fits")
+    }
     assert len(same) >= 4
     for name in same:
-        assert next(small.rglob(name)).read_bytes() == next((tmp_path / "few").rglob(name)).read_bytes()
+        assert (
+            next(small.rglob(name)).read_bytes()
+            == next((tmp_path / "few").rglob(name)).read_bytes()
+        )
 
 
 def test_same_seed_same_bytes_for_any_number_of_workers(tmp_path):
     for name, seed, workers in (("a", 3, 1), ("b", 3, 2), ("c", 4, 2)):
-        write_clusters(tmp_path / name, seed=seed, stars=4, flaws={"low-snr": 1, "html": 1}, workers=workers, progress=False)
+        write_clusters(
+            tmp_path / name,
+            seed=seed,
+            stars=4,
+            flaws={"low-snr": 1, "html": 1},
+            workers=workers,
+            progress=False,
+        )
     digests = [tree_digest(tmp_path / name) for name in "abc"]
     assert digests[0] == digests[1] != digests[2]
 
@@ -188,6 +252,7 @@ def test_same_seed_same_bytes_for_any_number_of_workers(tmp_path):
 def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
+
     monkeypatch.setattr(archives, "allstar_table", stop)
     with pytest.raises(KeyboardInterrupt):
         write_clusters(tmp_path / "clusters", stars=3, flaws={}, workers=1, progress=False)
@@ -200,7 +265,9 @@ def test_what_stands_in_the_way_is_kept(small, tmp_path):
     with pytest.raises(LabError, match="holds another archive"):
         write_clusters(small, stars=13, progress=False)
     (tmp_path / "letter").write_text("dear")
-    with pytest.raises(LabError, match="is not an archive of ours: name another folder, or remove it"):
+    with pytest.raises(
+        LabError, match="is not an archive of ours: name another folder, or remove it"
+    ):
         write_clusters(tmp_path, progress=False)
     with pytest.raises(LabError, match="is not an archive of ours"):
         write_clusters(tmp_path / "letter", progress=False)
@@ -209,16 +276,25 @@ def test_what_stands_in_the_way_is_kept(small, tmp_path):
     assert write_clusters(tmp_path / "empty", stars=3, flaws={}, workers=1, progress=False).new
 
 
-@pytest.mark.parametrize("stars, message", [
-    (0, "cannot take 0 stars: .* choose 2 to 553"), (554, "cannot take 554 stars"), ([0, 1, 2], None), (np.arange(3), None),
-])
+@pytest.mark.parametrize(
+    "stars, message",
+    [
+        (0, "cannot take 0 stars: .* choose 2 to 553"),
+        (554, "cannot take 554 stars"),
+        ([0, 1, 2], None),
+        (np.arange(3), None),
+    ],
+)
 def test_how_many_stars(tmp_path, stars, message):
     if message:
         with pytest.raises(LabError, match=message):
             write_clusters(tmp_path / "a", stars=stars)
         assert not (tmp_path / "a").exists()
     else:
-        assert write_clusters(tmp_path / "a", stars=stars, flaws={}, workers=1, progress=False).stars == 2
+        assert (
+            write_clusters(tmp_path / "a", stars=stars, flaws={}, workers=1, progress=False).stars
+            == 2
+        )
 
 
 def test_dwarfs_alone_make_no_archive(tmp_path):
@@ -240,8 +316,12 @@ def test_the_writer_leaves_its_input_alone(tmp_path):
     for array in (spectra.flux, spectra.ivar, spectra.mask):
         array.flags.writeable = False
     write_archive(tmp_path / "a", spectra, ARCHIVES["clusters"], workers=1, progress=False)
-    assert all(np.array_equal(a, b) for a, b in zip(before, (spectra.flux, spectra.ivar, spectra.mask)))
-    assert before[3].colnames == spectra.stars.colnames and all(np.all(before[3][name] == spectra.stars[name]) for name in before[3].colnames)
+    assert all(
+        np.array_equal(a, b) for a, b in zip(before, (spectra.flux, spectra.ivar, spectra.mask))
+    )
+    assert before[3].colnames == spectra.stars.colnames and all(
+        np.all(before[3][name] == spectra.stars[name]) for name in before[3].colnames
+    )
 
 
 def test_the_full_plan_keeps_every_giant_but_the_mystery():
@@ -250,26 +330,37 @@ def test_the_full_plan_keeps_every_giant_but_the_mystery():
         plan = archives.plan_archive(spectra, record, seed)
         kept = archives.passes_cuts(spectra.stars[plan["SOURCE"]], record) & (plan["FLAW"] == "")
         assert kept.sum() == 478 and np.sum(plan["FLAW"] == "mystery") == 1
-        assert all(RULES.parse_name("apstar", f"apStar-r8-{name}.fits") == name for name in plan["APOGEE_ID"])
+        assert all(
+            RULES.parse_name("apstar", f"apStar-r8-{name}.fits") == name
+            for name in plan["APOGEE_ID"]
+        )
 
 
 # --- its parts
+
 
 @settings(max_examples=30)
 @given(st.integers(2, 20), st.integers(0, 2**32 - 1))
 def test_visits_average_to_their_combination(visits, seed):
     rng = np.random.default_rng(seed)
     flux, error = rng.uniform(10, 4000, 500), rng.uniform(0.1, 10, 500)
-    error[:3] = [1e10, 1e6, 1e3]   # no value, and two bad pixels
+    error[:3] = [1e10, 1e6, 1e3]  # no value, and two bad pixels
     fluxes, errors, weights = split_visits(flux, error, visits, rng)
     assert fluxes.shape == errors.shape == (visits, 500) and np.isclose(weights.sum(), 1)
-    assert np.allclose(weights @ fluxes, flux, rtol=1e-9) and np.allclose((errors**-2).sum(axis=0), error**-2.0)
+    assert np.allclose(weights @ fluxes, flux, rtol=1e-9) and np.allclose(
+        (errors**-2).sum(axis=0), error**-2.0
+    )
 
 
-@given(hnp.arrays("f4", (2, 7214), elements=st.sampled_from([0, 1])), hnp.arrays("f4", (2, 7214), elements=st.sampled_from([0, 0.01, 0.5, 10])))
+@given(
+    hnp.arrays("f4", (2, 7214), elements=st.sampled_from([0, 1])),
+    hnp.arrays("f4", (2, 7214), elements=st.sampled_from([0, 0.01, 0.5, 10])),
+)
 @settings(max_examples=15)
 def test_bits_on_exactly_the_bad_pixels(flux, error):
-    assert np.array_equal(pixel_bits(flux, error) == 0, (flux > 0) & (error > 0) & (error < MAX_ERROR))
+    assert np.array_equal(
+        pixel_bits(flux, error) == 0, (flux > 0) & (error > 0) & (error < MAX_ERROR)
+    )
 
 
 @given(st.integers(0, 2**31), st.text("ABM0123456789+-", min_size=1, max_size=18))

@@ -1,4 +1,5 @@
 "Files, faults and properties of stellar_lab.clean; what a reader learns from stands in nbs/02_clean."
+
 import gzip
 import json
 import shutil
@@ -13,31 +14,86 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from stellar_lab.clean import (
-    Ledger, apply_cuts, dark_pixels, drop_dark_pixels, find_files, inverse_variance, keep, match_catalogue, product_of,
-    read_archive, read_catalogue, read_files,
+    Ledger,
+    apply_cuts,
+    dark_pixels,
+    drop_dark_pixels,
+    find_files,
+    inverse_variance,
+    keep,
+    match_catalogue,
+    product_of,
+    read_archive,
+    read_catalogue,
+    read_files,
 )
-from stellar_lab.survey import ARCHIVES, PRODUCTS, RELEASES, Cut, LabError, Spectra, on_band, real_data, wavelength
+from stellar_lab.survey import (
+    ARCHIVES,
+    PRODUCTS,
+    RELEASES,
+    Cut,
+    LabError,
+    Spectra,
+    on_band,
+    real_data,
+    wavelength,
+)
 
 GRID = {"CRVAL1": 4.179, "CDELT1": 6e-6, "CRPIX1": 1}
-A, B, C, SOUTH = "2M00000001+0000001", "2M00000002+0000002", "2M00000003+0000003", "2M00000004-0000004"
+A, B, C, SOUTH = (
+    "2M00000001+0000001",
+    "2M00000002+0000002",
+    "2M00000003+0000003",
+    "2M00000004-0000004",
+)
 
 
 def values(seed=0, level=100.0):
     "Flux, error and mask of one star on the full grid."
     rng = np.random.default_rng(seed)
-    return level * rng.uniform(0.5, 1.5, 8575), level * rng.uniform(0.01, 0.02, 8575), rng.integers(0, 1 << 14, 8575)
+    return (
+        level * rng.uniform(0.5, 1.5, 8575),
+        level * rng.uniform(0.01, 0.02, 8575),
+        rng.integers(0, 1 << 14, 8575),
+    )
 
 
-def write_apstar(path, seed=0, rows=5, floats=np.float32, ints=np.int16, level=100.0, grid=GRID, **header):
+def write_apstar(
+    path, seed=0, rows=5, floats=np.float32, ints=np.int16, level=100.0, grid=GRID, **header
+):
     "An apStar file; row k holds k times the values, so that a wrong row shows. Without rows the arrays are 1-D."
     flux, error, mask = values(seed, level)
     if rows:
-        flux, error, mask = np.outer(np.arange(rows), flux), np.tile(error, (rows, 1)), np.tile(mask, (rows, 1))
+        flux, error, mask = (
+            np.outer(np.arange(rows), flux),
+            np.tile(error, (rows, 1)),
+            np.tile(mask, (rows, 1)),
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
-    first = fits.PrimaryHDU(header=fits.Header({"OBJID": path.stem.split("-", 2)[-1], "SNR": 100.0, "NVISITS": 3, "FIELD": "M2", "LOCID": 4230,
-                                                "J": 9.0, "H": 8.5, "K": 8.4, **GRID, **header}))
-    images = [fits.ImageHDU(data, fits.Header(grid)) for data in (flux.astype(floats), error.astype(floats), mask.astype(ints))]
-    rest = [fits.ImageHDU(flux.astype(floats)) for _ in range(4)] + [fits.ImageHDU(), fits.BinTableHDU(Table({"RV": [1.0]}))]
+    first = fits.PrimaryHDU(
+        header=fits.Header(
+            {
+                "OBJID": path.stem.split("-", 2)[-1],
+                "SNR": 100.0,
+                "NVISITS": 3,
+                "FIELD": "M2",
+                "LOCID": 4230,
+                "J": 9.0,
+                "H": 8.5,
+                "K": 8.4,
+                **GRID,
+                **header,
+            }
+        )
+    )
+    images = [
+        fits.ImageHDU(data, fits.Header(grid))
+        for data in (flux.astype(floats), error.astype(floats), mask.astype(ints))
+    ]
+    rest = [fits.ImageHDU(flux.astype(floats)) for _ in range(4)] + [
+        fits.ImageHDU(),
+        fits.BinTableHDU(Table({"RV": [1.0]})),
+    ]
     fits.HDUList([first, *images, *rest]).writeto(path, overwrite=True)
     return path
 
@@ -46,9 +102,15 @@ def write_aspcapstar(path, seed=0, **header):
     "An aspcapStar file: normalized flux, error, best fit, a table; no mask."
     flux, error, _ = values(seed, 1.0)
     path.parent.mkdir(parents=True, exist_ok=True)
-    first = fits.PrimaryHDU(header=fits.Header({"OBJ": path.stem.split("-", 2)[-1], "SNR": 100.0, **header}))
-    images = [fits.ImageHDU(data.astype(np.float32), fits.Header(GRID)) for data in (flux, error, flux)]
-    fits.HDUList([first, *images, fits.BinTableHDU(Table({"PARAM": [1.0]}))]).writeto(path, overwrite=True)
+    first = fits.PrimaryHDU(
+        header=fits.Header({"OBJ": path.stem.split("-", 2)[-1], "SNR": 100.0, **header})
+    )
+    images = [
+        fits.ImageHDU(data.astype(np.float32), fits.Header(GRID)) for data in (flux, error, flux)
+    ]
+    fits.HDUList([first, *images, fits.BinTableHDU(Table({"PARAM": [1.0]}))]).writeto(
+        path, overwrite=True
+    )
     return path
 
 
@@ -56,9 +118,18 @@ def write_allstar(path, rows, **columns):
     "An allStar table of (location, APOGEE_ID, SNR, Teff) with plausible other labels."
     path.parent.mkdir(parents=True, exist_ok=True)
     location, star, snr, teff = zip(*rows)
-    table = Table({"TARGET_ID": [f"{a}.{b}" for a, b in zip(location, star)], "APOGEE_ID": star, "TELESCOPE": ["apo25m"] * len(rows),
-                   "LOCATION_ID": np.array(location, np.int32), "FIELD": ["M2"] * len(rows), "SNR": np.array(snr, np.float32),
-                   "TEFF": np.array(teff, np.float32), "TEFF_ERR": np.full(len(rows), 50, np.float32)})
+    table = Table(
+        {
+            "TARGET_ID": [f"{a}.{b}" for a, b in zip(location, star)],
+            "APOGEE_ID": star,
+            "TELESCOPE": ["apo25m"] * len(rows),
+            "LOCATION_ID": np.array(location, np.int32),
+            "FIELD": ["M2"] * len(rows),
+            "SNR": np.array(snr, np.float32),
+            "TEFF": np.array(teff, np.float32),
+            "TEFF_ERR": np.full(len(rows), 50, np.float32),
+        }
+    )
     for name, value in {"LOGG": 2.0, "FE_H": -0.5, "MG_FE": 0.1, "SI_FE": 0.1, "M_H": -0.5}.items():
         table[name] = np.full(len(rows), value, np.float32)
         table[f"{name}_ERR"] = np.full(len(rows), 0.05, np.float32)
@@ -78,28 +149,49 @@ def archive(tmp_path):
     "A DR14 tree in which everything goes wrong once."
     for seed, star in enumerate((A, B, C, SOUTH)):
         write_apstar(star_path(tmp_path, star), seed, rows=0 if star == B else 5)
-    write_apstar(star_path(tmp_path, A, "4262"), 7)                                  # the same star in another field
-    write_apstar(star_path(tmp_path, "2M00000005+0000005"), level=0.0)                # no light
-    write_apstar(star_path(tmp_path, "2M00000006+0000006"), 6)                        # no row
-    write_apstar(star_path(tmp_path, "2M00000007+0000007"), 7)                        # no label
-    write_apstar(star_path(tmp_path, "2M00000008+0000008"), 8)                        # noisy
+    write_apstar(star_path(tmp_path, A, "4262"), 7)  # the same star in another field
+    write_apstar(star_path(tmp_path, "2M00000005+0000005"), level=0.0)  # no light
+    write_apstar(star_path(tmp_path, "2M00000006+0000006"), 6)  # no row
+    write_apstar(star_path(tmp_path, "2M00000007+0000007"), 7)  # no label
+    write_apstar(star_path(tmp_path, "2M00000008+0000008"), 8)  # noisy
     star_path(tmp_path, "2M00000009+0000009").write_text("<!DOCTYPE html><title>404</title>")
-    shutil.copy(star_path(tmp_path, A), star_path(tmp_path, A + "-56931"))            # a single visit
-    rows = [(4230, A, 90, 4500), (4230, A, 200, 4600), (4230, A, 100, 4700), (4262, A, 300, 4650), (4230, B, 80, 4300), (4230, C, 80, 4800),
-            (4230, SOUTH, 80, 4900), (4230, "2M00000005+0000005", 80, 4000), (4230, "2M00000007+0000007", 80, -9999), (4230, C[:-1] + "9", 80, 4000),
-            (4230, "2M00000008+0000008", 20, 4100), (4230, "2M00000009+0000009", 80, 4000), (9999, B, 999, 9999)]
+    shutil.copy(star_path(tmp_path, A), star_path(tmp_path, A + "-56931"))  # a single visit
+    rows = [
+        (4230, A, 90, 4500),
+        (4230, A, 200, 4600),
+        (4230, A, 100, 4700),
+        (4262, A, 300, 4650),
+        (4230, B, 80, 4300),
+        (4230, C, 80, 4800),
+        (4230, SOUTH, 80, 4900),
+        (4230, "2M00000005+0000005", 80, 4000),
+        (4230, "2M00000007+0000007", 80, -9999),
+        (4230, C[:-1] + "9", 80, 4000),
+        (4230, "2M00000008+0000008", 20, 4100),
+        (4230, "2M00000009+0000009", 80, 4000),
+        (9999, B, 999, 9999),
+    ]
     write_allstar(tmp_path / RELEASES["dr14"].allstar, rows)
     return tmp_path
 
 
 # Reading files -----------------------------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("row", [0, 1, 3])
 @pytest.mark.parametrize("floats, ints", [(np.float32, np.int16), (np.float64, np.int64)])
 def test_rows_and_number_types(tmp_path, row, floats, ints):
-    spectra, problems = read_files([write_apstar(tmp_path / f"apStar-r8-{A}.fits", 3, 5, floats, ints)], row=row, progress=False)
+    spectra, problems = read_files(
+        [write_apstar(tmp_path / f"apStar-r8-{A}.fits", 3, 5, floats, ints)],
+        row=row,
+        progress=False,
+    )
     flux, error, mask = values(3)
-    assert not problems and (spectra.flux.dtype, spectra.ivar.dtype, spectra.mask.dtype) == (np.float32, np.float32, np.int32)
+    assert not problems and (spectra.flux.dtype, spectra.ivar.dtype, spectra.mask.dtype) == (
+        np.float32,
+        np.float32,
+        np.int32,
+    )
     assert spectra.flux.dtype.isnative and spectra.mask.dtype.isnative
     np.testing.assert_allclose(spectra.flux[0], row * flux[on_band], rtol=1e-6)
     np.testing.assert_allclose(spectra.ivar[0], error[on_band] ** -2, rtol=1e-5)
@@ -109,25 +201,44 @@ def test_rows_and_number_types(tmp_path, row, floats, ints):
 def test_a_star_seen_once_has_no_rows(tmp_path):
     file = write_apstar(tmp_path / f"apStar-r8-{A}.fits", rows=0)
     for row in (0, 1):
-        np.testing.assert_allclose(read_files(file, row=row, progress=False)[0].flux[0], values()[0][on_band], rtol=1e-6)
+        np.testing.assert_allclose(
+            read_files(file, row=row, progress=False)[0].flux[0], values()[0][on_band], rtol=1e-6
+        )
     with pytest.raises(LabError, match="row 2 does not exist: the star was seen once"):
         read_files(file, row=2, progress=False)
 
 
 def test_a_row_that_does_not_exist_is_that_files_problem(tmp_path):
-    files = [write_apstar(tmp_path / f"apStar-r8-{star}.fits", rows=rows) for star, rows in ((A, 3), (B, 8))]
+    files = [
+        write_apstar(tmp_path / f"apStar-r8-{star}.fits", rows=rows)
+        for star, rows in ((A, 3), (B, 8))
+    ]
     spectra, problems = read_files(files, row=5, progress=False)
     assert list(spectra.stars["APOGEE_ID"]) == [B]
-    assert [str(p) for p in problems] == [f"apStar-r8-{A}.fits: row 5 does not exist: the file has rows 0 to 2"]
+    assert [str(p) for p in problems] == [
+        f"apStar-r8-{A}.fits: row 5 does not exist: the file has rows 0 to 2"
+    ]
     with pytest.raises(LabError, match="row must be 0, 1, 2"):
         read_files(files, row=-1)
 
 
-@pytest.mark.parametrize("name", ["aspcapStar-v304-{}.fits", "aspcapStar-r8-l31c.2-{}.fits", "aspcapStar-r12-{}.fits", "aspcapStar-dr17-{}.fits"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "aspcapStar-v304-{}.fits",
+        "aspcapStar-r8-l31c.2-{}.fits",
+        "aspcapStar-r12-{}.fits",
+        "aspcapStar-dr17-{}.fits",
+    ],
+)
 def test_aspcapstar_of_every_release(tmp_path, name):
     spectra, problems = read_files(write_aspcapstar(tmp_path / name.format(SOUTH)), progress=False)
     assert not problems and spectra.mask is None
-    assert spectra.stars["APOGEE_ID"][0] == SOUTH and spectra.stars.meta["product"] == "aspcapstar" and spectra.stars.meta["normalized"]
+    assert (
+        spectra.stars["APOGEE_ID"][0] == SOUTH
+        and spectra.stars.meta["product"] == "aspcapstar"
+        and spectra.stars.meta["normalized"]
+    )
 
 
 def test_without_a_name_the_hdus_decide(tmp_path):
@@ -138,7 +249,10 @@ def test_without_a_name_the_hdus_decide(tmp_path):
     with pytest.raises(LabError, match="two kinds, apstar and aspcapstar: choose one"):
         read_files([raw, normalized])
     spectra, problems = read_files([raw, normalized], product="apstar", progress=False)
-    assert len(spectra) == 1 and "HDUs are those of an aspcapstar file, not of an apstar file" in problems[0].reason
+    assert (
+        len(spectra) == 1
+        and "HDUs are those of an aspcapstar file, not of an apstar file" in problems[0].reason
+    )
     with pytest.raises(LabError, match="unknown product 'apvisit'"):
         read_files(raw, product="apvisit")
 
@@ -146,6 +260,7 @@ def test_without_a_name_the_hdus_decide(tmp_path):
 def _cut_to(share):
     def damage(path):
         path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+
     return damage
 
 
@@ -162,30 +277,44 @@ def _no_mask(path):
 
 def _noise(path):
     bad = bytearray(path.read_bytes())
-    bad[2880:5760] = np.random.default_rng(0).bytes(2880)   # the header of the flux
+    bad[2880:5760] = np.random.default_rng(0).bytes(2880)  # the header of the flux
     path.write_bytes(bytes(bad))
 
 
 FAULTS = {
-    "cut short": _cut_to(0.99), "cut in half": _cut_to(0.5), "cut in the flux": _cut_to(0.05),
+    "cut short": _cut_to(0.99),
+    "cut in half": _cut_to(0.5),
+    "cut in the flux": _cut_to(0.05),
     "cut in the header": lambda p: p.write_bytes(p.read_bytes()[:1000]),
-    "empty": lambda p: p.write_bytes(b""), "html": lambda p: p.write_text("<html>404</html>"), "gone": lambda p: p.unlink(),
-    "fewer HDUs": _fewer_hdus, "another mask": _no_mask, "noise": _noise, "grid": lambda p: write_apstar(p, grid=GRID | {"CDELT1": 6.001e-6}),
-    "shifted grid": lambda p: write_apstar(p, grid=GRID | {"CRPIX1": 2}), "another start": lambda p: write_apstar(p, grid=GRID | {"CRVAL1": 4.1791}),
-    "no grid": lambda p: write_apstar(p, grid={}, CRVAL1=4.0), "a table": lambda p: Table({"a": [1]}).write(p, overwrite=True),
+    "empty": lambda p: p.write_bytes(b""),
+    "html": lambda p: p.write_text("<html>404</html>"),
+    "gone": lambda p: p.unlink(),
+    "fewer HDUs": _fewer_hdus,
+    "another mask": _no_mask,
+    "noise": _noise,
+    "grid": lambda p: write_apstar(p, grid=GRID | {"CDELT1": 6.001e-6}),
+    "shifted grid": lambda p: write_apstar(p, grid=GRID | {"CRPIX1": 2}),
+    "another start": lambda p: write_apstar(p, grid=GRID | {"CRVAL1": 4.1791}),
+    "no grid": lambda p: write_apstar(p, grid={}, CRVAL1=4.0),
+    "a table": lambda p: Table({"a": [1]}).write(p, overwrite=True),
     "normalized": write_aspcapstar,
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_damaged_file_is_reported_and_skipped(tmp_path, fault):
-    files = [write_apstar(tmp_path / f"apStar-r8-{star}.fits", seed) for seed, star in enumerate((A, B, C))]
+    files = [
+        write_apstar(tmp_path / f"apStar-r8-{star}.fits", seed)
+        for seed, star in enumerate((A, B, C))
+    ]
     FAULTS[fault](files[1])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         spectra, problems = read_files(files, progress=False)
     assert list(spectra.stars["APOGEE_ID"]) == [A, C]
-    np.testing.assert_allclose(spectra.flux[1], values(2)[0][on_band], rtol=1e-6)   # ranks are closed with the right rows
+    np.testing.assert_allclose(
+        spectra.flux[1], values(2)[0][on_band], rtol=1e-6
+    )  # ranks are closed with the right rows
     assert len(problems) == 1 and problems[0].path == str(files[1]) and len(problems[0].reason) > 4
     with pytest.raises(LabError, match="none of 1 files is a good apstar file: apStar-r8-"):
         read_files(files[1], product="apstar", progress=False)
@@ -200,8 +329,14 @@ def test_the_reasons_say_what_is_wrong(tmp_path):
             read_files(file, progress=False)
         reasons[fault] = str(error.value)
         assert str(tmp_path) not in reasons[fault]
-    for fault, words in {"cut short": "cut short: ", "empty": "empty", "html": "not a FITS file: it begins with '<html>404", "gone": "No such file",
-                         "fewer HDUs": "has 4 HDUs, a whole apstar file at least 10", "grid": "another wavelength grid"}.items():
+    for fault, words in {
+        "cut short": "cut short: ",
+        "empty": "empty",
+        "html": "not a FITS file: it begins with '<html>404",
+        "gone": "No such file",
+        "fewer HDUs": "has 4 HDUs, a whole apstar file at least 10",
+        "grid": "another wavelength grid",
+    }.items():
         assert words in reasons[fault]
 
 
@@ -214,7 +349,9 @@ def test_packed_files_are_read_too(tmp_path):
     plain = write_apstar(tmp_path / f"apStar-r8-{A}.fits", 4)
     packed = tmp_path / f"apStar-r8-{A}.fits.gz"
     packed.write_bytes(gzip.compress(plain.read_bytes()))
-    np.testing.assert_array_equal(read_files(packed, progress=False)[0].flux, read_files(plain, progress=False)[0].flux)
+    np.testing.assert_array_equal(
+        read_files(packed, progress=False)[0].flux, read_files(plain, progress=False)[0].flux
+    )
 
 
 def test_bad_pixels_weigh_nothing(tmp_path):
@@ -223,17 +360,27 @@ def test_bad_pixels_weigh_nothing(tmp_path):
         hdus[2].data[on_band[:5]] = [0, -1, np.nan, 1e10, np.inf]
         hdus[1].data[on_band[5:7]] = [np.nan, 0]
     spectra, _ = read_files(file, progress=False)
-    assert list(spectra.ivar[0, :8] > 0) == [False] * 6 + [True] * 2 and np.isfinite(spectra.flux).all()
+    assert (
+        list(spectra.ivar[0, :8] > 0) == [False] * 6 + [True] * 2
+        and np.isfinite(spectra.flux).all()
+    )
 
 
-@given(arrays(np.float32, 20, elements=st.floats(width=32)), arrays(np.float32, 20, elements=st.floats(width=32)), st.sampled_from(list(PRODUCTS)))
+@given(
+    arrays(np.float32, 20, elements=st.floats(width=32)),
+    arrays(np.float32, 20, elements=st.floats(width=32)),
+    st.sampled_from(list(PRODUCTS)),
+)
 def test_weights_are_finite_and_not_negative(flux, error, product):
     ivar = inverse_variance(flux, error, PRODUCTS[product])
     assert ivar.dtype == np.float32 and np.isfinite(ivar).all() and (ivar >= 0).all()
-    assert not ivar[~np.isfinite(flux) | ~(error > 0) | (error >= PRODUCTS[product].max_error)].any()
+    assert not ivar[
+        ~np.isfinite(flux) | ~(error > 0) | (error >= PRODUCTS[product].max_error)
+    ].any()
 
 
 # Finding files -----------------------------------------------------------------------------------------------------------------------------
+
 
 def test_the_labs_own_layout(tmp_path):
     write_apstar(tmp_path / f"stars/4230/apStar-r8-{SOUTH}.fits", 1)
@@ -247,12 +394,21 @@ def test_both_layouts_are_one_archive(archive):
     write_apstar(copy, 9)
     write_apstar(archive / "stars/4230/apStar-r8-2M00000077+0000077.fits", 9)
     files = find_files(archive)
-    assert sum(files["APOGEE_ID"] == A) == 2 and str(copy) not in files["path"]   # two fields; the copy does not count again
+    assert (
+        sum(files["APOGEE_ID"] == A) == 2 and str(copy) not in files["path"]
+    )  # two fields; the copy does not count again
     assert "2M00000077+0000077" in files["APOGEE_ID"]
 
 
-@pytest.mark.parametrize("release, field, telescope", [("dr10", "4230", "apo25m"), ("dr14", "hip", "apo1m"), ("dr16", "000+02", "lco25m"),
-                                                       ("dr17", "N7789", "apo25m")])
+@pytest.mark.parametrize(
+    "release, field, telescope",
+    [
+        ("dr10", "4230", "apo25m"),
+        ("dr14", "hip", "apo1m"),
+        ("dr16", "000+02", "lco25m"),
+        ("dr17", "N7789", "apo25m"),
+    ],
+)
 @pytest.mark.parametrize("product", list(PRODUCTS))
 def test_every_release_has_its_tree(tmp_path, release, field, telescope, product):
     rules = RELEASES[release]
@@ -260,29 +416,49 @@ def test_every_release_has_its_tree(tmp_path, release, field, telescope, product
     (write_apstar if product == "apstar" else write_aspcapstar)(path)
     for fields in ("all", [field], field):
         files = find_files(tmp_path, product, fields, release=release)
-        assert list(files["APOGEE_ID"]) == [SOUTH] and list(files["FOLDER"]) == [field] and list(files["path"]) == [str(path)]
+        assert (
+            list(files["APOGEE_ID"]) == [SOUTH]
+            and list(files["FOLDER"]) == [field]
+            and list(files["path"]) == [str(path)]
+        )
     row = {"telescope": files["TELESCOPE"][0], "field": field, "id": SOUTH}
-    write_allstar(tmp_path / rules.allstar, [(1, SOUTH, 80, 4500)], TARGET_ID=[rules.target_id.format(**row)], FIELD=[field])
+    write_allstar(
+        tmp_path / rules.allstar,
+        [(1, SOUTH, 80, 4500)],
+        TARGET_ID=[rules.target_id.format(**row)],
+        FIELD=[field],
+    )
     spectra, ledger = read_archive(tmp_path, product, "all", release=release, progress=False)
     assert spectra.stars["TEFF"][0] == 4500 and spectra.stars.meta["release"] == release
-    assert spectra.stars["TELESCOPE"][0] == (telescope if "{telescope}" in rules.paths[product] else "apo25m")
+    assert spectra.stars["TELESCOPE"][0] == (
+        telescope if "{telescope}" in rules.paths[product] else "apo25m"
+    )
 
 
 def test_fields_and_visits(archive):
     assert set(find_files(archive, fields=["4262"])["FOLDER"]) == {"4262"}
-    assert len(find_files(archive, fields="4230")) == 9 and len(find_files(archive)) == 10   # the single visit is no star
-    assert len(find_files(archive, fields="1234")) == 0 and len(find_files(archive, "aspcapstar")) == 0
+    assert (
+        len(find_files(archive, fields="4230")) == 9 and len(find_files(archive)) == 10
+    )  # the single visit is no star
+    assert (
+        len(find_files(archive, fields="1234")) == 0 and len(find_files(archive, "aspcapstar")) == 0
+    )
 
 
 def test_nothing_found_says_where_it_looked(archive, tmp_path):
-    with pytest.raises(LabError, match="looked for dr14/apogee/spectro/redux/r8/stars/.* in fields 77"):
+    with pytest.raises(
+        LabError, match="looked for dr14/apogee/spectro/redux/r8/stars/.* in fields 77"
+    ):
         read_archive(archive, fields=["77"])
     with pytest.raises(LabError, match="there is no folder .*nowhere"):
         read_archive(archive / "nowhere")
     with pytest.raises(LabError, match="unknown release 'dr99': choose from dr10, dr14"):
         read_archive(archive, release="dr99")
     (archive / RELEASES["dr14"].allstar).unlink()
-    with pytest.raises(LabError, match="no allStar table.*looked for dr14/.*allStar-l31c.2.fits, stars/allStar-l31c.2.fits"):
+    with pytest.raises(
+        LabError,
+        match="no allStar table.*looked for dr14/.*allStar-l31c.2.fits, stars/allStar-l31c.2.fits",
+    ):
         read_archive(archive)
 
 
@@ -291,38 +467,77 @@ def test_nothing_left_says_why(tmp_path):
     star_path(tmp_path, A).write_text("<html>")
     write_apstar(star_path(tmp_path, B))
     write_allstar(tmp_path / RELEASES["dr14"].allstar, [(4230, C, 80, 4500)])
-    with pytest.raises(LabError, match=r"2 apstar files found, of which 1 are damaged: .*not a FITS file.*have no row in allStar-l31c.2.fits"):
+    with pytest.raises(
+        LabError,
+        match=r"2 apstar files found, of which 1 are damaged: .*not a FITS file.*have no row in allStar-l31c.2.fits",
+    ):
         read_archive(tmp_path, progress=False)
 
 
 # The catalogue -----------------------------------------------------------------------------------------------------------------------------
 
+
 def test_the_catalogue_packed_or_not(tmp_path, monkeypatch):
-    path = write_allstar(tmp_path / "allStar.fits", [(4230, f"2M{k:08d}+0000000", 50 + k, 4000 + k) for k in range(25)])
+    path = write_allstar(
+        tmp_path / "allStar.fits",
+        [(4230, f"2M{k:08d}+0000000", 50 + k, 4000 + k) for k in range(25)],
+    )
     packed = tmp_path / "allStar.fits.gz"
     packed.write_bytes(gzip.compress(path.read_bytes()))
-    monkeypatch.setattr("stellar_lab.clean.BLOCK", 7)   # more than one block, the last not full
+    monkeypatch.setattr("stellar_lab.clean.BLOCK", 7)  # more than one block, the last not full
     for table in (read_catalogue(path, ["TEFF"]), read_catalogue(packed, ["TEFF"])):
-        assert table.colnames == ["APOGEE_ID", "TARGET_ID", "TELESCOPE", "FIELD", "LOCATION_ID", "SNR", "TEFF", "TEFF_ERR"]
-        assert list(table["TEFF"]) == list(range(4000, 4025)) and table["TEFF"].unit == "K" and table["TEFF_ERR"].unit == "K"
-        assert all(table[name].dtype.isnative for name in table.colnames) and table.meta["labels"] == ["TEFF"]
+        assert table.colnames == [
+            "APOGEE_ID",
+            "TARGET_ID",
+            "TELESCOPE",
+            "FIELD",
+            "LOCATION_ID",
+            "SNR",
+            "TEFF",
+            "TEFF_ERR",
+        ]
+        assert (
+            list(table["TEFF"]) == list(range(4000, 4025))
+            and table["TEFF"].unit == "K"
+            and table["TEFF_ERR"].unit == "K"
+        )
+        assert all(table[name].dtype.isnative for name in table.colnames) and table.meta[
+            "labels"
+        ] == ["TEFF"]
 
 
 def test_missing_values_become_nan(tmp_path):
-    path = write_allstar(tmp_path / "allStar.fits", [(1, A, -9999, -9999), (1, B, 80, -9999.99), (1, C, 80, np.nan), (1, SOUTH, 80, 4000)],
-                         TEFF_ERR=np.array([-9999, -1, 0, 50.0]))
+    path = write_allstar(
+        tmp_path / "allStar.fits",
+        [(1, A, -9999, -9999), (1, B, 80, -9999.99), (1, C, 80, np.nan), (1, SOUTH, 80, 4000)],
+        TEFF_ERR=np.array([-9999, -1, 0, 50.0]),
+    )
     table = read_catalogue(path, ["TEFF"])
-    assert list(np.isfinite(table["TEFF"])) == list(np.isfinite(table["TEFF_ERR"])) == [False] * 3 + [True] and np.isnan(table["SNR"][0])
+    assert list(np.isfinite(table["TEFF"])) == list(np.isfinite(table["TEFF_ERR"])) == [
+        False
+    ] * 3 + [True] and np.isnan(table["SNR"][0])
 
 
 def test_older_names_and_labels_without_errors(tmp_path):
     path = tmp_path / "allStar.fits"
     Table({"APOGEE_ID": [A], "PARAM_M_H": [-0.5], "TEFF": [4000.0]}).write(path)
     table = read_catalogue(path)
-    assert table.meta["labels"] == ["TEFF", "M_H"] and table["M_H"][0] == -0.5 and np.isnan(table["M_H_ERR"][0])
+    assert (
+        table.meta["labels"] == ["TEFF", "M_H"]
+        and table["M_H"][0] == -0.5
+        and np.isnan(table["M_H_ERR"][0])
+    )
 
 
-@pytest.mark.parametrize("content, words", [(None, "No such file"), (b"", "empty"), (b"<html>", "not a FITS file"), ("truncated", "allStar")])
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, "No such file"),
+        (b"", "empty"),
+        (b"<html>", "not a FITS file"),
+        ("truncated", "allStar"),
+    ],
+)
 def test_a_broken_catalogue_is_an_error(tmp_path, content, words):
     path = tmp_path / "allStar.fits"
     if content == "truncated":
@@ -336,7 +551,10 @@ def test_a_broken_catalogue_is_an_error(tmp_path, content, words):
 
 def test_a_catalogue_without_what_is_needed(tmp_path):
     path = write_allstar(tmp_path / "allStar.fits", [(1, A, 80, 4000)])
-    with pytest.raises(LabError, match=r"no label ALPHA_M, N_M \(looked for the columns ALPHA_M, PARAM_ALPHA_M, N_M\): it has TEFF, LOGG, FE_H"):
+    with pytest.raises(
+        LabError,
+        match=r"no label ALPHA_M, N_M \(looked for the columns ALPHA_M, PARAM_ALPHA_M, N_M\): it has TEFF, LOGG, FE_H",
+    ):
         read_catalogue(path, ["TEFF", "ALPHA_M", "N_M"])
     with pytest.raises(LabError, match="no column VSINI: a cut needs it"):
         read_catalogue(path, ["TEFF"], ["VSINI"])
@@ -349,16 +567,44 @@ def test_a_catalogue_without_what_is_needed(tmp_path):
 @given(st.data())
 def test_the_join_is_the_plain_scan(data):
     fields, names = ["4230", "4262"], ["a", "b", "c"]
-    rows = data.draw(st.lists(st.tuples(st.sampled_from(fields), st.sampled_from(names), st.floats(1, 999)), min_size=1, max_size=12))
-    files = data.draw(st.lists(st.tuples(st.sampled_from(fields), st.sampled_from(names)), min_size=1, max_size=6, unique=True))
-    usual = data.draw(st.booleans())   # whether TARGET_ID follows the template
-    catalogue = Table({"APOGEE_ID": [r[1] for r in rows], "TARGET_ID": [f"{r[0]}.{r[1]}" if usual else "?" for r in rows],
-                       "TELESCOPE": ["apo25m"] * len(rows), "LOCATION_ID": [int(r[0]) for r in rows], "SNR": [r[2] for r in rows]})
-    stars = Table({"APOGEE_ID": [f[1] for f in files], "FOLDER": [f[0] for f in files], "TELESCOPE": ["apo25m"] * len(files)})
+    rows = data.draw(
+        st.lists(
+            st.tuples(st.sampled_from(fields), st.sampled_from(names), st.floats(1, 999)),
+            min_size=1,
+            max_size=12,
+        )
+    )
+    files = data.draw(
+        st.lists(
+            st.tuples(st.sampled_from(fields), st.sampled_from(names)),
+            min_size=1,
+            max_size=6,
+            unique=True,
+        )
+    )
+    usual = data.draw(st.booleans())  # whether TARGET_ID follows the template
+    catalogue = Table(
+        {
+            "APOGEE_ID": [r[1] for r in rows],
+            "TARGET_ID": [f"{r[0]}.{r[1]}" if usual else "?" for r in rows],
+            "TELESCOPE": ["apo25m"] * len(rows),
+            "LOCATION_ID": [int(r[0]) for r in rows],
+            "SNR": [r[2] for r in rows],
+        }
+    )
+    stars = Table(
+        {
+            "APOGEE_ID": [f[1] for f in files],
+            "FOLDER": [f[0] for f in files],
+            "TELESCOPE": ["apo25m"] * len(files),
+        }
+    )
     place, further = match_catalogue(stars, catalogue, RELEASES["dr14"])
     known = {r[0] for r in rows}
     for n, (field, name) in enumerate(files):
-        same = [k for k, r in enumerate(rows) if r[1] == name and (r[0] == field or field not in known)]
+        same = [
+            k for k, r in enumerate(rows) if r[1] == name and (r[0] == field or field not in known)
+        ]
         best = max(same, key=lambda k: rows[k][2], default=-1)
         assert place[n] == best or rows[place[n]][2] == rows[best][2]
         assert further[n] == max(len(same) - 1, 0)
@@ -366,17 +612,31 @@ def test_the_join_is_the_plain_scan(data):
 
 # From an archive to a sample ---------------------------------------------------------------------------------------------------------------
 
+
 def test_each_flaw_falls_to_its_rule(archive):
     spectra, ledger = read_archive(archive, progress=False)
-    assert spectra.stars["TEFF"][list(spectra.stars["APOGEE_ID"]).index(A)] == 4600   # the row of SNR 200
+    assert (
+        spectra.stars["TEFF"][list(spectra.stars["APOGEE_ID"]).index(A)] == 4600
+    )  # the row of SNR 200
     assert spectra.label_names == ARCHIVES["survey"].labels and spectra.stars["TEFF"].unit == "K"
     good, ledger = apply_cuts(spectra, ledger=ledger)
-    assert ledger.dropped == {"2M00000009+0000009": "damaged", "2M00000006+0000006": "no row in the catalogue",
-                              "2M00000005+0000005": "flux all zero", "2M00000007+0000007": "missing labels",
-                              "2M00000008+0000008": "signal-to-noise"}
+    assert ledger.dropped == {
+        "2M00000009+0000009": "damaged",
+        "2M00000006+0000006": "no row in the catalogue",
+        "2M00000005+0000005": "flux all zero",
+        "2M00000007+0000007": "missing labels",
+        "2M00000008+0000008": "signal-to-noise",
+    }
     counts = dict(zip(ledger.table["rule"], ledger.table["counted"]))
-    assert counts["duplicate rows resolved"] == 2 and counts["rows of the catalogue without a file"] == 1
-    assert sorted(good.stars["APOGEE_ID"]) == sorted([A, A, B, C, SOUTH]) and ledger.left == len(good) == 5 and ledger.found == 10
+    assert (
+        counts["duplicate rows resolved"] == 2
+        and counts["rows of the catalogue without a file"] == 1
+    )
+    assert (
+        sorted(good.stars["APOGEE_ID"]) == sorted([A, A, B, C, SOUTH])
+        and ledger.left == len(good) == 5
+        and ledger.found == 10
+    )
     assert ledger.why("2M00000009+0000009").startswith("damaged (not a FITS file")
     assert Ledger.from_dict(json.loads(json.dumps(ledger.to_dict()))) == ledger
 
@@ -384,7 +644,9 @@ def test_each_flaw_falls_to_its_rule(archive):
 def test_spectra_and_labels_stay_with_their_star(archive):
     spectra, _ = read_archive(archive, progress=False, dark=0)
     for seed, star in enumerate((A, B, C, SOUTH)):
-        row = np.flatnonzero((spectra.stars["APOGEE_ID"] == star) & (spectra.stars["SNR"] <= 200))[0]
+        row = np.flatnonzero((spectra.stars["APOGEE_ID"] == star) & (spectra.stars["SNR"] <= 200))[
+            0
+        ]
         np.testing.assert_allclose(spectra.flux[row], values(seed)[0][on_band], rtol=1e-6)
 
 
@@ -400,24 +662,46 @@ def test_a_cut_may_use_a_label_that_was_not_asked_for(archive):
 def test_both_products_in_one_archive(archive):
     write_aspcapstar(star_path(archive, A, product="aspcapstar"), 1)
     spectra, ledger = read_archive(archive, "aspcapstar", progress=False)
-    assert len(spectra) == 1 and spectra.mask is None and spectra.stars["TEFF"][0] == 4600 and spectra.stars.meta["normalized"]
+    assert (
+        len(spectra) == 1
+        and spectra.mask is None
+        and spectra.stars["TEFF"][0] == 4600
+        and spectra.stars.meta["normalized"]
+    )
 
 
 def some_spectra(n=6, seed=0):
     rng = np.random.default_rng(seed)
     flux = rng.uniform(0.5, 1.5, (n, len(wavelength))).astype("f4")
-    stars = Table({"APOGEE_ID": [f"s{k}" for k in range(n)], "SNR": np.linspace(10, 200, n)}, meta={"labels": []})
+    stars = Table(
+        {"APOGEE_ID": [f"s{k}" for k in range(n)], "SNR": np.linspace(10, 200, n)},
+        meta={"labels": []},
+    )
     return Spectra(wavelength, flux, np.ones_like(flux), stars)
 
 
 def test_cuts_of_ones_own():
     spectra = some_spectra()
-    good, ledger = apply_cuts(spectra, [Cut("faint", "SNR", low=50), Cut("bright", "SNR", high=150)])
-    assert list(ledger.table["rule"]) == ["files found", "flux all zero", "missing labels", "faint", "bright"]
-    assert len(good) == ledger.left == np.sum((spectra.stars["SNR"] > 50) & (spectra.stars["SNR"] < 150))
+    good, ledger = apply_cuts(
+        spectra, [Cut("faint", "SNR", low=50), Cut("bright", "SNR", high=150)]
+    )
+    assert list(ledger.table["rule"]) == [
+        "files found",
+        "flux all zero",
+        "missing labels",
+        "faint",
+        "bright",
+    ]
+    assert (
+        len(good)
+        == ledger.left
+        == np.sum((spectra.stars["SNR"] > 50) & (spectra.stars["SNR"] < 150))
+    )
     with pytest.raises(LabError, match="say which cuts to apply"):
         apply_cuts(spectra)
-    with pytest.raises(LabError, match="needs a column LOGG, which the stars lack: there are APOGEE_ID, SNR"):
+    with pytest.raises(
+        LabError, match="needs a column LOGG, which the stars lack: there are APOGEE_ID, SNR"
+    ):
         apply_cuts(spectra, [Cut("dwarf", "LOGG", high=3.8)])
     with pytest.raises(LabError, match="no star passed the cuts(.|\n)*impossible"):
         apply_cuts(spectra, [Cut("impossible", "SNR", low=999)])
@@ -426,7 +710,10 @@ def test_cuts_of_ones_own():
 def test_a_later_step_goes_on_with_the_ledger():
     spectra, ledger = apply_cuts(some_spectra(), [Cut("faint", "SNR", low=50)])
     fewer, longer = keep(spectra, np.arange(len(spectra)) > 0, "too many masked pixels", ledger)
-    assert longer.dropped[spectra.stars["APOGEE_ID"][0]] == "too many masked pixels" and longer.left == len(fewer) == ledger.left - 1
+    assert (
+        longer.dropped[spectra.stars["APOGEE_ID"][0]] == "too many masked pixels"
+        and longer.left == len(fewer) == ledger.left - 1
+    )
     with pytest.raises(LabError, match="the ledger has 4 stars left, but there are 6 spectra"):
         keep(some_spectra(), np.ones(6, bool), "x", ledger)
 
@@ -436,11 +723,18 @@ def test_every_ledger_balances(drops):
     ledger = Ledger(sum(drops) + 3)
     for k, n in enumerate(drops):
         ledger = ledger.drop(f"rule {k}", [f"{k}-{i}" for i in range(n)]).count("seen", n)
-    assert ledger.left == 3 and ledger.table["dropped"].sum() + ledger.left == ledger.found and len(ledger.dropped) == sum(drops)
-    assert Ledger.from_dict(json.loads(json.dumps(ledger.to_dict()))) == ledger and len(str(ledger).splitlines()) == 3 + 2 * len(drops)
+    assert (
+        ledger.left == 3
+        and ledger.table["dropped"].sum() + ledger.left == ledger.found
+        and len(ledger.dropped) == sum(drops)
+    )
+    assert Ledger.from_dict(json.loads(json.dumps(ledger.to_dict()))) == ledger and len(
+        str(ledger).splitlines()
+    ) == 3 + 2 * len(drops)
 
 
 # Dark pixels -------------------------------------------------------------------------------------------------------------------------------
+
 
 def test_dark_pixels_do_not_know_how_bright_a_star_is():
     spectra = some_spectra(8)
@@ -450,10 +744,12 @@ def test_dark_pixels_do_not_know_how_bright_a_star_is():
     dark = dark_pixels(spectra.flux, spectra.ivar)
     assert list(zip(*np.nonzero(dark))) == [(3, 100)]
     scale = 10.0 ** np.linspace(-3, 3, 8)[:, None]
-    np.testing.assert_array_equal(dark_pixels((spectra.flux * scale).astype("f4"), spectra.ivar, block=1000), dark)
+    np.testing.assert_array_equal(
+        dark_pixels((spectra.flux * scale).astype("f4"), spectra.ivar, block=1000), dark
+    )
     after = drop_dark_pixels(spectra)
     assert after.ivar[3, 100] == 0 and after.flux is spectra.flux
-    np.testing.assert_array_equal(spectra.ivar, before)   # the argument is left alone
+    np.testing.assert_array_equal(spectra.ivar, before)  # the argument is left alone
 
 
 def test_dark_pixels_of_few_stars():
@@ -470,7 +766,10 @@ def test_dark_pixels_of_few_stars():
 
 # The survey's own files --------------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.skipif(not real_data(), reason="STELLAR_LAB_REAL_DATA names no folder with raw survey files")
+
+@pytest.mark.skipif(
+    not real_data(), reason="STELLAR_LAB_REAL_DATA names no folder with raw survey files"
+)
 def test_every_real_file_is_read():
     paths = sorted(real_data().glob("apStar-*.fits")) + [real_data() / "mystery_spec_wiped.fits"]
     spectra, problems = read_files(paths, progress=False)
@@ -483,11 +782,15 @@ def test_every_real_file_is_read():
         np.testing.assert_array_equal(spectra.ivar[n] > 0, error[row] < 1e9)
 
 
-@pytest.mark.skipif(not real_data(), reason="STELLAR_LAB_REAL_DATA names no folder with raw survey files")
+@pytest.mark.skipif(
+    not real_data(), reason="STELLAR_LAB_REAL_DATA names no folder with raw survey files"
+)
 def test_real_catalogues():
     new = read_catalogue(real_data() / "allStar-dr16-33rows.fits", ["TEFF", "MG_FE"])
     assert len(new) == 33 and np.isclose(new["TEFF"][0], 4723.117) and np.isnan(new["MG_FE"]).any()
-    stars = Table({"APOGEE_ID": new["APOGEE_ID"], "TELESCOPE": new["TELESCOPE"], "FOLDER": new["FIELD"]})
+    stars = Table(
+        {"APOGEE_ID": new["APOGEE_ID"], "TELESCOPE": new["TELESCOPE"], "FOLDER": new["FIELD"]}
+    )
     rows, further = match_catalogue(stars, new, RELEASES["dr16"])
     assert list(rows) == list(range(33)) and not further.any()
     with pytest.raises(LabError, match="no label MG_FE .*it has TEFF, LOGG, FE_H, M_H, ALPHA_M"):

@@ -24,12 +24,32 @@ from hypothesis import strategies as st
 
 from stellar_lab import __version__
 from stellar_lab.fetch import (
-    MAX_WAIT, PLAIN_NAME, ArchiveHandler, Dropped, FolderSource, HttpSource, Item, Missing, Refused, _bytes, _is_safe, _Patience, fetch, fetch_file,
-    file_problem, find_stars, list_fields, open_source, parse_index, serve,
+    MAX_WAIT,
+    PLAIN_NAME,
+    ArchiveHandler,
+    Dropped,
+    FolderSource,
+    HttpSource,
+    Item,
+    Missing,
+    Refused,
+    _bytes,
+    _is_safe,
+    _Patience,
+    fetch,
+    fetch_file,
+    file_problem,
+    find_stars,
+    list_fields,
+    open_source,
+    parse_index,
+    serve,
 )
 from stellar_lab.survey import ARCHIVE_FILE, PRODUCTS, RELEASES, LabError, real_data
 
-pytestmark = pytest.mark.filterwarnings("ignore::astropy.utils.exceptions.AstropyUserWarning")   # astropy's, about damaged headers
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::astropy.utils.exceptions.AstropyUserWarning"
+)  # astropy's, about damaged headers
 
 DR14 = RELEASES["dr14"]
 IDS = ("2M21334193-0048169", "2M00004994+1621552", "VESTA")
@@ -41,7 +61,9 @@ UNFINISHED = (".part", ".note", ".old")
 def tiny(hdus, fill=0.0):
     "Bytes of a FITS file with so many HDUs."
     file = BytesIO()
-    fits.HDUList([fits.PrimaryHDU(), *(fits.ImageHDU(np.full(2000, fill + k, "f4")) for k in range(1, hdus))]).writeto(file)
+    fits.HDUList(
+        [fits.PrimaryHDU(), *(fits.ImageHDU(np.full(2000, fill + k, "f4")) for k in range(1, hdus))]
+    ).writeto(file)
     return file.getvalue()
 
 
@@ -54,16 +76,30 @@ def put(root, path, content):
 
 def tree(root, unfinished=False):
     "path -> content of the files that stand under a final name."
-    files = {str(file.relative_to(root)): file.read_bytes() for file in Path(root).rglob("*") if file.is_file()}
-    return {path: content for path, content in files.items() if unfinished or not path.endswith(UNFINISHED)}
+    files = {
+        str(file.relative_to(root)): file.read_bytes()
+        for file in Path(root).rglob("*")
+        if file.is_file()
+    }
+    return {
+        path: content
+        for path, content in files.items()
+        if unfinished or not path.endswith(UNFINISHED)
+    }
 
 
-def make_tree(root, release=DR14, fields=("4230",), products=("apstar",), telescope="apo25m", fill=0.0):
+def make_tree(
+    root, release=DR14, fields=("4230",), products=("apstar",), telescope="apo25m", fill=0.0
+):
     put(root, release.allstar, tiny(2, fill))
     for product in products:
         for k, field in enumerate(fields):
             for j, star in enumerate(IDS):
-                put(root, release.path(product, field, star, telescope), tiny(PRODUCTS[product].hdus, fill + 10 * k + j))
+                put(
+                    root,
+                    release.path(product, field, star, telescope),
+                    tiny(PRODUCTS[product].hdus, fill + 10 * k + j),
+                )
     return Path(root)
 
 
@@ -100,7 +136,7 @@ class Planned(ArchiveHandler):
         self.end_headers()
         try:
             self.wfile.write(body)
-        except OSError:   # the client has seen enough
+        except OSError:  # the client has seen enough
             self.close_connection = True
 
 
@@ -139,7 +175,7 @@ def trickle(handler):
     handler.answer(200, b"", len(handler.file()), close=True)
     try:
         for k in range(200):
-            handler.wfile.write(handler.file()[k:k + 1])
+            handler.wfile.write(handler.file()[k : k + 1])
             if handler.leave.wait(0.03):
                 return
     except OSError:
@@ -160,14 +196,16 @@ def no_range(handler):
 
 
 def page(handler):
-    handler.answer(200, b"<!DOCTYPE html>\n<html><body>Please log in</body></html>", Content_Type="text/html")
+    handler.answer(
+        200, b"<!DOCTYPE html>\n<html><body>Please log in</body></html>", Content_Type="text/html"
+    )
 
 
 def chunked(handler):
     handler.answer(200, b"", length=False, Transfer_Encoding="chunked")
     body = handler.file()
     for k in range(0, len(body), 10_000):
-        piece = body[k:k + 10_000]
+        piece = body[k : k + 10_000]
         handler.wfile.write(b"%x\r\n%s\r\n" % (len(piece), piece))
     handler.wfile.write(b"0\r\n\r\n")
 
@@ -175,8 +213,15 @@ def chunked(handler):
 @contextmanager
 def misbehaving(folder, plan=None):
     "A server that follows a plan; what was asked of it stands in the log."
-    state = dict(plan=plan or {}, log=[], agents=set(), open_now=[0, 0], lock=threading.Lock(), leave=threading.Event(),
-                 began=threading.Event())
+    state = dict(
+        plan=plan or {},
+        log=[],
+        agents=set(),
+        open_now=[0, 0],
+        lock=threading.Lock(),
+        leave=threading.Event(),
+        began=threading.Event(),
+    )
     with serve(folder, handler=type("Handler", (Planned,), state)) as url:
         try:
             yield SimpleNamespace(url=url, **state)
@@ -235,7 +280,9 @@ def test_both_products_and_the_catalogue_once(tmp_path, home):
         summary = get(home, net.url, fields=fields, products=("apstar", "aspcapstar"))
     assert summary.ok and summary.found == 1 + 2 * 3 * 3 and tree(home) == tree(server)
     assert downloads(net.log).count(DR14.allstar) == 1 and len(downloads(net.log)) == summary.found
-    assert get(home, server, fields=fields, catalogue=False).found == 9   # of apstar, without the catalogue
+    assert (
+        get(home, server, fields=fields, catalogue=False).found == 9
+    )  # of apstar, without the catalogue
 
 
 def test_a_folder_is_a_source(server, home, tmp_path):
@@ -245,8 +292,16 @@ def test_a_folder_is_a_source(server, home, tmp_path):
         get(server, server)
 
 
-@pytest.mark.parametrize("name, field, telescope", [("dr10", "4260", "apo25m"), ("dr16", "M67", "apo25m"), ("dr17", "N362", "lco25m"),
-                                                    ("dr17", "060+00", "apo25m"), ("dr17", "120-08-RV", "apo1m")])
+@pytest.mark.parametrize(
+    "name, field, telescope",
+    [
+        ("dr10", "4260", "apo25m"),
+        ("dr16", "M67", "apo25m"),
+        ("dr17", "N362", "lco25m"),
+        ("dr17", "060+00", "apo25m"),
+        ("dr17", "120-08-RV", "apo1m"),
+    ],
+)
 def test_path_rules_are_those_of_the_release(tmp_path, home, name, field, telescope):
     release = RELEASES[name]
     server = make_tree(tmp_path / "server", release, [field], ("apstar", "aspcapstar"), telescope)
@@ -254,7 +309,11 @@ def test_path_rules_are_those_of_the_release(tmp_path, home, name, field, telesc
     with misbehaving(server) as net:
         summary = get(home, net.url, release=name, fields=field, products="apstar,aspcapstar")
     assert summary.ok and summary.found == 7
-    expected = {release.path(product, field, star, telescope) for product in ("apstar", "aspcapstar") for star in IDS} | {release.allstar}
+    expected = {
+        release.path(product, field, star, telescope)
+        for product in ("apstar", "aspcapstar")
+        for star in IDS
+    } | {release.allstar}
     assert set(tree(home)) == expected
     if telescope == "lco25m":
         assert sum("/asStar-" in path for path in expected) == 3
@@ -262,11 +321,17 @@ def test_path_rules_are_those_of_the_release(tmp_path, home, name, field, telesc
 
 def test_the_labs_own_layout_counts(server, home):
     for star in IDS:
-        put(home, f"stars/4230/apStar-r8-{star}.fits", (server / DR14.path("apstar", "4230", star)).read_bytes())
+        put(
+            home,
+            f"stars/4230/apStar-r8-{star}.fits",
+            (server / DR14.path("apstar", "4230", star)).read_bytes(),
+        )
     put(home, "stars/allStar-l31c.2.fits", (server / DR14.allstar).read_bytes())
     before = tree(home)
     assert get(home, server).already_there == 4 and tree(home) == before
-    assert get(home.parent / "other", home).fetched == 4 and tree(home.parent / "other") == tree(server)
+    assert get(home.parent / "other", home).fetched == 4 and tree(home.parent / "other") == tree(
+        server
+    )
 
 
 def test_bounded_and_polite(tmp_path, home):
@@ -285,12 +350,20 @@ def test_a_proxy_is_not_asked_for_the_loopback_address(server, home, monkeypatch
 
 # --- the bad day ----------------------------------------------------------------------------------------------------
 
-PATIENCE = {stall: 0.7, trickle: 0.7}   # s; short where the client has to run out of it
+PATIENCE = {stall: 0.7, trickle: 0.7}  # s; short where the client has to run out of it
 PERMANENT = {
-    "truncated": (cut, "broke off"), "reset in the body": (reset, "broke off"), "reset at once": (reset_at_once, "reset|aborted|closed"),
-    "stalled": (stall, "timed out"), "trickles": (trickle, "too slow"), "says more": (says_more, "broke off"),
-    "says less": (says_less, "truncated: HDU 9"), "web page": (page, "a web page"), "404": (status(404), "404"), "403": (status(403), "403"),
-    "500": (status(500), "500"), "503": (status(503), "503"),
+    "truncated": (cut, "broke off"),
+    "reset in the body": (reset, "broke off"),
+    "reset at once": (reset_at_once, "reset|aborted|closed"),
+    "stalled": (stall, "timed out"),
+    "trickles": (trickle, "too slow"),
+    "says more": (says_more, "broke off"),
+    "says less": (says_less, "truncated: HDU 9"),
+    "web page": (page, "a web page"),
+    "404": (status(404), "404"),
+    "403": (status(403), "403"),
+    "500": (status(500), "500"),
+    "503": (status(503), "503"),
 }
 
 
@@ -303,19 +376,42 @@ def test_what_stays_broken_is_reported_and_has_no_name(server, home, fault):
     [(path, why)] = summary.problems
     assert path == STAR and re.search(reason, why), why
     damaged = fault in ("web page", "says less")
-    assert STAR in str(summary) and ("damaged there" if damaged else "run the same again") in str(summary) and summary.damaged == damaged
+    assert (
+        STAR in str(summary)
+        and ("damaged there" if damaged else "run the same again") in str(summary)
+        and summary.damaged == damaged
+    )
     assert tree(home) == {path: content for path, content in tree(server).items() if path != STAR}
-    with misbehaving(server) as net:   # the next day
+    with misbehaving(server) as net:  # the next day
         assert get(home, net.url).ok and set(downloads(net.log)) == {STAR}
     assert tree(home, unfinished=True) == tree(server)
 
 
-@pytest.mark.parametrize("step", [cut, reset, reset_at_once, stall, trickle, says_more, says_less, page, status(500), status(502), status(504),
-                                  status(429, Retry_After="0"), status(503, Retry_After="0")])
+@pytest.mark.parametrize(
+    "step",
+    [
+        cut,
+        reset,
+        reset_at_once,
+        stall,
+        trickle,
+        says_more,
+        says_less,
+        page,
+        status(500),
+        status(502),
+        status(504),
+        status(429, Retry_After="0"),
+        status(503, Retry_After="0"),
+    ],
+)
 def test_what_breaks_once_is_tried_again(server, home, step):
     with misbehaving(server, {STAR: [step, None]}) as net:
         assert get(home, net.url, timeout=PATIENCE.get(step, 10)).ok
-    assert tree(home, unfinished=True) == tree(server) and downloads(net.log).count(STAR) in (2, 3)   # the third starts over
+    assert tree(home, unfinished=True) == tree(server) and downloads(net.log).count(STAR) in (
+        2,
+        3,
+    )  # the third starts over
 
 
 def test_what_is_damaged_at_the_source_is_asked_for_twice_only(server, home):
@@ -339,7 +435,10 @@ def test_a_busy_server_may_ask_for_a_pause(server, home):
         assert get(home, net.url).ok
     assert asked[1] - asked[0] >= 0.99
     patience = _Patience(3)
-    assert patience.new().get_retry_after(SimpleNamespace(headers={"Retry-After": "86400"})) == MAX_WAIT
+    assert (
+        patience.new().get_retry_after(SimpleNamespace(headers={"Retry-After": "86400"}))
+        == MAX_WAIT
+    )
 
 
 def test_a_busy_index_and_a_broken_one(server, home):
@@ -362,7 +461,12 @@ def test_one_field_that_cannot_be_listed_does_not_stop_the_others(tmp_path, home
     server = make_tree(tmp_path / "server", fields=("4230", "4262"))
     with misbehaving(server, {f"{DR14.folder('apstar', '4262')}/": [status(403)]}) as net:
         summary = get(home, net.url, fields=["4230", "4262"])
-    assert not summary.ok and summary.fetched == 4 and summary.problems == [(f"{DR14.folder('apstar', '4262')}/", "cannot be listed: 403 Forbidden")]
+    assert (
+        not summary.ok
+        and summary.fetched == 4
+        and summary.problems
+        == [(f"{DR14.folder('apstar', '4262')}/", "cannot be listed: 403 Forbidden")]
+    )
 
 
 def test_a_server_without_head_or_length(server, home):
@@ -373,26 +477,38 @@ def test_a_server_without_head_or_length(server, home):
         Handler = type("Handler", (Planned,), dict(net.__dict__, do_HEAD=no_head))
         with serve(server, handler=Handler) as url:
             assert get(home, url).ok
-            assert get(home, url).already_there == 4   # by its own headers
+            assert get(home, url).already_there == 4  # by its own headers
     assert tree(home, unfinished=True) == tree(server)
 
 
 def test_an_answer_to_another_question(server, home):
-    with misbehaving(server, {STAR: [lambda handler: handler.answer(206, handler.file(), Content_Range="bytes 0-9/10")]}) as net:
+    with misbehaving(
+        server,
+        {STAR: [lambda handler: handler.answer(206, handler.file(), Content_Range="bytes 0-9/10")]},
+    ) as net:
         summary = get(home, net.url)
-    assert summary.problems == [(STAR, "a plain question was answered with 206 Partial Content")] and STAR not in tree(home)
+    assert summary.problems == [
+        (STAR, "a plain question was answered with 206 Partial Content")
+    ] and STAR not in tree(home)
 
 
 def test_a_dying_server_is_left_alone(tmp_path, home):
     folder = DR14.folder("apstar", "4230")
     server = make_tree(tmp_path / "server")
     for k in range(60):
-        put(server, f"{folder}/apStar-r8-2M000000{k:02d}+0000000.fits", b"SIMPLE  = but not more than that")
+        put(
+            server,
+            f"{folder}/apStar-r8-2M000000{k:02d}+0000000.fits",
+            b"SIMPLE  = but not more than that",
+        )
     with misbehaving(server) as net:
         summary = get(home, net.url, tries=1, workers=2)
     assert any("others failed in a row" in reason for _, reason in summary.problems)
     assert summary.failed >= 20 and len(downloads(net.log)) < 50
-    assert all(content == tree(server)[path] and not file_problem(home / path, 2) for path, content in tree(home).items())
+    assert all(
+        content == tree(server)[path] and not file_problem(home / path, 2)
+        for path, content in tree(home).items()
+    )
 
 
 # --- going on where it broke off -----------------------------------------------------------------------------------
@@ -432,12 +548,17 @@ def test_resume_where_the_server_ignores_it(server, home):
 @pytest.mark.parametrize("obeys", [True, False])
 def test_resume_of_a_file_that_changed(server, home, obeys):
     length = begin(server, home)
-    put(server, STAR, tiny(10, 77))   # same size, other content
+    put(server, STAR, tiny(10, 77))  # same size, other content
 
-    def rest_of_another(handler):   # an answer that must not be glued to what is there
+    def rest_of_another(handler):  # an answer that must not be glued to what is there
         whole = handler.file()
         if handler.headers.get("Range"):
-            handler.answer(206, whole[length:], ETag='"new"', Content_Range=f"bytes {length}-{len(whole) - 1}/{len(whole)}")
+            handler.answer(
+                206,
+                whole[length:],
+                ETag='"new"',
+                Content_Range=f"bytes {length}-{len(whole) - 1}/{len(whole)}",
+            )
         else:
             handler.answer(200, whole, ETag='"new"')
 
@@ -461,7 +582,17 @@ def test_a_wrong_range_is_not_believed(server, home, claim):
     assert tree(home, unfinished=True) == tree(server)
 
 
-@pytest.mark.parametrize("note", [None, "", "[]", '{"size": "x", "tag": ""}', '{"size": 9, "tag": "\\"t\\""}', '{"size": 999999, "tag": ""}'])
+@pytest.mark.parametrize(
+    "note",
+    [
+        None,
+        "",
+        "[]",
+        '{"size": "x", "tag": ""}',
+        '{"size": 9, "tag": "\\"t\\""}',
+        '{"size": 999999, "tag": ""}',
+    ],
+)
 def test_a_part_of_unknown_origin_is_not_trusted(server, home, note):
     put(home, f"{STAR}.part", b"x" * 20_000)
     if note is not None:
@@ -493,7 +624,9 @@ def test_a_flaky_line_gets_there_if_it_makes_progress(tmp_path):
             self.close_connection = True
 
     with serve(big.parent, handler=Flaky) as url:
-        item = fetch_file(HttpSource(url), Item("big.bin", "big.bin"), tmp_path / "home", tries=2, backoff=0.001)
+        item = fetch_file(
+            HttpSource(url), Item("big.bin", "big.bin"), tmp_path / "home", tries=2, backoff=0.001
+        )
     assert item.state == "fetched" and item.received == big.stat().st_size
     assert (tmp_path / "home" / "big.bin").read_bytes() == big.read_bytes()
 
@@ -520,16 +653,20 @@ def slowly(handler):
     for k in range(20_000, len(whole), 1000):
         if handler.leave.wait(0.1):
             return
-        handler.wfile.write(whole[k:k + 1000])
+        handler.wfile.write(whole[k : k + 1000])
 
 
 def goes_on(server, home):
     "After an interruption: the part is there, nothing wrong has a name, and the next run takes up the part."
     assert (home / f"{STAR}.part").stat().st_size >= 20_000
-    assert STAR not in tree(home) and all(content == tree(server)[path] for path, content in tree(home).items())
+    assert STAR not in tree(home) and all(
+        content == tree(server)[path] for path, content in tree(home).items()
+    )
     with misbehaving(server) as net:
         assert get(home, net.url).ok
-    assert any(path == STAR and asked for path, asked in net.log) and tree(home, unfinished=True) == tree(server)
+    assert any(path == STAR and asked for path, asked in net.log) and tree(
+        home, unfinished=True
+    ) == tree(server)
 
 
 @pytest.fixture
@@ -542,13 +679,17 @@ def control_c():
 
 def test_control_c(server, home, control_c):
     def press(handler):
-        threading.Timer(0.3, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]).start()
+        threading.Timer(
+            0.3, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT]
+        ).start()
         slowly(handler)
 
     with misbehaving(server, {STAR: [press]}) as net:
         with pytest.raises(KeyboardInterrupt):
             get(home, net.url)
-    assert threading.active_count() < 20 and not [thread for thread in threading.enumerate() if "ThreadPool" in thread.name]
+    assert threading.active_count() < 20 and not [
+        thread for thread in threading.enumerate() if "ThreadPool" in thread.name
+    ]
     goes_on(server, home)
 
 
@@ -557,15 +698,19 @@ def fetch_when_told(home, pipe):
 
 
 def test_killed(server, home):
-    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
+    context = multiprocessing.get_context(
+        "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
+    )
     told, pipe = context.Pipe()
     process = context.Process(target=fetch_when_told, args=(home, told))
-    process.start()   # before the server's threads
+    process.start()  # before the server's threads
     with misbehaving(server, {STAR: [slowly]}) as net:
         pipe.send(net.url)
         assert net.began.wait(100)
         for _ in range(10):
-            assert all(content == tree(server)[path] for path, content in tree(home).items())   # at any moment
+            assert all(
+                content == tree(server)[path] for path, content in tree(home).items()
+            )  # at any moment
             time.sleep(0.03)
         process.kill()
         process.join(20)
@@ -582,32 +727,114 @@ def test_hostile_index(server, home, tmp_path):
     put(server, "secret.fits", tiny(10))
     with misbehaving(other) as evil, misbehaving(server) as net:
         names = [f"apStar-r8-2M{k:08d}+0000000.fits" for k in range(3000)]
-        links = [*(f"../{name}" for name in names), *(f"{evil.url}/{folder}/{name}" for name in names), *(f"..%2f..%2F{name}" for name in names),
-                 f"//{evil.url.partition('//')[2]}/{folder}/{names[0]}", f"{names[0]}?x=1", f"{names[0]}#top", f"sub/{names[0]}", "/secret.fits",
-                 "apStar-r8-2M21334193-0048169-56931.fits", "file:///etc/passwd", "http://[broken/", "../../../../../../secret.fits",
-                 "%2e%2e/", "", "C:\\x",
-                 f"{names[0]}%00.fits", f"{names[0]};rm -rf", *(f"x{k}.txt" for k in range(1000)), f"apStar-r8-{IDS[0]}.fits"]
-        body = ("<html><base href='http://elsewhere.invalid/'>" + "".join(f'<a href="{link}">x</a>' for link in links)).encode()
-        net.plan[f"{folder}/"] = [lambda handler: handler.answer(200, body, Content_Type="text/html")]
+        links = [
+            *(f"../{name}" for name in names),
+            *(f"{evil.url}/{folder}/{name}" for name in names),
+            *(f"..%2f..%2F{name}" for name in names),
+            f"//{evil.url.partition('//')[2]}/{folder}/{names[0]}",
+            f"{names[0]}?x=1",
+            f"{names[0]}#top",
+            f"sub/{names[0]}",
+            "/secret.fits",
+            "apStar-r8-2M21334193-0048169-56931.fits",
+            "file:///etc/passwd",
+            "http://[broken/",
+            "../../../../../../secret.fits",
+            "%2e%2e/",
+            "",
+            "C:\\x",
+            f"{names[0]}%00.fits",
+            f"{names[0]};rm -rf",
+            *(f"x{k}.txt" for k in range(1000)),
+            f"apStar-r8-{IDS[0]}.fits",
+        ]
+        body = (
+            "<html><base href='http://elsewhere.invalid/'>"
+            + "".join(f'<a href="{link}">x</a>' for link in links)
+        ).encode()
+        net.plan[f"{folder}/"] = [
+            lambda handler: handler.answer(200, body, Content_Type="text/html")
+        ]
         summary = get(home, net.url)
     assert len(links) > 10_000 and summary.ok and evil.log == []
-    assert set(tree(home, unfinished=True)) == {STAR, DR14.allstar} and tree(home)[STAR] == tree(server)[STAR]
-    assert {path for path, _ in net.log} == {ARCHIVE_FILE, f"{folder}/", f"{folder}/".replace("apo25m", "apo1m"), STAR, DR14.allstar}
+    assert (
+        set(tree(home, unfinished=True)) == {STAR, DR14.allstar}
+        and tree(home)[STAR] == tree(server)[STAR]
+    )
+    assert {path for path, _ in net.log} == {
+        ARCHIVE_FILE,
+        f"{folder}/",
+        f"{folder}/".replace("apo25m", "apo1m"),
+        STAR,
+        DR14.allstar,
+    }
 
 
 def test_a_large_index(server):
     folder = DR14.folder("apstar", "4230")
     names = [f"apStar-r8-2M{k:08d}-0000000.fits" for k in range(10_000)]
-    body = "".join(f'<tr><td><a href="{name}">{name}</a></td><td align="right">1.2M</td></tr>\n' for name in names).encode()
+    body = "".join(
+        f'<tr><td><a href="{name}">{name}</a></td><td align="right">1.2M</td></tr>\n'
+        for name in names
+    ).encode()
     with misbehaving(server, {f"{folder}/": [lambda handler: handler.answer(200, body)]}) as net:
         items = find_stars(HttpSource(net.url), DR14, "apstar", "4230", ("apo25m",))
     assert [Path(item.path).name for item in items] == names
 
 
 BASE = "http://archive.invalid:8080/a/b/"
-pieces = st.sampled_from(["..", ".", "/", "\\", "%2f", "%2e", "a", "apStar-r8-", "2M21334193-0048169", ".fits", "?", "#", ":", "//", "http:", "@",
-                          "evil", "archive.invalid:8080", "/a/b/", "\x00", " ", "[", "é", "\n", "&amp;", "%00", ";", "+", "-"])
-scraps = st.sampled_from(["<", ">", "<a href=", "'", '"', "</", "<!--", "-->", "<![", "]]>", "<!", "x", "<script>", "&#0;", "&"])
+pieces = st.sampled_from(
+    [
+        "..",
+        ".",
+        "/",
+        "\\",
+        "%2f",
+        "%2e",
+        "a",
+        "apStar-r8-",
+        "2M21334193-0048169",
+        ".fits",
+        "?",
+        "#",
+        ":",
+        "//",
+        "http:",
+        "@",
+        "evil",
+        "archive.invalid:8080",
+        "/a/b/",
+        "\x00",
+        " ",
+        "[",
+        "é",
+        "\n",
+        "&amp;",
+        "%00",
+        ";",
+        "+",
+        "-",
+    ]
+)
+scraps = st.sampled_from(
+    [
+        "<",
+        ">",
+        "<a href=",
+        "'",
+        '"',
+        "</",
+        "<!--",
+        "-->",
+        "<![",
+        "]]>",
+        "<!",
+        "x",
+        "<script>",
+        "&#0;",
+        "&",
+    ]
+)
 hrefs = st.lists(pieces, max_size=8).map("".join) | st.text(max_size=20)
 
 
@@ -626,11 +853,15 @@ def test_index_links_lead_nowhere_else(links):
 @settings(deadline=None, max_examples=60)
 @given(st.text() | st.lists(scraps).map("".join))
 def test_any_page_is_read_without_an_error(page):
-    assert parse_index(page, BASE) == parse_index([page], BASE)   # in whatever pieces it comes
+    assert parse_index(page, BASE) == parse_index([page], BASE)  # in whatever pieces it comes
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,20}", fullmatch=True), max_size=10, unique=True))
+@given(
+    st.lists(
+        st.from_regex(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,20}", fullmatch=True), max_size=10, unique=True
+    )
+)
 def test_plain_names_are_found(names):
     page = "".join(f"<li><a href={name!r}>{name}</a>" for name in names)
     assert list(parse_index([page], BASE).files) == names
@@ -641,7 +872,11 @@ def test_plain_names_are_found(names):
 def test_extra_files_stay_below_the_root(name):
     if _is_safe(name):
         root = Path("/home/x")
-        assert (root / name).relative_to(root).parts and ".." not in Path(name).parts and "\\" not in name
+        assert (
+            (root / name).relative_to(root).parts
+            and ".." not in Path(name).parts
+            and "\\" not in name
+        )
         assert Path(os.path.normpath(root / name)).is_relative_to(root)
 
 
@@ -663,7 +898,7 @@ def test_no_half_is_whole(tmp_path_factory, end):
 def test_any_garbage_is_answered_in_words(tmp_path_factory, block, at, garbage):
     file = tmp_path_factory.getbasetemp() / "garbage.fits"
     start = block * 2880 + at
-    file.write_bytes(WHOLE[:start] + garbage + WHOLE[start + len(garbage):])
+    file.write_bytes(WHOLE[:start] + garbage + WHOLE[start + len(garbage) :])
     assert isinstance(file_problem(file, 10), str)
 
 
@@ -674,13 +909,23 @@ def test_what_is_wrong_with_a_file(tmp_path):
     assert verdict(WHOLE, 10) == "" and verdict(WHOLE, 11) == "only 10 of 11 HDUs"
     assert verdict(b"", 0) == verdict(b"", 1) == "empty"
     assert verdict(b"PK", 1) == "not a FITS file" and verdict(b"# %ECSV 1.0", 0) == ""
-    assert verdict(b"\xef\xbb\xbf\n <HTML>", 0) == verdict(b'<?xml version="1.0"?>\n<!DOCTYPE html PUBLIC', 1) == "a web page, not data"
+    assert (
+        verdict(b"\xef\xbb\xbf\n <HTML>", 0)
+        == verdict(b'<?xml version="1.0"?>\n<!DOCTYPE html PUBLIC', 1)
+        == "a web page, not data"
+    )
     assert verdict(b"<VOTABLE>", 0) == ""
     assert verdict(WHOLE + b"\0" * 2880, 10).startswith("damaged")
     assert verdict(WHOLE + WHOLE, 10) == "damaged: HDU 10 is not an extension of FITS"
     negative = WHOLE.replace(b"NAXIS1  =                 2000", b"NAXIS1  =                -2000")
     assert verdict(negative, 10).startswith("damaged")
-    assert [_bytes(n) for n in (0, 999, 1500, 2.5e6, 8e9)] == ["0 bytes", "999 bytes", "1.5 kB", "2.5 MB", "8.0 GB"]
+    assert [_bytes(n) for n in (0, 999, 1500, 2.5e6, 8e9)] == [
+        "0 bytes",
+        "999 bytes",
+        "1.5 kB",
+        "2.5 MB",
+        "8.0 GB",
+    ]
 
 
 def test_the_surveys_own_files_are_whole():
@@ -695,7 +940,9 @@ def test_the_surveys_own_files_are_whole():
 
 
 def mark(root, name="clusters", files=()):
-    put(root, ARCHIVE_FILE, json.dumps({"archive": name, "seed": 42, "files": list(files)}).encode())
+    put(
+        root, ARCHIVE_FILE, json.dumps({"archive": name, "seed": 42, "files": list(files)}).encode()
+    )
 
 
 def test_archive_json_and_the_files_it_lists(server, home):
@@ -705,16 +952,23 @@ def test_archive_json_and_the_files_it_lists(server, home):
     with misbehaving(server) as net:
         summary = get(home, net.url)
         again = get(home, net.url)
-    assert summary.ok and summary.archive == "clusters" and summary.found == summary.fetched == 7 and again.already_there == 7
+    assert (
+        summary.ok
+        and summary.archive == "clusters"
+        and summary.found == summary.fetched == 7
+        and again.already_there == 7
+    )
     assert tree(home, unfinished=True) == tree(server)
     assert net.log[0][0] == ARCHIVE_FILE
 
 
 def test_a_small_archive_of_ours_has_not_all_fields(server, home):
     mark(server)
-    assert get(home, server, fields=None).ok   # 4230 only, of the record's 19
+    assert get(home, server, fields=None).ok  # 4230 only, of the record's 19
     (server / ARCHIVE_FILE).unlink()
-    with pytest.raises(LabError, match="no field '(4262|5162|4241)'"):   # the survey has all that its record names
+    with pytest.raises(
+        LabError, match="no field '(4262|5162|4241)'"
+    ):  # the survey has all that its record names
         get(home.parent / "other", server, fields=None)
 
 
@@ -726,7 +980,7 @@ def test_extra_files_are_checked_too(server, home):
         summary = get(home, net.url, tries=1)
     assert {path for path, _ in summary.problems} == {"truth.ecsv", "mystery.fits", "absent.ecsv"}
     assert not {"truth.ecsv", "mystery.fits", "absent.ecsv"} & set(tree(home))
-    put(home, "truth.ecsv", b"half a truth")   # of the wrong size
+    put(home, "truth.ecsv", b"half a truth")  # of the wrong size
     with misbehaving(server, {"truth.ecsv": [cut]}) as net:
         assert not get(home, net.url, tries=1).ok and "truth.ecsv" not in tree(home)
 
@@ -737,12 +991,22 @@ def test_a_page_in_place_of_archive_json_means_none(server, home):
     assert summary.ok and summary.archive == "survey" and not (home / ARCHIVE_FILE).exists()
 
 
-@pytest.mark.parametrize("content, message", [
-    ("{", "does not name an archive"), ("[]", "does not name an archive"), ('{"archive": "atlantis"}', "'atlantis'.*choose from survey"),
-    ('{"archive": ["clusters"]}', "choose from"), ('{"archive": "clusters", "files": "/etc/passwd"}', "do not trust"),
-    ('{"archive": "clusters", "files": ["../x"]}', "'../x', which is not a path below its root"),
-    ('{"archive": "clusters", "files": ["archive.json"]}', "do not trust"), ('{"archive": "clusters", "files": [7]}', "do not trust"),
-])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "does not name an archive"),
+        ("[]", "does not name an archive"),
+        ('{"archive": "atlantis"}', "'atlantis'.*choose from survey"),
+        ('{"archive": ["clusters"]}', "choose from"),
+        ('{"archive": "clusters", "files": "/etc/passwd"}', "do not trust"),
+        (
+            '{"archive": "clusters", "files": ["../x"]}',
+            "'../x', which is not a path below its root",
+        ),
+        ('{"archive": "clusters", "files": ["archive.json"]}', "do not trust"),
+        ('{"archive": "clusters", "files": [7]}', "do not trust"),
+    ],
+)
 def test_a_wrong_archive_json(server, home, content, message):
     put(server, ARCHIVE_FILE, content.encode())
     with pytest.raises(LabError, match=message):
@@ -765,9 +1029,13 @@ def test_no_such_field(tmp_path, home):
     server = make_tree(tmp_path / "server", fields=("4230", "4262"))
     for source in (server, None):
         with misbehaving(server) as net:
-            with pytest.raises(LabError, match="no field '4231' with apstar files of DR14; it has 4230"):
+            with pytest.raises(
+                LabError, match="no field '4231' with apstar files of DR14; it has 4230"
+            ):
                 get(home, source or net.url, fields=["4230", "4231"])
-            with pytest.raises(LabError, match="no field '4230' with aspcapstar|no field '4230': there is no"):
+            with pytest.raises(
+                LabError, match="no field '4230' with aspcapstar|no field '4230': there is no"
+            ):
                 get(home, source or net.url, products=["aspcapstar"])
     assert list_fields(FolderSource(server), DR14) == ["4230", "4262"] and not home.exists()
 
@@ -781,22 +1049,40 @@ def test_nothing_found(tmp_path, home):
 def test_an_empty_field_beside_a_good_one(server, home):
     (server / DR14.folder("apstar", "4262")).mkdir()
     summary = get(home, server, fields=["4230", "4262"])
-    assert not summary.ok and summary.fetched == 4 and summary.problems[0][1] == "no apstar file of a star in it"
+    assert (
+        not summary.ok
+        and summary.fetched == 4
+        and summary.problems[0][1] == "no apstar file of a star in it"
+    )
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(release="dr99"), "unknown release 'dr99': choose from dr10"), (dict(fields=["../x"]), "'../x' cannot be a field"),
-    (dict(fields=[]), "no field was given"), (dict(products=["apvisit"]), "no product 'apvisit': choose from apstar, aspcapstar"),
-    (dict(telescopes=["hst"]), "no telescope 'hst': choose from apo25m"), (dict(release="dr17", fields=None), "which fields of DR17"),
-    (dict(workers=0), "at least 1"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(release="dr99"), "unknown release 'dr99': choose from dr10"),
+        (dict(fields=["../x"]), "'../x' cannot be a field"),
+        (dict(fields=[]), "no field was given"),
+        (dict(products=["apvisit"]), "no product 'apvisit': choose from apstar, aspcapstar"),
+        (dict(telescopes=["hst"]), "no telescope 'hst': choose from apo25m"),
+        (dict(release="dr17", fields=None), "which fields of DR17"),
+        (dict(workers=0), "at least 1"),
+    ],
+)
 def test_wrong_options(server, home, options, message):
     with pytest.raises(LabError, match=message):
         get(home, server, **options)
 
 
-@pytest.mark.parametrize("source", ["ftp://archive.invalid", "http://", "https://archive.invalid:port/", "http://archive.invalid/?q=1",
-                                    "/no/such/folder"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "ftp://archive.invalid",
+        "http://",
+        "https://archive.invalid:port/",
+        "http://archive.invalid/?q=1",
+        "/no/such/folder",
+    ],
+)
 def test_wrong_sources(home, source):
     with pytest.raises(LabError, match="cannot fetch from|there is no folder"):
         get(home, source)
@@ -864,7 +1150,11 @@ def test_sources_say_what_is_wrong(server):
             pass
         with pytest.raises(Dropped), web.open(STAR) as body:
             b"".join(body.chunks)
-    with pytest.raises(LabError, match="cannot serve on port"), serve(server) as url, serve(server, port=int(url.rpartition(":")[2])):
+    with (
+        pytest.raises(LabError, match="cannot serve on port"),
+        serve(server) as url,
+        serve(server, port=int(url.rpartition(":")[2])),
+    ):
         pass
 
 
@@ -872,5 +1162,10 @@ def test_the_summary_as_a_table(server, home):
     with misbehaving(server, {STAR: [status(404)]}) as net:
         summary = get(home, net.url)
     table = summary.table()
-    assert table.colnames == ["path", "size", "state", "reason"] and len(table) == summary.found == 4
-    assert dict(zip(table["path"], table["state"]))[STAR] == "failed" and set(table["size"]) == {len(WHOLE), len(tiny(2))}
+    assert (
+        table.colnames == ["path", "size", "state", "reason"] and len(table) == summary.found == 4
+    )
+    assert dict(zip(table["path"], table["state"]))[STAR] == "failed" and set(table["size"]) == {
+        len(WHOLE),
+        len(tiny(2)),
+    }

@@ -1,10 +1,20 @@
 """Properties of the inversion: answers that do not depend on the company, errors that follow the noise, flags that fire."""
+
 import numpy as np
 import pytest
 from test_cannon import stars
 
 from stellar_lab.cannon import Cannon
-from stellar_lab.inversion import Flag, apply_error_model, cross_label, error_table, flag_names, infer, statistics, with_error_model
+from stellar_lab.inversion import (
+    Flag,
+    apply_error_model,
+    cross_label,
+    error_table,
+    flag_names,
+    infer,
+    statistics,
+    with_error_model,
+)
 from stellar_lab.survey import LabError
 
 NAMES = ["TEFF", "LOGG", "M_H"]
@@ -13,7 +23,12 @@ NAMES = ["TEFF", "LOGG", "M_H"]
 @pytest.fixture(scope="module")
 def trained():
     labels, flux, ivar = stars(400, 60, noise=0.01)
-    return Cannon(scatter=True).fit(labels[:300], flux[:300], ivar[:300], NAMES), labels[300:], flux[300:], ivar[300:]
+    return (
+        Cannon(scatter=True).fit(labels[:300], flux[:300], ivar[:300], NAMES),
+        labels[300:],
+        flux[300:],
+        ivar[300:],
+    )
 
 
 def values(table):
@@ -24,7 +39,9 @@ def test_labels_come_back_with_errors_of_the_right_size(trained):
     model, labels, flux, ivar = trained
     table = infer(model, flux, ivar)
     pull = (values(table) - labels) / np.sqrt(np.einsum("nkk->nk", table["covariance"]))
-    assert np.all(np.abs(pull.std(axis=0) - 1) < 4 / np.sqrt(2 * len(pull))) and np.all(np.abs(pull.mean(axis=0)) < 4 / np.sqrt(len(pull)))
+    assert np.all(np.abs(pull.std(axis=0) - 1) < 4 / np.sqrt(2 * len(pull))) and np.all(
+        np.abs(pull.mean(axis=0)) < 4 / np.sqrt(len(pull))
+    )
     assert abs(np.mean(table["chi2"] / (table["n_good"] - 3)) - 1) < 0.1
     assert np.mean(table["flags"] > 0) < 0.05
 
@@ -35,7 +52,10 @@ def test_a_star_does_not_depend_on_its_company(trained):
     for row in (0, 50, 99):
         alone = infer(model, flux[row], ivar[row])
         error = together["teff_err"][row]
-        assert abs(alone["teff"][0] - together["teff"][row]) < 1e-3 * error and alone["flags"][0] == together["flags"][row]
+        assert (
+            abs(alone["teff"][0] - together["teff"][row]) < 1e-3 * error
+            and alone["flags"][0] == together["flags"][row]
+        )
 
 
 def test_batches_are_seamless(trained, monkeypatch):
@@ -43,7 +63,9 @@ def test_batches_are_seamless(trained, monkeypatch):
     whole = infer(model, flux, ivar)
     monkeypatch.setattr("stellar_lab.inversion.BLOCK", 7)
     pieces = infer(model, flux, ivar)
-    assert np.all(np.abs(pieces["teff"] - whole["teff"]) < 1e-3 * whole["teff_err"]) and np.array_equal(pieces["flags"], whole["flags"])
+    assert np.all(
+        np.abs(pieces["teff"] - whole["teff"]) < 1e-3 * whole["teff_err"]
+    ) and np.array_equal(pieces["flags"], whole["flags"])
 
 
 def test_twice_the_noise_is_twice_the_error():
@@ -60,16 +82,24 @@ def test_statistics_are_chi2(trained):
     trials = model.scale(labels[:5])
     got = stats.chi2(model.vectorizer_(trials)[:, 1:])
     weight = 1 / (1 / ivar + model.scatter_**2)
-    slow = np.array([[np.sum(w * (f - m) ** 2) for m in model.predict(labels[:5])] for f, w in zip(flux, weight)])
+    slow = np.array(
+        [
+            [np.sum(w * (f - m) ** 2) for m in model.predict(labels[:5])]
+            for f, w in zip(flux, weight)
+        ]
+    )
     slow -= np.sum(weight * (flux - model.theta_[:, 0]) ** 2, axis=1)[:, None]
     np.testing.assert_allclose(got, slow, rtol=1e-6, atol=1e-6 * np.abs(slow).max())
 
 
-@pytest.mark.parametrize("spoil, flag", [
-    (lambda f, w: (f + 0.5 * np.sin(np.arange(60)), w), Flag.POOR_FIT),
-    (lambda f, w: (f, np.where(np.arange(60) < 40, 0, w)), Flag.FEW_PIXELS),
-    (lambda f, w: (f, w * 0), Flag.FEW_PIXELS | Flag.NOT_CONVERGED),
-])
+@pytest.mark.parametrize(
+    "spoil, flag",
+    [
+        (lambda f, w: (f + 0.5 * np.sin(np.arange(60)), w), Flag.POOR_FIT),
+        (lambda f, w: (f, np.where(np.arange(60) < 40, 0, w)), Flag.FEW_PIXELS),
+        (lambda f, w: (f, w * 0), Flag.FEW_PIXELS | Flag.NOT_CONVERGED),
+    ],
+)
 def test_flags_fire(trained, spoil, flag):
     model, _, flux, ivar = trained
     f, w = spoil(flux[:10], ivar[:10])
@@ -78,7 +108,11 @@ def test_flags_fire(trained, spoil, flag):
 
 def test_a_star_beyond_the_box_stands_at_its_edge(trained):
     model, *_ = trained
-    table = infer(model, model.predict(model.unscale(np.array([[12.0, 0, 0], [0, -12, 0]]))), np.full((2, 60), 1e4))
+    table = infer(
+        model,
+        model.predict(model.unscale(np.array([[12.0, 0, 0], [0, -12, 0]]))),
+        np.full((2, 60), 1e4),
+    )
     assert np.all(table["flags"] & Flag.AT_BOUND) and np.all(np.isfinite(values(table)))
 
 
@@ -122,7 +156,9 @@ def test_error_model_finds_what_was_put_in(trained):
     rng = np.random.default_rng(3)
     table = infer(model, flux, ivar)
     scale = np.array([60, 0.2, 0.1])
-    truth = values(table) + scale * rng.normal(size=labels.shape)   # a catalogue that is much worse than the photons
+    truth = values(table) + scale * rng.normal(
+        size=labels.shape
+    )  # a catalogue that is much worse than the photons
     honest = with_error_model(model, table, truth)
     errors = np.sqrt(np.einsum("nkk->nk", apply_error_model(honest, table["covariance"])))
     np.testing.assert_allclose(np.sqrt(np.mean(errors**2, axis=0)), scale, rtol=0.25)
@@ -144,6 +180,7 @@ def test_left_out_means_left_out(monkeypatch):
     from astropy.table import Table
 
     from stellar_lab.survey import Spectra
+
     labels, flux, ivar = stars(120, 60)
     table = Table(dict(zip(("APOGEE_ID", *NAMES), ([f"s{k}" for k in range(120)], *labels.T))))
     spectra = Spectra(np.arange(60.0), flux, ivar, table)

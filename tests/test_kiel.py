@@ -1,4 +1,5 @@
 """Isochrones: the extract and its maker, MIST's files in both forms and broken ones, and what holds for any age, metallicity and star."""
+
 import hashlib
 import os
 from importlib.resources import files
@@ -12,8 +13,21 @@ from hypothesis import strategies as st
 
 from stellar_lab import kiel
 from stellar_lab.kiel import (
-    BRANCHES, COLOR_RANGES, LAB_LIMITS, from_table, giant_distance, isochrone, kiel_diagrams, make_isochrones, metallicity_label, plot_kiel,
-    read_grid, read_mist, shift_length, shipped_isochrones, total_metallicity,
+    BRANCHES,
+    COLOR_RANGES,
+    LAB_LIMITS,
+    from_table,
+    giant_distance,
+    isochrone,
+    kiel_diagrams,
+    make_isochrones,
+    metallicity_label,
+    plot_kiel,
+    read_grid,
+    read_mist,
+    shift_length,
+    shipped_isochrones,
+    total_metallicity,
 )
 from stellar_lab.survey import LABELS, LabError, MissingExtra, real_data
 
@@ -24,6 +38,7 @@ METALS = st.floats(-2.5, 0.5)
 
 # --- the extract
 
+
 def test_extract_is_small_and_whole():
     path = files("stellar_lab.data") / kiel.EXTRACT
     assert path.stat().st_size < 4e6
@@ -32,32 +47,38 @@ def test_extract_is_small_and_whole():
     for cube in (GRID.log_teff, GRID.logg, GRID.mass, GRID.phase):
         assert cube.shape == (15, 24, 606) and not cube.flags.writeable
     older = np.diff(np.where(GRID.phase < 0, 99, GRID.phase), axis=2)
-    assert not np.any((older < 0) & (older > -90))   # phases follow each other
-    assert not np.any(np.diff(GRID.mass, axis=2) < 0)   # who is further in life was born heavier
+    assert not np.any((older < 0) & (older > -90))  # phases follow each other
+    assert not np.any(np.diff(GRID.mass, axis=2) < 0)  # who is further in life was born heavier
 
 
 def test_first_eep_of_each_phase():
     "Dotter (2016): 454 the end of the main sequence, 605 the tip, 707 the end of helium in the core."
     for first, phase in ((454, 2), (605, 3), (707, 4)):
-        assert (GRID.phase[:, :, first - 202] == phase).all() and (GRID.phase[:, :, first - 203] < phase).all()
+        assert (GRID.phase[:, :, first - 202] == phase).all() and (
+            GRID.phase[:, :, first - 203] < phase
+        ).all()
 
 
 def test_missing_extract_says_so(monkeypatch):
     monkeypatch.setattr(kiel, "EXTRACT", "lost.fits")
     shipped_isochrones.cache_clear()
     try:
-        with pytest.raises(LabError, match="lacks its data file lost.fits: install stellar_lab again"):
+        with pytest.raises(
+            LabError, match="lacks its data file lost.fits: install stellar_lab again"
+        ):
             shipped_isochrones()
     finally:
         shipped_isochrones.cache_clear()
 
 
-@pytest.mark.skipif(not os.environ.get("STELLAR_LAB_MIST_WHEEL"), reason="STELLAR_LAB_MIST_WHEEL is not set")
+@pytest.mark.skipif(
+    not os.environ.get("STELLAR_LAB_MIST_WHEEL"), reason="STELLAR_LAB_MIST_WHEEL is not set"
+)
 def test_remade_extract_is_the_shipped_one(tmp_path):
     wheel = os.environ["STELLAR_LAB_MIST_WHEEL"]
     shipped = (files("stellar_lab.data") / kiel.EXTRACT).read_bytes()
     assert make_isochrones(wheel, tmp_path / "again.fits") == hashlib.sha256(shipped).hexdigest()
-    source = read_grid(wheel)   # float32 -> FITS -> float64 loses nothing
+    source = read_grid(wheel)  # float32 -> FITS -> float64 loses nothing
     for name in ("feh", "log_age", "eep", "log_teff", "logg", "mass", "phase"):
         assert np.array_equal(getattr(source, name), getattr(GRID, name), equal_nan=True), name
 
@@ -71,9 +92,20 @@ def tiny_grid(path):
     values[:, 4] = 2
     values[7] = np.nan
     with h5py.File(path, "w") as file:
-        file.attrs["columns"] = ["mass_of_something_else", "log_g", "log_Teff", "initial_mass", "phase"]
-        for name, array in {"feh_values": [-1.0, 0.0], "age_values": [8.0, 9.0, 10.0], "lengths": lengths, "offsets": first,
-                            "values": values}.items():
+        file.attrs["columns"] = [
+            "mass_of_something_else",
+            "log_g",
+            "log_Teff",
+            "initial_mass",
+            "phase",
+        ]
+        for name, array in {
+            "feh_values": [-1.0, 0.0],
+            "age_values": [8.0, 9.0, 10.0],
+            "lengths": lengths,
+            "offsets": first,
+            "values": values,
+        }.items():
             file[name] = np.asarray(array)
     return values, lengths, first
 
@@ -92,7 +124,11 @@ def test_a_record_starts_where_those_before_it_end(tmp_path, monkeypatch):
             i, j = divmod(k, 3)
             if j and eep >= 202:
                 at = i, j - 1, eep - 202
-                assert np.array_equal([found.logg[at], found.log_teff[at], found.mass[at]], values[row, [1, 2, 3]], equal_nan=True)
+                assert np.array_equal(
+                    [found.logg[at], found.log_teff[at], found.mass[at]],
+                    values[row, [1, 2, 3]],
+                    equal_nan=True,
+                )
                 assert found.phase[at] == (-1 if np.isnan(values[row, 4]) else 2)
                 seen[at] = True
             row += 1
@@ -101,7 +137,10 @@ def test_a_record_starts_where_those_before_it_end(tmp_path, monkeypatch):
 
 def test_foreign_sources(tmp_path):
     (tmp_path / "other.h5").write_bytes(b"something else")
-    with pytest.raises(LabError, match="other.h5 is not mist_v2.5_vvcrit0.4.h5 of lachesis-grids 0.0.9: its sha256 is"):
+    with pytest.raises(
+        LabError,
+        match="other.h5 is not mist_v2.5_vvcrit0.4.h5 of lachesis-grids 0.0.9: its sha256 is",
+    ):
         make_isochrones(tmp_path / "other.h5", tmp_path / "out.fits")
     with pytest.raises(LabError, match="cannot read .*mist_v2.5_vvcrit0.4.h5 from .*nothing.whl"):
         make_isochrones(tmp_path / "nothing.whl", tmp_path / "out.fits")
@@ -124,12 +163,17 @@ def test_maker_without_h5py_says_what_to_install(monkeypatch):
 
 # --- interpolation
 
+
 @settings(max_examples=30, deadline=None)
 @given(i=st.integers(0, 14), j=st.integers(0, 23))
 def test_nodes_come_back(i, j):
     line, there = isochrone(GRID.ages[j], GRID.feh[i]), GRID.phase[i, j] >= 0
-    assert np.array_equal(line["EEP"], GRID.eep[there]) and np.array_equal(line["PHASE"], GRID.phase[i, j, there])
-    assert np.array_equal(line["LOGG"].value, GRID.logg[i, j, there]) and np.array_equal(line["MASS"].value, GRID.mass[i, j, there])
+    assert np.array_equal(line["EEP"], GRID.eep[there]) and np.array_equal(
+        line["PHASE"], GRID.phase[i, j, there]
+    )
+    assert np.array_equal(line["LOGG"].value, GRID.logg[i, j, there]) and np.array_equal(
+        line["MASS"].value, GRID.mass[i, j, there]
+    )
     assert np.array_equal(line["TEFF"].value, 10 ** GRID.log_teff[i, j, there])
 
 
@@ -137,14 +181,22 @@ def test_nodes_come_back(i, j):
 @given(age=AGES, feh=METALS)
 def test_between_neighbours_with_units_and_without_change(age, feh):
     line = isochrone(age * u.Gyr, feh * u.dex)
-    j, i = np.clip(np.searchsorted(GRID.ages, age), 1, 23), np.clip(np.searchsorted(GRID.feh, feh), 1, 14)
+    j, i = (
+        np.clip(np.searchsorted(GRID.ages, age), 1, 23),
+        np.clip(np.searchsorted(GRID.feh, feh), 1, 14),
+    )
     k = line["EEP"] - 202
     for name, cube in (("LOGG", GRID.logg), ("MASS", GRID.mass)):
-        corners = cube[i - 1:i + 1, j - 1:j + 1][:, :, k].reshape(4, -1)
+        corners = cube[i - 1 : i + 1, j - 1 : j + 1][:, :, k].reshape(4, -1)
         lowest, highest = np.nanmin(corners, axis=0) - 1e-9, np.nanmax(corners, axis=0) + 1e-9
-        slack = 0.01   # an age within a node's tolerance is on the node
+        slack = 0.01  # an age within a node's tolerance is on the node
         assert np.all((line[name].value >= lowest - slack) & (line[name].value <= highest + slack))
-    assert line["TEFF"].unit == u.K and line["LOGG"].unit == u.dex and line["MASS"].unit == u.Msun and line["AGE"].unit == u.Gyr
+    assert (
+        line["TEFF"].unit == u.K
+        and line["LOGG"].unit == u.dex
+        and line["MASS"].unit == u.Msun
+        and line["AGE"].unit == u.Gyr
+    )
     assert np.all(line["AGE"] == age * u.Gyr) and np.all(line["FE_H"] == feh * u.dex)
     assert np.all(np.diff(line["EEP"]) > 0) and set(line["PHASE"]) <= set(kiel.PHASES)
 
@@ -156,19 +208,34 @@ def test_interpolation_by_hand():
     a = (np.log10(age) + 9 - GRID.log_age[j]) / 0.05
     f = (feh - GRID.feh[i]) / 0.25
     k = 550 - 202
-    corner = GRID.log_teff[i:i + 2, j:j + 2, k]
-    by_hand = (1 - f) * ((1 - a) * corner[0, 0] + a * corner[0, 1]) + f * ((1 - a) * corner[1, 0] + a * corner[1, 1])
+    corner = GRID.log_teff[i : i + 2, j : j + 2, k]
+    by_hand = (1 - f) * ((1 - a) * corner[0, 0] + a * corner[0, 1]) + f * (
+        (1 - a) * corner[1, 0] + a * corner[1, 1]
+    )
     line = isochrone(age, feh)
     assert line["TEFF"][line["EEP"] == 550].value[0] == pytest.approx(10**by_hand, rel=1e-10)
 
 
-@pytest.mark.parametrize("age, feh, message", [
-    (0.12, 0, "an age of 0.12 Gyr is outside the isochrones at hand, which reach from 1 to 14.13 Gyr"),
-    (15, 0, "an age of 15 Gyr is outside"), (0, 0, "an age of 0 Gyr is outside"), (-3, 0, "an age of -3 Gyr is outside"),
-    (6, 0.6, r"\[Fe/H\] = 0.6 is outside the isochrones at hand, which reach from -4 to 0.5"), (6, -4.2, r"\[Fe/H\] = -4.2 is outside"),
-    (np.nan, 0, "the age must be finite"), (6, np.inf, "the metallicity must be finite"), ("old", 0, "the age must be one number in Gyr, not 'old'"),
-    (6 * u.m, 0, "the age must be one number in Gyr"), (6, [0, -1], "the metallicity must be one number in dex"),
-])
+@pytest.mark.parametrize(
+    "age, feh, message",
+    [
+        (
+            0.12,
+            0,
+            "an age of 0.12 Gyr is outside the isochrones at hand, which reach from 1 to 14.13 Gyr",
+        ),
+        (15, 0, "an age of 15 Gyr is outside"),
+        (0, 0, "an age of 0 Gyr is outside"),
+        (-3, 0, "an age of -3 Gyr is outside"),
+        (6, 0.6, r"\[Fe/H\] = 0.6 is outside the isochrones at hand, which reach from -4 to 0.5"),
+        (6, -4.2, r"\[Fe/H\] = -4.2 is outside"),
+        (np.nan, 0, "the age must be finite"),
+        (6, np.inf, "the metallicity must be finite"),
+        ("old", 0, "the age must be one number in Gyr, not 'old'"),
+        (6 * u.m, 0, "the age must be one number in Gyr"),
+        (6, [0, -1], "the metallicity must be one number in dex"),
+    ],
+)
 def test_outside_the_grid(age, feh, message):
     with pytest.raises(LabError, match=message):
         isochrone(age, feh)
@@ -176,7 +243,10 @@ def test_outside_the_grid(age, feh, message):
 
 def test_a_gap_in_a_table_is_named():
     table = vstack([isochrone(5, 0), isochrone(7, 0), isochrone(5, -1)])
-    with pytest.raises(LabError, match=r"6 Gyr at \[Fe/H\] = -0.5 lies beside a gap .*: there are 5 Gyr at -1, 5 Gyr at 0, 7 Gyr at 0"):
+    with pytest.raises(
+        LabError,
+        match=r"6 Gyr at \[Fe/H\] = -0.5 lies beside a gap .*: there are 5 Gyr at -1, 5 Gyr at 0, 7 Gyr at 0",
+    ):
         isochrone(6, -0.5, grid=table)
     assert len(isochrone(6, 0, grid=table)) and len(isochrone(5, -0.5, grid=table))
 
@@ -191,23 +261,52 @@ def test_a_table_of_one_isochrone_is_a_grid_of_one_node():
 
 # --- MIST's files
 
+
 def mist_text(lines, feh, photometry, logarithmic, phase=True):
     "A file of MIST with these isochrones, in one of its two forms."
     age_name = "log10_isochrone_age_yr" if logarithmic else "isochrone_age_yr"
     text = ["# MIST version number  = 1.2", "# MESA revision number =     7503"]
     text += ["# photometric system   = SDSS (AB)                         "] if photometry else []
-    text += ["# " + "-" * 86, "#  Yinit        Zinit   [Fe/H]   [a/Fe]  v/vcrit      ", f"# 0.2703  1.42000E-02 {feh:8.2f}     0.00     0.40",
-             "# " + "-" * 86, f"# number of isochrones = {len(lines):5d}", *(["# CCM89 extinction: Av =  0.000"] if photometry else []),
-             "# " + "-" * 86]
-    names = ["EEP", age_name, "initial_mass", "star_mass", "log_Teff", "log_g", *(["SDSS_g"] if photometry else []), *(["phase"] if phase else [])]
+    text += [
+        "# " + "-" * 86,
+        "#  Yinit        Zinit   [Fe/H]   [a/Fe]  v/vcrit      ",
+        f"# 0.2703  1.42000E-02 {feh:8.2f}     0.00     0.40",
+        "# " + "-" * 86,
+        f"# number of isochrones = {len(lines):5d}",
+        *(["# CCM89 extinction: Av =  0.000"] if photometry else []),
+        "# " + "-" * 86,
+    ]
+    names = [
+        "EEP",
+        age_name,
+        "initial_mass",
+        "star_mass",
+        "log_Teff",
+        "log_g",
+        *(["SDSS_g"] if photometry else []),
+        *(["phase"] if phase else []),
+    ]
     for line in lines:
-        text += [f"# number of EEPs, cols = {len(line):5d} {len(names):4d}", "#  1 " + "".join(f"{k:32d}" for k in range(2, len(names) + 1)),
-                 "# EEP" + "".join(f"{name:>32s}" for name in names[1:])]
+        text += [
+            f"# number of EEPs, cols = {len(line):5d} {len(names):4d}",
+            "#  1 " + "".join(f"{k:32d}" for k in range(2, len(names) + 1)),
+            "# EEP" + "".join(f"{name:>32s}" for name in names[1:]),
+        ]
         for row in line:
             age = row["AGE"].to_value(u.yr)
-            numbers = [np.log10(age) if logarithmic else age, row["MASS"].value, row["MASS"].value, np.log10(row["TEFF"].value), row["LOGG"].value]
+            numbers = [
+                np.log10(age) if logarithmic else age,
+                row["MASS"].value,
+                row["MASS"].value,
+                np.log10(row["TEFF"].value),
+                row["LOGG"].value,
+            ]
             extra = ([17.123456] if photometry else []) + ([float(row["PHASE"])] if phase else [])
-            text.append(f"{row['EEP']:5d}" + "".join(f"{number:32.16E}" for number in numbers) + "".join(f"{number:20.6f}" for number in extra))
+            text.append(
+                f"{row['EEP']:5d}"
+                + "".join(f"{number:32.16E}" for number in numbers)
+                + "".join(f"{number:20.6f}" for number in extra)
+            )
         text += ["", ""]
     return "\n".join(text)
 
@@ -221,7 +320,9 @@ def test_both_forms_with_several_ages(tmp_path, photometry, logarithmic):
     table, wanted = read_mist(path), vstack(lines, metadata_conflicts="silent")
     assert table.colnames == wanted.colnames and len(table) == len(wanted)
     for name in table.colnames:
-        assert table[name].unit == wanted[name].unit and np.allclose(table[name], wanted[name], rtol=1e-12)
+        assert table[name].unit == wanted[name].unit and np.allclose(
+            table[name], wanted[name], rtol=1e-12
+        )
     assert table.meta["source"] == "MIST 1.2, v/vcrit 0.40, [a/Fe] 0.00"
     assert np.allclose(isochrone(6, -0.5, grid=table)["TEFF"], lines[1]["TEFF"])
     assert len(isochrone(4, -0.5, grid=table)) > 400
@@ -231,36 +332,69 @@ def test_a_file_without_phases(tmp_path):
     (tmp_path / "old.iso").write_text(mist_text([isochrone(6, 0)], 0, False, True, phase=False))
     table = read_mist(tmp_path / "old.iso")
     assert (table["PHASE"] == -1).all()
-    assert giant_distance([4500.0], [2.0], isochrone(6, 0, grid=table))["distance"][0] < 1   # phases are not needed for that
+    assert (
+        giant_distance([4500.0], [2.0], isochrone(6, 0, grid=table))["distance"][0] < 1
+    )  # phases are not needed for that
 
 
-@pytest.mark.skipif(not os.environ.get("STELLAR_LAB_REAL_DATA"), reason="STELLAR_LAB_REAL_DATA is not set")
+@pytest.mark.skipif(
+    not os.environ.get("STELLAR_LAB_REAL_DATA"), reason="STELLAR_LAB_REAL_DATA is not set"
+)
 def test_the_lab_s_two_files():
     paths = [real_data() / name for name in ("SDSS_6Gyr_Fe0.cmd", "SDSS_6Gyr_Fe-1.cmd")]
     table = read_mist(*paths)
     assert len(table) == 1469 + 1477 and set(np.unique(table["FE_H"].value)) == {0, -1}
     assert np.allclose(table["AGE"].value, 6) and table["EEP"][0] == 242
     first = paths[0].read_text().splitlines()[13].split()
-    assert table["TEFF"][0].value == pytest.approx(10 ** float(first[4])) and table["LOGG"][0].value == float(first[5])
+    assert table["TEFF"][0].value == pytest.approx(10 ** float(first[4])) and table["LOGG"][
+        0
+    ].value == float(first[5])
     for feh in (0, -1):
         lab, ours = isochrone(6, feh, grid=table), isochrone(6, feh)
         both = np.intersect1d(lab["EEP"], ours["EEP"][(ours["EEP"] > 300) & (ours["EEP"] < 450)])
         away = lab["TEFF"][np.isin(lab["EEP"], both)] - ours["TEFF"][np.isin(ours["EEP"], both)]
-        assert np.abs(away).max() < 250 * u.K   # two versions of one theory, dwarfs
+        assert np.abs(away).max() < 250 * u.K  # two versions of one theory, dwarfs
 
 
 BREAKS = {
     "an empty file": (lambda text: "", "is not an isochrone file of MIST .* no line starts with"),
-    "other text": (lambda text: "# teff logg\n4500 2.5\n", "no line starts with '# number of EEPs, cols'"),
-    "cut within a row": (lambda text: text[:-400], r"isochrone 2 of 2 announces \d+ rows and holds \d+: download it again|does not hold 8 numbers"),
-    "cut between isochrones": (lambda text: text[:text.rindex("# number of EEPs")], "announces 2 isochrones and holds 1: download it again"),
-    "rows lost": (lambda text: "\n".join(line for k, line in enumerate(text.splitlines()) if k != 40), "isochrone 1 of 2 announces"),
-    "a foreign column": (lambda text: text.replace("log_Teff", "Teff"), "lacks the column log_Teff; it has EEP, isochrone_age_yr"),
-    "no age": (lambda text: text.replace("isochrone_age_yr", "star_age"), "lacks the column log10_isochrone_age_yr or isochrone_age_yr"),
+    "other text": (
+        lambda text: "# teff logg\n4500 2.5\n",
+        "no line starts with '# number of EEPs, cols'",
+    ),
+    "cut within a row": (
+        lambda text: text[:-400],
+        r"isochrone 2 of 2 announces \d+ rows and holds \d+: download it again|does not hold 8 numbers",
+    ),
+    "cut between isochrones": (
+        lambda text: text[: text.rindex("# number of EEPs")],
+        "announces 2 isochrones and holds 1: download it again",
+    ),
+    "rows lost": (
+        lambda text: "\n".join(line for k, line in enumerate(text.splitlines()) if k != 40),
+        "isochrone 1 of 2 announces",
+    ),
+    "a foreign column": (
+        lambda text: text.replace("log_Teff", "Teff"),
+        "lacks the column log_Teff; it has EEP, isochrone_age_yr",
+    ),
+    "no age": (
+        lambda text: text.replace("isochrone_age_yr", "star_age"),
+        "lacks the column log10_isochrone_age_yr or isochrone_age_yr",
+    ),
     "no composition": (lambda text: text.replace("Yinit", "Y"), r"its header lacks \[Fe/H\]"),
-    "a word among the numbers": (lambda text: text.replace("17.123456", "nothing", 1), None),   # in a column that nobody reads
-    "a broken number": (lambda text: text.replace("E+00", "E+0?", 1), "a row does not hold 8 numbers"),
-    "a row too short": (lambda text: text.replace("          17.123456", "", 1), "a row does not hold 8 numbers"),
+    "a word among the numbers": (
+        lambda text: text.replace("17.123456", "nothing", 1),
+        None,
+    ),  # in a column that nobody reads
+    "a broken number": (
+        lambda text: text.replace("E+00", "E+0?", 1),
+        "a row does not hold 8 numbers",
+    ),
+    "a row too short": (
+        lambda text: text.replace("          17.123456", "", 1),
+        "a row does not hold 8 numbers",
+    ),
 }
 
 
@@ -268,7 +402,9 @@ BREAKS = {
 def test_broken_files(tmp_path, name):
     change, message = BREAKS[name]
     path = tmp_path / "broken.iso.cmd"
-    path.write_text(change(mist_text([isochrone(5, 0)[::20], isochrone(6, 0)[::20]], 0, True, False)))
+    path.write_text(
+        change(mist_text([isochrone(5, 0)[::20], isochrone(6, 0)[::20]], 0, True, False))
+    )
     if message is None:
         assert len(read_mist(path)) > 40
         return
@@ -288,6 +424,7 @@ def test_files_that_are_no_text(tmp_path):
 
 # --- distances and diagrams
 
+
 @settings(max_examples=20, deadline=None)
 @given(age=AGES, feh=METALS, share=st.floats(0, 1), seed=st.integers(0, 99))
 def test_a_point_on_the_line_has_no_distance(age, feh, share, seed):
@@ -295,7 +432,11 @@ def test_a_point_on_the_line_has_no_distance(age, feh, share, seed):
     first, last = BRANCHES[seed % 2]
     row = int(np.random.default_rng(seed).integers(first, last))
     a, b = (line[line["EEP"] == eep][0] for eep in (row, row + 1))
-    away = giant_distance([a["TEFF"].value * (1 - share) + b["TEFF"].value * share], [a["LOGG"].value * (1 - share) + b["LOGG"].value * share], line)
+    away = giant_distance(
+        [a["TEFF"].value * (1 - share) + b["TEFF"].value * share],
+        [a["LOGG"].value * (1 - share) + b["LOGG"].value * share],
+        line,
+    )
     assert away["distance"][0] < 1e-6
 
 
@@ -304,10 +445,20 @@ def test_a_point_on_the_line_has_no_distance(age, feh, share, seed):
 def test_distance_is_a_distance(teff, logg, step):
     "Not above that to any row, and no star gets further away than it moved."
     line = isochrone(8, -0.7)
-    here, there = giant_distance([teff, teff + 100 * step], [logg, logg + 0.2 * step], line)["distance"]
+    here, there = giant_distance([teff, teff + 100 * step], [logg, logg + 0.2 * step], line)[
+        "distance"
+    ]
     assert abs(here - there) <= np.sqrt(2) * abs(step) + 1e-9
-    on = np.any([(line["EEP"] >= first) & (line["EEP"] <= last) for first, last in BRANCHES], axis=0)
-    assert here <= np.hypot((line["TEFF"][on].value - teff) / 100, (line["LOGG"][on].value - logg) / 0.2).min() + 1e-9
+    on = np.any(
+        [(line["EEP"] >= first) & (line["EEP"] <= last) for first, last in BRANCHES], axis=0
+    )
+    assert (
+        here
+        <= np.hypot(
+            (line["TEFF"][on].value - teff) / 100, (line["LOGG"][on].value - logg) / 0.2
+        ).min()
+        + 1e-9
+    )
 
 
 def test_distances_in_blocks_with_gaps_and_units():
@@ -318,35 +469,62 @@ def test_distances_in_blocks_with_gaps_and_units():
     away = giant_distance(teff * u.K, logg * u.dex, line)
     assert np.array_equal(teff, before[0], equal_nan=True) and np.array_equal(logg, before[1])
     assert np.flatnonzero(np.isnan(away["distance"])).tolist() == [7]
-    assert np.allclose(away["distance"][1500:], giant_distance(teff[1500:], logg[1500:], line)["distance"])
-    assert np.allclose(np.hypot(away["d_teff"].value / 100, away["d_logg"].value / 0.2), away["distance"], equal_nan=True)
+    assert np.allclose(
+        away["distance"][1500:], giant_distance(teff[1500:], logg[1500:], line)["distance"]
+    )
+    assert np.allclose(
+        np.hypot(away["d_teff"].value / 100, away["d_logg"].value / 0.2),
+        away["distance"],
+        equal_nan=True,
+    )
     assert len(giant_distance([], [], line)) == 0
-    with pytest.raises(LabError, match="the isochrone has no giants: it reaches from EEP 228 to 453, giants from 454"):
+    with pytest.raises(
+        LabError,
+        match="the isochrone has no giants: it reaches from EEP 228 to 453, giants from 454",
+    ):
         giant_distance(teff, logg, line[line["PHASE"] == 0])
 
 
 def test_shuffled_labels_are_worse():
     "Stars drawn from eight isochrones with the errors of spectra: each near its own, not near another's."
-    rng, lines = np.random.default_rng(3), [isochrone(8, feh) for feh in (-2, -1.5, -1, -0.75, -0.5, -0.25, 0, 0.4)]
+    rng, lines = (
+        np.random.default_rng(3),
+        [isochrone(8, feh) for feh in (-2, -1.5, -1, -0.75, -0.5, -0.25, 0, 0.4)],
+    )
     stars = []
     for line in lines:
         giants = line[(line["EEP"] > 480) & (line["EEP"] < 600)]
         rows = rng.integers(len(giants), size=50)
-        stars.append([giants["TEFF"][rows].value + rng.normal(0, 50, 50), giants["LOGG"][rows].value + rng.normal(0, 0.1, 50)])
+        stars.append(
+            [
+                giants["TEFF"][rows].value + rng.normal(0, 50, 50),
+                giants["LOGG"][rows].value + rng.normal(0, 0.1, 50),
+            ]
+        )
     stars = np.array(stars)
     order = rng.permutation(8 * 50)
-    shuffled = stars.transpose(1, 0, 2).reshape(2, -1)[:, order].reshape(2, 8, 50).transpose(1, 0, 2)
-    own, other = (np.median([giant_distance(*mine, line)["distance"] for mine, line in zip(choice, lines)]) for choice in (stars, shuffled))
+    shuffled = (
+        stars.transpose(1, 0, 2).reshape(2, -1)[:, order].reshape(2, 8, 50).transpose(1, 0, 2)
+    )
+    own, other = (
+        np.median([giant_distance(*mine, line)["distance"] for mine, line in zip(choice, lines)])
+        for choice in (stars, shuffled)
+    )
     assert own < 0.5 and other > 3 * own
 
 
 def test_total_metallicity():
     assert total_metallicity(0.1, 0) == pytest.approx(0.1)
-    assert total_metallicity(np.array([-2.0, -1.0]), 0.4) == pytest.approx([-1.7067, -0.7067], abs=1e-4)   # log10(0.638 * 2.5119 + 0.362) = 0.2933
+    assert total_metallicity(np.array([-2.0, -1.0]), 0.4) == pytest.approx(
+        [-1.7067, -0.7067], abs=1e-4
+    )  # log10(0.638 * 2.5119 + 0.362) = 0.2933
 
 
 def test_metallicity_label_and_colours():
-    assert metallicity_label(["TEFF", "LOGG", "FE_H", "MG_FE"]) == "FE_H" and metallicity_label(("M_H", "TEFF")) == "M_H"
+    assert (
+        metallicity_label(["TEFF", "LOGG", "FE_H", "MG_FE"]) == "FE_H"
+        and metallicity_label(("M_H", "TEFF")) == "M_H"
+    )
     with pytest.raises(LabError, match="labels are TEFF, LOGG: FE_H or M_H is needed"):
         metallicity_label(["TEFF", "LOGG"])
     stars = np.array([[4500.0, 2.5, -0.2], [4000, 1.2, 0.1]])
@@ -357,15 +535,22 @@ def test_metallicity_label_and_colours():
 def test_diagrams_count_outliers_and_strangers():
     "On the lab's axes; one star off them, one moved by more than three units, one without labels."
     rng = np.random.default_rng(0)
-    catalogue = np.column_stack([rng.uniform(4000, 5000, 40), rng.uniform(1, 3, 40), rng.uniform(-0.5, 0.3, 40)])
+    catalogue = np.column_stack(
+        [rng.uniform(4000, 5000, 40), rng.uniform(1, 3, 40), rng.uniform(-0.5, 0.3, 40)]
+    )
     predicted = catalogue + rng.normal(0, 1, (40, 3)) * [50, 0.1, 0.05]
     predicted[3, 0] = catalogue[3, 0] + 400
     predicted[5, 0] = 7000
     predicted[8] = np.nan
     fig = kiel_diagrams(predicted, catalogue, isochrones=[isochrone(6, 0), isochrone(6, -1)])
     left, right, shifts = fig.axes[:3]
-    assert left.get_title() == "predicted labels, 2 off the axes" and right.get_title() == "catalogue labels"
+    assert (
+        left.get_title() == "predicted labels, 2 off the axes"
+        and right.get_title() == "catalogue labels"
+    )
     assert "2 outliers of 40" in shifts.get_title()
     for ax in (left, right):
         assert (ax.get_xlim(), ax.get_ylim()) == LAB_LIMITS and len(ax.lines) == 2
-    assert np.nanmax(shift_length(predicted, catalogue)) > 20 and np.isnan(shift_length(predicted, catalogue)[8])
+    assert np.nanmax(shift_length(predicted, catalogue)) > 20 and np.isnan(
+        shift_length(predicted, catalogue)[8]
+    )

@@ -1,4 +1,5 @@
 """The posterior: five labels of made-up models, shapes of the input, chains that must be refused, and properties of weighted draws."""
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -13,12 +14,26 @@ from hypothesis import given, settings, strategies as st
 from stellar_lab.cannon import Cannon, Vectorizer
 from stellar_lab.inversion import infer, with_error_model
 from stellar_lab.mcmc import (
-    NotConverged, TrainingPrior, UniformPrior, autocorrelation_time, diagnose, exact_statistics, formal_covariance, log_likelihood, pareto_shape,
-    plot_posterior, plot_trace, run_ensembles, sample, sample_many, weighted_draws, weighted_quantiles,
+    NotConverged,
+    TrainingPrior,
+    UniformPrior,
+    autocorrelation_time,
+    diagnose,
+    exact_statistics,
+    formal_covariance,
+    log_likelihood,
+    pareto_shape,
+    plot_posterior,
+    plot_trace,
+    run_ensembles,
+    sample,
+    sample_many,
+    weighted_draws,
+    weighted_quantiles,
 )
 from stellar_lab.survey import ARCHIVES, LabError, Spectra
 
-FIVE = ARCHIVES["survey"].labels   # TEFF, LOGG, FE_H, MG_FE, SI_FE
+FIVE = ARCHIVES["survey"].labels  # TEFF, LOGG, FE_H, MG_FE, SI_FE
 few = settings(max_examples=20, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
 PIXELS, NOISE = 400, 0.02
@@ -48,11 +63,19 @@ def walk(giants):
 
 # ---- one star, five labels
 
+
 def test_five_labels(giants, walk):
     model, truth, flux, ivar = giants
-    assert walk.converged and walk.label_names == FIVE and walk.flags == infer(model, flux[:1], ivar[:1])["flags"][0]
+    assert (
+        walk.converged
+        and walk.label_names == FIVE
+        and walk.flags == infer(model, flux[:1], ivar[:1])["flags"][0]
+    )
     summary = walk.summary(catalogue_errors=[100, 0.1, 0.05, 0.05, 0.05])
-    assert list(summary["unit"]) == ["K", "dex", "dex", "dex", "dex"] and "honest" not in summary.colnames
+    assert (
+        list(summary["unit"]) == ["K", "dex", "dex", "dex", "dex"]
+        and "honest" not in summary.colnames
+    )
     sigma = (summary["plus"] + summary["minus"]) / 2
     assert np.all(np.abs(summary["value"] - truth[0]) < 4.5 * sigma)
 
@@ -72,53 +95,90 @@ def test_statistics_give_the_likelihood_of_the_pixels(giants):
     at = np.random.default_rng(1).normal(size=(100, 5))
     stats = exact_statistics(model, flux[:1], ivar[:1])
     fast = log_likelihood(model.vectorizer_, stats.matrix(), stats.b, at[None])[0]
-    slow = -0.5 * (flux[0].astype(float) - model.vectorizer_(at) @ model.theta_.T) ** 2 @ ivar[0].astype(float)
+    slow = (
+        -0.5
+        * (flux[0].astype(float) - model.vectorizer_(at) @ model.theta_.T) ** 2
+        @ ivar[0].astype(float)
+    )
     assert np.abs((fast - fast[0]) - (slow - slow[0])).max() < 1e-6 * np.ptp(slow)
 
 
 def test_log_probabilities_are_minus_half_chi2(giants, walk):
     model, _, flux, ivar = giants
     at = walk.chain[0, -1, :3]
-    expected = -0.5 * (flux[0] - model.predict(at)) ** 2 @ ivar[0].astype(float) + UniformPrior()(model.scale(at))
+    expected = -0.5 * (flux[0] - model.predict(at)) ** 2 @ ivar[0].astype(float) + UniformPrior()(
+        model.scale(at)
+    )
     assert np.allclose(walk.log_prob[0, -1, :3], expected, atol=1e-3)
 
 
 def test_a_spectra_and_its_arrays_give_the_same(giants):
     model, _, flux, ivar = giants
-    spectra = Spectra(np.arange(PIXELS) + 15200.0, flux, ivar, Table({"APOGEE_ID": [f"star {n}" for n in range(12)]}))
+    spectra = Spectra(
+        np.arange(PIXELS) + 15200.0,
+        flux,
+        ivar,
+        Table({"APOGEE_ID": [f"star {n}" for n in range(12)]}),
+    )
     one = sample(model, spectra[3], ensembles=2, steps=50, progress=False)
-    assert np.array_equal(one.chain, sample(model, flux[3], ivar[3], ensembles=2, steps=50, progress=False).chain)
-    assert list(sample_many(model, spectra[:2], progress=False)["apogee_id"]) == ["star 0", "star 1"]
+    assert np.array_equal(
+        one.chain, sample(model, flux[3], ivar[3], ensembles=2, steps=50, progress=False).chain
+    )
+    assert list(sample_many(model, spectra[:2], progress=False)["apogee_id"]) == [
+        "star 0",
+        "star 1",
+    ]
 
 
 def test_unusable_pixels_may_hold_anything(giants):
     model, _, flux, ivar = giants
     dirty = np.where(ivar > 0, flux, np.nan)
-    one, other = (sample_many(model, f[:2], ivar[:2], progress=False)["teff"] for f in (flux, dirty))
+    one, other = (
+        sample_many(model, f[:2], ivar[:2], progress=False)["teff"] for f in (flux, dirty)
+    )
     assert np.allclose(one, other, rtol=1e-6)
 
 
 def test_seeds(giants):
     model, _, flux, ivar = giants
-    chains = [sample(model, flux[0], ivar[0], ensembles=2, steps=60, seed=seed, progress=False).chain for seed in (1, 1, 2)]
+    chains = [
+        sample(model, flux[0], ivar[0], ensembles=2, steps=60, seed=seed, progress=False).chain
+        for seed in (1, 1, 2)
+    ]
     assert np.array_equal(chains[0], chains[1]) and not np.array_equal(chains[0], chains[2])
-    assert not np.array_equal(chains[0][0], chains[0][1])   # the ensembles are independent
+    assert not np.array_equal(chains[0][0], chains[0][1])  # the ensembles are independent
 
 
 def test_honest_errors_come_from_the_model(giants):
     model, _, flux, ivar = giants
     rng = np.random.default_rng(6)
     labels = model.training_labels_[50:110]
-    table = infer(model, model.predict(labels) + NOISE * rng.standard_normal((60, PIXELS)), np.full((60, PIXELS), NOISE**-2))
-    honest = with_error_model(model, table, labels + 0.5 * model.scales_ * rng.standard_normal(labels.shape))
-    summary = sample(honest, flux[0], ivar[0], ensembles=2, steps=300, progress=False).summary(insist=True)
-    assert np.allclose(summary["honest"] / model.scales_, 0.5, rtol=0.4) and np.all(summary["honest"] > 2 * summary["plus"])
+    table = infer(
+        model,
+        model.predict(labels) + NOISE * rng.standard_normal((60, PIXELS)),
+        np.full((60, PIXELS), NOISE**-2),
+    )
+    honest = with_error_model(
+        model, table, labels + 0.5 * model.scales_ * rng.standard_normal(labels.shape)
+    )
+    summary = sample(honest, flux[0], ivar[0], ensembles=2, steps=300, progress=False).summary(
+        insist=True
+    )
+    assert np.allclose(summary["honest"] / model.scales_, 0.5, rtol=0.4) and np.all(
+        summary["honest"] > 2 * summary["plus"]
+    )
 
 
 def test_the_lab_s_own_way(giants):
     model, _, flux, ivar = giants
-    walk = sample(model, flux[0], ivar[0], ensembles=1, steps=40, burn_in=20, start="mean", progress=False)
-    assert walk.diagnosis.burn_in == 20 and np.abs(model.scale(walk.chain[0, 0])).max() < 0.1 and not walk.converged
+    walk = sample(
+        model, flux[0], ivar[0], ensembles=1, steps=40, burn_in=20, start="mean", progress=False
+    )
+    assert (
+        walk.diagnosis.burn_in == 20
+        and np.abs(model.scale(walk.chain[0, 0])).max() < 0.1
+        and not walk.converged
+    )
     with pytest.raises(LabError, match="a burn-in of 40 leaves nothing of 40 steps"):
         sample(model, flux[0], ivar[0], ensembles=1, steps=40, burn_in=40, progress=False)
 
@@ -129,9 +189,18 @@ def test_what_a_user_can_get_wrong(giants):
         (lambda: sample(model, flux[:2], ivar[:2], progress=False), "takes one star, not 2"),
         (lambda: sample(model, flux[0], progress=False), "ivar is missing"),
         (lambda: sample(model, flux[0], 0 * ivar[0], progress=False), "no usable pixel"),
-        (lambda: sample(model, flux[0], ivar[0], walkers=6, progress=False), "6 walkers are too few for 5 labels: an ensemble needs at least 10"),
-        (lambda: sample(model, flux[0], ivar[0], start="nowhere", progress=False), "choose best, mean or prior"),
-        (lambda: sample(model, flux[0], ivar[0], prior=UniformPrior(1e-3), progress=False), "outside the prior"),
+        (
+            lambda: sample(model, flux[0], ivar[0], walkers=6, progress=False),
+            "6 walkers are too few for 5 labels: an ensemble needs at least 10",
+        ),
+        (
+            lambda: sample(model, flux[0], ivar[0], start="nowhere", progress=False),
+            "choose best, mean or prior",
+        ),
+        (
+            lambda: sample(model, flux[0], ivar[0], prior=UniformPrior(1e-3), progress=False),
+            "outside the prior",
+        ),
         (lambda: sample_many(model, flux[:0], ivar[:0], progress=False), "no spectra"),
         (lambda: sample_many(model, flux, progress=False), "ivar is missing"),
         (lambda: sample_many(model, flux, ivar, draws=100, progress=False), "power of two"),
@@ -142,6 +211,7 @@ def test_what_a_user_can_get_wrong(giants):
 
 # ---- chains that must be refused
 
+
 def test_too_short_a_chain_is_refused_unless_the_caller_insists(giants):
     model, _, flux, ivar = giants
     short = sample(model, flux[0], ivar[0], steps=100, progress=False)
@@ -149,7 +219,11 @@ def test_too_short_a_chain_is_refused_unless_the_caller_insists(giants):
         with pytest.raises(NotConverged, match="autocorrelation times, 50 are needed.*insist=True"):
             refused()
     summary = short.summary(insist=True)
-    assert not summary.meta["converged"] and summary.meta["problems"] and "NOT CONVERGED" in repr(short)
+    assert (
+        not summary.meta["converged"]
+        and summary.meta["problems"]
+        and "NOT CONVERGED" in repr(short)
+    )
     plot_posterior(short, insist=True)
     plt.close("all")
 
@@ -157,7 +231,9 @@ def test_too_short_a_chain_is_refused_unless_the_caller_insists(giants):
 def test_a_star_with_two_valleys_is_refused():
     rng = np.random.default_rng(2)
     labels, slopes = rng.normal(size=(100, 2)), rng.normal(size=(2, 200)) * 0.03
-    model = Cannon(terms=["a^2", "b"], pivots=[0, 0], scales=[1, 1]).fit(labels, 1 + labels**[2, 1] @ slopes, label_names="ab")
+    model = Cannon(terms=["a^2", "b"], pivots=[0, 0], scales=[1, 1]).fit(
+        labels, 1 + labels ** [2, 1] @ slopes, label_names="ab"
+    )
     flux = model.predict([[1.2, 0.3]]) + 0.02 * rng.standard_normal((1, 200))
     walk = sample(model, flux[0], np.full(200, 0.02**-2), ensembles=2, steps=800, progress=False)
     assert not walk.converged and walk.diagnosis.rhat[0] > 1.2
@@ -168,7 +244,10 @@ def test_a_star_with_two_valleys_is_refused():
 def test_apart_is_apart_in_any_order_and_unit(seed, unit):
     rng = np.random.default_rng(seed)
     chain = rng.normal(size=(2, 400, 8, 2)) * unit
-    assert not diagnose(chain, "xy", burn_in=0).problems or np.max(diagnose(chain, "xy", burn_in=0).rhat) < 1.03
+    assert (
+        not diagnose(chain, "xy", burn_in=0).problems
+        or np.max(diagnose(chain, "xy", burn_in=0).rhat) < 1.03
+    )
     chain[1, ..., 1] += 3 * unit
     for turned in (chain, chain[::-1], -chain):
         problems = diagnose(turned, "xy", burn_in=0).problems
@@ -177,19 +256,30 @@ def test_apart_is_apart_in_any_order_and_unit(seed, unit):
 
 def test_walkers_that_do_not_move_are_no_answer():
     begin = np.random.default_rng(3).normal(0, 1e-3, (1, 8, 2))
-    spike = run_ensembles(lambda x: -1e12 * (x**2).sum(axis=1) - 1e12 * (np.abs(x[:, 0]) > 1e-9), begin, "xy", steps=50, progress=False)
+    spike = run_ensembles(
+        lambda x: -1e12 * (x**2).sum(axis=1) - 1e12 * (np.abs(x[:, 0]) > 1e-9),
+        begin,
+        "xy",
+        steps=50,
+        progress=False,
+    )
     assert not spike.converged
-    assert diagnose(np.zeros((2, 60, 4, 1)), "x").problems and np.isnan(autocorrelation_time(np.zeros((2, 60, 4, 1)))[0])
+    assert diagnose(np.zeros((2, 60, 4, 1)), "x").problems and np.isnan(
+        autocorrelation_time(np.zeros((2, 60, 4, 1)))[0]
+    )
 
 
 # ---- priors
+
 
 def test_the_prior_of_the_training_set_is_a_density(giants):
     model = giants[0]
     prior, rng = TrainingPrior(model), np.random.default_rng(4)
     labels = model.scale(model.training_labels_)
-    assert np.allclose(prior(labels), prior.mixture.score_samples(labels)) and prior(labels[:, None]).shape == (400, 1)
-    x = rng.uniform(-6, 6, (200_000, 5))   # integrates to one
+    assert np.allclose(prior(labels), prior.mixture.score_samples(labels)) and prior(
+        labels[:, None]
+    ).shape == (400, 1)
+    x = rng.uniform(-6, 6, (200_000, 5))  # integrates to one
     assert abs(np.mean(np.exp(prior(x))) * 12**5 - 1) < 0.2
     drawn = prior.draw(5000, 5, rng)
     assert np.allclose(drawn.std(axis=0), labels.std(axis=0), atol=0.1)
@@ -201,11 +291,25 @@ def test_without_data_the_prior_comes_back(giants):
     table, draws, weights, _ = weighted_draws(model, flux[:1], 1e-9 * ivar[:1], prior, draws=2**14)
     scaled = model.scale(draws[0])
     assert np.allclose(weights[0] @ scaled, prior.mixture.means_[0], atol=0.15)
-    walk = sample(model, flux[0], 1e-9 * ivar[0], prior=prior, start="prior", ensembles=2, steps=800, progress=False)
-    assert np.allclose(model.scale(walk.draws(insist=True)).std(axis=0), np.sqrt(np.diag(prior.mixture.covariances_[0])), atol=0.2)
+    walk = sample(
+        model,
+        flux[0],
+        1e-9 * ivar[0],
+        prior=prior,
+        start="prior",
+        ensembles=2,
+        steps=800,
+        progress=False,
+    )
+    assert np.allclose(
+        model.scale(walk.draws(insist=True)).std(axis=0),
+        np.sqrt(np.diag(prior.mixture.covariances_[0])),
+        atol=0.2,
+    )
 
 
 # ---- weighted draws
+
 
 @few
 @given(seeds)
@@ -213,16 +317,21 @@ def test_weighted_quantiles_equal_repeated_values(seed):
     rng = np.random.default_rng(seed)
     values, counts = rng.normal(size=(3, 40, 2)), rng.integers(0, 5, (3, 40))
     counts[:, 0] += 1
-    levels = [0.1603, 0.5017, 0.8397]   # no share of the counts is equal to one of them
+    levels = [0.1603, 0.5017, 0.8397]  # no share of the counts is equal to one of them
     found = weighted_quantiles(values, counts / counts.sum(axis=1, keepdims=True), levels)
     for n in range(3):
-        plain = np.quantile(np.repeat(values[n], counts[n], axis=0), levels, axis=0, method="inverted_cdf")
+        plain = np.quantile(
+            np.repeat(values[n], counts[n], axis=0), levels, axis=0, method="inverted_cdf"
+        )
         assert np.array_equal(found[:, n], plain)
 
 
 def test_a_star_does_not_depend_on_its_company(giants):
     model, _, flux, ivar = giants
-    together, alone = sample_many(model, flux, ivar, progress=False), sample_many(model, flux[7:8], ivar[7:8], progress=False)
+    together, alone = (
+        sample_many(model, flux, ivar, progress=False),
+        sample_many(model, flux[7:8], ivar[7:8], progress=False),
+    )
     assert np.allclose(together["teff_plus"][7].value, alone["teff_plus"][0].value, rtol=1e-4)
     assert np.all(together["ess"] > 1000) and np.all(together["pareto_k"] < 0.7)
 
@@ -230,12 +339,18 @@ def test_a_star_does_not_depend_on_its_company(giants):
 def test_weights_that_may_not_be_trusted_give_no_values(giants):
     model, _, flux, ivar = giants
     blind = ivar.copy()
-    blind[0] = 0                 # nothing known
-    blind[1, 6:] = 0             # six pixels for five labels
+    blind[0] = 0  # nothing known
+    blind[1, 6:] = 0  # six pixels for five labels
     table = sample_many(model, flux, blind, progress=False)
-    assert np.isnan(table["teff"][0]) and np.isinf(table["pareto_k"][0]) and not table["converged"][0]
-    assert np.isnan(table["teff"][1]) and not table["converged"][1] and np.all(table["converged"][2:])
-    assert np.isfinite(sample_many(model, flux[1:2], blind[1:2], insist=True, progress=False)["teff"][0])
+    assert (
+        np.isnan(table["teff"][0]) and np.isinf(table["pareto_k"][0]) and not table["converged"][0]
+    )
+    assert (
+        np.isnan(table["teff"][1]) and not table["converged"][1] and np.all(table["converged"][2:])
+    )
+    assert np.isfinite(
+        sample_many(model, flux[1:2], blind[1:2], insist=True, progress=False)["teff"][0]
+    )
 
 
 def test_the_tail_of_the_weights_is_seen():
@@ -249,11 +364,16 @@ def test_formal_covariance_is_the_inversion_s(giants):
     model, _, flux, ivar = giants
     table = infer(model, flux, ivar)
     best = model.scale(np.column_stack([table[name.lower()].value for name in FIVE]))
-    ours = formal_covariance(model, exact_statistics(model, flux, ivar), best) * np.outer(model.scales_, model.scales_)
-    assert np.allclose(ours, table["covariance"], rtol=1e-2, atol=1e-3 * np.outer(model.scales_, model.scales_))
+    ours = formal_covariance(model, exact_statistics(model, flux, ivar), best) * np.outer(
+        model.scales_, model.scales_
+    )
+    assert np.allclose(
+        ours, table["covariance"], rtol=1e-2, atol=1e-3 * np.outer(model.scales_, model.scales_)
+    )
 
 
 # ---- pictures
+
 
 def test_figures(walk):
     axes = plot_trace(walk)

@@ -1,4 +1,5 @@
 """Networks: what a file keeps, trainings that are interrupted, answers that do not depend on bad pixels or company, errors."""
+
 import gc
 import json
 import zipfile
@@ -20,7 +21,14 @@ NAMES = ["TEFF", "LOGG", "M_H"]
 
 class Small(Network):
     def _build(self, n_pixels, n_labels):
-        return keras.Sequential([keras.Input((n_pixels,)), keras.layers.Dense(8), keras.layers.Dropout(0.1), keras.layers.Dense(n_labels)])
+        return keras.Sequential(
+            [
+                keras.Input((n_pixels,)),
+                keras.layers.Dense(8),
+                keras.layers.Dropout(0.1),
+                keras.layers.Dense(n_labels),
+            ]
+        )
 
 
 class WithError(Small):
@@ -28,16 +36,26 @@ class WithError(Small):
 
     def _finish(self, output):
         labels = super()._finish(output)
-        return {"labels": labels, "covariance": 0 * keras.ops.expand_dims(labels, 1) + 0.1 * keras.ops.eye(3)}
+        return {
+            "labels": labels,
+            "covariance": 0 * keras.ops.expand_dims(labels, 1) + 0.1 * keras.ops.eye(3),
+        }
 
 
 def stars(n=200, pixels=40, seed=0, bad=0.1):
     rng = np.random.default_rng(seed)
     labels = rng.normal([4500, 2, -0.3], [300, 0.7, 0.4], size=(n, 3))
     slopes = 0.05 * np.random.default_rng(1).normal(size=(3, pixels))
-    flux = 0.9 + (labels - [4500, 2, -0.3]) / [300, 0.7, 0.4] @ slopes + 0.01 * rng.normal(size=(n, pixels))
+    flux = (
+        0.9
+        + (labels - [4500, 2, -0.3]) / [300, 0.7, 0.4] @ slopes
+        + 0.01 * rng.normal(size=(n, pixels))
+    )
     ivar = np.where(rng.random((n, pixels)) < bad, 0, 1e4).astype("f4")
-    table = Table({"APOGEE_ID": [f"2M{k}" for k in range(n)], **dict(zip(NAMES, labels.T))}, meta={"product": "apstar", "normalized": True})
+    table = Table(
+        {"APOGEE_ID": [f"2M{k}" for k in range(n)], **dict(zip(NAMES, labels.T))},
+        meta={"product": "apstar", "normalized": True},
+    )
     return Spectra(np.linspace(15200, 15300, pixels), flux.astype("f4"), ivar, table)
 
 
@@ -47,20 +65,36 @@ def trained():
 
 
 def same(one, two):
-    return all(np.array_equal(a, b) for a, b in zip(one.net_.get_weights(), two.net_.get_weights(), strict=True))
+    return all(
+        np.array_equal(a, b)
+        for a, b in zip(one.net_.get_weights(), two.net_.get_weights(), strict=True)
+    )
 
 
 def test_table_is_the_cannons(trained):
     table = infer(trained, stars(20, seed=3))
-    assert table.colnames[:3] == ["apogee_id", "teff", "teff_err"] and {"covariance", "chi2", "n_good", "steps", "flags"} <= set(table.colnames)
-    assert str(table["teff"].unit) == "K" and np.isnan(table["chi2"]).all() and np.isnan(table["teff_err"]).all() and not table["steps"].any()
+    assert table.colnames[:3] == ["apogee_id", "teff", "teff_err"] and {
+        "covariance",
+        "chi2",
+        "n_good",
+        "steps",
+        "flags",
+    } <= set(table.colnames)
+    assert (
+        str(table["teff"].unit) == "K"
+        and np.isnan(table["chi2"]).all()
+        and np.isnan(table["teff_err"]).all()
+        and not table["steps"].any()
+    )
 
 
 def test_bad_pixels_and_company_do_not_matter(trained):
     spectra = stars(30, seed=4)
     nonsense = np.where(spectra.ivar > 0, spectra.flux, np.nan).astype("f4")
     np.testing.assert_array_equal(trained.predict(nonsense, spectra.ivar), trained.predict(spectra))
-    np.testing.assert_allclose(trained.predict(spectra[7]), trained.predict(spectra)[[7]], rtol=1e-5)
+    np.testing.assert_allclose(
+        trained.predict(spectra[7]), trained.predict(spectra)[[7]], rtol=1e-5
+    )
     before = spectra.flux.copy()
     infer(trained, spectra)
     np.testing.assert_array_equal(spectra.flux, before)
@@ -70,7 +104,9 @@ def test_blocks_are_seamless(trained, monkeypatch):
     spectra = stars(30, seed=4)
     whole = infer(trained, spectra)
     monkeypatch.setattr(network, "READ_BLOCK", 7)
-    np.testing.assert_allclose(infer(trained, spectra)["logg"].value, whole["logg"].value, rtol=1e-5)
+    np.testing.assert_allclose(
+        infer(trained, spectra)["logg"].value, whole["logg"].value, rtol=1e-5
+    )
 
 
 def test_flags(trained):
@@ -78,13 +114,21 @@ def test_flags(trained):
     ivar, flux = spectra.ivar.copy(), spectra.flux.copy()
     ivar[0], ivar[1, 10:], flux[2] = 0, 0, 3
     flags = infer(trained, flux, ivar)["flags"]
-    assert flags[0] == Flag.NOT_CONVERGED | Flag.FEW_PIXELS and flags[1] & Flag.FEW_PIXELS and flags[2] & Flag.OUTSIDE_TRAINING
+    assert (
+        flags[0] == Flag.NOT_CONVERGED | Flag.FEW_PIXELS
+        and flags[1] & Flag.FEW_PIXELS
+        and flags[2] & Flag.OUTSIDE_TRAINING
+    )
 
 
 def alive():
     "Variables and graphs of TensorFlow in this process, by kind."
     gc.collect()
-    return Counter(kind for kind in (type(thing).__name__ for thing in gc.get_objects()) if kind in ("ResourceVariable", "FuncGraph", "_EagerDefinedFunction", "FusedAdam", "AdamW"))
+    return Counter(
+        kind
+        for kind in (type(thing).__name__ for thing in gc.get_objects())
+        if kind in ("ResourceVariable", "FuncGraph", "_EagerDefinedFunction", "FusedAdam", "AdamW")
+    )
 
 
 def leftovers(model, data):
@@ -133,7 +177,9 @@ def test_a_foreign_state_is_refused(tmp_path):
 
 def test_the_best_epoch_is_kept():
     held = stars(60, seed=11)
-    best = Small(labels=NAMES, epochs=15, learning_rate=0.3, keep_best=True).fit(stars(), validation=held, progress=False)
+    best = Small(labels=NAMES, epochs=15, learning_rate=0.3, keep_best=True).fit(
+        stars(), validation=held, progress=False
+    )
     loss = np.mean((best.scale(best.predict(held)) - best.scale(held.labels(NAMES))) ** 2)
     assert np.argmin(best.history_["val_loss"]) == best.best_epoch_
     np.testing.assert_allclose(loss, min(best.history_["val_loss"]), rtol=1e-4)
@@ -141,10 +187,16 @@ def test_the_best_epoch_is_kept():
 
 def test_file_gives_the_same_bits(trained, tmp_path):
     path = tmp_path / "small.keras"
-    honest = with_error_model(trained, infer(trained, stars(50, seed=6)), stars(50, seed=6).labels(NAMES))
+    honest = with_error_model(
+        trained, infer(trained, stars(50, seed=6)), stars(50, seed=6).labels(NAMES)
+    )
     honest.save(path)
     loaded = Network.load(path)
-    assert type(loaded) is Small and loaded.metadata_ == trained.metadata_ and loaded.label_names_ == tuple(NAMES)
+    assert (
+        type(loaded) is Small
+        and loaded.metadata_ == trained.metadata_
+        and loaded.label_names_ == tuple(NAMES)
+    )
     one, two = infer(honest, stars(seed=7)), infer(loaded, stars(seed=7))
     for name in one.colnames:
         np.testing.assert_array_equal(one[name], two[name])
@@ -159,7 +211,10 @@ def test_wrong_files_are_refused(trained, tmp_path):
     with zipfile.ZipFile(path) as file:
         tree, weights = json.loads(file.read("stellar_lab.json")), file.read("model.weights.h5")
         config = file.read("config.json")
-    for change, message in (({"format_version": 99}, "has the format 99"), ({"stellar_lab_model": "Stranger", "module": "os"}, "'Stranger', which is not known")):
+    for change, message in (
+        ({"format_version": 99}, "has the format 99"),
+        ({"stellar_lab_model": "Stranger", "module": "os"}, "'Stranger', which is not known"),
+    ):
         other = tmp_path / "other.keras"
         with zipfile.ZipFile(other, "w") as file:
             file.writestr("stellar_lab.json", json.dumps(tree | change))
@@ -182,7 +237,11 @@ def test_a_subclass_gives_its_own_covariance(tmp_path):
     model = WithError(labels=NAMES, epochs=1).fit(stars(), progress=False)
     np.testing.assert_allclose(infer(model, stars(5))["logg_err"].value, np.sqrt(0.1), rtol=1e-5)
     model.save(tmp_path / "own.keras")
-    np.testing.assert_allclose(infer(Network.load(tmp_path / "own.keras"), stars(5))["logg_err"].value, np.sqrt(0.1), rtol=1e-5)
+    np.testing.assert_allclose(
+        infer(Network.load(tmp_path / "own.keras"), stars(5))["logg_err"].value,
+        np.sqrt(0.1),
+        rtol=1e-5,
+    )
 
 
 def test_layers_collapse_to_one_map():
@@ -194,7 +253,11 @@ def test_layers_collapse_to_one_map():
     assert np.isfinite(infer(model, spectra)["teff_err"]).all()
 
 
-@pytest.mark.parametrize("model", [RidgeLabels(labels=NAMES), Small(labels=NAMES, epochs=30, learning_rate=0.02)], ids=["ridge", "network"])
+@pytest.mark.parametrize(
+    "model",
+    [RidgeLabels(labels=NAMES), Small(labels=NAMES, epochs=30, learning_rate=0.02)],
+    ids=["ridge", "network"],
+)
 def test_in_folds(model):
     spectra = stars()
     table = cross_label(model, spectra, np.arange(len(spectra)) % 3, progress=False)
@@ -206,7 +269,11 @@ def test_mistakes_are_named(trained):
     with pytest.raises(LabError, match="ivar is negative"):
         infer(trained, spectra.flux, -spectra.ivar - 1)
     with pytest.raises(LabError, match="star 2 has a usable pixel without a finite flux"):
-        infer(trained, np.where(np.arange(5)[:, None] == 2, np.nan, spectra.flux), np.ones_like(spectra.ivar))
+        infer(
+            trained,
+            np.where(np.arange(5)[:, None] == 2, np.nan, spectra.flux),
+            np.ones_like(spectra.ivar),
+        )
     with pytest.raises(LabError, match="no longer finite in epoch"):
         Small(labels=NAMES, epochs=60, learning_rate=1e30).fit(stars(), progress=False)
     with pytest.raises(LabError, match="extension must be .keras"):
@@ -230,5 +297,9 @@ def test_a_reader_that_has_no_answer_is_flagged_not_fatal():
 
     sample = stars(60)
     table = infer(Silent(labels=NAMES).fit(sample), sample)
-    assert np.isnan(table["teff"][0]) and np.all(np.isnan(table["covariance"][0])) and table["flags"][0] & Flag.NOT_CONVERGED
+    assert (
+        np.isnan(table["teff"][0])
+        and np.all(np.isnan(table["covariance"][0]))
+        and table["flags"][0] & Flag.NOT_CONVERGED
+    )
     assert np.all(np.isfinite(table["teff"][1:].value))

@@ -1,4 +1,5 @@
 """Normalization: properties that hold for any star, and the files that a user may bring."""
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -11,10 +12,28 @@ from hypothesis import given, settings, strategies as st
 
 from stellar_lab.clean import read_files
 from stellar_lab.normalize import (
-    CHIP_BITS, continuum, count_mask_bits, drop_masked, fit_polynomials, inliers, lab_continuum_pixels, normalize, plot_normalization,
-    read_continuum_pixels, unusable_pixels,
+    CHIP_BITS,
+    continuum,
+    count_mask_bits,
+    drop_masked,
+    fit_polynomials,
+    inliers,
+    lab_continuum_pixels,
+    normalize,
+    plot_normalization,
+    read_continuum_pixels,
+    unusable_pixels,
 )
-from stellar_lab.survey import LabError, N_PIXELS, Spectra, chip_slices, full_wavelength, on_band, real_data, wavelength
+from stellar_lab.survey import (
+    LabError,
+    N_PIXELS,
+    Spectra,
+    chip_slices,
+    full_wavelength,
+    on_band,
+    real_data,
+    wavelength,
+)
 
 PIXELS = lab_continuum_pixels()
 SLICES = chip_slices(wavelength)
@@ -26,14 +45,23 @@ def made_up(n_stars=4, seed=0, grid=wavelength, noise=0.01):
     "Noisy parabolas with lines beside the continuum pixels."
     rng = np.random.default_rng(seed)
     x = (grid - 16_000) / 1_000
-    curve = rng.lognormal(5, 2, (n_stars, 1)) * (1 + rng.uniform(-0.2, 0.2, (n_stars, 2)) @ [x, x**2])
+    curve = rng.lognormal(5, 2, (n_stars, 1)) * (
+        1 + rng.uniform(-0.2, 0.2, (n_stars, 2)) @ [x, x**2]
+    )
     lines = np.where(np.isin(grid, wavelength[PIXELS]), 0, rng.uniform(0, 0.5, len(grid)))
     flux = curve * (1 - lines) * (1 + noise * rng.standard_normal(curve.shape))
     stars = Table({"APOGEE_ID": [f"star {n}" for n in range(n_stars)]}, meta={"normalized": False})
-    return Spectra(grid, flux.astype("f4"), (1 / (0.01 * curve) ** 2).astype("f4"), stars, np.zeros(curve.shape, np.int16))
+    return Spectra(
+        grid,
+        flux.astype("f4"),
+        (1 / (0.01 * curve) ** 2).astype("f4"),
+        stars,
+        np.zeros(curve.shape, np.int16),
+    )
 
 
 # ---- the fit
+
 
 @few
 @given(seeds, st.integers(1, 70), st.integers(1, 25), st.floats(0.01, 0.5))
@@ -47,7 +75,9 @@ def test_inliers_equal_a_plain_loop(seed, n_pixels, run, tolerance):
             part = slice(r * run, n_pixels if r == n_runs - 1 else (r + 1) * run)
             if good[n, part].any():
                 middle = np.median(flux[n, part][good[n, part]])
-                expected[n, part] = good[n, part] & (np.abs(flux[n, part] - middle) <= tolerance * abs(middle))
+                expected[n, part] = good[n, part] & (
+                    np.abs(flux[n, part] - middle) <= tolerance * abs(middle)
+                )
     assert np.array_equal(inliers(flux, good, run, tolerance), expected)
 
 
@@ -64,7 +94,9 @@ def test_polynomials_equal_numpy(seed, degree, share):
     for n in range(5):
         use = weights[n] > 0
         expected = np.polyfit(x[use], y[n, use], degree, w=np.sqrt(weights[n, use]))[::-1]
-        assert solvable[n] and np.allclose(np.polyval(coefficients[n, ::-1], x), np.polyval(expected[::-1], x), rtol=1e-8)
+        assert solvable[n] and np.allclose(
+            np.polyval(coefficients[n, ::-1], x), np.polyval(expected[::-1], x), rtol=1e-8
+        )
 
 
 @few
@@ -74,7 +106,9 @@ def test_brightness_does_not_matter(seed, magnitude):
     scale = np.float32(10**magnitude)
     scaled = spectra.replace(flux=spectra.flux * scale, ivar=spectra.ivar / scale / scale)
     one, other = normalize(spectra), normalize(scaled)
-    assert np.allclose(one.flux, other.flux, rtol=2e-6) and np.allclose(one.ivar, other.ivar, rtol=1e-5)
+    assert np.allclose(one.flux, other.flux, rtol=2e-6) and np.allclose(
+        one.ivar, other.ivar, rtol=1e-5
+    )
 
 
 @few
@@ -101,8 +135,14 @@ def test_nothing_dirty_comes_out_and_nothing_is_changed(seed, dirt):
     spectra.mask[rng.random(spectra.flux.shape) < dirt] = 4
     before = [np.copy(array) for array in (spectra.flux, spectra.ivar, spectra.mask)]
     result = normalize(spectra)
-    assert np.isfinite(result.flux).all() and np.isfinite(result.ivar).all() and (result.ivar >= 0).all()
-    assert np.all(result.ivar[spectra.mask != 0] == 0) and np.all(result.ivar[~(spectra.ivar > 0)] == 0)
+    assert (
+        np.isfinite(result.flux).all()
+        and np.isfinite(result.ivar).all()
+        and (result.ivar >= 0).all()
+    )
+    assert np.all(result.ivar[spectra.mask != 0] == 0) and np.all(
+        result.ivar[~(spectra.ivar > 0)] == 0
+    )
     for name, chip in SLICES.items():
         assert np.all(result.ivar[result.stars["CHIPS_FAILED"] & CHIP_BITS[name] > 0, chip] == 0)
     for old, new in zip(before, (spectra.flux, spectra.ivar, spectra.mask)):
@@ -110,6 +150,7 @@ def test_nothing_dirty_comes_out_and_nothing_is_changed(seed, dirt):
 
 
 # ---- chips that cannot be trusted
+
 
 @pytest.mark.parametrize("left, failed", [(11, True), (12, False)])
 def test_a_chip_needs_twelve_pixels_without_a_bit(left, failed):
@@ -126,7 +167,9 @@ def test_outliers_are_counted_and_not_fitted():
     clean = continuum(spectra)
     spectra.flux[2, hit] *= 1.2
     fit = continuum(spectra)
-    assert np.array_equal(np.flatnonzero(fit.rejected[2]), hit) and not fit.rejected[[0, 1, 3]].any()
+    assert (
+        np.array_equal(np.flatnonzero(fit.rejected[2]), hit) and not fit.rejected[[0, 1, 3]].any()
+    )
     assert np.allclose(fit.continuum, clean.continuum, rtol=1e-5)
     assert not continuum(spectra, tolerance=0.3).rejected.any()
 
@@ -144,11 +187,14 @@ def test_no_star_is_no_trouble():
 
 # ---- grids and products
 
+
 def test_full_grid_and_cut_grid_find_the_labs_pixels():
     assert normalize(made_up(grid=full_wavelength)).flux.shape == (4, N_PIXELS)
     cut = made_up()[:]
     chip = SLICES["green"]
-    cut = Spectra(wavelength[chip], cut.flux[:, chip], cut.ivar[:, chip], cut.stars, cut.mask[:, chip])
+    cut = Spectra(
+        wavelength[chip], cut.flux[:, chip], cut.ivar[:, chip], cut.stars, cut.mask[:, chip]
+    )
     assert np.allclose(normalize(cut).flux, normalize(made_up()).flux[:, chip], rtol=1e-6)
     with pytest.raises(LabError, match="stand on another: give continuum_pixels"):
         normalize(cut.replace(wavelength=cut.wavelength + 0.1))
@@ -162,40 +208,60 @@ def test_normalized_spectra_come_back():
 
 def test_float64_and_no_mask():
     spectra = made_up()
-    wide = spectra.replace(flux=spectra.flux.astype(float), ivar=spectra.ivar.astype(float), mask=None)
+    wide = spectra.replace(
+        flux=spectra.flux.astype(float), ivar=spectra.ivar.astype(float), mask=None
+    )
     result = normalize(wide)
-    assert result.flux.dtype == result.ivar.dtype == np.float32 and np.allclose(result.flux, normalize(spectra).flux, rtol=1e-6)
+    assert result.flux.dtype == result.ivar.dtype == np.float32 and np.allclose(
+        result.flux, normalize(spectra).flux, rtol=1e-6
+    )
 
 
 # ---- pixel lists
 
+
 def written(folder, values, name="pixels.npy"):
-    np.save(folder / name, values) if name.endswith(".npy") else np.savetxt(folder / name, values, fmt="%.2f", header="Angstrom")
+    np.save(folder / name, values) if name.endswith(".npy") else np.savetxt(
+        folder / name, values, fmt="%.2f", header="Angstrom"
+    )
     return folder / name
 
 
-@pytest.mark.parametrize("values", [
-    PIXELS, np.isin(np.arange(N_PIXELS), on_band[PIXELS]), PIXELS.astype(int), np.flatnonzero(PIXELS), wavelength[PIXELS],
-], ids=["on-band flags", "full-grid flags", "0 and 1", "numbers", "wavelengths"])
+@pytest.mark.parametrize(
+    "values",
+    [
+        PIXELS,
+        np.isin(np.arange(N_PIXELS), on_band[PIXELS]),
+        PIXELS.astype(int),
+        np.flatnonzero(PIXELS),
+        wavelength[PIXELS],
+    ],
+    ids=["on-band flags", "full-grid flags", "0 and 1", "numbers", "wavelengths"],
+)
 def test_every_form_of_a_list_is_read(tmp_path, values):
     assert np.array_equal(read_continuum_pixels(written(tmp_path, values)), PIXELS)
 
 
 def test_a_text_list_is_read(tmp_path):
-    assert np.array_equal(read_continuum_pixels(written(tmp_path, wavelength[PIXELS], "pixels.txt")), PIXELS)
+    assert np.array_equal(
+        read_continuum_pixels(written(tmp_path, wavelength[PIXELS], "pixels.txt")), PIXELS
+    )
 
 
-@pytest.mark.parametrize("values, words", [
-    (np.ones(7000, bool), "holds 7000 flags, but the grids have 7214"),
-    (np.array([5, 7214]), "names pixel 7214, but the on-band pixels are numbered 0 to 7213"),
-    (np.ones(N_PIXELS, bool), "1361 of 8575 pixels lie beside the chips"),
-    (np.ones((2, 7214), bool), "an array of shape"),
-    (np.array(["a"]), "give one row of flags"),
-    (np.array([]), "give one row of flags"),
-    (np.array([15800.0, 12000.0]), "1 of 2 wavelengths meet no pixel.*12000.00"),
-    (np.array([np.nan]), "meet no pixel"),
-    (np.array([{"a": 1}], dtype=object), "cannot read continuum pixels"),
-])
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        (np.ones(7000, bool), "holds 7000 flags, but the grids have 7214"),
+        (np.array([5, 7214]), "names pixel 7214, but the on-band pixels are numbered 0 to 7213"),
+        (np.ones(N_PIXELS, bool), "1361 of 8575 pixels lie beside the chips"),
+        (np.ones((2, 7214), bool), "an array of shape"),
+        (np.array(["a"]), "give one row of flags"),
+        (np.array([]), "give one row of flags"),
+        (np.array([15800.0, 12000.0]), "1 of 2 wavelengths meet no pixel.*12000.00"),
+        (np.array([np.nan]), "meet no pixel"),
+        (np.array([{"a": 1}], dtype=object), "cannot read continuum pixels"),
+    ],
+)
 def test_a_bad_list_is_an_error(tmp_path, values, words):
     path = tmp_path / "pixels.npy"
     np.save(path, values, allow_pickle=True)
@@ -204,7 +270,15 @@ def test_a_bad_list_is_an_error(tmp_path, values, words):
     assert str(path) in str(error.value)
 
 
-@pytest.mark.parametrize("name, content", [("pixels.npy", b"not numpy"), ("pixels.npy", b""), ("pixels.txt", b"15800 ?"), ("pixels.txt", b"\xff\xfe")])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("pixels.npy", b"not numpy"),
+        ("pixels.npy", b""),
+        ("pixels.txt", b"15800 ?"),
+        ("pixels.txt", b"\xff\xfe"),
+    ],
+)
 def test_a_file_that_is_no_list_is_an_error(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(LabError, match="cannot read continuum pixels"):
@@ -217,6 +291,7 @@ def test_a_missing_list_is_an_error(tmp_path):
 
 
 # ---- unusable pixels
+
 
 def test_unusable_pixels_are_those_on_the_chips():
     spectra = made_up(grid=full_wavelength)
@@ -238,7 +313,11 @@ def test_mask_bits_are_counted():
     spectra = made_up()
     spectra.mask[0, :10], spectra.mask[1, :5] = 1 << 12 | 1, 1 << 12
     bits = count_mask_bits(spectra)
-    assert dict(zip(bits["name"], bits["pixels"]))["SIG_SKYLINE"] == 15 and bits["pixels"][0] == 10 and bits["pixels"].sum() == 25
+    assert (
+        dict(zip(bits["name"], bits["pixels"]))["SIG_SKYLINE"] == 15
+        and bits["pixels"][0] == 10
+        and bits["pixels"].sum() == 25
+    )
 
 
 def test_pictures_of_a_failed_chip():
@@ -252,6 +331,7 @@ def test_pictures_of_a_failed_chip():
 
 # ---- the survey's own files
 
+
 @pytest.mark.skipif(real_data() is None, reason="STELLAR_LAB_REAL_DATA is not set")
 def test_raw_files_of_the_survey():
     spectra, problems = read_files(sorted(real_data().glob("apStar-*.fits")), progress=False)
@@ -261,13 +341,17 @@ def test_raw_files_of_the_survey():
     fit = continuum(spectra)
     for n in range(len(spectra)):
         for chip, failed in zip(SLICES.values(), fit.failed[n]):
-            level = np.median(spectra.flux[n, chip][fit.used[n, chip]] / fit.continuum[n, chip][fit.used[n, chip]])
+            level = np.median(
+                spectra.flux[n, chip][fit.used[n, chip]] / fit.continuum[n, chip][fit.used[n, chip]]
+            )
             assert failed or abs(level - 1) < 0.02
 
 
 @pytest.mark.skipif(real_data() is None, reason="STELLAR_LAB_REAL_DATA is not set")
 def test_persistence_makes_a_blue_chip_fail():
-    spectra, _ = read_files(real_data() / "apStar-r6-2M00005143+5615568.fits", row=0, progress=False)
+    spectra, _ = read_files(
+        real_data() / "apStar-r6-2M00005143+5615568.fits", row=0, progress=False
+    )
     assert normalize(spectra).stars["CHIPS_FAILED"][0] == CHIP_BITS["blue"]
 
 

@@ -1,4 +1,5 @@
 """The scoreboard: contests, what is kept of an interrupted run, tables, the recorded file and the README that shows it."""
+
 import sys
 from pathlib import Path
 
@@ -11,8 +12,29 @@ pytest.importorskip("tensorflow")
 from stellar_lab import results
 from stellar_lab.cannon import Cannon
 from stellar_lab.network import RidgeLabels
-from stellar_lab.results import Contest, against_truth, averages, contestants, contests, contests_side_by_side, judge, leading, plot_residual_trends, plot_scores
-from stellar_lab.results import predictions, published, readable, recorded, records, run_scoreboard, score, whole_groups, with_truth
+from stellar_lab.results import (
+    Contest,
+    against_truth,
+    averages,
+    contestants,
+    contests,
+    contests_side_by_side,
+    judge,
+    leading,
+    plot_residual_trends,
+    plot_scores,
+)
+from stellar_lab.results import (
+    predictions,
+    published,
+    readable,
+    recorded,
+    records,
+    run_scoreboard,
+    score,
+    whole_groups,
+    with_truth,
+)
 from stellar_lab.survey import ARCHIVES, LABELS, LabError, Spectra
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,18 +49,41 @@ def stars(names=SIX, n=120, pixels=60, seed=0, archive="clusters"):
     "Stars whose flux is linear in their scaled labels, in seven locations."
     rng = np.random.default_rng(seed)
     scaled = rng.normal(size=(n, len(names)))
-    flux = 0.9 + 0.03 * scaled @ np.random.default_rng(1).normal(size=(len(names), pixels)) + 0.003 * rng.normal(size=(n, pixels))
-    columns = {name: (4500 + 300 * column if name == "TEFF" else -1 + column) for name, column in zip(names, scaled.T)}
-    table = Table({"APOGEE_ID": [f"2M{k}" for k in range(n)], "FIELD": [f"F{k % 7}" for k in range(n)], "LOCATION_ID": 4000 + np.arange(n) % 7, **columns},
-                  meta={"product": "apstar", "normalized": True, "archive": archive, "labels": list(names)})
-    return Spectra(np.linspace(15200, 15300, pixels), flux.astype("f4"), np.full((n, pixels), 1e5, "f4"), table)
+    flux = (
+        0.9
+        + 0.03 * scaled @ np.random.default_rng(1).normal(size=(len(names), pixels))
+        + 0.003 * rng.normal(size=(n, pixels))
+    )
+    columns = {
+        name: (4500 + 300 * column if name == "TEFF" else -1 + column)
+        for name, column in zip(names, scaled.T)
+    }
+    table = Table(
+        {
+            "APOGEE_ID": [f"2M{k}" for k in range(n)],
+            "FIELD": [f"F{k % 7}" for k in range(n)],
+            "LOCATION_ID": 4000 + np.arange(n) % 7,
+            **columns,
+        },
+        meta={"product": "apstar", "normalized": True, "archive": archive, "labels": list(names)},
+    )
+    return Spectra(
+        np.linspace(15200, 15300, pixels), flux.astype("f4"), np.full((n, pixels), 1e5, "f4"), table
+    )
 
 
 @pytest.fixture(scope="module")
 def board():
     "Cannon of four and of all labels and ridge regression in five folds."
     contest = contests(stars(), "full")[0]
-    return contest, *judge({name: contestants(SIX)[name] for name in ("Cannon, four labels", "Cannon", "ridge regression")}, contest, progress=False)
+    return contest, *judge(
+        {
+            name: contestants(SIX)[name]
+            for name in ("Cannon, four labels", "Cannon", "ridge regression")
+        },
+        contest,
+        progress=False,
+    )
 
 
 @pytest.mark.parametrize("names", [FIVE, SIX])
@@ -46,35 +91,63 @@ def test_contestants(names):
     quick, full = contestants(names), contestants(names, "full")
     assert list(quick) == list(full) and len(quick) == 6
     smaller = list(quick)[0]
-    assert smaller == ("Cannon, linear" if names is FIVE else "Cannon, four labels") and quick["Cannon"].labels == list(names)
-    assert (quick[smaller].order, len(quick[smaller].labels)) == ((1, 5) if names is FIVE else (2, 4))
+    assert smaller == ("Cannon, linear" if names is FIVE else "Cannon, four labels") and quick[
+        "Cannon"
+    ].labels == list(names)
+    assert (quick[smaller].order, len(quick[smaller].labels)) == (
+        (1, 5) if names is FIVE else (2, 4)
+    )
     assert all(model.scatter for name, model in quick.items() if name.startswith("Cannon"))
-    assert full["lab network"].epochs == full["augmented network"].epochs == 250 and full["lab network"].centre
+    assert (
+        full["lab network"].epochs == full["augmented network"].epochs == 250
+        and full["lab network"].centre
+    )
     with pytest.raises(KeyError):
         contestants(names, "slow")
 
 
 def test_many_stars_need_fewer_epochs_but_not_in_the_full_profile():
-    few, many, full = (contestants(FIVE, profile, stars) for profile, stars in (("quick", 320), ("quick", 1824), ("full", 1824)))
+    few, many, full = (
+        contestants(FIVE, profile, stars)
+        for profile, stars in (("quick", 320), ("quick", 1824), ("full", 1824))
+    )
     names = ("lab network", "augmented network", "error-aware network")
-    assert [few[name].epochs for name in names] == [35, 35, 100] and [full[name].epochs for name in names] == [250, 250, 100]
+    assert [few[name].epochs for name in names] == [35, 35, 100] and [
+        full[name].epochs for name in names
+    ] == [250, 250, 100]
     assert [many[name].epochs for name in names] == [11, 14, 36]
 
 
 def test_contests_leave_out_whole_places():
     spectra = stars()
-    split, = contests(spectra)
+    (split,) = contests(spectra)
     assert len(split.judged) == 40 and set(split.groups) == {-1, 0}
     folds, apart, rich = contests(spectra, "full")
-    assert apart.name == "clusters left out" and all(len(set(apart.groups[k::7])) == 1 for k in range(7)) and len(set(apart.groups)) == 5
-    assert len(folds.judged) == 120 and np.all(rich.spectra.labels(["M_H"]) > results.METAL_RICH) and len(rich.spectra) < 120
+    assert (
+        apart.name == "clusters left out"
+        and all(len(set(apart.groups[k::7])) == 1 for k in range(7))
+        and len(set(apart.groups)) == 5
+    )
+    assert (
+        len(folds.judged) == 120
+        and np.all(rich.spectra.labels(["M_H"]) > results.METAL_RICH)
+        and len(rich.spectra) < 120
+    )
 
 
 def test_contests_of_the_surveys_labels():
     spectra = stars(FIVE, archive="survey")
     split, folds, apart = contests(spectra, "full")
-    assert split.name == "one split" and np.array_equal(split.groups, contests(spectra)[0].groups) and apart.name == "fields left out"
-    without = spectra.replace(stars=Table({name: spectra.stars[name] for name in ("FIELD", *FIVE)}, meta=spectra.stars.meta))
+    assert (
+        split.name == "one split"
+        and np.array_equal(split.groups, contests(spectra)[0].groups)
+        and apart.name == "fields left out"
+    )
+    without = spectra.replace(
+        stars=Table(
+            {name: spectra.stars[name] for name in ("FIELD", *FIVE)}, meta=spectra.stars.meta
+        )
+    )
     assert np.array_equal(whole_groups(without).groups, apart.groups)
     with pytest.raises(LabError, match="all stars have the same FIELD"):
         whole_groups(without[np.arange(0, 120, 7)])
@@ -89,53 +162,93 @@ def test_stars_are_judged_by_strangers_and_in_order(board):
     contest, table, labelled = board
     model = RidgeLabels(labels=SIX).fit(contest.spectra[contest.groups != 3])
     inside = contest.groups[contest.judged] == 3
-    np.testing.assert_allclose(labelled["ridge regression"]["logg"].value[inside], model.predict(contest.spectra[contest.groups == 3])[:, 1])
+    np.testing.assert_allclose(
+        labelled["ridge regression"]["logg"].value[inside],
+        model.predict(contest.spectra[contest.groups == 3])[:, 1],
+    )
     assert np.array_equal(labelled["ridge regression"]["row"], contest.judged)
-    assert list(labelled["Cannon, four labels"].colnames) == ["row", "teff", "logg", "m_h", "alpha_m"]
+    assert list(labelled["Cannon, four labels"].colnames) == [
+        "row",
+        "teff",
+        "logg",
+        "m_h",
+        "alpha_m",
+    ]
 
 
 def test_scaled_rmse_has_one_scale(board):
     contest, table, _ = board
     spread = dict(zip(SIX, contest.spectra.labels(SIX).std(axis=0)))
-    assert np.allclose(table["rmse"] / table["scaled_rmse"], [spread[label] for label in table["label"]])
+    assert np.allclose(
+        table["rmse"] / table["scaled_rmse"], [spread[label] for label in table["label"]]
+    )
     assert list(table["model"][:4]) == ["Cannon, four labels"] * 4 and len(table) == 16
-    six, four = (table["scaled_rmse"][table["model"] == name] for name in ("Cannon", "Cannon, four labels"))
-    assert six.max() < 0.1 and four.mean() > six[:4].mean()   # what two hidden labels do to the lines goes into the others
+    six, four = (
+        table["scaled_rmse"][table["model"] == name] for name in ("Cannon", "Cannon, four labels")
+    )
+    assert (
+        six.max() < 0.1 and four.mean() > six[:4].mean()
+    )  # what two hidden labels do to the lines goes into the others
 
 
 def test_averages_compare_the_same_labels(board):
     _, table, _ = board
     found = averages(table)
     ratio = dict(zip(found["model"], found["ratio"]))
-    six, four = (table["scaled_rmse"][table["model"] == name] for name in ("Cannon", "Cannon, four labels"))
-    assert ratio["Cannon"] == 1 and np.isclose(ratio["Cannon, four labels"], four.mean() / six[:4].mean())
+    six, four = (
+        table["scaled_rmse"][table["model"] == name] for name in ("Cannon", "Cannon, four labels")
+    )
+    assert ratio["Cannon"] == 1 and np.isclose(
+        ratio["Cannon, four labels"], four.mean() / six[:4].mean()
+    )
     assert np.isnan(averages(table[table["model"] == "ridge regression"])["ratio"][0])
 
 
 def test_readable(board):
     _, table, _ = board
     text = readable(table)
-    assert text.colnames[:3] == ["model", "TEFF [K]", "LOGG"] and text["N_M"][0] == "" and len(text) == 3
+    assert (
+        text.colnames[:3] == ["model", "TEFF [K]", "LOGG"]
+        and text["N_M"][0] == ""
+        and len(text) == 3
+    )
     row = table[(table["model"] == "Cannon") & (table["label"] == "LOGG")][0]
     assert text["LOGG"][1] == f"{row['rmse']:.3f} ({row['bias']:+.3f})"
     wide = contests_side_by_side(table)
-    assert wide.colnames == ["model", "five folds (apstar)"] and "(1.00)" in wide["five folds (apstar)"][1]
+    assert (
+        wide.colnames == ["model", "five folds (apstar)"]
+        and "(1.00)" in wide["five folds (apstar)"][1]
+    )
 
 
 def test_figures(board):
     contest, table, labelled = board
     fig = plot_residual_trends(labelled, contest)
-    assert [len(ax.lines) for ax in fig.axes] == [4, 4, 4, 4, 3, 3]   # the zero line and three models, or two
-    line = fig.axes[1].lines[3]   # ridge regression, LOGG
+    assert [len(ax.lines) for ax in fig.axes] == [
+        4,
+        4,
+        4,
+        4,
+        3,
+        3,
+    ]  # the zero line and three models, or two
+    line = fig.axes[1].lines[3]  # ridge regression, LOGG
     truth = contest.spectra.labels(["LOGG"])[:, 0]
     lowest = np.argsort(truth)[:15]
-    assert np.isclose(line.get_ydata()[0], np.median((labelled["ridge regression"]["logg"].value - truth)[lowest]))
+    assert np.isclose(
+        line.get_ydata()[0], np.median((labelled["ridge regression"]["logg"].value - truth)[lowest])
+    )
     shown = plot_scores({"two": table[table["model"] == "Cannon"], "one": table}).axes[::-1]
-    assert shown[0].get_ylim()[1] > table["scaled_rmse"].max()   # the second panel is not cut at the first one's largest value
-    assert len(shown) == 2 and np.allclose(shown[0].lines[0].get_ydata(), table["scaled_rmse"][table["model"] == "Cannon"])
+    assert (
+        shown[0].get_ylim()[1] > table["scaled_rmse"].max()
+    )  # the second panel is not cut at the first one's largest value
+    assert len(shown) == 2 and np.allclose(
+        shown[0].lines[0].get_ydata(), table["scaled_rmse"][table["model"] == "Cannon"]
+    )
 
 
 # ---- kept trainings
+
 
 class Counted(RidgeLabels):
     fits = 0
@@ -154,8 +267,10 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     again = predictions(Counted(labels=SIX), contest, tmp_path, progress=False)
     assert Counted.fits == 6
     for name in whole.colnames:
-        np.testing.assert_array_equal(whole[name], again[name])   # a file keeps every digit
-    assert score("x", whole, contest)["rmse"].tolist() == score("x", again, contest)["rmse"].tolist()
+        np.testing.assert_array_equal(whole[name], again[name])  # a file keeps every digit
+    assert (
+        score("x", whole, contest)["rmse"].tolist() == score("x", again, contest)["rmse"].tolist()
+    )
 
 
 def test_what_is_kept_belongs_to_stars_and_parameters(tmp_path, monkeypatch):
@@ -166,9 +281,19 @@ def test_what_is_kept_belongs_to_stars_and_parameters(tmp_path, monkeypatch):
     assert Counted.fits == 5
     flux = contest.spectra.flux.copy()
     flux[7, 7] += 0.01
-    predictions(Counted(labels=SIX), Contest(contest.name, contest.spectra.replace(flux=flux), contest.groups), tmp_path, progress=False)
+    predictions(
+        Counted(labels=SIX),
+        Contest(contest.name, contest.spectra.replace(flux=flux), contest.groups),
+        tmp_path,
+        progress=False,
+    )
     assert Counted.fits == 10
-    predictions(Counted(labels=SIX), Contest(contest.name, contest.spectra, (contest.groups + 1) % 5), tmp_path, progress=False)
+    predictions(
+        Counted(labels=SIX),
+        Contest(contest.name, contest.spectra, (contest.groups + 1) % 5),
+        tmp_path,
+        progress=False,
+    )
     assert Counted.fits == 15
 
 
@@ -197,29 +322,64 @@ def test_a_whole_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(results, "LabNetwork", Slow)
     monkeypatch.setattr(results, "training_set", training_set)
-    monkeypatch.setattr(results, "contestants", lambda names, profile, stars: {"lab network": Slow(labels=names), "Cannon": Cannon(labels=names)})
+    monkeypatch.setattr(
+        results,
+        "contestants",
+        lambda names, profile, stars: {
+            "lab network": Slow(labels=names),
+            "Cannon": Cannon(labels=names),
+        },
+    )
     monkeypatch.setattr(results, "write_table", write)
-    run = lambda **options: run_scoreboard(tmp_path, tmp_path / "board.ecsv", None, products=["apstar", "aspcapstar"], remark="a test", progress=False, **options)
+    run = lambda **options: run_scoreboard(
+        tmp_path,
+        tmp_path / "board.ecsv",
+        None,
+        products=["apstar", "aspcapstar"],
+        remark="a test",
+        progress=False,
+        **options,
+    )
     table = run(only=["five folds", "fields left out"])
     assert list(dict.fromkeys(zip(table["product"], table["contest"], table["model"]))) == [
-        ("apstar", "five folds", "lab network"), ("apstar", "five folds", "Cannon"), ("apstar", "fields left out", "lab network"),
-        ("apstar", "fields left out", "Cannon"), ("aspcapstar", "five folds", "Cannon"), ("aspcapstar", "fields left out", "Cannon")]
-    assert [len(missing) for missing in seen] == [5, 4, 3, 2, 1, 0] and seen[3] == ["lab network, five folds", "lab network, fields left out"]
+        ("apstar", "five folds", "lab network"),
+        ("apstar", "five folds", "Cannon"),
+        ("apstar", "fields left out", "lab network"),
+        ("apstar", "fields left out", "Cannon"),
+        ("aspcapstar", "five folds", "Cannon"),
+        ("aspcapstar", "fields left out", "Cannon"),
+    ]
+    assert [len(missing) for missing in seen] == [5, 4, 3, 2, 1, 0] and seen[3] == [
+        "lab network, five folds",
+        "lab network, fields left out",
+    ]
     assert set(leading(run(only=["one split"]))["contest"]) == {"one split"}
-    with pytest.raises(LabError, match="no contest 'clusters left out': choose from one split, five folds, fields left out"):
+    with pytest.raises(
+        LabError,
+        match="no contest 'clusters left out': choose from one split, five folds, fields left out",
+    ):
         run(only=["clusters left out"])
     table = run(only=["five folds", "fields left out"])
     back = QTable.read(tmp_path / "board.ecsv")
-    assert back.meta["archive"] == "survey" and back.meta["stars"] == 120 and back.meta["remark"] == "a test" and back.meta["versions"]["numpy"] == np.__version__
+    assert (
+        back.meta["archive"] == "survey"
+        and back.meta["stars"] == 120
+        and back.meta["remark"] == "a test"
+        and back.meta["versions"]["numpy"] == np.__version__
+    )
     assert "CPU core" in back.meta["device"] and len(back) == len(table)
 
 
 # ---- against the truth
 
+
 def made_up(folder, shift=0.1, lost=()):
     "Stars whose catalogue lies `shift` above the truth in every label, and their archive's truth table without the stars `lost`."
     spectra = stars(FIVE, archive="mock")
-    truth = Table({name: np.asarray(spectra.stars[name]) - shift for name in FIVE} | {"APOGEE_ID": spectra.stars["APOGEE_ID"]})
+    truth = Table(
+        {name: np.asarray(spectra.stars[name]) - shift for name in FIVE}
+        | {"APOGEE_ID": spectra.stars["APOGEE_ID"]}
+    )
     truth[np.setdiff1d(np.arange(120), lost)[::-1]].write(folder / "truth.fits")
     return with_truth(spectra, folder)
 
@@ -236,9 +396,13 @@ def test_no_truth_no_columns(tmp_path):
     spectra = stars(FIVE, archive="mock")
     assert with_truth(spectra, tmp_path) is spectra
     made_up(tmp_path, shift=0)
-    assert with_truth(spectra, tmp_path) is spectra   # a file that repeats the catalogue is none
-    assert with_truth(stars(SIX), tmp_path).stars.colnames == stars(SIX).stars.colnames   # other labels
-    table, _ = judge({"ridge regression": RidgeLabels(labels=FIVE)}, contests(spectra)[0], progress=False)
+    assert with_truth(spectra, tmp_path) is spectra  # a file that repeats the catalogue is none
+    assert (
+        with_truth(stars(SIX), tmp_path).stars.colnames == stars(SIX).stars.colnames
+    )  # other labels
+    table, _ = judge(
+        {"ridge regression": RidgeLabels(labels=FIVE)}, contests(spectra)[0], progress=False
+    )
     with pytest.raises(LabError, match="no truth is known"):
         against_truth(table)
 
@@ -246,13 +410,19 @@ def test_no_truth_no_columns(tmp_path):
 def test_errors_against_the_truth(tmp_path):
     spectra = made_up(tmp_path, lost=[3])
     contest = contests(spectra)[0]
-    table, labelled = judge({name: contestants(FIVE)[name] for name in ("Cannon", "ridge regression")}, contest, progress=False)
+    table, labelled = judge(
+        {name: contestants(FIVE)[name] for name in ("Cannon", "ridge regression")},
+        contest,
+        progress=False,
+    )
     true = against_truth(table)
-    assert np.allclose(true["bias"] - table["bias"], 0.1, atol=0.01)   # but for the lost star
+    assert np.allclose(true["bias"] - table["bias"], 0.1, atol=0.01)  # but for the lost star
     left = contest.spectra[contest.judged].stars["LOGG_TRUE"]
     by_hand = np.sqrt(np.nanmean((labelled["ridge regression"]["logg"].value - left) ** 2))
     row = true[(true["model"] == "ridge regression") & (true["label"] == "LOGG")][0]
-    assert np.isclose(row["rmse"], by_hand) and np.isclose(row["scaled_rmse"], by_hand / contest.spectra[contest.judged].labels(["LOGG"]).std())
+    assert np.isclose(row["rmse"], by_hand) and np.isclose(
+        row["scaled_rmse"], by_hand / contest.spectra[contest.judged].labels(["LOGG"]).std()
+    )
     assert averages(true)["ratio"][0] == 1 and readable(true).colnames == readable(table).colnames
     table.write(tmp_path / "t.ecsv")
     assert np.allclose(against_truth(QTable.read(tmp_path / "t.ecsv"))["rmse"], true["rmse"])
@@ -260,12 +430,27 @@ def test_errors_against_the_truth(tmp_path):
 
 # ---- what is shipped
 
+
 def test_published_table():
     table = published()
-    assert len(table) == 15 and set(table["label"]) == set(FIVE) and table["unit"][0] == str(LABELS["TEFF"].unit)
-    rmse, bias = ({(row["model"], row["label"]): row[column] for row in table} for column in ("rmse", "bias"))
-    assert rmse["Cannon", "TEFF"] == 74.32 and rmse["lab network", "LOGG"] == 0.188 and rmse["augmented network", "SI_FE"] == 0.0404
-    assert bias["augmented network", "TEFF"] == -5.044 and bias["Cannon", "SI_FE"] == 0.0077 and bias["lab network", "FE_H"] == 0.0035
+    assert (
+        len(table) == 15
+        and set(table["label"]) == set(FIVE)
+        and table["unit"][0] == str(LABELS["TEFF"].unit)
+    )
+    rmse, bias = (
+        {(row["model"], row["label"]): row[column] for row in table} for column in ("rmse", "bias")
+    )
+    assert (
+        rmse["Cannon", "TEFF"] == 74.32
+        and rmse["lab network", "LOGG"] == 0.188
+        and rmse["augmented network", "SI_FE"] == 0.0404
+    )
+    assert (
+        bias["augmented network", "TEFF"] == -5.044
+        and bias["Cannon", "SI_FE"] == 0.0077
+        and bias["lab network", "FE_H"] == 0.0035
+    )
 
 
 def test_recorded_run():
@@ -274,7 +459,9 @@ def test_recorded_run():
     assert table.meta["archive"] == "clusters" and table.meta["profile"] == "full"
     assert {"date", "device", "versions", "seed", "stars"} <= set(table.meta)
     folds = averages(table[(table["contest"] == "five folds") & (table["product"] == "apstar")])
-    assert list(folds["model"]) == list(contestants(SIX)) and set(table["n"][table["contest"] == "five folds"]) == {table.meta["stars"]}
+    assert list(folds["model"]) == list(contestants(SIX)) and set(
+        table["n"][table["contest"] == "five folds"]
+    ) == {table.meta["stars"]}
     ratio = dict(zip(folds["model"], folds["ratio"]))
     assert ratio["error-aware network"] <= 0.9 and ratio["augmented network"] <= 1.1
 
@@ -286,11 +473,26 @@ def test_readme_shows_the_recorded_run():
 
 def test_readme_shows_a_second_record(tmp_path, monkeypatch):
     spectra = made_up(tmp_path)
-    table, _ = judge({name: contestants(FIVE)[name] for name in ("Cannon, linear", "Cannon")}, contests(spectra)[0], progress=False)
+    table, _ = judge(
+        {name: contestants(FIVE)[name] for name in ("Cannon, linear", "Cannon")},
+        contests(spectra)[0],
+        progress=False,
+    )
     table.meta = recorded().meta | {"archive": "mock", "stars": 120}
-    monkeypatch.setattr(results, "recorded", lambda name="clusters": {"clusters": recorded(), "mock": table}.get(name))
+    monkeypatch.setattr(
+        results,
+        "recorded",
+        lambda name="clusters": {"clusters": recorded(), "mock": table}.get(name),
+    )
     assert list(records()) == ["clusters", "mock"]
     text = readme.scoreboard()
-    assert text.index("**Real stars") < text.index("**Synthetic stars") and text.count("Recorded on") == 2
-    assert "against the labels that the stars were made from" in text and "scoreboard.py --archive data/archives/mock`" in text and "scoreboard_mock.ecsv" in text
+    assert (
+        text.index("**Real stars") < text.index("**Synthetic stars")
+        and text.count("Recorded on") == 2
+    )
+    assert (
+        "against the labels that the stars were made from" in text
+        and "scoreboard.py --archive data/archives/mock`" in text
+        and "scoreboard_mock.ecsv" in text
+    )
     assert "Cannon, linear" in text and "metal-rich: the 174 stars" in text

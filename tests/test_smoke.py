@@ -1,4 +1,5 @@
 """The package as it is shipped, its requirements, and the versions that must go together."""
+
 import ast
 import os
 import re
@@ -18,9 +19,29 @@ import stellar_lab
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(path.stem for path in (ROOT / "stellar_lab").glob("*.py"))
-EXTRA_ONLY = ("IPython", "execnb", "fastcore", "ghapi", "hypothesis", "imageio_ffmpeg", "ipykernel", "jupyter", "jupyter_client", "jupyter_core",
-              "jupyterlab", "jupytext", "keras", "nbclient", "nbconvert", "nbdev", "nbformat", "pyarrow", "pytest", "tensorflow")
-NETWORKS = ("augmentation", "network", "results")   # cannot be without TensorFlow, and say so
+EXTRA_ONLY = (
+    "IPython",
+    "execnb",
+    "fastcore",
+    "ghapi",
+    "hypothesis",
+    "imageio_ffmpeg",
+    "ipykernel",
+    "jupyter",
+    "jupyter_client",
+    "jupyter_core",
+    "jupyterlab",
+    "jupytext",
+    "keras",
+    "nbclient",
+    "nbconvert",
+    "nbdev",
+    "nbformat",
+    "pyarrow",
+    "pytest",
+    "tensorflow",
+)
+NETWORKS = ("augmentation", "network", "results")  # cannot be without TensorFlow, and say so
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +54,13 @@ def settings():
 @pytest.fixture(scope="module")
 def requirements(settings):
     "All requirements of settings.ini: group -> list. Those of the recipe of the synthetic stars are its own: nobody who uses the package installs them."
-    groups = [key for key in settings if key == "requirements" or key.endswith("_requirements") and key != "synthesis_requirements"]
+    groups = [
+        key
+        for key in settings
+        if key == "requirements"
+        or key.endswith("_requirements")
+        and key != "synthesis_requirements"
+    ]
     return {group: [Requirement(line) for line in settings[group].split()] for group in groups}
 
 
@@ -42,7 +69,7 @@ def constraints():
     "constraints.txt: name -> version."
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
-    assert len({pin.name for pin in pins}) == len(pins)   # one version for all three Pythons
+    assert len({pin.name for pin in pins}) == len(pins)  # one version for all three Pythons
     return {canonicalize_name(pin.name): next(iter(pin.specifier)).version for pin in pins}
 
 
@@ -59,7 +86,9 @@ def wheel(tmp_path_factory):
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("settings.ini", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "stellar_lab", source / "stellar_lab", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        ROOT / "stellar_lab", source / "stellar_lab", ignore=shutil.ignore_patterns("__pycache__")
+    )
     (source / "data").mkdir()
     for name in shipped_data():
         shutil.copy(ROOT / "data" / name, source / "data")
@@ -73,7 +102,11 @@ def test_the_wheel_carries_code_and_data_but_no_notebooks(wheel):
     assert wheel.name.startswith(f"stellar_lab-{stellar_lab.__version__}-py3-none-any")
     assert {f"stellar_lab/{module}.py" for module in MODULES} <= set(names)
     assert {f"stellar_lab/data/{name}" for name in shipped_data()} <= set(names)
-    assert not [name for name in names if name.endswith(".ipynb") or name.startswith(("nbs", "tests", "tools"))]
+    assert not [
+        name
+        for name in names
+        if name.endswith(".ipynb") or name.startswith(("nbs", "tests", "tools"))
+    ]
     assert any(name.endswith("LICENSE") for name in names)
 
 
@@ -107,8 +140,18 @@ assert not [name for name in sys.modules if name.split(".")[0] in {EXTRA_ONLY}]
 from stellar_lab.cli import main
 main(["--help"])
 """
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("STELLAR_LAB_", "PYTHONPATH"))}
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith(("STELLAR_LAB_", "PYTHONPATH"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "archive" in done.stdout and "train" in done.stdout
 
@@ -119,24 +162,43 @@ def test_what_a_module_imports_is_a_requirement(requirements):
     distributions = packages_distributions()
     for module in MODULES:
         tree = ast.parse((ROOT / "stellar_lab" / f"{module}.py").read_text(encoding="utf-8"))
-        names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module and not node.level}
-        packages = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"stellar_lab"}
-        wanted = {canonicalize_name(name) for package in packages for name in distributions[package]}
-        assert wanted <= declared, f"stellar_lab.{module} imports {wanted - declared}, which 'requirements' of settings.ini does not list"
+        names = {
+            alias.name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import)
+            for alias in node.names
+        }
+        names |= {
+            node.module
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.module and not node.level
+        }
+        packages = (
+            {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"stellar_lab"}
+        )
+        wanted = {
+            canonicalize_name(name) for package in packages for name in distributions[package]
+        }
+        assert wanted <= declared, (
+            f"stellar_lab.{module} imports {wanted - declared}, which 'requirements' of settings.ini does not list"
+        )
 
 
 def test_constraints_fix_a_version_of_each_requirement(requirements, constraints):
     for group in requirements.values():
         for requirement in group:
             fixed = constraints.get(canonicalize_name(requirement.name))
-            assert fixed and requirement.specifier.contains(fixed), f"constraints.txt has {fixed} for {requirement}: run 'make constraints'"
+            assert fixed and requirement.specifier.contains(fixed), (
+                f"constraints.txt has {fixed} for {requirement}: run 'make constraints'"
+            )
 
 
 def test_what_is_installed_meets_the_requirements(requirements):
     for group in requirements.values():
         for requirement in group:
-            assert requirement.specifier.contains(version(requirement.name)), f"{requirement} is installed as {version(requirement.name)}"
+            assert requirement.specifier.contains(version(requirement.name)), (
+                f"{requirement} is installed as {version(requirement.name)}"
+            )
 
 
 def test_nbdev_and_what_it_breaks_without():
@@ -145,8 +207,17 @@ def test_nbdev_and_what_it_breaks_without():
     import nbdev.export
     import nbdev.test
 
-    assert version("nbdev") == "2.4.14" and nbdev.export.nb_export and nbdev.test.test_nb and nbdev.clean.clean_nb
-    assert version("execnb") < "0.2" and int(version("fastcore").split(".")[0]) < 2 and int(version("ghapi").split(".")[0]) < 2
+    assert (
+        version("nbdev") == "2.4.14"
+        and nbdev.export.nb_export
+        and nbdev.test.test_nb
+        and nbdev.clean.clean_nb
+    )
+    assert (
+        version("execnb") < "0.2"
+        and int(version("fastcore").split(".")[0]) < 2
+        and int(version("ghapi").split(".")[0]) < 2
+    )
 
 
 def test_one_version_everywhere(settings):
@@ -158,7 +229,12 @@ def test_one_version_everywhere(settings):
 def test_the_supported_pythons_are_named_alike(settings):
     pythons = re.findall(r"Python :: (3\.\d+)", (ROOT / "setup.py").read_text())
     assert re.findall(r'"(3\.\d+)"', (ROOT / ".github/workflows/test.yml").read_text()) == pythons
-    assert re.search(r"in ([\d.| ]+)\) ;;", (ROOT / "tools/environment.sh").read_text()).group(1).split(" | ") == pythons
+    assert (
+        re.search(r"in ([\d.| ]+)\) ;;", (ROOT / "tools/environment.sh").read_text())
+        .group(1)
+        .split(" | ")
+        == pythons
+    )
     assert settings["min_python"] == pythons[0]
 
 

@@ -1,4 +1,5 @@
 """Speed of training and inversion, as ratios to the one matrix product that each cannot do without, measured in this run."""
+
 import argparse
 import os
 import platform
@@ -13,8 +14,8 @@ from stellar_lab.inversion import infer
 from stellar_lab.survey import wavelength
 
 LABELS, TRAINING, STARS = 5, 1000, 2000
-LIMIT = 4   # allowed times of the bare product
-LOOP_PIXELS, LOOP_STARS = 8, 4   # of the lab's own loops, whose time is then scaled up
+LIMIT = 4  # allowed times of the bare product
+LOOP_PIXELS, LOOP_STARS = 8, 4  # of the lab's own loops, whose time is then scaled up
 
 
 def made_up_stars(n, scatter, seed=0):
@@ -24,7 +25,9 @@ def made_up_stars(n, scatter, seed=0):
     vectorizer = Vectorizer.of_order("abcde", 2)
     theta = rng.normal(size=(len(wavelength), len(vectorizer))) * 0.03 + np.eye(len(vectorizer))[0]
     ivar = rng.uniform(1e3, 1e4, size=(n, len(wavelength))).astype(np.float32)
-    flux = (vectorizer(labels) @ theta.T + rng.normal(size=ivar.shape) * np.sqrt(1 / ivar + scatter**2)).astype(np.float32)
+    flux = (
+        vectorizer(labels) @ theta.T + rng.normal(size=ivar.shape) * np.sqrt(1 / ivar + scatter**2)
+    ).astype(np.float32)
     ivar[rng.random(ivar.shape) < 0.1] = 0
     return labels, flux, ivar
 
@@ -34,7 +37,7 @@ def best_times(repeats, calls):
     times = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            sleep(0.2)   # the threads of the call before spin for a while, waiting for more
+            sleep(0.2)  # the threads of the call before spin for a while, waiting for more
             start = perf_counter()
             call()
             times[name].append(perf_counter() - start)
@@ -53,6 +56,7 @@ def lab_training(labels, flux, ivar):
 
 def lab_inversion(model, flux, ivar):
     """Seconds a star of the lab's loop: BFGS with a numerical gradient over all pixels."""
+
     def half_chi2(scaled, f, w):
         return 0.5 * np.sum(w * (f - model.theta_ @ model.vectorizer_(scaled[None])[0]) ** 2)
 
@@ -64,41 +68,68 @@ def lab_inversion(model, flux, ivar):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=9, help="times that each call is measured; the shortest counts (default: %(default)s)")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=9,
+        help="times that each call is measured; the shortest counts (default: %(default)s)",
+    )
     repeats = parser.parse_args().repeats
     labels, flux, ivar = made_up_stars(STARS, 0)
     _, scattered, _ = made_up_stars(STARS, 0.01)
-    train, train_scattered = (labels[:TRAINING], flux[:TRAINING], ivar[:TRAINING]), (labels[:TRAINING], scattered[:TRAINING], ivar[:TRAINING])
+    train, train_scattered = (
+        (labels[:TRAINING], flux[:TRAINING], ivar[:TRAINING]),
+        (labels[:TRAINING], scattered[:TRAINING], ivar[:TRAINING]),
+    )
     terms, P, rng = len(Vectorizer.of_order("abcde", 2)), len(wavelength), np.random.default_rng(1)
     pairs = terms * (terms + 1) // 2
     weights64, products64 = train[2].astype(np.float64), rng.normal(size=(TRAINING, pairs))
     products32 = rng.normal(size=(P, pairs)).astype(np.float32)
     model, with_scatter = Cannon().fit(*train), Cannon(scatter=True).fit(*train_scattered)
-    times = best_times(repeats, {
-        "bare float64 product": lambda: weights64.T @ products64,
-        "training": lambda: Cannon().fit(*train),
-        "training with scatter": lambda: Cannon(scatter=True).fit(*train_scattered),
-        "bare float32 product": lambda: ivar @ products32,
-        "inversion": lambda: infer(model, flux, ivar),
-        "inversion with scatter": lambda: infer(with_scatter, scattered, ivar),
-    })
+    times = best_times(
+        repeats,
+        {
+            "bare float64 product": lambda: weights64.T @ products64,
+            "training": lambda: Cannon().fit(*train),
+            "training with scatter": lambda: Cannon(scatter=True).fit(*train_scattered),
+            "bare float32 product": lambda: ivar @ products32,
+            "inversion": lambda: infer(model, flux, ivar),
+            "inversion with scatter": lambda: infer(with_scatter, scattered, ivar),
+        },
+    )
     slow_training, slow_star = lab_training(*train), lab_inversion(model, flux, ivar)
 
-    print(f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}; shortest of {repeats} runs")
+    print(
+        f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, numpy {np.__version__}; shortest of {repeats} runs"
+    )
     print(f"\ntraining: {TRAINING} stars x {P} pixels, {terms} terms, float64")
     product, mine = times["bare float64 product"], times["training"]
     print(f"  bare product (P x N) (N x {pairs}), float64 {product:8.3f} s")
-    print(f"  Cannon().fit                            {mine:8.3f} s   {mine / product:5.2f} times   (at most {LIMIT})")
-    print(f"  the lab's loop, dense weight matrices   {slow_training:8.1f} s   {slow_training / mine:5.0f} times ours")
-    print(f"  Cannon(scatter=True).fit                {times['training with scatter']:8.3f} s   {times['training with scatter'] / product:5.2f} times, a fit for each round")
+    print(
+        f"  Cannon().fit                            {mine:8.3f} s   {mine / product:5.2f} times   (at most {LIMIT})"
+    )
+    print(
+        f"  the lab's loop, dense weight matrices   {slow_training:8.1f} s   {slow_training / mine:5.0f} times ours"
+    )
+    print(
+        f"  Cannon(scatter=True).fit                {times['training with scatter']:8.3f} s   {times['training with scatter'] / product:5.2f} times, a fit for each round"
+    )
     ratios = [mine / product]
-    print(f"\ninversion: {STARS} stars x {P} pixels, {pairs} products, float32, the last step on exact residuals")
+    print(
+        f"\ninversion: {STARS} stars x {P} pixels, {pairs} products, float32, the last step on exact residuals"
+    )
     product, mine = times["bare float32 product"], times["inversion"]
     print(f"  bare product (N x P) (P x {pairs}), float32 {product / STARS * 1e3:8.3f} ms a star")
-    print(f"  infer                                   {mine / STARS * 1e3:8.3f} ms a star {mine / product:5.2f} times   (at most {LIMIT})")
-    print(f"  the lab's loop, BFGS over all pixels   {slow_star * 1e3:9.1f} ms a star {slow_star * STARS / mine:5.0f} times ours")
+    print(
+        f"  infer                                   {mine / STARS * 1e3:8.3f} ms a star {mine / product:5.2f} times   (at most {LIMIT})"
+    )
+    print(
+        f"  the lab's loop, BFGS over all pixels   {slow_star * 1e3:9.1f} ms a star {slow_star * STARS / mine:5.0f} times ours"
+    )
     mine = times["inversion with scatter"]
-    print(f"  infer, a scatter in each pixel's weight {mine / STARS * 1e3:8.3f} ms a star {mine / product:5.2f} times")
+    print(
+        f"  infer, a scatter in each pixel's weight {mine / STARS * 1e3:8.3f} ms a star {mine / product:5.2f} times"
+    )
     ratios.append(times["inversion"] / product)
     if max(ratios) > LIMIT:
         print(f"\nabove the limit of {LIMIT}: is the machine busy with something else?")

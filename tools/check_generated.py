@@ -1,4 +1,5 @@
 """Do package, text twins and notebooks agree? Regenerates all three in a copy, so the work tree is never touched, and compares."""
+
 import difflib
 import shutil
 import subprocess
@@ -14,7 +15,12 @@ COMPARED = ("nbs", "stellar_lab")
 
 def contents(root):
     "Notebooks, twins and modules of a project: relative path -> text."
-    files = [path for part in COMPARED for path in sorted((root / part).rglob("*")) if path.suffix in (".py", ".ipynb")]
+    files = [
+        path
+        for part in COMPARED
+        for path in sorted((root / part).rglob("*"))
+        if path.suffix in (".py", ".ipynb")
+    ]
     kept = [path for path in files if not {"__pycache__", ".ipynb_checkpoints"} & set(path.parts)]
     return {str(path.relative_to(root)): path.read_text(encoding="utf-8") for path in kept}
 
@@ -26,10 +32,18 @@ def regenerate(root, folder):
         copy = shutil.copytree if (root / name).is_dir() else shutil.copy2
         copy(root / name, folder / name)
     for generated in [*folder.glob("nbs/text/*.py"), *folder.glob("stellar_lab/*.py")]:
-        if generated.name != "__init__.py":   # a twin or module without its notebook shall not survive
+        if (
+            generated.name != "__init__.py"
+        ):  # a twin or module without its notebook shall not survive
             generated.unlink()
     # nbdev also reads settings from the user's configuration folder; the check shall not.
-    made = subprocess.run(["sh", "tools/sync.sh"], cwd=folder, env=environment(XDG_CONFIG_HOME=str(folder)), capture_output=True, text=True)
+    made = subprocess.run(
+        ["sh", "tools/sync.sh"],
+        cwd=folder,
+        env=environment(XDG_CONFIG_HOME=str(folder)),
+        capture_output=True,
+        text=True,
+    )
     if made.returncode:
         raise SystemExit(f"make sync failed:\n{made.stdout}{made.stderr}")
     return contents(folder)
@@ -43,7 +57,15 @@ def differences(root=ROOT):
     for name in sorted(found.keys() | made.keys()):
         old, new = found.get(name, ""), made.get(name, "")
         if old != new:
-            yield "".join(difflib.unified_diff(old.splitlines(True), new.splitlines(True), name, f"{name} (from its notebook)", n=1))
+            yield "".join(
+                difflib.unified_diff(
+                    old.splitlines(True),
+                    new.splitlines(True),
+                    name,
+                    f"{name} (from its notebook)",
+                    n=1,
+                )
+            )
 
 
 def main():
@@ -51,7 +73,9 @@ def main():
     for diff in wrong:
         print(diff[:2000])
     if wrong:
-        print(f"{len(wrong)} file(s) do not agree with the notebooks: run 'make sync', look at the difference, commit it")
+        print(
+            f"{len(wrong)} file(s) do not agree with the notebooks: run 'make sync', look at the difference, commit it"
+        )
     else:
         print("package, text twins and notebooks agree")
     return bool(wrong)

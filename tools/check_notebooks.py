@@ -1,4 +1,5 @@
 """Do the notebooks carry their outputs, without errors, warnings or somebody's paths, and are they small enough to read where they lie?"""
+
 import ast
 import re
 import sys
@@ -13,14 +14,25 @@ def shows(source):
     "Does this code surely show something: a bare value at its end, a `print`, a new figure?"
     code = "\n".join(line for line in source.splitlines() if not line.startswith(("%", "!")))
     body = ast.parse(code).body
-    calls = [ast.unparse(node.func) for statement in body for node in ast.walk(statement) if isinstance(node, ast.Call)
-             and not isinstance(statement, (ast.FunctionDef, ast.ClassDef, ast.With, ast.Try, ast.If))]
+    calls = [
+        ast.unparse(node.func)
+        for statement in body
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Call)
+        and not isinstance(statement, (ast.FunctionDef, ast.ClassDef, ast.With, ast.Try, ast.If))
+    ]
     if {"print", "plt.subplots", "plt.figure"} & set(calls):
         return True
     last = body[-1] if body else None
     if not isinstance(last, ast.Expr) or code.rstrip().endswith(";"):
         return False
-    named = isinstance(last.value, ast.Call) and ast.unparse(last.value.func) in ("Markdown", "Table", "QTable", "display", "HTML")
+    named = isinstance(last.value, ast.Call) and ast.unparse(last.value.func) in (
+        "Markdown",
+        "Table",
+        "QTable",
+        "display",
+        "HTML",
+    )
     return isinstance(last.value, DISPLAYS) or named
 
 
@@ -33,7 +45,9 @@ def texts(output):
 
 def complaints(notebook, size):
     "What is wrong with a notebook's outputs, one line each."
-    code = [(number, cell) for number, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
+    code = [
+        (number, cell) for number, cell in enumerate(notebook.cells) if cell.cell_type == "code"
+    ]
     if size > ROOMY:
         yield f"has {size / 1e6:.1f} MB, more than {ROOMY / 1e6:g}: draw fewer points or smaller figures"
     if code and not any(cell.outputs for _, cell in code):
@@ -59,7 +73,11 @@ def main(names=()):
         for complaint in complaints(read(path), path.stat().st_size):
             print(f"{path.name}: {complaint}")
             wrong += 1
-    print(f"{wrong} complaint(s) about the outputs of notebooks" if wrong else "all notebooks carry their outputs")
+    print(
+        f"{wrong} complaint(s) about the outputs of notebooks"
+        if wrong
+        else "all notebooks carry their outputs"
+    )
     return bool(wrong)
 
 

@@ -1,9 +1,10 @@
 """The lab's main job: an archive of stars, the notebooks in order, a table of errors.
 
-  lab.py run [--archive clusters|mock|URL|folder] [--profile quick|full]   everything, into _build/
-  lab.py archive [NAME]                                               write an embedded archive, unless it is there
-  lab.py outputs [NOTEBOOK ...]                                       refresh the outputs that the notebooks carry
+lab.py run [--archive clusters|mock|URL|folder] [--profile quick|full]   everything, into _build/
+lab.py archive [NAME]                                               write an embedded archive, unless it is there
+lab.py outputs [NOTEBOOK ...]                                       refresh the outputs that the notebooks carry
 """
+
 import argparse
 import hashlib
 import os
@@ -27,11 +28,15 @@ from notebooks import NBS, ROOMY, ROOT, environment, notebooks, read, title
 ARCHIVES = ROOT / "data" / "archives"
 BUILD = ROOT / "_build"
 COMMAND = Path(sys.prefix) / "bin" / "stellar-lab"
-CELL_TIMEOUT = {"quick": 300, "full": 7200}   # seconds
+CELL_TIMEOUT = {"quick": 300, "full": 7200}  # seconds
 SETTINGS = {
-    "JUPYTER_PATH": str(Path(sys.prefix) / "share" / "jupyter"),   # the kernel of this environment, whatever the user has elsewhere
-    "PYTHONHASHSEED": "0", "TF_CPP_MIN_LOG_LEVEL": "3",
-    "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost",
+    "JUPYTER_PATH": str(
+        Path(sys.prefix) / "share" / "jupyter"
+    ),  # the kernel of this environment, whatever the user has elsewhere
+    "PYTHONHASHSEED": "0",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "NO_PROXY": "127.0.0.1,localhost",
+    "no_proxy": "127.0.0.1,localhost",
 }
 
 
@@ -42,17 +47,22 @@ def say(text=""):
 
 # ---- archives
 
-MADE_FROM = {   # embedded archive -> modules and files of data/ that decide its bytes
+MADE_FROM = {  # embedded archive -> modules and files of data/ that decide its bytes
     "clusters": (("survey", "archives"), ("clusters*",)),
-    "mock": (("survey", "archives", "kiel", "synthesis", "mock"), ("isochrones.fits", "synthetic_emulator.fits", "synthetic_dwarfs.fits")),
+    "mock": (
+        ("survey", "archives", "kiel", "synthesis", "mock"),
+        ("isochrones.fits", "synthetic_emulator.fits", "synthetic_dwarfs.fits"),
+    ),
 }
 
 
 def recipe(name):
     "A digest of what an embedded archive is made from: its name, the code that writes it and the data."
     modules, patterns = MADE_FROM[name]
-    sources = [*sorted(file for pattern in patterns for file in (ROOT / "data").glob(pattern)),
-               *(ROOT / "stellar_lab" / f"{module}.py" for module in modules)]
+    sources = [
+        *sorted(file for pattern in patterns for file in (ROOT / "data").glob(pattern)),
+        *(ROOT / "stellar_lab" / f"{module}.py" for module in modules),
+    ]
     digest = hashlib.sha256(name.encode())
     for source in sources:
         digest.update(source.name.encode() + source.read_bytes())
@@ -68,7 +78,10 @@ def write_archive(name):
         return root
     say(f"== archive: writing {root.relative_to(ROOT)}")
     stamp.unlink(missing_ok=True)
-    for old in (root, ARCHIVES / "fetched" / name):   # a copy of the old one is no longer a copy of this one
+    for old in (
+        root,
+        ARCHIVES / "fetched" / name,
+    ):  # a copy of the old one is no longer a copy of this one
         shutil.rmtree(old, ignore_errors=True)
     ARCHIVES.mkdir(parents=True, exist_ok=True)
     if subprocess.run([COMMAND, "archive", name, str(root)]).returncode:
@@ -86,8 +99,14 @@ def fetch_archive(archive):
         say(f"== fetch: {source} into {root.relative_to(ROOT)}")
         say(str(fetch(root, source, products=tuple(survey.PRODUCTS), progress=sys.stderr.isatty())))
 
-    if archive in survey.ARCHIVES and archive != "survey":   # an embedded one: served on this machine, to go the way that all others go
-        written, root, stamp = write_archive(archive), ARCHIVES / "fetched" / archive, ARCHIVES / "fetched" / f"{archive}.made"
+    if (
+        archive in survey.ARCHIVES and archive != "survey"
+    ):  # an embedded one: served on this machine, to go the way that all others go
+        written, root, stamp = (
+            write_archive(archive),
+            ARCHIVES / "fetched" / archive,
+            ARCHIVES / "fetched" / f"{archive}.made",
+        )
         if root.is_dir() and stamp.is_file() and stamp.read_text() == recipe(archive):
             say(f"== fetch: {root.relative_to(ROOT)} is there")
             return root
@@ -95,13 +114,20 @@ def fetch_archive(archive):
             bring(root, url)
         stamp.write_text(recipe(archive))
         return root
-    source = archive if re.match(r"https?://", archive) else str(Path(archive).expanduser().resolve())
-    root = ARCHIVES / "fetched" / re.sub(r"[^A-Za-z0-9.-]+", "_", re.sub(r"^https?://", "", source)).strip("_.")
+    source = (
+        archive if re.match(r"https?://", archive) else str(Path(archive).expanduser().resolve())
+    )
+    root = (
+        ARCHIVES
+        / "fetched"
+        / re.sub(r"[^A-Za-z0-9.-]+", "_", re.sub(r"^https?://", "", source)).strip("_.")
+    )
     bring(root, source)
     return root
 
 
 # ---- notebooks
+
 
 class Failed(Exception):
     "A notebook failed: which cell, and why."
@@ -118,14 +144,26 @@ def run_notebook(notebook, name, timeout, progress=None):
         if progress is not None:
             progress.update()
 
-    client = NotebookClient(notebook, timeout=timeout, kernel_name="python3", resources={"metadata": {"path": str(NBS)}},
-                            on_cell_start=begun, on_cell_executed=done, record_timing=False, extra_arguments=["--log-level=ERROR"])
+    client = NotebookClient(
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(NBS)}},
+        on_cell_start=begun,
+        on_cell_executed=done,
+        record_timing=False,
+        extra_arguments=["--log-level=ERROR"],
+    )
     try:
         client.execute()
     except CellExecutionError as error:
-        raise Failed(failure(name, last, f"{error.ename}: {error.evalue}", trace(last["cell"]))) from error
+        raise Failed(
+            failure(name, last, f"{error.ename}: {error.evalue}", trace(last["cell"]))
+        ) from error
     except CellTimeoutError as error:
-        raise Failed(failure(name, last, f"took longer than {timeout} s, the limit of a cell")) from error
+        raise Failed(
+            failure(name, last, f"took longer than {timeout} s, the limit of a cell")
+        ) from error
     except DeadKernelError as error:
         raise Failed(failure(name, last, "its kernel died (out of memory?)")) from error
 
@@ -137,21 +175,34 @@ def trace(cell):
 
 
 def failure(name, last, problem, detail=""):
-    source = "\n".join(f"    {line}" for line in last["cell"].source.splitlines()[:12]) if last else ""
+    source = (
+        "\n".join(f"    {line}" for line in last["cell"].source.splitlines()[:12]) if last else ""
+    )
     where = f"cell {last['index']}" if last else "start"
     return f"{name}, {where}: {problem}\n{source}\n{detail[-3000:]}".rstrip()
 
 
 def peak_memory():
     "Peak memory of the largest process so far [MiB]: this one, the kernels, their workers, the commands."
-    unit = 1 if sys.platform == "darwin" else 1024   # ru_maxrss is bytes there, KiB elsewhere
-    return max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * unit / 2**20
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB elsewhere
+    return (
+        max(
+            resource.getrusage(who).ru_maxrss
+            for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        )
+        * unit
+        / 2**20
+    )
 
 
 def run_all(paths, timeout):
     "Execute the notebooks one after the other; yields (path, executed notebook, problem or '')."
     read_in = [(path, read(path)) for path in paths]
-    cells = sum(cell.cell_type == "code" and bool(cell.source.strip()) for _, notebook in read_in for cell in notebook.cells)
+    cells = sum(
+        cell.cell_type == "code" and bool(cell.source.strip())
+        for _, notebook in read_in
+        for cell in notebook.cells
+    )
     with tqdm(total=cells, unit="cell", disable=None, leave=False) as progress:
         for path, notebook in read_in:
             begin, problem = time.monotonic(), ""
@@ -160,7 +211,10 @@ def run_all(paths, timeout):
                 run_notebook(notebook, path.name, timeout, progress)
             except Failed as error:
                 problem = str(error)
-            verdict, cost = "FAILED" if problem else "ok    ", f"{time.monotonic() - begin:5.0f} s, peak so far {peak_memory():.0f} MiB"
+            verdict, cost = (
+                "FAILED" if problem else "ok    ",
+                f"{time.monotonic() - begin:5.0f} s, peak so far {peak_memory():.0f} MiB",
+            )
             say(f"{verdict} {path.stem:15} {cost}  {title(notebook)[0]}")
             if problem:
                 say(problem)
@@ -179,14 +233,20 @@ def run_lab(archive, profile):
     chapters = []
     for number, (path, notebook, problem) in enumerate(run_all(paths, CELL_TIMEOUT[profile])):
         nbformat.write(notebook, BUILD / "notebooks" / path.name)
-        neighbours = [paths[k].stem if 0 <= k < len(paths) else None for k in (number - 1, number + 1)]
-        (BUILD / f"{path.stem}.html").write_text(pages.chapter(notebook, *neighbours), encoding="utf-8")
+        neighbours = [
+            paths[k].stem if 0 <= k < len(paths) else None for k in (number - 1, number + 1)
+        ]
+        (BUILD / f"{path.stem}.html").write_text(
+            pages.chapter(notebook, *neighbours), encoding="utf-8"
+        )
         chapters.append((path.stem, *title(notebook), problem.splitlines()[0] if problem else ""))
     errors, code = error_table(root)
     facts = [f"archive {archive}, profile {profile}"]
     (BUILD / "index.html").write_text(pages.index(chapters, facts, errors), encoding="utf-8")
     failed = [name for name, *_, problem in chapters if problem]
-    say(f"\nlook at  {BUILD / 'index.html'}\nnotebooks with their outputs in  {BUILD / 'notebooks'}")
+    say(
+        f"\nlook at  {BUILD / 'index.html'}\nnotebooks with their outputs in  {BUILD / 'notebooks'}"
+    )
     say(f"{time.monotonic() - begin:.0f} s, largest process {peak_memory():.0f} MiB")
     if failed:
         say(f"failed: {', '.join(failed)} (see above, and the executed notebook)")
@@ -195,7 +255,15 @@ def run_lab(archive, profile):
 
 def error_table(root):
     "Train on the archive and judge on stars left out by the command line, as a user would: what it printed, and its exit code."
-    arguments = ["train", str(root.relative_to(ROOT)), "--model", str((BUILD / "model.asdf").relative_to(ROOT)), "--folds", "5", "--scatter"]
+    arguments = [
+        "train",
+        str(root.relative_to(ROOT)),
+        "--model",
+        str((BUILD / "model.asdf").relative_to(ROOT)),
+        "--folds",
+        "5",
+        "--scatter",
+    ]
     say(f"== errors: stellar-lab {' '.join(arguments)}")
     done = subprocess.run([COMMAND, *arguments], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     say(done.stdout.rstrip())
@@ -203,6 +271,7 @@ def error_table(root):
 
 
 # ---- outputs that the notebooks carry
+
 
 def plain(text):
     "Text without what differs from run to run: the places of the project and of temporary files, ids made of memory addresses."
@@ -230,22 +299,28 @@ def tidy(notebook):
 
 def refresh_outputs(names):
     "Execute notebooks on the embedded archive and keep their outputs in nbs/; returns an exit code."
-    os.environ.update(STELLAR_LAB_ARCHIVE=str(write_archive("clusters")), STELLAR_LAB_PROFILE="quick")
-    os.environ.pop("STELLAR_LAB_REAL_DATA", None)   # what everyone sees can be made by everyone
+    os.environ.update(
+        STELLAR_LAB_ARCHIVE=str(write_archive("clusters")), STELLAR_LAB_PROFILE="quick"
+    )
+    os.environ.pop("STELLAR_LAB_REAL_DATA", None)  # what everyone sees can be made by everyone
     failed = 0
     for path, notebook, problem in run_all(notebooks(names), CELL_TIMEOUT["quick"]):
         failed += bool(problem)
         if not problem:
             nbformat.write(tidy(notebook), path)
             if path.stat().st_size > ROOMY:
-                say(f"{path.name} has {path.stat().st_size / 1e6:.1f} MB, more than {ROOMY / 1e6:g}: draw fewer points or smaller figures")
+                say(
+                    f"{path.name} has {path.stat().st_size / 1e6:.1f} MB, more than {ROOMY / 1e6:g}: draw fewer points or smaller figures"
+                )
                 failed += 1
     subprocess.run(["nbdev_clean"], cwd=ROOT, check=True)
     return int(bool(failed))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     lab = commands.add_parser("run")
     lab.add_argument("--archive", default="clusters")
@@ -254,7 +329,7 @@ def main():
     commands.add_parser("outputs").add_argument("names", nargs="*")
     options = parser.parse_args()
     os.environ.update(environment(**SETTINGS))
-    os.environ.pop("MPLBACKEND", None)   # the notebooks' own, inline
+    os.environ.pop("MPLBACKEND", None)  # the notebooks' own, inline
     from stellar_lab.survey import LabError
 
     try:

@@ -1,4 +1,5 @@
 """What the tools know of the notebooks: their order, their title, the directives of their cells."""
+
 import os
 import re
 import sys
@@ -8,12 +9,16 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
-ROOMY = 2_000_000   # bytes: a notebook above this is no longer read where it lies
+ROOMY = 2_000_000  # bytes: a notebook above this is no longer read where it lies
 
 
 def environment(**settings):
     "The caller's environment, but the programs are those of this Python's, with `settings` on top."
-    return os.environ | {"PATH": f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}"} | settings
+    return (
+        os.environ
+        | {"PATH": f"{Path(sys.prefix) / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+        | settings
+    )
 
 
 def natural(path):
@@ -25,9 +30,16 @@ def natural(path):
 def notebooks(names=()):
     "The notebooks in the order of the lab, all of them or those named (`03_normalize`, or `03`)."
     found = sorted(NBS.glob("*.ipynb"), key=natural)
-    chosen = [path for path in found if not names or any(path.stem == Path(name).stem or path.stem.split("_")[0] == name for name in names)]
+    chosen = [
+        path
+        for path in found
+        if not names
+        or any(path.stem == Path(name).stem or path.stem.split("_")[0] == name for name in names)
+    ]
     if not chosen:
-        raise SystemExit(f"no such notebook: {' '.join(names)}. There are {', '.join(path.stem for path in found)}")
+        raise SystemExit(
+            f"no such notebook: {' '.join(names)}. There are {', '.join(path.stem for path in found)}"
+        )
     return chosen
 
 
@@ -37,7 +49,11 @@ def read(path):
 
 def directives(cell):
     "The `#| name value` lines of a code cell as a dict."
-    lines = re.findall(r"^#\|\s*([\w-]+):?[ \t]*(.*)$", cell.source, re.MULTILINE) if cell.cell_type == "code" else []
+    lines = (
+        re.findall(r"^#\|\s*([\w-]+):?[ \t]*(.*)$", cell.source, re.MULTILINE)
+        if cell.cell_type == "code"
+        else []
+    )
     return dict(lines)
 
 

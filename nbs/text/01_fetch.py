@@ -51,7 +51,15 @@ from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
 from stellar_lab import __version__
-from stellar_lab.survey import ARCHIVE_FILE, ARCHIVES, PRODUCTS, RELEASES, LabError, Release, atomic_path
+from stellar_lab.survey import (
+    ARCHIVE_FILE,
+    ARCHIVES,
+    PRODUCTS,
+    RELEASES,
+    LabError,
+    Release,
+    atomic_path,
+)
 
 # %%
 #| hide
@@ -73,20 +81,22 @@ use_style()
 
 # %%
 #| export
-BLOCK = 2880   # bytes; headers and arrays of a FITS file fill whole blocks (FITS standard 4.0, section 3.1)
+BLOCK = 2880  # bytes; headers and arrays of a FITS file fill whole blocks (FITS standard 4.0, section 3.1)
 
 
 def file_problem(
-    path,            # a file
-    hdus: int = 0,   # HDUs that it has at least; 0 if it is no FITS file
-) -> str:            # what is wrong, "" if nothing is
+    path,  # a file
+    hdus: int = 0,  # HDUs that it has at least; 0 if it is no FITS file
+) -> str:  # what is wrong, "" if nothing is
     "Why a file is not whole. Reads the headers of a FITS file only; of other files the first bytes."
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         start = file.read(512)
         if not size:
             return "empty"
-        if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<") and re.search(rb"<(!doctype\s+)?html", start, re.IGNORECASE):
+        if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<") and re.search(
+            rb"<(!doctype\s+)?html", start, re.IGNORECASE
+        ):
             return "a web page, not data"
         if not hdus:
             return ""
@@ -102,7 +112,7 @@ def _fits_problem(file, size, hdus):
         try:
             header = fits.Header.fromfile(file)
             length = header.data_size_padded
-        except Exception as error:   # astropy answers garbage with many kinds of errors
+        except Exception as error:  # astropy answers garbage with many kinds of errors
             return f"damaged: the header of HDU {count} cannot be read ({error or type(error).__name__})"
         end = file.tell() + length
         if length < 0 or (count and "XTENSION" not in header):
@@ -141,7 +151,10 @@ star = desk / "server" / dr14.path("apstar", "4230", "2M21334190+0048169")
 cut, page = desk / "cut.fits", desk / "page.fits"
 cut.write_bytes(star.read_bytes()[:200_000])
 page.write_text("<!DOCTYPE html><html><body>Down for maintenance</body></html>")
-verdicts = [(file.name, file.stat().st_size, file_problem(file, hdus=10) or "whole") for file in (star, cut, page)]
+verdicts = [
+    (file.name, file.stat().st_size, file_problem(file, hdus=10) or "whole")
+    for file in (star, cut, page)
+]
 Table(rows=verdicts, names=["file", "bytes", "verdict"])
 
 # %% [markdown]
@@ -156,7 +169,11 @@ for k, part in enumerate(parts):
     ax.barh(0, part["datSpan"], left=part["datLoc"], color=f"C{k % 2 * 9}", alpha=0.7)
     ax.text(part["datLoc"] + part["datSpan"] / 2, 0, str(k) if k else "", ha="center", va="center")
 ax.axvline(200_000, color="C3", lw=2)
-ax.set(yticks=[], xlabel="byte of the file (grey: headers; numbers: HDU)", xlim=(0, star.stat().st_size));
+ax.set(
+    yticks=[],
+    xlabel="byte of the file (grey: headers; numbers: HDU)",
+    xlim=(0, star.stat().st_size),
+);
 
 # %% [markdown]
 # **What to see.** The red line falls into HDU 6, and the verdict names it. The next test cuts the file at *every* block: none of the halves passes,
@@ -171,8 +188,10 @@ for end in range(0, len(content), BLOCK):
     assert file_problem(cut, hdus=10), end
 assert file_problem(star, hdus=10) == ""
 assert file_problem(star, hdus=11) == "only 10 of 11 HDUs"
-assert parts[-1]["datLoc"] + parts[-1]["datSpan"] == len(content)   # astropy's own account of the file
-cut.write_bytes(content[:parts[3]["hdrLoc"]])
+assert parts[-1]["datLoc"] + parts[-1]["datSpan"] == len(
+    content
+)  # astropy's own account of the file
+cut.write_bytes(content[: parts[3]["hdrLoc"]])
 assert file_problem(cut, hdus=10) == "only 3 of 10 HDUs"
 
 # %% [markdown]
@@ -183,12 +202,15 @@ assert file_problem(cut, hdus=10) == "only 3 of 10 HDUs"
 
 # %%
 #| export
-PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")   # of files and folders: no slash, no hidden file, no "..", nothing that a shell would read
+PLAIN_NAME = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
+)  # of files and folders: no slash, no hidden file, no "..", nothing that a shell would read
 
 
 @dataclass(frozen=True)
 class Listing:
     "What a folder holds."
+
     files: tuple
     folders: tuple
 
@@ -198,14 +220,19 @@ class _Links(HTMLParser):
 
     def __init__(self, url):
         super().__init__()
-        self.files, self.folders = {}, {}   # dicts, for they keep the order
+        self.files, self.folders = {}, {}  # dicts, for they keep the order
         self.url = url
         parts = urlsplit(url)
-        self.server, self.here = (parts.scheme, parts.hostname, parts.port), self._steps(parts.path)[:-1]
+        self.server, self.here = (
+            (parts.scheme, parts.hostname, parts.port),
+            self._steps(parts.path)[:-1],
+        )
 
     @staticmethod
     def _steps(path):
-        return [unquote(step) for step in path.split("/")]   # cut first: an escaped slash cannot make a step
+        return [
+            unquote(step) for step in path.split("/")
+        ]  # cut first: an escaped slash cannot make a step
 
     def handle_starttag(self, tag, attrs):
         href = dict(attrs).get("href") if tag == "a" else None
@@ -214,18 +241,23 @@ class _Links(HTMLParser):
         try:
             parts = urlsplit(urljoin(self.url, href.strip()))
             server = (parts.scheme, parts.hostname, parts.port)
-        except ValueError:   # not an address at all
+        except ValueError:  # not an address at all
             return
         steps = self._steps(parts.path)
         folder = steps[-1] == ""
         *parents, name = (steps[:-1] if folder else steps) or [""]
-        if server == self.server and parents == self.here and PLAIN_NAME.fullmatch(name) and not (parts.query or parts.fragment):
+        if (
+            server == self.server
+            and parents == self.here
+            and PLAIN_NAME.fullmatch(name)
+            and not (parts.query or parts.fragment)
+        ):
             (self.folders if folder else self.files)[name] = None
 
 
 def parse_index(
-    chunks,            # pieces of the page's text
-    url: str,          # where it came from, with a slash at the end
+    chunks,  # pieces of the page's text
+    url: str,  # where it came from, with a slash at the end
 ) -> Listing:
     "Names in an HTML directory index (Apache's and the like): links that lead elsewhere, up, or to a query are not names."
     links = _Links(url)
@@ -233,24 +265,37 @@ def parse_index(
         for chunk in chunks:
             links.feed(chunk)
         links.close()
-    except AssertionError:   # how html.parser of some Pythons answers a broken <![declaration
+    except AssertionError:  # how html.parser of some Pythons answers a broken <![declaration
         pass
     return Listing(tuple(links.files), tuple(links.folders))
 
 
 # %%
 base = "https://archive.org.invalid/sas/4230/"
-names = ["apStar-r8-2M21334190%2B0048169.fits", "../secret.fits", "https://evil.invalid/apStar-r8-x.fits", "?C=M;O=A", "..%2Fsecret.fits",
-         "/etc/passwd", "apStar-r8-2M21334190+0048169.fits", "sub/", "javascript:alert(1)", ".hidden", "a b.fits",
-         "https://archive.org.invalid/sas/4230/b.fits"]
+names = [
+    "apStar-r8-2M21334190%2B0048169.fits",
+    "../secret.fits",
+    "https://evil.invalid/apStar-r8-x.fits",
+    "?C=M;O=A",
+    "..%2Fsecret.fits",
+    "/etc/passwd",
+    "apStar-r8-2M21334190+0048169.fits",
+    "sub/",
+    "javascript:alert(1)",
+    ".hidden",
+    "a b.fits",
+    "https://archive.org.invalid/sas/4230/b.fits",
+]
 page = "<h1>Index of /4230</h1>" + "".join(f'<a href="{name}">{name}</a>\n' for name in names)
 listing = parse_index([page], base)
 listing
 
 # %%
-assert listing.files == ("apStar-r8-2M21334190+0048169.fits", "b.fits") and listing.folders == ("sub",)
-assert parse_index(page, base) == listing                      # letter by letter: a page may come in any pieces
-assert parse_index(["<![x[ <a href='a.fits'>"], base).folders == ()   # broken pages break nothing
+assert listing.files == ("apStar-r8-2M21334190+0048169.fits", "b.fits") and listing.folders == (
+    "sub",
+)
+assert parse_index(page, base) == listing  # letter by letter: a page may come in any pieces
+assert parse_index(["<![x[ <a href='a.fits'>"], base).folders == ()  # broken pages break nothing
 assert parse_index(['<a href="/else/a.fits">'], base).files == ()
 
 # %% [markdown]
@@ -262,10 +307,10 @@ assert parse_index(['<a href="/else/a.fits">'], base).files == ()
 
 # %%
 #| export
-CHUNK = 1 << 16          # bytes read at a time
-MAX_TEXT = 1 << 26       # bytes; an index or archive.json beyond that is not one
-MIN_RATE = 500           # bytes a second; a body that comes slower has stalled
-MAX_WAIT = 60            # s; the longest pause between two tries, whatever the server asks for
+CHUNK = 1 << 16  # bytes read at a time
+MAX_TEXT = 1 << 26  # bytes; an index or archive.json beyond that is not one
+MIN_RATE = 500  # bytes a second; a body that comes slower has stalled
+MAX_WAIT = 60  # s; the longest pause between two tries, whatever the server asks for
 
 
 class SourceError(Exception):
@@ -291,16 +336,18 @@ class Damaged(Dropped):
 @dataclass(frozen=True)
 class Remote:
     "What a source says about a file."
-    size: int | None   # bytes, None where it does not say
-    tag: str = ""      # differs when the content does; "" where there is none
+
+    size: int | None  # bytes, None where it does not say
+    tag: str = ""  # differs when the content does; "" where there is none
 
 
 @dataclass
 class Body:
     "An open file of a source."
+
     remote: Remote
-    offset: int        # the first byte that `chunks` brings
-    chunks: object     # iterator of bytes
+    offset: int  # the first byte that `chunks` brings
+    chunks: object  # iterator of bytes
 
 
 # %% [markdown]
@@ -318,8 +365,15 @@ class FolderSource:
     def list(self, folder: str) -> Listing:
         "Names in a folder below the root."
         with _refusing(), os.scandir(self.root / folder) as entries:
-            names = sorted((entry.name, entry.is_dir()) for entry in entries if PLAIN_NAME.fullmatch(entry.name))
-        return Listing(tuple(name for name, is_dir in names if not is_dir), tuple(name for name, is_dir in names if is_dir))
+            names = sorted(
+                (entry.name, entry.is_dir())
+                for entry in entries
+                if PLAIN_NAME.fullmatch(entry.name)
+            )
+        return Listing(
+            tuple(name for name, is_dir in names if not is_dir),
+            tuple(name for name, is_dir in names if is_dir),
+        )
 
     def stat(self, path: str) -> Remote:
         "Size and tag of a file below the root."
@@ -396,15 +450,25 @@ def _bounded(chunks):
 def _why(error):
     "The innermost reason of an error of requests or urllib3, without its addresses in memory."
     while True:
-        inner = getattr(error, "reason", None) or next((arg for arg in error.args if isinstance(arg, Exception)), None)
+        inner = getattr(error, "reason", None) or next(
+            (arg for arg in error.args if isinstance(arg, Exception)), None
+        )
         if not isinstance(inner, Exception):
-            return re.sub(r"^.*?(?:HTTPS?Connection(?:Pool)?\(.*?\)|<[^>]*>): ", "", str(error)) or type(error).__name__
+            return (
+                re.sub(r"^.*?(?:HTTPS?Connection(?:Pool)?\(.*?\)|<[^>]*>): ", "", str(error))
+                or type(error).__name__
+            )
         error = inner
 
 
 # %%
 assert _Patience(3).new().get_retry_after(requests.Response()) is None
-assert _is_loopback("127.0.0.1") and _is_loopback("::1") and _is_loopback("localhost") and not _is_loopback("data.sdss.org")
+assert (
+    _is_loopback("127.0.0.1")
+    and _is_loopback("::1")
+    and _is_loopback("localhost")
+    and not _is_loopback("data.sdss.org")
+)
 
 
 # %% [markdown]
@@ -420,22 +484,40 @@ class HttpSource:
 
     def __init__(
         self,
-        url: str,                # of the root, https or http
-        workers: int = 4,        # connections at most
-        timeout: float = 30,     # s without a byte, or with hardly any
+        url: str,  # of the root, https or http
+        workers: int = 4,  # connections at most
+        timeout: float = 30,  # s without a byte, or with hardly any
         tries: int = 5,
-        backoff: float = 0.5,    # s before the second repetition, doubled each time
+        backoff: float = 0.5,  # s before the second repetition, doubled each time
     ):
         self.url = url.rstrip("/") + "/"
         parts = urlsplit(self.url)
-        self.name = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()   # no password in messages
+        self.name = parts._replace(
+            netloc=parts.netloc.rpartition("@")[2]
+        ).geturl()  # no password in messages
         self.timeout = timeout
         self.session = requests.Session()
-        self.session.trust_env = not _is_loopback(parts.hostname)   # a proxy cannot reach this machine's own servers
-        self.session.headers.update({"User-Agent": f"stellar_lab/{__version__}", "Accept-Encoding": "identity"})
-        retry = _Patience(tries - 1, backoff_factor=backoff, backoff_jitter=backoff / 2, backoff_max=MAX_WAIT, raise_on_status=False,
-                          status_forcelist=(429, 500, 502, 503, 504), allowed_methods=("GET", "HEAD"))
-        self.session.mount(f"{parts.scheme}://", HTTPAdapter(pool_connections=2, pool_maxsize=workers, max_retries=retry, pool_block=True))
+        self.session.trust_env = not _is_loopback(
+            parts.hostname
+        )  # a proxy cannot reach this machine's own servers
+        self.session.headers.update(
+            {"User-Agent": f"stellar_lab/{__version__}", "Accept-Encoding": "identity"}
+        )
+        retry = _Patience(
+            tries - 1,
+            backoff_factor=backoff,
+            backoff_jitter=backoff / 2,
+            backoff_max=MAX_WAIT,
+            raise_on_status=False,
+            status_forcelist=(429, 500, 502, 503, 504),
+            allowed_methods=("GET", "HEAD"),
+        )
+        self.session.mount(
+            f"{parts.scheme}://",
+            HTTPAdapter(
+                pool_connections=2, pool_maxsize=workers, max_retries=retry, pool_block=True
+            ),
+        )
 
     def list(self, folder: str) -> Listing:
         "Names in the index of a folder below the root."
@@ -448,8 +530,10 @@ class HttpSource:
         try:
             with self._request("HEAD", path) as response:
                 remote = self._remote(response)
-            return Remote(remote.size or None, remote.tag)   # 0 is how some servers say that they do not know
-        except Refused:   # some servers do not answer HEAD; the download will tell
+            return Remote(
+                remote.size or None, remote.tag
+            )  # 0 is how some servers say that they do not know
+        except Refused:  # some servers do not answer HEAD; the download will tell
             return Remote(None)
 
     @contextmanager
@@ -457,13 +541,17 @@ class HttpSource:
         "The file from byte `offset` on if it is still the `expected` one, else from its start."
         headers = {}
         if offset:
-            headers = {"Range": f"bytes={offset}-"} | ({"If-Range": expected.tag} if expected.tag else {})
+            headers = {"Range": f"bytes={offset}-"} | (
+                {"If-Range": expected.tag} if expected.tag else {}
+            )
         with self._request("GET", path, headers) as response:
             body = self._body(response, offset, expected)
             if body:
                 yield body
             elif not offset:
-                raise Dropped(f"a plain question was answered with {response.status_code} {response.reason}")
+                raise Dropped(
+                    f"a plain question was answered with {response.status_code} {response.reason}"
+                )
         if not body:
             with self.open(path) as body:
                 yield body
@@ -476,19 +564,33 @@ class HttpSource:
         "The body of an answer; None if it is not the rest of the file that we have the start of."
         remote, start = self._remote(response), 0
         if response.status_code == 206:
-            match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+            match = re.fullmatch(
+                r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "")
+            )
             total = int(match[2]) if match and match[2] != "*" else None
-            if not offset or not match or int(match[1]) != offset or total != expected.size or remote.tag not in ("", expected.tag):
+            if (
+                not offset
+                or not match
+                or int(match[1]) != offset
+                or total != expected.size
+                or remote.tag not in ("", expected.tag)
+            ):
                 return None
             remote, start = Remote(total, expected.tag), offset
-        elif response.status_code != 200:   # 416: there is no such rest
+        elif response.status_code != 200:  # 416: there is no such rest
             return None
         return Body(remote, start, self._chunks(response))
 
     def _request(self, method, path, headers=None):
         url = self.url + quote(path, safe="/+")
         try:
-            response = self.session.request(method, url, headers=headers, stream=True, timeout=(min(self.timeout, 10), self.timeout))
+            response = self.session.request(
+                method,
+                url,
+                headers=headers,
+                stream=True,
+                timeout=(min(self.timeout, 10), self.timeout),
+            )
         except (requests.RequestException, ValueError) as error:
             raise Refused(_why(error)) from error
         status = f"{response.status_code} {response.reason}"
@@ -523,7 +625,7 @@ class HttpSource:
     @staticmethod
     def _remote(response):
         length, tag = response.headers.get("Content-Length", ""), response.headers.get("ETag", "")
-        if not tag or tag.startswith("W/"):   # a weak tag does not promise the same bytes
+        if not tag or tag.startswith("W/"):  # a weak tag does not promise the same bytes
             tag = response.headers.get("Last-Modified", "")
         return Remote(int(length) if length.isdecimal() and length.isascii() else None, tag)
 
@@ -537,20 +639,27 @@ EXAMPLE = "https://data.sdss.org/sas"
 
 
 def open_source(
-    source,               # an https or http URL, or a folder: the root of an archive
-    **settings,           # workers, timeout, tries, backoff of an HttpSource
+    source,  # an https or http URL, or a folder: the root of an archive
+    **settings,  # workers, timeout, tries, backoff of an HttpSource
 ):
     "The source that a URL or a folder names."
     text = os.fspath(source)
     if "://" not in text:
         if not Path(text).is_dir():
-            raise LabError(f"there is no folder {text} to fetch from: give the root of an archive, a folder or a URL such as {EXAMPLE}")
+            raise LabError(
+                f"there is no folder {text} to fetch from: give the root of an archive, a folder or a URL such as {EXAMPLE}"
+            )
         return FolderSource(text)
     try:
         parts = urlsplit(text)
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and not (parts.query or parts.fragment):
+        if (
+            parts.scheme in ("http", "https")
+            and parts.hostname
+            and parts.port != 0
+            and not (parts.query or parts.fragment)
+        ):
             return HttpSource(text, **settings)
-    except ValueError:   # a port that is no number, an address that is none
+    except ValueError:  # a port that is no number, an address that is none
         pass
     raise LabError(f"cannot fetch from {text}: give a folder or a URL such as {EXAMPLE}")
 
@@ -564,8 +673,9 @@ def open_source(
 #| export
 class ArchiveHandler(SimpleHTTPRequestHandler):
     "Serves a folder: HTML index, ETag, and open-ended ranges (RFC 9110)."
-    protocol_version = "HTTP/1.1"      # connections stay open
-    disable_nagle_algorithm = True     # small answers leave at once
+
+    protocol_version = "HTTP/1.1"  # connections stay open
+    disable_nagle_algorithm = True  # small answers leave at once
 
     def log_message(self, format, *args):
         "Say nothing."
@@ -588,7 +698,11 @@ class ArchiveHandler(SimpleHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
-        for name, value in (("Content-Type", self.guess_type(path)), ("Content-Length", str(size - start)), ("ETag", tag)):
+        for name, value in (
+            ("Content-Type", self.guess_type(path)),
+            ("Content-Length", str(size - start)),
+            ("ETag", tag),
+        ):
             self.send_header(name, value)
         self.end_headers()
         return file
@@ -608,8 +722,8 @@ class _Server(ThreadingHTTPServer):
 
 @contextmanager
 def serve(
-    folder,                       # the root of an archive
-    port: int = 0,                # 0: any free one
+    folder,  # the root of an archive
+    port: int = 0,  # 0: any free one
     handler=ArchiveHandler,
 ):
     "Serve a folder over HTTP on the loopback address while the block runs; gives the URL."
@@ -618,8 +732,12 @@ def serve(
     try:
         server = _Server(("127.0.0.1", port), partial(handler, directory=os.fspath(folder)))
     except (OSError, OverflowError) as error:
-        raise LabError(f"cannot serve on port {port}: {error}; choose another one, or 0 for any that is free") from error
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        raise LabError(
+            f"cannot serve on port {port}: {error}; choose another one, or 0 for any that is free"
+        ) from error
+    thread = threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    )
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
@@ -636,13 +754,19 @@ def serve(
 here = f"{dr14.folder('apstar', '4230')}"
 with serve(desk / "server") as url:
     for origin in (FolderSource(desk / "server"), HttpSource(url)):
-        assert len(origin.list(here).files) == 3 and origin.list(str(Path(here).parent)).folders == ("4230", "4262")
+        assert len(origin.list(here).files) == 3 and origin.list(
+            str(Path(here).parent)
+        ).folders == ("4230", "4262")
         remote = origin.stat(f"{here}/{star.name}")
         assert remote.size == star.stat().st_size
         with origin.open(f"{here}/{star.name}", 1000, remote) as body:
             assert body.offset == 1000 and b"".join(body.chunks) == star.read_bytes()[1000:]
-        with origin.open(f"{here}/{star.name}", 1000, Remote(remote.size, '"older"')) as body:   # the file is not what it was:
-            assert body.offset == 0 and b"".join(body.chunks) == star.read_bytes()               # from the start, then
+        with origin.open(
+            f"{here}/{star.name}", 1000, Remote(remote.size, '"older"')
+        ) as body:  # the file is not what it was:
+            assert (
+                body.offset == 0 and b"".join(body.chunks) == star.read_bytes()
+            )  # from the start, then
         with pytest.raises(Missing):
             origin.stat(f"{here}/apStar-r8-nobody.fits")
         origin.close()
@@ -659,16 +783,17 @@ with serve(desk / "server") as url:
 @dataclass(slots=True)
 class Item:
     "One file to bring home."
-    path: str                 # below the root, where it goes
-    origin: str               # below the source
-    hdus: int = 0             # HDUs that it has at least, 0 for what is no FITS file
-    elsewhere: tuple = ()     # other paths below the root where it counts as there
-    size: int | None = None   # bytes, as the source says
-    state: str = "to fetch"   # then "fetched", "already there" or "failed"
-    reason: str = ""          # why it failed
-    cause: str = ""           # "missing", "refused", "dropped" or "damaged" if it failed
-    received: int = 0         # bytes that came
-    shown: int = 0            # bytes that the progress bar knows of
+
+    path: str  # below the root, where it goes
+    origin: str  # below the source
+    hdus: int = 0  # HDUs that it has at least, 0 for what is no FITS file
+    elsewhere: tuple = ()  # other paths below the root where it counts as there
+    size: int | None = None  # bytes, as the source says
+    state: str = "to fetch"  # then "fetched", "already there" or "failed"
+    reason: str = ""  # why it failed
+    cause: str = ""  # "missing", "refused", "dropped" or "damaged" if it failed
+    received: int = 0  # bytes that came
+    shown: int = 0  # bytes that the progress bar knows of
 
 
 def _part(target):
@@ -700,9 +825,13 @@ def _receive(source, item, part, note, show, stop):
         if body.remote.size is None and not item.hdus:
             raise Refused("the server does not say how long it is")
         if not body.offset:
-            note.unlink(missing_ok=True)   # first the note, so that it never stands beside another version's bytes
+            note.unlink(
+                missing_ok=True
+            )  # first the note, so that it never stands beside another version's bytes
             part.write_bytes(b"")
-            note.write_text(json.dumps({"size": body.remote.size, "tag": body.remote.tag}), encoding="utf-8")
+            note.write_text(
+                json.dumps({"size": body.remote.size, "tag": body.remote.tag}), encoding="utf-8"
+            )
         length = body.offset
         with open(part, "ab") as file:
             show(item, length)
@@ -734,7 +863,7 @@ def _persist(action, tries, backoff, stop, progress=lambda: 0):
             attempt, damaged = attempt + 1, damaged + isinstance(error, Damaged)
             if progress() > best + (1 << 20):
                 attempt, best = 0, progress()
-            if attempt >= tries or damaged > 1 or stop.wait(min(backoff * 2 ** attempt, MAX_WAIT)):
+            if attempt >= tries or damaged > 1 or stop.wait(min(backoff * 2**attempt, MAX_WAIT)):
                 raise
 
 
@@ -749,7 +878,9 @@ def drops():
 
 with pytest.raises(Dropped):
     _persist(drops, 3, 0.001, threading.Event(), progress=lambda: min(len(calls), 4) * (2 << 20))
-assert len(calls) == 4 + 3   # four tries got further and count for nothing; then three in a row were in vain
+assert (
+    len(calls) == 4 + 3
+)  # four tries got further and count for nothing; then three in a row were in vain
 
 
 # %% [markdown]
@@ -765,13 +896,13 @@ def _put_aside(target, hdus):
 
 
 def fetch_file(
-    source,                    # a FolderSource or HttpSource
-    item: Item,                # its state is changed
-    root,                      # where the archive goes
+    source,  # a FolderSource or HttpSource
+    item: Item,  # its state is changed
+    root,  # where the archive goes
     tries: int = 5,
-    backoff: float = 0.5,      # s
-    show=lambda item, length: None,          # told how many bytes are there
-    stop: threading.Event = None,            # set: give up at the next chunk
+    backoff: float = 0.5,  # s
+    show=lambda item, length: None,  # told how many bytes are there
+    stop: threading.Event = None,  # set: give up at the next chunk
 ) -> Item:
     "Bring one file home, whole and under its name, or say in the item why not. A file that cannot be written is a LabError."
     target, stop = Path(root) / item.path, stop or threading.Event()
@@ -796,8 +927,10 @@ def fetch_file(
     except SourceError as error:
         item.state, item.reason, item.cause = "failed", str(error), type(error).__name__.lower()
     except OSError as error:
-        raise LabError(f"cannot write {target}: {error.strerror or error}; free the disk or choose another root, then run the same again: "
-                       "what is whole stays") from error
+        raise LabError(
+            f"cannot write {target}: {error.strerror or error}; free the disk or choose another root, then run the same again: "
+            "what is whole stays"
+        ) from error
     return item
 
 
@@ -808,7 +941,8 @@ def fetch_file(
 # %%
 class HangsUp(ArchiveHandler):
     "Sends 100,000 bytes, then closes the connection."
-    asked = []   # the Range of each request
+
+    asked = []  # the Range of each request
 
     def copyfile(self, source, outputfile):
         self.asked.append(self.headers.get("Range", "bytes=0-"))
@@ -834,9 +968,14 @@ with serve(desk / "server", handler=HangsUp) as url:
 HangsUp.asked
 
 # %%
-starts = [int(asked[len("bytes="):-1]) for asked in HangsUp.asked]
+starts = [int(asked[len("bytes=") : -1]) for asked in HangsUp.asked]
 fig, ax = plt.subplots(figsize=(7, 1.8))
-ax.barh(range(len(starts)), [min(100_000, len(content) - start) for start in starts], left=starts, color=["C0", "C2", "C2", "C2"])
+ax.barh(
+    range(len(starts)),
+    [min(100_000, len(content) - start) for start in starts],
+    left=starts,
+    color=["C0", "C2", "C2", "C2"],
+)
 ax.axvline(len(content), color="0.4", lw=1)
 ax.set(xlabel="byte of the file", xlim=(0, len(content) * 1.01))
 ax.set_yticks(range(len(starts)), ["first run"] + [f"second run, try {k}" for k in (1, 2, 3)])
@@ -861,6 +1000,7 @@ assert [file.name for file in (home / here).iterdir()] == [star.name]
 #| export
 def _read_marker(source, tries, backoff):
     "archive.json of a source: its bytes (None without one), the record it names, further files."
+
     def read():
         with source.open(ARCHIVE_FILE) as body:
             return b"".join(_bounded(body.chunks))
@@ -870,8 +1010,10 @@ def _read_marker(source, tries, backoff):
     except Missing:
         return None, ARCHIVES["survey"], ()
     except SourceError as error:
-        raise LabError(f"cannot fetch from {source.name}: {error}; check the address, and whether the server can be reached from here") from error
-    if content.lstrip()[:1] == b"<":   # a server that answers "no such page" with a page
+        raise LabError(
+            f"cannot fetch from {source.name}: {error}; check the address, and whether the server can be reached from here"
+        ) from error
+    if content.lstrip()[:1] == b"<":  # a server that answers "no such page" with a page
         return None, ARCHIVES["survey"], ()
     return content, *_parse_marker(content, f"{ARCHIVE_FILE} of {source.name}")
 
@@ -881,12 +1023,18 @@ def _parse_marker(content, where):
         marker = json.loads(content)
         name, files = marker["archive"], marker.get("files", [])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LabError(f"{where} does not name an archive ({error!r}): it is damaged, or this is no archive of the lab") from error
+        raise LabError(
+            f"{where} does not name an archive ({error!r}): it is damaged, or this is no archive of the lab"
+        ) from error
     if name not in [*ARCHIVES]:
-        raise LabError(f"{where} names the archive {name!r}, which this version does not know: choose from {', '.join(ARCHIVES)}")
+        raise LabError(
+            f"{where} names the archive {name!r}, which this version does not know: choose from {', '.join(ARCHIVES)}"
+        )
     unsafe = [file for file in files if not _is_safe(file)] if isinstance(files, list) else [files]
     if unsafe:
-        raise LabError(f"{where} names the file {unsafe[0]!r}, which is not a path below its root: do not trust this archive")
+        raise LabError(
+            f"{where} names the file {unsafe[0]!r}, which is not a path below its root: do not trust this archive"
+        )
     return ARCHIVES[name], tuple(files)
 
 
@@ -898,7 +1046,22 @@ def _is_safe(path):
 
 # %%
 assert all(_is_safe(path) for path in ("truth.fits", "more/truth.ecsv"))
-assert not any(_is_safe(path) for path in ("../x", "/etc/passwd", "a//b", "a/../b", ".ssh/key", "C:\\x", "", "archive.json", "x.part", 7, None))
+assert not any(
+    _is_safe(path)
+    for path in (
+        "../x",
+        "/etc/passwd",
+        "a//b",
+        "a/../b",
+        ".ssh/key",
+        "C:\\x",
+        "",
+        "archive.json",
+        "x.part",
+        7,
+        None,
+    )
+)
 
 
 # %% [markdown]
@@ -918,17 +1081,24 @@ def _release(release, record):
 
 def _names(names, what):
     "One or several names (a comma may part them) as a tuple, in their order and each once."
-    names = names.split(",") if isinstance(names, str) else [names] if isinstance(names, int) else names
+    names = (
+        names.split(",") if isinstance(names, str) else [names] if isinstance(names, int) else names
+    )
     names = tuple(dict.fromkeys(str(name).strip() for name in names))
     wrong = [name for name in names if not PLAIN_NAME.fullmatch(name)]
     if wrong or not names:
-        raise LabError(f"{wrong[0]!r} cannot be a {what}" if wrong else f"no {what} was given: name at least one")
+        raise LabError(
+            f"{wrong[0]!r} cannot be a {what}"
+            if wrong
+            else f"no {what} was given: name at least one"
+        )
     return names
 
 
 @dataclass(frozen=True)
 class Wanted:
     "What to look for: path rules, fields, products, telescopes."
+
     release: Release
     fields: tuple
     products: tuple
@@ -938,13 +1108,23 @@ class Wanted:
 def _wanted(record, release, fields, products, telescopes):
     rules = _release(release, record)
     if fields is None and rules != record.rules:
-        raise LabError(f"which fields of {rules.name}? Name them: the record {record.name!r} knows only those of {record.rules.name}")
+        raise LabError(
+            f"which fields of {rules.name}? Name them: the record {record.name!r} knows only those of {record.rules.name}"
+        )
     fields = _names(record.fields if fields is None else fields, "field")
-    products, telescopes = _names(products, "product"), _names(rules.telescopes if telescopes is None else telescopes, "telescope")
-    for names, known, what in ((products, tuple(rules.paths), "product"), (telescopes, rules.telescopes, "telescope")):
+    products, telescopes = (
+        _names(products, "product"),
+        _names(rules.telescopes if telescopes is None else telescopes, "telescope"),
+    )
+    for names, known, what in (
+        (products, tuple(rules.paths), "product"),
+        (telescopes, rules.telescopes, "telescope"),
+    ):
         unknown = [name for name in names if name not in known]
         if unknown:
-            raise LabError(f"{rules.name} has no {what} {unknown[0]!r}: choose from {', '.join(known)}")
+            raise LabError(
+                f"{rules.name} has no {what} {unknown[0]!r}: choose from {', '.join(known)}"
+            )
     return Wanted(rules, fields, products, telescopes)
 
 
@@ -955,23 +1135,25 @@ def _wanted(record, release, fields, products, telescopes):
 # %%
 #| export
 def _fill(template, release, field, telescope, star="x"):
-    return template.format(field=field, telescope=telescope, id=star, prefix=release.prefixes.get(telescope, "ap"))
+    return template.format(
+        field=field, telescope=telescope, id=star, prefix=release.prefixes.get(telescope, "ap")
+    )
 
 
 def find_stars(
-    source,             # a FolderSource or HttpSource
+    source,  # a FolderSource or HttpSource
     release: Release,
     product: str,
     field: str,
     telescopes: tuple,
-) -> list:              # of Item; Missing is raised where the source has no folder of this field
+) -> list:  # of Item; Missing is raised where the source has no folder of this field
     "Files of one product in one field, as the index of its folder lists them: stars, not single visits."
     templates = release.templates(product)
     for template in templates:
         folders, items = set(), {}
         for telescope in telescopes:
             folder = str(PurePosixPath(_fill(template, release, field, telescope)).parent)
-            if folder in folders:   # a tree that does not ask for the telescope
+            if folder in folders:  # a tree that does not ask for the telescope
                 continue
             try:
                 listing = source.list(folder)
@@ -981,8 +1163,12 @@ def find_stars(
             for name in listing.files:
                 star = release.parse_name(product, name)
                 if star:
-                    path, *others = [_fill(other, release, field, telescope, star) for other in templates]
-                    items.setdefault(path, Item(path, f"{folder}/{name}", PRODUCTS[product].hdus, tuple(others)))
+                    path, *others = [
+                        _fill(other, release, field, telescope, star) for other in templates
+                    ]
+                    items.setdefault(
+                        path, Item(path, f"{folder}/{name}", PRODUCTS[product].hdus, tuple(others))
+                    )
         if folders:
             return list(items.values())
     raise Missing("no such folder")
@@ -991,8 +1177,13 @@ def find_stars(
 # %%
 with serve(desk / "server") as url:
     stars = find_stars(HttpSource(url), dr14, "apstar", "4262", ("apo25m", "apo1m"))
-assert [dr14.parse_name("apstar", Path(item.path).name) for item in stars] == [f"2M2133419{k}-0048169" for k in range(4)]   # southern ones, too
-Table(rows=[(Path(item.path).name, item.hdus, item.elsewhere[0]) for item in stars], names=["file", "HDUs", "or here"])
+assert [dr14.parse_name("apstar", Path(item.path).name) for item in stars] == [
+    f"2M2133419{k}-0048169" for k in range(4)
+]  # southern ones, too
+Table(
+    rows=[(Path(item.path).name, item.hdus, item.elsewhere[0]) for item in stars],
+    names=["file", "HDUs", "or here"],
+)
 
 
 # %% [markdown]
@@ -1001,10 +1192,10 @@ Table(rows=[(Path(item.path).name, item.hdus, item.elsewhere[0]) for item in sta
 # %%
 #| export
 def list_fields(
-    source,                # a FolderSource or HttpSource
+    source,  # a FolderSource or HttpSource
     release: Release,
     product: str = "apstar",
-) -> list:                 # sorted names; empty if the source has none or does not list its folders
+) -> list:  # sorted names; empty if the source has none or does not list its folders
     "Names of the fields that a source has, whatever the telescope."
     names = set()
     for telescope in release.telescopes:
@@ -1021,11 +1212,15 @@ def _no_field(source, wanted, product, field):
     there = list_fields(source, wanted.release, product)
     folder = wanted.release.folder(product, field, wanted.telescopes[0])
     if not there:
-        return LabError(f"{source.name} has no field {field!r}: there is no {folder} in it; the root of an archive is the folder that holds "
-                        f"{folder.split('/')[0]}")
+        return LabError(
+            f"{source.name} has no field {field!r}: there is no {folder} in it; the root of an archive is the folder that holds "
+            f"{folder.split('/')[0]}"
+        )
     close = get_close_matches(field, there, n=10, cutoff=0.5) or there[:10]
     more = f" and {len(there) - len(close)} more" if len(there) > len(close) else ""
-    return LabError(f"{source.name} has no field {field!r} with {product} files of {wanted.release.name}; it has {', '.join(close)}{more}")
+    return LabError(
+        f"{source.name} has no field {field!r} with {product} files of {wanted.release.name}; it has {', '.join(close)}{more}"
+    )
 
 
 # %%
@@ -1069,7 +1264,9 @@ def _find_field(source, wanted, product, field, retry):
     folder = wanted.release.folder(product, field, wanted.telescopes[0])
     try:
         stars = retry(lambda: find_stars(source, wanted.release, product, field, wanted.telescopes))
-        return stars or [Item(f"{folder}/", "", state="failed", reason=f"no {product} file of a star in it")]
+        return stars or [
+            Item(f"{folder}/", "", state="failed", reason=f"no {product} file of a star in it")
+        ]
     except Missing:
         raise _no_field(source, wanted, product, field) from None
     except SourceError as error:
@@ -1079,10 +1276,14 @@ def _find_field(source, wanted, product, field, retry):
 def _find_all(source, wanted, extra, catalogue, workers, retry, stop):
     "Every file that belongs to what was asked for, each once."
     asked = [(product, field) for product in wanted.products for field in wanted.fields]
-    with closing(_run(asked, lambda pair: _find_field(source, wanted, *pair, retry), workers, stop)) as found:
+    with closing(
+        _run(asked, lambda pair: _find_field(source, wanted, *pair, retry), workers, stop)
+    ) as found:
         stars = sorted((item for items in found for item in items), key=lambda item: item.path)
     if all(item.state == "failed" for item in stars):
-        raise LabError(f"found nothing to fetch at {source.name}: {stars[0].path}: {stars[0].reason}")
+        raise LabError(
+            f"found nothing to fetch at {source.name}: {stars[0].path}: {stars[0].reason}"
+        )
     items = [_find_catalogue(source, wanted.release)] if catalogue else []
     items += [Item(path, path, 1 if path.endswith(".fits") else 0) for path in extra]
     return list({item.path: item for item in items + stars}.values())
@@ -1097,11 +1298,12 @@ def _find_all(source, wanted, extra, catalogue, workers, retry, stop):
 @dataclass
 class FetchSummary:
     "What a fetch found and did."
+
     root: str
     source: str
-    archive: str                    # name of the record
+    archive: str  # name of the record
     release: str
-    items: list = field(default_factory=list, repr=False)   # of Item
+    items: list = field(default_factory=list, repr=False)  # of Item
     dry_run: bool = False
 
     def count(self, state: str) -> int:
@@ -1151,22 +1353,45 @@ class FetchSummary:
     @property
     def ok(self) -> bool:
         "All is there (after a dry run: all of it can be fetched)."
-        return all(item.state in ("fetched", "already there", *(("to fetch",) if self.dry_run else ())) for item in self.items)
+        return all(
+            item.state in ("fetched", "already there", *(("to fetch",) if self.dry_run else ()))
+            for item in self.items
+        )
 
     def table(self) -> Table:
         "One row a file: path below the root, size in bytes (-1 unknown), state, reason."
-        rows = [(item.path, -1 if item.size is None else item.size, item.state, item.reason) for item in self.items]
-        return Table(rows=rows or None, names=["path", "size", "state", "reason"], dtype=[str, "i8", str, str])
+        rows = [
+            (item.path, -1 if item.size is None else item.size, item.state, item.reason)
+            for item in self.items
+        ]
+        return Table(
+            rows=rows or None,
+            names=["path", "size", "state", "reason"],
+            dtype=[str, "i8", str, str],
+        )
 
     def __str__(self):
-        states = [f"{self.count(state):,} {state}" for state in ("to fetch", "fetched", "already there", "failed") if self.count(state)]
-        come = f"{_bytes(self.bytes_to_fetch)} to fetch (dry run: nothing was written)" if self.dry_run else f"{_bytes(self.bytes)} came"
-        lines = [f"{self.release}, archive {self.archive!r}, from {self.source} to {self.root}", f"{self.found:,} files: {', '.join(states)}; {come}"]
+        states = [
+            f"{self.count(state):,} {state}"
+            for state in ("to fetch", "fetched", "already there", "failed")
+            if self.count(state)
+        ]
+        come = (
+            f"{_bytes(self.bytes_to_fetch)} to fetch (dry run: nothing was written)"
+            if self.dry_run
+            else f"{_bytes(self.bytes)} came"
+        )
+        lines = [
+            f"{self.release}, archive {self.archive!r}, from {self.source} to {self.root}",
+            f"{self.found:,} files: {', '.join(states)}; {come}",
+        ]
         lines += [f"  failed: {path}: {reason}" for path, reason in self.problems[:20]]
         if self.failed > 20:
             lines.append(f"  and {self.failed - 20:,} more")
         if self.damaged:
-            lines.append(f"{self.damaged} of these came as the source has them: they are damaged there")
+            lines.append(
+                f"{self.damaged} of these came as the source has them: they are damaged there"
+            )
         if self.failed > self.damaged:
             lines.append("run the same again: what is whole stays, what has begun goes on")
         return "\n".join(lines)
@@ -1192,7 +1417,11 @@ def _is_there(root, item):
     for path in (item.path, *item.elsewhere):
         try:
             right = item.size in (None, os.path.getsize(root / path))
-            if right and (item.hdus or item.size is not None) and not file_problem(root / path, item.hdus):
+            if (
+                right
+                and (item.hdus or item.size is not None)
+                and not file_problem(root / path, item.hdus)
+            ):
                 return True
         except OSError:
             continue
@@ -1228,8 +1457,12 @@ def _check_root(root, source, marker, record, release):
     except OSError as error:
         raise LabError(f"cannot write to {root}: {error.strerror}; choose another root") from error
     there = _parse_marker(old, f"{root / ARCHIVE_FILE}")[0].name if old is not None else "survey"
-    if there != record.name and (old is not None or any((root / path).exists() for path in release.templates("allstar"))):
-        raise LabError(f"{root} holds the archive {there!r}, but {source.name} is {record.name!r}: choose another root")
+    if there != record.name and (
+        old is not None or any((root / path).exists() for path in release.templates("allstar"))
+    ):
+        raise LabError(
+            f"{root} holds the archive {there!r}, but {source.name} is {record.name!r}: choose another root"
+        )
     return old == marker
 
 
@@ -1240,10 +1473,12 @@ def _locked(root):
         root.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=root).close()
     except OSError as error:
-        raise LabError(f"cannot write to {root}: {error.strerror}; choose another root or mend its permissions") from error
+        raise LabError(
+            f"cannot write to {root}: {error.strerror}; choose another root or mend its permissions"
+        ) from error
     try:
         import fcntl
-    except ImportError:   # Windows
+    except ImportError:  # Windows
         yield
         return
     handle = os.open(root, os.O_RDONLY)
@@ -1252,7 +1487,9 @@ def _locked(root):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise LabError(f"another fetch is writing to {root}: wait for it, or choose another root") from error
+                raise LabError(
+                    f"another fetch is writing to {root}: wait for it, or choose another root"
+                ) from error
         yield
     finally:
         os.close(handle)
@@ -1264,7 +1501,7 @@ def _locked(root):
 
 # %%
 #| export
-MAX_FAILURES = 20   # in a row; then the source is left alone
+MAX_FAILURES = 20  # in a row; then the source is left alone
 
 
 def _download(source, root, items, workers, tries, backoff, progress, stop):
@@ -1272,7 +1509,9 @@ def _download(source, root, items, workers, tries, backoff, progress, stop):
     todo = [item for item in items if item.state == "to fetch"]
     volume, lock, failures = sum(item.size or 0 for item in todo), threading.Lock(), 0
     if volume > shutil.disk_usage(root).free:
-        raise LabError(f"{root} has no room for {_bytes(volume)}: free the disk or choose another root")
+        raise LabError(
+            f"{root} has no room for {_bytes(volume)}: free the disk or choose another root"
+        )
 
     def work(item):
         return item if stop.is_set() else fetch_file(source, item, root, tries, backoff, show, stop)
@@ -1283,15 +1522,22 @@ def _download(source, root, items, workers, tries, backoff, progress, stop):
             item.shown = length
 
     with ExitStack() as stack:
-        bar = stack.enter_context(tqdm(total=volume, unit="B", unit_scale=True, desc="fetching", disable=not progress))
+        bar = stack.enter_context(
+            tqdm(total=volume, unit="B", unit_scale=True, desc="fetching", disable=not progress)
+        )
         done = stack.enter_context(closing(_run(todo, work, workers, stop)))
         for item in done:
-            failures = 0 if item.state == "fetched" else failures + (item.cause not in ("", "missing"))
+            failures = (
+                0 if item.state == "fetched" else failures + (item.cause not in ("", "missing"))
+            )
             if failures >= MAX_FAILURES:
                 stop.set()
     for item in todo:
         if item.state == "to fetch":
-            item.state, item.reason = "failed", f"not tried, for {MAX_FAILURES} others failed in a row"
+            item.state, item.reason = (
+                "failed",
+                f"not tried, for {MAX_FAILURES} others failed in a row",
+            )
 
 
 # %% [markdown]
@@ -1300,20 +1546,20 @@ def _download(source, root, items, workers, tries, backoff, progress, stop):
 # %%
 #| export
 def fetch(
-    root,                       # folder where the archive goes
-    source,                     # an https or http URL, or a folder: the root of the archive to fetch from
-    release=None,               # "dr14", "dr16", "dr17", … or a Release; the archive's own by default
-    fields=None,                # location IDs (up to DR14) or names; the archive's own by default
-    products=("apstar",),       # of "apstar", "aspcapstar"
-    telescopes=None,            # all of the release by default
-    workers: int = 4,           # downloads at once
-    dry_run: bool = False,      # only look; writes nothing
-    progress: bool = True,      # show bars
-    catalogue: bool = True,     # the allStar table, too
-    timeout: float = 30,        # s without a byte
-    tries: int = 5,             # in a row, for each file
-    backoff: float = 0.5,       # s, pause after the first failure, doubled after each
-) -> FetchSummary:              # its `.ok` says whether all is there
+    root,  # folder where the archive goes
+    source,  # an https or http URL, or a folder: the root of the archive to fetch from
+    release=None,  # "dr14", "dr16", "dr17", … or a Release; the archive's own by default
+    fields=None,  # location IDs (up to DR14) or names; the archive's own by default
+    products=("apstar",),  # of "apstar", "aspcapstar"
+    telescopes=None,  # all of the release by default
+    workers: int = 4,  # downloads at once
+    dry_run: bool = False,  # only look; writes nothing
+    progress: bool = True,  # show bars
+    catalogue: bool = True,  # the allStar table, too
+    timeout: float = 30,  # s without a byte
+    tries: int = 5,  # in a row, for each file
+    backoff: float = 0.5,  # s, pause after the first failure, doubled after each
+) -> FetchSummary:  # its `.ok` says whether all is there
     "Bring fields of a release home: what is there and whole stays, what has begun goes on, what fails is in the summary. Raises LabError."
     root, stop = Path(root), threading.Event()
     if int(workers) < 1 or int(tries) < 1:
@@ -1323,17 +1569,36 @@ def fetch(
         stack.callback(origin.close)
         marker, record, extra = _read_marker(origin, tries, backoff)
         wanted = _wanted(record, release, fields, products, telescopes)
-        if fields is None and marker is not None:   # an archive of ours may be small: its record names the fields that it can have
-            there = set().union(*(list_fields(origin, wanted.release, product) for product in wanted.products))
-            wanted = replace(wanted, fields=tuple(name for name in wanted.fields if name in there) or wanted.fields)
+        if (
+            fields is None and marker is not None
+        ):  # an archive of ours may be small: its record names the fields that it can have
+            there = set().union(
+                *(list_fields(origin, wanted.release, product) for product in wanted.products)
+            )
+            wanted = replace(
+                wanted,
+                fields=tuple(name for name in wanted.fields if name in there) or wanted.fields,
+            )
         marked = _check_root(root, origin, marker, record, wanted.release)
         retry = partial(_persist, tries=tries, backoff=backoff, stop=stop)
         items = _find_all(origin, wanted, extra, catalogue, workers, retry, stop)
-        looking = stack.enter_context(closing(_run(items, lambda item: _look(origin, root, item), workers, stop)))
+        looking = stack.enter_context(
+            closing(_run(items, lambda item: _look(origin, root, item), workers, stop))
+        )
         list(tqdm(looking, total=len(items), unit="file", desc="looking", disable=not progress))
         if marker is not None:
-            items.insert(0, Item(ARCHIVE_FILE, ARCHIVE_FILE, size=len(marker), state="already there" if marked else "to fetch"))
-        summary = FetchSummary(str(root), origin.name, record.name, wanted.release.name, items, dry_run)
+            items.insert(
+                0,
+                Item(
+                    ARCHIVE_FILE,
+                    ARCHIVE_FILE,
+                    size=len(marker),
+                    state="already there" if marked else "to fetch",
+                ),
+            )
+        summary = FetchSummary(
+            str(root), origin.name, record.name, wanted.release.name, items, dry_run
+        )
         if dry_run:
             return summary
         stack.enter_context(_locked(root))
@@ -1366,16 +1631,28 @@ plan.table()["path", "size", "state"]
 with serve(desk / "server") as url:
     once = fetch(home, url, fields=["4230", "4262"], progress=False)
     twice = fetch(home, url, fields=["4230", "4262"], progress=False)
-print(str(once).replace(url, "http://…").replace(str(desk), "…"), str(twice).splitlines()[1], sep="\n\n")
+print(
+    str(once).replace(url, "http://…").replace(str(desk), "…"),
+    str(twice).splitlines()[1],
+    sep="\n\n",
+)
 
 
 # %%
 def tree(root):
-    return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+    return {
+        str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()
+    }
 
 
 assert tree(home) == tree(desk / "server")
-assert once.ok and once.fetched == once.found == 8 and twice.ok and twice.already_there == 8 and twice.bytes == 0
+assert (
+    once.ok
+    and once.fetched == once.found == 8
+    and twice.ok
+    and twice.already_there == 8
+    and twice.bytes == 0
+)
 
 # %% [markdown]
 # From a folder it is the same call. And a folder in the lab's own layout, `stars/4230/…`, counts as home: who has done the lab by hand downloads
@@ -1384,12 +1661,18 @@ assert once.ok and once.fetched == once.found == 8 and twice.ok and twice.alread
 # %%
 by_hand = desk / "by hand"
 for file in (desk / "server").rglob("*.fits"):
-    place = by_hand / "stars" / (file.name if "allStar" in file.name else f"{file.parent.name}/{file.name}")
+    place = (
+        by_hand
+        / "stars"
+        / (file.name if "allStar" in file.name else f"{file.parent.name}/{file.name}")
+    )
     place.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(file, place)
 assert fetch(by_hand, desk / "server", fields="4230,4262", progress=False).already_there == 8
-assert fetch(desk / "again", by_hand, fields="4230,4262", progress=False).fetched == 8   # and it is a source
-assert tree(desk / "again") == tree(home)                                                # which comes out in the survey's layout
+assert (
+    fetch(desk / "again", by_hand, fields="4230,4262", progress=False).fetched == 8
+)  # and it is a source
+assert tree(desk / "again") == tree(home)  # which comes out in the survey's layout
 
 
 # %% [markdown]
@@ -1400,6 +1683,7 @@ assert tree(desk / "again") == tree(home)                                       
 # %%
 class BadDay(ArchiveHandler):
     "Misbehaves by the last digit before the sign of a star's name."
+
     busy = True
 
     def do_GET(self):
@@ -1435,7 +1719,11 @@ assert not bad.ok and bad.fetched == 1 and bad.failed == 3
 assert [not file_problem(file, 10) for file in (desk / "bad day").rglob("*.fits")] == [True]
 with serve(desk / "server") as url:
     good = fetch(desk / "bad day", url, fields=["4230"], progress=False)
-assert good.ok and good.already_there == 1 and good.bytes < sum(item.size for item in good.items if item.state == "fetched")   # resumed
+assert (
+    good.ok
+    and good.already_there == 1
+    and good.bytes < sum(item.size for item in good.items if item.state == "fetched")
+)  # resumed
 sorted(file.name for file in (desk / "bad day").rglob("*") if file.is_file())
 
 # %% [markdown]
@@ -1456,7 +1744,10 @@ if root:
     there = list_fields(FolderSource(root), record.rules)
     known = [name for name in record.fields if name in there]
     plan = fetch(desk / "elsewhere", root, fields=known, dry_run=True, progress=False)
-    in_field = {name: [item.size / 1e6 for item in plan.items if f"/{name}/" in item.origin] for name in known}
+    in_field = {
+        name: [item.size / 1e6 for item in plan.items if f"/{name}/" in item.origin]
+        for name in known
+    }
 
 # %%
 if root:
@@ -1469,8 +1760,12 @@ if root:
 #| echo: false
 if root:
     sizes = np.concatenate([*in_field.values()])
-    display(Markdown(f"**What to see.** The archive `{record.name}` holds {len(sizes):,} apStar files in {len(known)} fields, {sizes.sum():,.0f} MB; "
-                     f"a file has {np.median(sizes):.1f} MB at the median and up to {sizes.max():.1f} MB: each further visit adds a row to its arrays."))
+    display(
+        Markdown(
+            f"**What to see.** The archive `{record.name}` holds {len(sizes):,} apStar files in {len(known)} fields, {sizes.sum():,.0f} MB; "
+            f"a file has {np.median(sizes):.1f} MB at the median and up to {sizes.max():.1f} MB: each further visit adds a row to its arrays."
+        )
+    )
 
 # %% [markdown]
 # Our own archives hold damaged files on purpose, for the next chapter to trip over. They must not arrive, and everything else must. So we compare
@@ -1478,7 +1773,9 @@ if root:
 
 # %%
 if root:
-    few = find_stars(FolderSource(root), record.rules, "apstar", known[0], record.rules.telescopes)[:5]
+    few = find_stars(FolderSource(root), record.rules, "apstar", known[0], record.rules.telescopes)[
+        :5
+    ]
     with serve(root) as url:
         came = [fetch_file(HttpSource(url), item, desk / "five") for item in few]
     for item in came:
@@ -1494,24 +1791,34 @@ if root:
 with serve(desk / "server") as url:
     with pytest.raises(LabError, match="no field '4262x' with apstar files of DR14; it has 4262"):
         fetch(desk / "x", url, fields=["4230", "4262x"], progress=False)
-    with pytest.raises(LabError, match="there is no dr14/.* the root of an archive is the folder that holds dr14"):
+    with pytest.raises(
+        LabError, match="there is no dr14/.* the root of an archive is the folder that holds dr14"
+    ):
         fetch(desk / "x", f"{url}/dr14", progress=False)
     with pytest.raises(LabError, match="unknown release 'dr15': choose from dr10, dr14"):
         fetch(desk / "x", url, release="dr15", progress=False)
     with pytest.raises(LabError, match="cannot write to .*page.fits"):
         fetch(desk / "page.fits", url, fields=["4230"], progress=False)
-with pytest.raises(LabError, match="Connection refused; check the address"):   # nobody is listening any more
+with pytest.raises(
+    LabError, match="Connection refused; check the address"
+):  # nobody is listening any more
     fetch(desk / "x", url, progress=False, tries=1)
-with pytest.raises(LabError, match="cannot fetch from ftp://archive: give a folder or a URL such as"):
+with pytest.raises(
+    LabError, match="cannot fetch from ftp://archive: give a folder or a URL such as"
+):
     fetch(desk / "x", "ftp://archive")
-assert not (desk / "x").exists()   # an error on the way in leaves no trace
+assert not (desk / "x").exists()  # an error on the way in leaves no trace
 
 # %%
 (desk / "server" / ARCHIVE_FILE).write_text('{"archive": "mock", "files": ["../../.profile"]}')
-with pytest.raises(LabError, match="names the file '../../.profile', which is not a path below its root"):
+with pytest.raises(
+    LabError, match="names the file '../../.profile', which is not a path below its root"
+):
     fetch(desk / "x", desk / "server", fields=["4230"], progress=False)
 (desk / "server" / ARCHIVE_FILE).write_text('{"archive": "mock"}')
-with pytest.raises(LabError, match="home holds the archive 'survey', but .* is 'mock': choose another root"):
+with pytest.raises(
+    LabError, match="home holds the archive 'survey', but .* is 'mock': choose another root"
+):
     fetch(home, desk / "server", fields=["4230"], progress=False)
 
 # %%

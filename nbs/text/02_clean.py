@@ -39,8 +39,22 @@ from astropy.utils.exceptions import AstropyWarning
 from tqdm import tqdm
 
 from stellar_lab.survey import (
-    APOGEE_ID, ARCHIVES, LABELS, LOG10_START, LOG10_STEP, MISSING, N_PIXELS, PRODUCTS, RELEASES, LabError, Spectra, archive_record,
-    label_records, on_band, plot_spectrum, wavelength,
+    APOGEE_ID,
+    ARCHIVES,
+    LABELS,
+    LOG10_START,
+    LOG10_STEP,
+    MISSING,
+    N_PIXELS,
+    PRODUCTS,
+    RELEASES,
+    LabError,
+    Spectra,
+    archive_record,
+    label_records,
+    on_band,
+    plot_spectrum,
+    wavelength,
 )
 
 # %%
@@ -67,16 +81,18 @@ use_style()
 #| export
 class Step(NamedTuple):
     "One line of a ledger."
+
     rule: str
-    stars: tuple = ()     # APOGEE_ID of each star that fell to the rule
-    details: tuple = ()   # what was wrong with each of them, where a rule has more to say than its name
-    counted: int = 0      # for rules that count without dropping
+    stars: tuple = ()  # APOGEE_ID of each star that fell to the rule
+    details: tuple = ()  # what was wrong with each of them, where a rule has more to say than its name
+    counted: int = 0  # for rules that count without dropping
     reason: str = ""
 
 
 @dataclass(frozen=True, repr=False)
 class Ledger:
     "How many stars were found, and which rule dropped which of them."
+
     found: int
     steps: tuple = ()
 
@@ -84,8 +100,12 @@ class Ledger:
         "The ledger with one more rule, to which the `stars` (APOGEE_IDs) fell; `details` may say of each why."
         stars = tuple(map(str, stars))
         if len(stars) > self.left:
-            raise LabError(f"rule {rule!r} drops {len(stars)} stars, but the ledger has only {self.left} left")
-        return Ledger(self.found, (*self.steps, Step(rule, stars, tuple(map(str, details)), 0, reason)))
+            raise LabError(
+                f"rule {rule!r} drops {len(stars)} stars, but the ledger has only {self.left} left"
+            )
+        return Ledger(
+            self.found, (*self.steps, Step(rule, stars, tuple(map(str, details)), 0, reason))
+        )
 
     def count(self, rule: str, number: int, reason: str = "") -> "Ledger":
         "The ledger with one more line that drops nothing."
@@ -118,11 +138,20 @@ class Ledger:
     def table(self) -> QTable:
         "One row a rule, in their order: how many stars it dropped, how many were left after it, and what it counted."
         drops = np.array([0] + [len(step.stars) for step in self.steps])
-        return QTable({"rule": ["files found"] + [step.rule for step in self.steps], "dropped": drops, "left": self.found - np.cumsum(drops),
-                       "counted": [0] + [step.counted for step in self.steps], "reason": [""] + [step.reason for step in self.steps]})
+        return QTable(
+            {
+                "rule": ["files found"] + [step.rule for step in self.steps],
+                "dropped": drops,
+                "left": self.found - np.cumsum(drops),
+                "counted": [0] + [step.counted for step in self.steps],
+                "reason": [""] + [step.reason for step in self.steps],
+            }
+        )
 
     def __str__(self):
-        return "\n".join(self.table.pformat(max_lines=-1, max_width=-1, align=["<", ">", ">", ">", "<"]))
+        return "\n".join(
+            self.table.pformat(max_lines=-1, max_width=-1, align=["<", ">", ">", ">", "<"])
+        )
 
     __repr__ = __str__
 
@@ -131,28 +160,45 @@ class Ledger:
 
     def to_dict(self) -> dict:
         "Plain numbers, strings and lists, for JSON."
-        steps = [step._asdict() | {"stars": list(step.stars), "details": list(step.details)} for step in self.steps]
+        steps = [
+            step._asdict() | {"stars": list(step.stars), "details": list(step.details)}
+            for step in self.steps
+        ]
         return {"found": self.found, "left": self.left, "steps": steps}
 
     @classmethod
     def from_dict(cls, plain: dict) -> "Ledger":
         "The ledger that `to_dict` wrote."
-        steps = (Step(**(step | {"stars": tuple(step["stars"]), "details": tuple(step["details"])})) for step in plain["steps"])
+        steps = (
+            Step(**(step | {"stars": tuple(step["stars"]), "details": tuple(step["details"])}))
+            for step in plain["steps"]
+        )
         return cls(plain["found"], tuple(steps))
 
 
 # %%
-ledger = Ledger(5).drop("too noisy", ["Castor", "Pollux"]).count("seen twice", 1, "the better one counts").drop("no label", ["Mizar"])
+ledger = (
+    Ledger(5)
+    .drop("too noisy", ["Castor", "Pollux"])
+    .count("seen twice", 1, "the better one counts")
+    .drop("no label", ["Mizar"])
+)
 ledger
 
 # %% [markdown]
 # The user may ask for a star by name, and the books balance. Taking away more stars than there are is a mistake, not a negative number.
 
 # %%
-assert ledger.left == 2 and ledger.dropped == {"Castor": "too noisy", "Pollux": "too noisy", "Mizar": "no label"}
+assert ledger.left == 2 and ledger.dropped == {
+    "Castor": "too noisy",
+    "Pollux": "too noisy",
+    "Mizar": "no label",
+}
 assert list(ledger.table["left"]) == [5, 3, 3, 2] and list(ledger.table["dropped"]) == [0, 2, 0, 1]
 assert Ledger.from_dict(ledger.to_dict()) == ledger
-assert Ledger(2).drop("a", ["Mira"]).drop("b", ["Mira"]).dropped == {"Mira": "a; b"}   # two files of one star
+assert Ledger(2).drop("a", ["Mira"]).drop("b", ["Mira"]).dropped == {
+    "Mira": "a; b"
+}  # two files of one star
 with pytest.raises(LabError, match="rule 'x' drops 3 stars, but the ledger has only 2 left"):
     ledger.drop("x", ["a", "b", "c"])
 
@@ -174,9 +220,23 @@ def plot_ledger(
     ax.barh(y, table["left"], color="C0", label="left")
     ax.barh(y, table["dropped"], left=table["left"], color="C1", label="dropped by this rule")
     for place, left, dropped in zip(y, table["left"], table["dropped"]):
-        ax.text(left + dropped, place, f"  {left}" + (f"  ($-${dropped})" if dropped else ""), va="center", fontsize="small")
-    ax.set(yticks=y, yticklabels=table["rule"], xlabel="stars", xlim=(0, 1.18 * max(ledger.found, 1)))
-    ax.legend(loc="upper left", bbox_to_anchor=(0, 1.0 + 0.9 / len(table)), ncols=2, frameon=False, fontsize="small")
+        ax.text(
+            left + dropped,
+            place,
+            f"  {left}" + (f"  ($-${dropped})" if dropped else ""),
+            va="center",
+            fontsize="small",
+        )
+    ax.set(
+        yticks=y, yticklabels=table["rule"], xlabel="stars", xlim=(0, 1.18 * max(ledger.found, 1))
+    )
+    ax.legend(
+        loc="upper left",
+        bbox_to_anchor=(0, 1.0 + 0.9 / len(table)),
+        ncols=2,
+        frameon=False,
+        fontsize="small",
+    )
     return ax
 
 
@@ -194,7 +254,10 @@ root = archive_root()
 record = archive_record(root)
 example = sorted(root.rglob("apStar-*.fits"))[0]
 with fits.open(example) as hdus:
-    layout = [(k, hdu.header.get("BUNIT", ""), str(getattr(hdu, "shape", "table")), hdu.header["BITPIX"]) for k, hdu in enumerate(hdus)]
+    layout = [
+        (k, hdu.header.get("BUNIT", ""), str(getattr(hdu, "shape", "table")), hdu.header["BITPIX"])
+        for k, hdu in enumerate(hdus)
+    ]
 Table(rows=layout, names=["HDU", "what", "shape", "bits"])
 
 
@@ -205,15 +268,15 @@ Table(rows=layout, names=["HDU", "what", "shape", "bits"])
 # %%
 #| export
 def inverse_variance(
-    flux: np.ndarray,    # any shape
-    error: np.ndarray,   # same shape, 1-sigma
-    product,             # survey.Product: says which errors are too large, and whether flux must be positive
-) -> np.ndarray:         # same shape, float32
+    flux: np.ndarray,  # any shape
+    error: np.ndarray,  # same shape, 1-sigma
+    product,  # survey.Product: says which errors are too large, and whether flux must be positive
+) -> np.ndarray:  # same shape, float32
     "1/error^2, and 0 where error or flux are not usable."
     error = np.asarray(error, np.float64)
     good = np.isfinite(flux) & np.isfinite(error) & (error > 0) & (error < product.max_error)
     if product.normalized:
-        good &= np.asarray(flux) > 0   # a bad pixel of an aspcapStar file is a zero
+        good &= np.asarray(flux) > 0  # a bad pixel of an aspcapStar file is a zero
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         ivar = np.where(good, 1 / error**2, 0).astype(np.float32)
     return np.where(np.isfinite(ivar), ivar, np.float32(0))
@@ -221,8 +284,12 @@ def inverse_variance(
 
 # %%
 cases = np.array([1.0, 1.0, 1.0, 1.0, np.nan, 0.0]), np.array([0.1, 0.0, 1e10, np.nan, 0.1, 0.1])
-assert np.allclose(inverse_variance(*cases, PRODUCTS["apstar"]), [100, 0, 0, 0, 0, 100])      # zero flux is a measurement here
-assert np.allclose(inverse_variance(*cases, PRODUCTS["aspcapstar"]), [100, 0, 0, 0, 0, 0])    # and a hole here
+assert np.allclose(
+    inverse_variance(*cases, PRODUCTS["apstar"]), [100, 0, 0, 0, 0, 100]
+)  # zero flux is a measurement here
+assert np.allclose(
+    inverse_variance(*cases, PRODUCTS["aspcapstar"]), [100, 0, 0, 0, 0, 0]
+)  # and a hole here
 
 # %% [markdown]
 # What a file is called says what it is and whose it is. The lab's mystery star has lost its name: then the HDUs have to say what it is, for the third
@@ -230,12 +297,14 @@ assert np.allclose(inverse_variance(*cases, PRODUCTS["aspcapstar"]), [100, 0, 0,
 
 # %%
 #| export
-FILE_NAME = re.compile(rf"(?P<kind>aspcap|ap|as)Star-(?:.*?-)?(?P<id>{APOGEE_ID})(?:-\d+)?\.fits(?:\.gz)?")
+FILE_NAME = re.compile(
+    rf"(?P<kind>aspcap|ap|as)Star-(?:.*?-)?(?P<id>{APOGEE_ID})(?:-\d+)?\.fits(?:\.gz)?"
+)
 
 
 def product_of(
-    path,          # a file
-) -> str | None:   # "apstar" or "aspcapstar", None if neither
+    path,  # a file
+) -> str | None:  # "apstar" or "aspcapstar", None if neither
     "Which product a file is: from its name, else from its HDUs."
     match = FILE_NAME.fullmatch(Path(path).name)
     if match:
@@ -243,7 +312,7 @@ def product_of(
     try:
         with fits.open(path, lazy_load_hdus=True) as hdus:
             return _product_of_hdus(hdus)
-    except Exception:   # whatever a damaged file makes astropy raise
+    except Exception:  # whatever a damaged file makes astropy raise
         return None
 
 
@@ -272,28 +341,41 @@ assert product_of("no_such_file.fits") is None
 #| export
 class Fact(NamedTuple):
     "A column of the stars table that comes from a file's header."
+
     column: str
-    keys: tuple      # header cards, the first that exists counts
+    keys: tuple  # header cards, the first that exists counts
     missing: object  # value where no card exists; its type is the column's
 
     def read(self, header):
         "Its value in a header."
         value = next((header[key] for key in self.keys if key in header), self.missing)
         try:
-            value = type(self.missing)(str(value).strip() if isinstance(self.missing, str) else value)
+            value = type(self.missing)(
+                str(value).strip() if isinstance(self.missing, str) else value
+            )
         except (TypeError, ValueError):
             return self.missing
         return value if isinstance(value, str) or not value <= MISSING else self.missing
 
 
 FACTS = (
-    Fact("APOGEE_ID", ("OBJID", "OBJ"), ""), Fact("TELESCOPE", ("TELESCOP",), ""), Fact("FIELD", ("FIELD",), ""),
-    Fact("LOCATION_ID", ("LOCID",), -1), Fact("SNR", ("SNR",), np.nan), Fact("NVISITS", ("NVISITS",), -1),
-    Fact("J", ("J",), np.nan), Fact("H", ("H",), np.nan), Fact("K", ("K",), np.nan), Fact("RA", ("RA",), np.nan), Fact("DEC", ("DEC",), np.nan),
+    Fact("APOGEE_ID", ("OBJID", "OBJ"), ""),
+    Fact("TELESCOPE", ("TELESCOP",), ""),
+    Fact("FIELD", ("FIELD",), ""),
+    Fact("LOCATION_ID", ("LOCID",), -1),
+    Fact("SNR", ("SNR",), np.nan),
+    Fact("NVISITS", ("NVISITS",), -1),
+    Fact("J", ("J",), np.nan),
+    Fact("H", ("H",), np.nan),
+    Fact("K", ("K",), np.nan),
+    Fact("RA", ("RA",), np.nan),
+    Fact("DEC", ("DEC",), np.nan),
 )
 
 # %%
-header = fits.Header({"OBJ": "2M21334193-0048169", "LOCID": 4419, "SNR": 88.5, "J": "unknown", "K": -9999.99})
+header = fits.Header(
+    {"OBJ": "2M21334193-0048169", "LOCID": 4419, "SNR": 88.5, "J": "unknown", "K": -9999.99}
+)
 facts = {fact.column: fact.read(header) for fact in FACTS}
 assert facts["APOGEE_ID"] == "2M21334193-0048169" and np.isnan(facts["J"]) and np.isnan(facts["K"])
 facts
@@ -311,11 +393,13 @@ facts
 #| export
 class Problem(NamedTuple):
     "A file that could not be read, and why."
+
     path: str
     reason: str
 
     def __str__(self):
         return f"{Path(self.path).name}: {self.reason}"
+
 
 def _check_bytes(hdu, path):
     "Raise ValueError if the file ends before the HDU does; a packed file finds out for itself."
@@ -331,12 +415,27 @@ def _check_whole(hdus, path, product):
     if found not in (None, product.name):
         raise ValueError(f"its HDUs are those of an {found} file, not of an {product.name} file")
     if len(hdus) < product.hdus:
-        raise ValueError(f"has {len(hdus)} HDUs, a whole {product.name} file at least {product.hdus}")
+        raise ValueError(
+            f"has {len(hdus)} HDUs, a whole {product.name} file at least {product.hdus}"
+        )
     header = hdus[product.flux].header
-    grid = [header.get(key, hdus[0].header.get(key, np.nan)) for key in ("CRVAL1", "CDELT1", "NAXIS1")]
-    if not np.allclose(grid, [LOG10_START, LOG10_STEP, N_PIXELS], rtol=1e-7, atol=0) or header.get("CRPIX1", 1) != 1:
-        raise ValueError("another wavelength grid: CRVAL1 {}, CDELT1 {}, NAXIS1 {}, CRPIX1 {}".format(*grid, header.get("CRPIX1", 1)))
-    shapes = {getattr(hdus[k], "shape", None) for k in (product.flux, product.error, product.mask) if k is not None}
+    grid = [
+        header.get(key, hdus[0].header.get(key, np.nan)) for key in ("CRVAL1", "CDELT1", "NAXIS1")
+    ]
+    if (
+        not np.allclose(grid, [LOG10_START, LOG10_STEP, N_PIXELS], rtol=1e-7, atol=0)
+        or header.get("CRPIX1", 1) != 1
+    ):
+        raise ValueError(
+            "another wavelength grid: CRVAL1 {}, CDELT1 {}, NAXIS1 {}, CRPIX1 {}".format(
+                *grid, header.get("CRPIX1", 1)
+            )
+        )
+    shapes = {
+        getattr(hdus[k], "shape", None)
+        for k in (product.flux, product.error, product.mask)
+        if k is not None
+    }
     if found is None or len(shapes) > 1 or len(shapes.pop()) > 2:
         raise ValueError(f"its HDUs are not those of an {product.name} file")
 
@@ -359,7 +458,9 @@ def _pixels(hdu, row):
     "On-band pixels of one row; an array without rows is the only row there is."
     if len(hdu.shape) == 1 or hdu.shape[0] == 1:
         if row > 1:
-            raise ValueError(f"row {row} does not exist: the star was seen once, and the file holds one spectrum")
+            raise ValueError(
+                f"row {row} does not exist: the star was seen once, and the file holds one spectrum"
+            )
         data = hdu.section[:] if len(hdu.shape) == 1 else hdu.section[0, :]
     else:
         if row >= hdu.shape[0]:
@@ -378,13 +479,15 @@ def _read_star(path, product, row) -> _Star:
     facts["APOGEE_ID"] = match["id"] if match else facts["APOGEE_ID"] or Path(path).stem
     facts["FILE"] = Path(path).name
     ivar = inverse_variance(flux, error, product)
-    return _Star(facts, np.nan_to_num(flux, nan=0, posinf=0, neginf=0).astype(np.float32), ivar, mask)
+    return _Star(
+        facts, np.nan_to_num(flux, nan=0, posinf=0, neginf=0).astype(np.float32), ivar, mask
+    )
 
 
 def _try_star(path, product, row) -> _Star | Problem:
     try:
         return _read_star(path, product, row)
-    except Exception as error:   # a damaged file can make any layer below raise anything
+    except Exception as error:  # a damaged file can make any layer below raise anything
         return Problem(str(path), _reason(path, error))
 
 
@@ -412,15 +515,26 @@ def _reason(path, error):
 def _read_stars(paths, product, row, workers=None, keep=None, progress=True):
     "Spectra of the files where `keep`, their places in `paths`, and the problems of all."
     if not isinstance(row, (int, np.integer)) or row < 0:
-        raise LabError(f"row must be 0, 1, 2 … (0 and 1 are the combinations, the visits follow), not {row!r}")
+        raise LabError(
+            f"row must be 0, 1, 2 … (0 and 1 are the combinations, the visits follow), not {row!r}"
+        )
     keep = np.ones(len(paths), bool) if keep is None else keep
     flux, ivar = (np.empty((keep.sum(), len(on_band)), np.float32) for _ in range(2))
     mask = None if product.mask is None else np.empty(flux.shape, np.int32)
     facts, places, problems = [], [], []
     with warnings.catch_warnings(), ThreadPoolExecutor(workers or 4) as pool:
-        warnings.simplefilter("ignore", AstropyWarning)   # said by the problem's reason
+        warnings.simplefilter("ignore", AstropyWarning)  # said by the problem's reason
         stars = pool.map(partial(_try_star, product=product, row=row), paths)
-        for place, star in enumerate(tqdm(stars, total=len(paths), desc="reading", unit="file", disable=not progress, leave=False)):
+        for place, star in enumerate(
+            tqdm(
+                stars,
+                total=len(paths),
+                desc="reading",
+                unit="file",
+                disable=not progress,
+                leave=False,
+            )
+        ):
             if isinstance(star, Problem):
                 problems.append(star)
             elif keep[place]:
@@ -431,25 +545,43 @@ def _read_stars(paths, product, row, workers=None, keep=None, progress=True):
                 facts.append(star.facts)
                 places.append(place)
     n = len(places)
-    stars = Table({name: [fact[name] for fact in facts] for name in (*(fact.column for fact in FACTS), "FILE")}) if n else Table()
-    stars.meta = {"product": product.name, "release": None, "archive": None, "normalized": product.normalized}
+    stars = (
+        Table(
+            {
+                name: [fact[name] for fact in facts]
+                for name in (*(fact.column for fact in FACTS), "FILE")
+            }
+        )
+        if n
+        else Table()
+    )
+    stars.meta = {
+        "product": product.name,
+        "release": None,
+        "archive": None,
+        "normalized": product.normalized,
+    }
     spectra = Spectra(wavelength, flux[:n], ivar[:n], stars, None if mask is None else mask[:n])
     return spectra, np.array(places, int), problems
 
 
 def read_files(
-    paths,                   # files in any order; a single path works, too
-    product: str = None,     # "apstar" or "aspcapstar"; from the files by default
-    row: int = 1,            # apStar only: 0 and 1 are the combinations, the visits follow; DR17 flags pixels in row 0 only
-    workers: int = None,     # threads that read ahead, 4 by default
+    paths,  # files in any order; a single path works, too
+    product: str = None,  # "apstar" or "aspcapstar"; from the files by default
+    row: int = 1,  # apStar only: 0 and 1 are the combinations, the visits follow; DR17 flags pixels in row 0 only
+    workers: int = None,  # threads that read ahead, 4 by default
     progress: bool = True,
-) -> tuple:                  # Spectra of the good files in their order, list of `Problem` of the others
+) -> tuple:  # Spectra of the good files in their order, list of `Problem` of the others
     "Read loose apStar or aspcapStar files of any release; LabError if none is good or if they are of both kinds."
-    paths = [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
+    paths = (
+        [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
+    )
     if product is None:
         kinds = {kind for kind in map(product_of, paths) if kind}
         if len(kinds) > 1:
-            raise LabError(f"the files are of two kinds, {' and '.join(sorted(kinds))}: choose one with product=…")
+            raise LabError(
+                f"the files are of two kinds, {' and '.join(sorted(kinds))}: choose one with product=…"
+            )
         product = kinds.pop() if kinds else "apstar"
     if product not in PRODUCTS:
         raise LabError(f"unknown product {product!r}: choose from {', '.join(PRODUCTS)}")
@@ -468,7 +600,11 @@ def _first(problems, n=3):
 # Three files of the archive, and what their headers say.
 
 # %%
-paths = [path for path in sorted(example.parent.glob("apStar-*.fits")) if record.rules.parse_name("apstar", path.name)][:3]
+paths = [
+    path
+    for path in sorted(example.parent.glob("apStar-*.fits"))
+    if record.rules.parse_name("apstar", path.name)
+][:3]
 three, problems = read_files(paths, progress=False)
 three.stars["APOGEE_ID", "TELESCOPE", "FIELD", "LOCATION_ID", "SNR", "NVISITS", "J", "H", "K"]
 
@@ -478,7 +614,7 @@ three.stars["APOGEE_ID", "TELESCOPE", "FIELD", "LOCATION_ID", "SNR", "NVISITS", 
 # %%
 for n, path in enumerate(paths):
     flux, error, mask = (np.atleast_2d(fits.getdata(path, hdu))[:, on_band] for hdu in (1, 2, 3))
-    k = min(1, len(flux) - 1)   # one visit: one row
+    k = min(1, len(flux) - 1)  # one visit: one row
     assert np.array_equal(three.flux[n], flux[k]) and np.array_equal(three.mask[n], mask[k])
     assert np.array_equal(three.ivar[n] > 0, error[k] < 1e10)
     usable = error[k] < 1e10
@@ -491,12 +627,20 @@ for n, path in enumerate(paths):
 with tempfile.TemporaryDirectory() as folder:
     whole = paths[0].read_bytes()
     wrong_grid = whole.replace(b"CDELT1  =", b"CDELT9  =")
-    damaged = {"a": whole, "b": whole[: len(whole) // 2], "c": b"<html>404 Not Found</html>", "d": b"", "e": wrong_grid}
+    damaged = {
+        "a": whole,
+        "b": whole[: len(whole) // 2],
+        "c": b"<html>404 Not Found</html>",
+        "d": b"",
+        "e": wrong_grid,
+    }
     files = [Path(folder) / f"apStar-r8-{name}.fits" for name in damaged]
     for file, content in zip(files, damaged.values()):
         file.write_bytes(content)
     spectra, problems = read_files(files, progress=False)
-    with pytest.raises(LabError, match="none of 1 files is a good apstar file: apStar-r8-d.fits: empty"):
+    with pytest.raises(
+        LabError, match="none of 1 files is a good apstar file: apStar-r8-d.fits: empty"
+    ):
         read_files(files[3:4], progress=False)
 print(*problems, sep="\n")
 
@@ -519,18 +663,39 @@ def write_apstar(path, spectra):
     on_grid[:, on_band] = spectra.flux[0], error, spectra.mask[0]
     grid = fits.Header({"CRVAL1": LOG10_START, "CDELT1": LOG10_STEP})
     star = spectra.stars[0]
-    header = fits.Header({"OBJID": star["APOGEE_ID"], "SNR": star["SNR"], "LOCID": star["LOCATION_ID"], "H": star["H"]})
-    images = [fits.ImageHDU(values.astype(kind), grid) for values, kind in zip(on_grid, ("f4", "f4", "i2"))]
-    fits.HDUList([fits.PrimaryHDU(header=header), *images, *(fits.ImageHDU() for _ in range(6))]).writeto(path)
+    header = fits.Header(
+        {
+            "OBJID": star["APOGEE_ID"],
+            "SNR": star["SNR"],
+            "LOCID": star["LOCATION_ID"],
+            "H": star["H"],
+        }
+    )
+    images = [
+        fits.ImageHDU(values.astype(kind), grid)
+        for values, kind in zip(on_grid, ("f4", "f4", "i2"))
+    ]
+    fits.HDUList(
+        [fits.PrimaryHDU(header=header), *images, *(fits.ImageHDU() for _ in range(6))]
+    ).writeto(path)
 
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
-    write_apstar(Path(folder) / "once.fits", three[:1])   # a name that says nothing
+    write_apstar(Path(folder) / "once.fits", three[:1])  # a name that says nothing
     again, problems = read_files(Path(folder) / "once.fits", progress=False)
-assert not problems and np.array_equal(again.flux, three.flux[:1]) and np.array_equal(again.mask, three.mask[:1])
-assert np.allclose(again.ivar, three.ivar[:1], rtol=1e-6) and np.array_equal(again.ivar > 0, three.ivar[:1] > 0)
-assert all(again.stars[name][0] == three.stars[name][0] for name in ("APOGEE_ID", "SNR", "LOCATION_ID", "H"))
+assert (
+    not problems
+    and np.array_equal(again.flux, three.flux[:1])
+    and np.array_equal(again.mask, three.mask[:1])
+)
+assert np.allclose(again.ivar, three.ivar[:1], rtol=1e-6) and np.array_equal(
+    again.ivar > 0, three.ivar[:1] > 0
+)
+assert all(
+    again.stars[name][0] == three.stars[name][0]
+    for name in ("APOGEE_ID", "SNR", "LOCATION_ID", "H")
+)
 
 
 # %% [markdown]
@@ -541,19 +706,25 @@ assert all(again.stars[name][0] == three.stars[name][0] for name in ("APOGEE_ID"
 # %%
 #| export
 def find_files(
-    root,                      # of an archive
+    root,  # of an archive
     product: str = "apstar",
-    fields=None,               # names of folders; the record's by default, "all" for whatever is there
-    telescopes=None,           # all of the release's by default
-    release: str = None,       # the record's by default
-) -> Table:                    # path, APOGEE_ID, TELESCOPE and FOLDER of each star's file, sorted; maybe empty
+    fields=None,  # names of folders; the record's by default, "all" for whatever is there
+    telescopes=None,  # all of the release's by default
+    release: str = None,  # the record's by default
+) -> Table:  # path, APOGEE_ID, TELESCOPE and FOLDER of each star's file, sorted; maybe empty
     "The stars' files below `root`; a star that stands in several layouts is taken from the first."
     record = archive_record(root)
     rules = _rules(record, release)
     if fields is None and rules is record.rules:
         fields = record.fields
-    fields = ["*"] if fields is None or isinstance(fields, str) and fields == "all" else [escape(str(name)) for name in np.atleast_1d(fields)]
-    telescopes = list(np.atleast_1d(telescopes)) if telescopes is not None else list(rules.telescopes)
+    fields = (
+        ["*"]
+        if fields is None or isinstance(fields, str) and fields == "all"
+        else [escape(str(name)) for name in np.atleast_1d(fields)]
+    )
+    telescopes = (
+        list(np.atleast_1d(telescopes)) if telescopes is not None else list(rules.telescopes)
+    )
     found = {}
     for template in rules.templates(product):
         for telescope, folder in _folders(Path(root), template, fields, telescopes):
@@ -590,17 +761,23 @@ def _rules(record, release):
 # %%
 #| export
 def find_catalogue(
-    root,                  # of an archive
-    release: str = None,   # the record's by default
+    root,  # of an archive
+    release: str = None,  # the record's by default
 ) -> Path:
     "The allStar table below `root`, packed (.gz) or not; LabError if there is none."
     rules = _rules(archive_record(root), release)
-    tried = [Path(root) / (template + suffix) for template in rules.templates("allstar") for suffix in ("", ".gz")]
+    tried = [
+        Path(root) / (template + suffix)
+        for template in rules.templates("allstar")
+        for suffix in ("", ".gz")
+    ]
     for path in tried:
         if path.is_file():
             return path
-    raise LabError(f"no allStar table below {root}: looked for {', '.join(str(p.relative_to(root)) for p in tried if p.suffix != '.gz')}; "
-                   "fetch it with 'stellar-lab fetch'")
+    raise LabError(
+        f"no allStar table below {root}: looked for {', '.join(str(p.relative_to(root)) for p in tried if p.suffix != '.gz')}; "
+        "fetch it with 'stellar-lab fetch'"
+    )
 
 
 # %%
@@ -616,10 +793,18 @@ Table({"folder": folders, "files": number})
 with tempfile.TemporaryDirectory() as folder:
     here = Path(folder) / "dr17/apogee/spectro/redux/dr17/stars/lco25m/N362"
     here.mkdir(parents=True)
-    for name in ("asStar-dr17-2M01020000-7100000.fits", "asStar-dr17-2M01020000-7100000-58000.fits", "asStar-dr17-2M01020000-7100000.png"):
+    for name in (
+        "asStar-dr17-2M01020000-7100000.fits",
+        "asStar-dr17-2M01020000-7100000-58000.fits",
+        "asStar-dr17-2M01020000-7100000.png",
+    ):
         (here / name).touch()
     there = find_files(folder, release="dr17")
-assert list(there["APOGEE_ID"]) == ["2M01020000-7100000"] and list(there["TELESCOPE"]) == ["lco25m"] and list(there["FOLDER"]) == ["N362"]
+assert (
+    list(there["APOGEE_ID"]) == ["2M01020000-7100000"]
+    and list(there["TELESCOPE"]) == ["lco25m"]
+    and list(there["FOLDER"]) == ["N362"]
+)
 assert not np.char.endswith(files["path"], "-56931.fits").any()
 
 # %% [markdown]
@@ -633,33 +818,48 @@ assert not np.char.endswith(files["path"], "-56931.fits").any()
 
 # %%
 #| export
-KEYS = ("APOGEE_ID", "TARGET_ID", "TELESCOPE", "FIELD", "LOCATION_ID")   # what a row can be found by
-BLOCK = 8192   # rows of the catalogue that are mapped at a time
+KEYS = ("APOGEE_ID", "TARGET_ID", "TELESCOPE", "FIELD", "LOCATION_ID")  # what a row can be found by
+BLOCK = 8192  # rows of the catalogue that are mapped at a time
 
 
 def read_catalogue(
-    path,              # allStar table, .fits or .fits.gz
-    labels=None,       # label names; all that the table has by default
-    columns=(),        # further labels or columns, for cuts
-) -> Table:            # keys, SNR, labels and their errors with units; NaN where there is no value. meta["labels"]: the label names
+    path,  # allStar table, .fits or .fits.gz
+    labels=None,  # label names; all that the table has by default
+    columns=(),  # further labels or columns, for cuts
+) -> Table:  # keys, SNR, labels and their errors with units; NaN where there is no value. meta["labels"]: the label names
     "The needed columns of an allStar table of any release; LabError if it lacks one."
     with _catalogue_errors(path), fits.open(path, memmap=True) as hdus:
         _check_bytes(hdus[1], path)
         known = {name.upper(): name for name in hdus[1].columns.names}
         rows = hdus[1].header["NAXIS2"]
     if "APOGEE_ID" not in known or not rows:
-        raise LabError(f"{path} is not an allStar table: it has {'no rows' if not rows else 'no column APOGEE_ID'}")
+        raise LabError(
+            f"{path} is not an allStar table: it has {'no rows' if not rows else 'no column APOGEE_ID'}"
+        )
     wanted = _label_columns(path, known, labels)
-    extra = _label_columns(path, known, [name for name in columns if name in LABELS and name not in wanted])
+    extra = _label_columns(
+        path, known, [name for name in columns if name in LABELS and name not in wanted]
+    )
     plain = {name: _column(path, known, name) for name in columns if name not in LABELS}
     sources = {name: known[name] for name in (*KEYS, "SNR") if name in known} | plain
-    sources |= {name: source for pair in (wanted | extra).values() for name, source in pair.items() if source}
+    sources |= {
+        name: source
+        for pair in (wanted | extra).values()
+        for name, source in pair.items()
+        if source
+    }
     with _catalogue_errors(path):
         table = _copy_columns(path, sources, rows)
     for name in (*wanted, *extra):
-        error = np.asarray(table[f"{name}_ERR"]) if f"{name}_ERR" in table.colnames else np.full(rows, np.nan)
+        error = (
+            np.asarray(table[f"{name}_ERR"])
+            if f"{name}_ERR" in table.colnames
+            else np.full(rows, np.nan)
+        )
         table[name] = Column(table[name], unit=LABELS[name].unit)
-        table[f"{name}_ERR"] = Column(np.where(error > 0, error, np.nan), unit=LABELS[name].unit)   # older tables write -1 for "none"
+        table[f"{name}_ERR"] = Column(
+            np.where(error > 0, error, np.nan), unit=LABELS[name].unit
+        )  # older tables write -1 for "none"
     table.meta = {"labels": list(wanted), "catalogue": Path(path).name}
     return table
 
@@ -674,10 +874,12 @@ def read_catalogue(
 def _catalogue_errors(path):
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", AstropyWarning)   # said by the error
+            warnings.simplefilter("ignore", AstropyWarning)  # said by the error
             yield
-    except Exception as error:   # a damaged file can make any layer below raise anything
-        raise LabError(f"{path} is not a whole allStar table ({_reason(path, error)}): fetch it again") from error
+    except Exception as error:  # a damaged file can make any layer below raise anything
+        raise LabError(
+            f"{path} is not a whole allStar table ({_reason(path, error)}): fetch it again"
+        ) from error
 
 
 def _label_columns(path, known, labels):
@@ -689,7 +891,9 @@ def _label_columns(path, known, labels):
     lacking = [name for name in names if name not in has]
     if lacking:
         tried = ", ".join(column for name in lacking for column in LABELS[name].columns)
-        raise LabError(f"{path} has no label {', '.join(lacking)} (looked for the columns {tried}): it has {', '.join(has) or 'none'}")
+        raise LabError(
+            f"{path} has no label {', '.join(lacking)} (looked for the columns {tried}): it has {', '.join(has) or 'none'}"
+        )
     return {name: has[name] for name in names}
 
 
@@ -713,11 +917,11 @@ def _column(path, known, name):
 #| export
 def _copy_columns(path, sources, rows):
     "Copies of some columns, a block of rows at a time so that no more than a block is ever resident."
-    step = rows if str(path).endswith(".gz") else BLOCK   # what is packed has to be unpacked whole
+    step = rows if str(path).endswith(".gz") else BLOCK  # what is packed has to be unpacked whole
     blocks = []
     for start in range(0, rows, step):
         with fits.open(path, memmap=True) as hdus:
-            data = hdus[1].data[start:start + step]
+            data = hdus[1].data[start : start + step]
             blocks.append({name: _native(data[source]) for name, source in sources.items()})
     return Table({name: np.concatenate([block[name] for block in blocks]) for name in sources})
 
@@ -735,7 +939,9 @@ def _native(values):
 
 # %%
 catalogue = read_catalogue(find_catalogue(root), record.labels)
-catalogue["APOGEE_ID", "LOCATION_ID", "SNR", record.labels[0], f"{record.labels[0]}_ERR", record.labels[2]][:4]
+catalogue[
+    "APOGEE_ID", "LOCATION_ID", "SNR", record.labels[0], f"{record.labels[0]}_ERR", record.labels[2]
+][:4]
 
 # %% [markdown]
 # Not every release has every label: DR12 wrote [Mg/H], not [Mg/Fe]. Then the error says what was looked for and what there is.
@@ -743,11 +949,24 @@ catalogue["APOGEE_ID", "LOCATION_ID", "SNR", record.labels[0], f"{record.labels[
 # %%
 with tempfile.TemporaryDirectory() as folder:
     old = Path(folder) / "allStar-v603.fits"
-    Table({"APOGEE_ID": ["2M00004994+1621552"], "TEFF": [4705.0], "PARAM_M_H": [-9999.0], "MG_H": [0.01]}).write(old)
+    Table(
+        {
+            "APOGEE_ID": ["2M00004994+1621552"],
+            "TEFF": [4705.0],
+            "PARAM_M_H": [-9999.0],
+            "MG_H": [0.01],
+        }
+    ).write(old)
     table = read_catalogue(old)
-    with pytest.raises(LabError, match=r"no label MG_FE \(looked for the columns MG_FE\): it has TEFF, M_H"):
+    with pytest.raises(
+        LabError, match=r"no label MG_FE \(looked for the columns MG_FE\): it has TEFF, M_H"
+    ):
         read_catalogue(old, ["TEFF", "MG_FE"])
-assert table.meta["labels"] == ["TEFF", "M_H"] and np.isnan(table["M_H"][0]) and np.isnan(table["TEFF_ERR"][0])
+assert (
+    table.meta["labels"] == ["TEFF", "M_H"]
+    and np.isnan(table["M_H"][0])
+    and np.isnan(table["TEFF_ERR"][0])
+)
 assert table["TEFF"].unit == "K" and not np.any(catalogue["SNR"] < MISSING)
 
 
@@ -762,10 +981,12 @@ assert table["TEFF"].unit == "K" and not np.any(catalogue["SNR"] < MISSING)
 # %%
 #| export
 def match_catalogue(
-    stars: Table,       # N rows: APOGEE_ID, TELESCOPE, FOLDER
-    catalogue: Table,   # of `read_catalogue`
-    rules,              # survey.Release
-) -> tuple:             # (N,) row of the catalogue, -1 where there is none; (N,) further rows of the same target
+    stars: Table,  # N rows: APOGEE_ID, TELESCOPE, FOLDER
+    catalogue: Table,  # of `read_catalogue`
+    rules,  # survey.Release
+) -> (
+    tuple
+):  # (N,) row of the catalogue, -1 where there is none; (N,) further rows of the same target
     "Row of each star, that with the highest SNR."
     ids, folders = (np.asarray(stars[name], str) for name in ("APOGEE_ID", "FOLDER"))
     near = np.flatnonzero(np.isin(catalogue["APOGEE_ID"], ids))
@@ -806,14 +1027,24 @@ def _keys(stars, catalogue, near, rules):
     columns = {name: _text(catalogue[name]) for name in KEYS if name in catalogue.colnames}
     ids, folders, telescopes = (_text(stars[name]) for name in ("APOGEE_ID", "FOLDER", "TELESCOPE"))
     if "TARGET_ID" in columns:
-        yield _fill(rules.target_id, telescope=telescopes, field=folders, id=ids), columns["TARGET_ID"][near], everyone
+        yield (
+            _fill(rules.target_id, telescope=telescopes, field=folders, id=ids),
+            columns["TARGET_ID"][near],
+            everyone,
+        )
     known = np.zeros(len(stars), bool)
     for name in ("FIELD", "LOCATION_ID"):
         if name in columns:
             known |= np.isin(folders, columns[name])
-            mine, theirs = _fill("{a}\n{b}", a=folders, b=ids), _fill("{a}\n{b}", a=columns[name][near], b=columns["APOGEE_ID"][near])
+            mine, theirs = (
+                _fill("{a}\n{b}", a=folders, b=ids),
+                _fill("{a}\n{b}", a=columns[name][near], b=columns["APOGEE_ID"][near]),
+            )
             if "TELESCOPE" in columns:
-                mine, theirs = _fill("{a}\n{b}", a=telescopes, b=mine), _fill("{a}\n{b}", a=columns["TELESCOPE"][near], b=theirs)
+                mine, theirs = (
+                    _fill("{a}\n{b}", a=telescopes, b=mine),
+                    _fill("{a}\n{b}", a=columns["TELESCOPE"][near], b=theirs),
+                )
             yield mine, theirs, everyone
     yield ids, columns["APOGEE_ID"][near], ~known
 
@@ -834,9 +1065,22 @@ def _fill(template, **parts):
 
 # %%
 rules = RELEASES["dr14"]
-stars = Table({"APOGEE_ID": ["a", "b", "c", "d"], "TELESCOPE": ["apo25m"] * 4, "FOLDER": ["4230", "4230", "4230", "elsewhere"]})
-rows = Table({"TARGET_ID": ["4230.a", "4230.a", "x", "9.c", "9.d"], "TELESCOPE": ["apo25m"] * 5, "LOCATION_ID": [4230, 4230, 4230, 9, 9],
-              "APOGEE_ID": ["a", "a", "b", "c", "d"], "SNR": [60.0, 90.0, 70.0, 80.0, 80.0]})
+stars = Table(
+    {
+        "APOGEE_ID": ["a", "b", "c", "d"],
+        "TELESCOPE": ["apo25m"] * 4,
+        "FOLDER": ["4230", "4230", "4230", "elsewhere"],
+    }
+)
+rows = Table(
+    {
+        "TARGET_ID": ["4230.a", "4230.a", "x", "9.c", "9.d"],
+        "TELESCOPE": ["apo25m"] * 5,
+        "LOCATION_ID": [4230, 4230, 4230, 9, 9],
+        "APOGEE_ID": ["a", "a", "b", "c", "d"],
+        "SNR": [60.0, 90.0, 70.0, 80.0, 80.0],
+    }
+)
 match_catalogue(stars, rows, rules)
 
 # %% [markdown]
@@ -852,7 +1096,9 @@ assert [list(x) for x in match_catalogue(stars, rows, rules)] == [[1, 2, -1, 4],
 # %%
 rows, further = match_catalogue(files, catalogue, record.rules)
 for n in range(0, len(files), max(len(files) // 50, 1)):
-    target = record.rules.target_id.format(telescope=files["TELESCOPE"][n], field=files["FOLDER"][n], id=files["APOGEE_ID"][n])
+    target = record.rules.target_id.format(
+        telescope=files["TELESCOPE"][n], field=files["FOLDER"][n], id=files["APOGEE_ID"][n]
+    )
     same = np.flatnonzero(np.asarray(catalogue["TARGET_ID"]) == target)
     best = same[np.argmax(catalogue["SNR"][same])] if len(same) else -1
     assert rows[n] == best and further[n] == max(len(same) - 1, 0)
@@ -869,22 +1115,26 @@ for n in range(0, len(files), max(len(files) // 50, 1)):
 # %%
 #| export
 def dark_pixels(
-    flux: np.ndarray,          # (N, P)
-    ivar: np.ndarray,          # (N, P)
+    flux: np.ndarray,  # (N, P)
+    ivar: np.ndarray,  # (N, P)
     fraction: float = 0.05,
-    block: int = 256,          # stars or pixels in work at a time
-) -> np.ndarray:               # (N, P) bool
+    block: int = 256,  # stars or pixels in work at a time
+) -> np.ndarray:  # (N, P) bool
     "Pixels below `fraction` of the pixel's median over stars, each star relative to its own median. One star alone has none."
     dark = np.zeros(flux.shape, bool)
     if len(flux) < 2:
         return dark
-    level = np.concatenate([_median(flux[a:a + block], ivar[a:a + block]) for a in range(0, len(flux), block)])
-    level = np.where(level > 0, level, np.nan).astype(np.float32)[:, None]   # without a level a star neither judges nor is judged
+    level = np.concatenate(
+        [_median(flux[a : a + block], ivar[a : a + block]) for a in range(0, len(flux), block)]
+    )
+    level = np.where(level > 0, level, np.nan).astype(np.float32)[
+        :, None
+    ]  # without a level a star neither judges nor is judged
     for start in range(0, flux.shape[1], block):
-        relative = flux[:, start:start + block] / level
-        typical = _median(relative.T, ivar[:, start:start + block].T)
+        relative = flux[:, start : start + block] / level
+        typical = _median(relative.T, ivar[:, start : start + block].T)
         with np.errstate(invalid="ignore"):
-            dark[:, start:start + block] = relative < fraction * typical
+            dark[:, start : start + block] = relative < fraction * typical
     return dark
 
 
@@ -897,18 +1147,25 @@ def dark_pixels(
 def _median(values, ivar):
     "Median of each row over usable values, NaN where there is none; numpy's nanmedian, ten times faster."
     ordered = np.where((ivar > 0) & np.isfinite(values), values, np.nan)
-    ordered.sort(axis=1)   # NaN last
+    ordered.sort(axis=1)  # NaN last
     n = np.isfinite(ordered).sum(axis=1)
     rows = np.arange(len(ordered))
-    return 0.5 * (ordered[rows, np.maximum(n - 1, 0) // 2] + ordered[rows, np.minimum(n // 2, ordered.shape[1] - 1)])
+    return 0.5 * (
+        ordered[rows, np.maximum(n - 1, 0) // 2]
+        + ordered[rows, np.minimum(n // 2, ordered.shape[1] - 1)]
+    )
 
 
 def drop_dark_pixels(
     spectra: Spectra,
     fraction: float = 0.05,
-) -> Spectra:                # shares everything but ivar
+) -> Spectra:  # shares everything but ivar
     "The spectra with weight 0 on dark pixels."
-    return spectra.replace(ivar=np.where(dark_pixels(spectra.flux, spectra.ivar, fraction), np.float32(0), spectra.ivar))
+    return spectra.replace(
+        ivar=np.where(
+            dark_pixels(spectra.flux, spectra.ivar, fraction), np.float32(0), spectra.ivar
+        )
+    )
 
 
 # %% [markdown]
@@ -920,15 +1177,18 @@ level = 10.0 ** -np.arange(6)[:, None]
 toy = (level * np.random.default_rng(1).uniform(0.5, 1.5, (6, 400))).astype("f4")
 toy[2, 7] *= 1e-3
 weight = np.ones_like(toy)
-weight[:, 50] = 0   # a pixel that nobody has measured judges nobody
+weight[:, 50] = 0  # a pixel that nobody has measured judges nobody
 assert np.array_equal(np.argwhere(dark_pixels(toy, weight)), [[2, 7]])
-assert not dark_pixels(toy[:1], weight[:1]).any()   # a star alone has nobody to be compared with
+assert not dark_pixels(toy[:1], weight[:1]).any()  # a star alone has nobody to be compared with
 
 # %% [markdown]
 # The witness is numpy's own median of the usable values, pixel by pixel.
 
 # %%
-relative = np.where(weight > 0, toy, np.nan) / np.nanmedian(np.where(weight > 0, toy, np.nan), axis=1)[:, None]
+relative = (
+    np.where(weight > 0, toy, np.nan)
+    / np.nanmedian(np.where(weight > 0, toy, np.nan), axis=1)[:, None]
+)
 slow = [relative[:, p] < 0.05 * np.nanmedian(relative[:, p]) for p in range(400) if p != 50]
 assert np.array_equal(np.delete(dark_pixels(toy, weight), 50, axis=1), np.transpose(slow))
 
@@ -945,55 +1205,85 @@ assert np.array_equal(np.delete(dark_pixels(toy, weight), 50, axis=1), np.transp
 # %%
 #| export
 def read_archive(
-    root,                     # of an archive
-    product: str = None,      # "apstar" or "aspcapstar"; the first of the record's that has files by default
-    fields=None,              # folders; the record's by default, "all" for whatever is there
-    labels=None,              # label names; the record's by default
-    row: int = 1,             # apStar only: 0 and 1 are the combinations, the visits follow
-    workers: int = None,      # threads that read ahead, 4 by default
-    telescopes=None,          # all of the release's by default
-    release: str = None,      # the record's by default
-    dark: float = 0.05,       # `fraction` of `drop_dark_pixels`, for products with raw flux
+    root,  # of an archive
+    product: str = None,  # "apstar" or "aspcapstar"; the first of the record's that has files by default
+    fields=None,  # folders; the record's by default, "all" for whatever is there
+    labels=None,  # label names; the record's by default
+    row: int = 1,  # apStar only: 0 and 1 are the combinations, the visits follow
+    workers: int = None,  # threads that read ahead, 4 by default
+    telescopes=None,  # all of the release's by default
+    release: str = None,  # the record's by default
+    dark: float = 0.05,  # `fraction` of `drop_dark_pixels`, for products with raw flux
     progress: bool = True,
-) -> tuple:                   # Spectra with labels, Ledger
+) -> tuple:  # Spectra with labels, Ledger
     "Stars of an archive that have a good file and a row in the catalogue; LabError if there are none."
     record = archive_record(root)
     rules = _rules(record, release)
     product, files = _archive_files(root, record, rules, product, fields, telescopes, release)
     names = record.labels if labels is None else labels
-    catalogue = read_catalogue(find_catalogue(root, release), names, [cut.column for cut in record.cuts])
+    catalogue = read_catalogue(
+        find_catalogue(root, release), names, [cut.column for cut in record.cuts]
+    )
     rows, further = match_catalogue(files, catalogue, rules)
     lonely = _rows_without_file(files, catalogue, rules)
-    catalogue, rows = catalogue[rows], np.where(rows < 0, -1, np.arange(len(rows)))   # one row a file; -1 takes any
-    spectra, places, problems = _read_stars(list(files["path"]), PRODUCTS[product], row, workers, rows >= 0, progress)
+    catalogue, rows = (
+        catalogue[rows],
+        np.where(rows < 0, -1, np.arange(len(rows))),
+    )  # one row a file; -1 takes any
+    spectra, places, problems = _read_stars(
+        list(files["path"]), PRODUCTS[product], row, workers, rows >= 0, progress
+    )
 
     broken = np.isin(files["path"], [problem.path for problem in problems])
-    ledger = Ledger(len(files)).drop("damaged", files["APOGEE_ID"][broken], "the file cannot be read", [p.reason for p in problems])
+    ledger = Ledger(len(files)).drop(
+        "damaged",
+        files["APOGEE_ID"][broken],
+        "the file cannot be read",
+        [p.reason for p in problems],
+    )
     ledger = ledger.drop("no row in the catalogue", files["APOGEE_ID"][~broken & (rows < 0)])
-    ledger = ledger.count("duplicate rows resolved", further[places].sum(), "the row with the highest SNR counts")
+    ledger = ledger.count(
+        "duplicate rows resolved", further[places].sum(), "the row with the highest SNR counts"
+    )
     ledger = ledger.count("rows of the catalogue without a file", lonely)
     if not len(spectra):
-        raise LabError(f"no star of {root} is left: {len(files)} {product} files found, of which {broken.sum()} are damaged"
-                       f"{_first(problems) if problems else ''}, and the others have no row in {catalogue.meta['catalogue']}")
+        raise LabError(
+            f"no star of {root} is left: {len(files)} {product} files found, of which {broken.sum()} are damaged"
+            f"{_first(problems) if problems else ''}, and the others have no row in {catalogue.meta['catalogue']}"
+        )
     stars = _with_labels(spectra.stars, files[places], catalogue[places], rules)
-    stars.meta |= {"release": rules.name.lower(), "archive": record.name, "labels": list(catalogue.meta["labels"])}
+    stars.meta |= {
+        "release": rules.name.lower(),
+        "archive": record.name,
+        "labels": list(catalogue.meta["labels"]),
+    }
     if not PRODUCTS[product].normalized and dark:
-        spectra.ivar[dark_pixels(spectra.flux, spectra.ivar, dark)] = 0   # our own array, nobody else has seen it
+        spectra.ivar[dark_pixels(spectra.flux, spectra.ivar, dark)] = (
+            0  # our own array, nobody else has seen it
+        )
     return spectra.replace(stars=stars), ledger
 
 
 def _archive_files(root, record, rules, product, fields, telescopes, release):
     if not Path(root).is_dir():
-        raise LabError(f"there is no folder {root}: write an archive with 'stellar-lab archive', or fetch one with 'stellar-lab fetch'")
+        raise LabError(
+            f"there is no folder {root}: write an archive with 'stellar-lab archive', or fetch one with 'stellar-lab fetch'"
+        )
     products = record.products if product is None else (product,)
     for name in products:
         files = find_files(root, name, fields, telescopes, release)
         if len(files):
             return name, files
     tried = ", ".join(template for name in products for template in rules.templates(name))
-    where = "all fields" if isinstance(fields, str) and fields == "all" else f"fields {', '.join(map(str, np.atleast_1d(fields or record.fields)))}"
-    raise LabError(f"no star's file below {root}: looked for {tried} in {where}; "
-                   "fetch them with 'stellar-lab fetch', or name other fields or another release")
+    where = (
+        "all fields"
+        if isinstance(fields, str) and fields == "all"
+        else f"fields {', '.join(map(str, np.atleast_1d(fields or record.fields)))}"
+    )
+    raise LabError(
+        f"no star's file below {root}: looked for {tried} in {where}; "
+        "fetch them with 'stellar-lab fetch', or name other fields or another release"
+    )
 
 
 def _rows_without_file(files, catalogue, rules):
@@ -1005,14 +1295,20 @@ def _rows_without_file(files, catalogue, rules):
     if "TELESCOPE" in catalogue.colnames:
         here &= np.isin(catalogue["TELESCOPE"], files["TELESCOPE"])
     theirs = _fill("{a}\n{b}", a=folders[here], b=_text(catalogue["APOGEE_ID"])[here])
-    return len(np.setdiff1d(theirs, _fill("{a}\n{b}", a=_text(files["FOLDER"]), b=_text(files["APOGEE_ID"]))))
+    return len(
+        np.setdiff1d(
+            theirs, _fill("{a}\n{b}", a=_text(files["FOLDER"]), b=_text(files["APOGEE_ID"]))
+        )
+    )
 
 
 def _with_labels(stars, files, catalogue, rules):
     "The stars table with what path and catalogue know beyond the header."
     stars = stars.copy()
     stars["APOGEE_ID"] = files["APOGEE_ID"]
-    stars["TELESCOPE"] = np.where(_text(stars["TELESCOPE"]) == "", _text(files["TELESCOPE"]), _text(stars["TELESCOPE"]))
+    stars["TELESCOPE"] = np.where(
+        _text(stars["TELESCOPE"]) == "", _text(files["TELESCOPE"]), _text(stars["TELESCOPE"])
+    )
     for name in ("FIELD", "LOCATION_ID"):
         if name in catalogue.colnames:
             unknown = np.isin(_text(stars[name]), ["", "-1"])
@@ -1036,11 +1332,11 @@ def _with_labels(stars, files, catalogue, rules):
 #| export
 def keep(
     spectra: Spectra,
-    good: np.ndarray,          # (N,) bool
+    good: np.ndarray,  # (N,) bool
     rule: str,
-    ledger: Ledger = None,     # to go on with; a new one by default
+    ledger: Ledger = None,  # to go on with; a new one by default
     reason: str = "",
-) -> tuple:                    # Spectra, Ledger
+) -> tuple:  # Spectra, Ledger
     "The stars that a rule calls `good`, and the ledger with one more rule."
     ledger = _going_on(spectra, ledger)
     good = np.asarray(good, bool)
@@ -1051,15 +1347,17 @@ def _going_on(spectra, ledger):
     if ledger is None:
         return Ledger(len(spectra))
     if ledger.left != len(spectra):
-        raise LabError(f"the ledger has {ledger.left} stars left, but there are {len(spectra)} spectra: go on with the ledger of these spectra")
+        raise LabError(
+            f"the ledger has {ledger.left} stars left, but there are {len(spectra)} spectra: go on with the ledger of these spectra"
+        )
     return ledger
 
 
 def apply_cuts(
     spectra: Spectra,
-    cuts=None,                 # survey.Cut records; those of the archive's record by default
-    ledger: Ledger = None,     # to go on with; a new one by default
-) -> tuple:                    # Spectra, Ledger
+    cuts=None,  # survey.Cut records; those of the archive's record by default
+    ledger: Ledger = None,  # to go on with; a new one by default
+) -> tuple:  # Spectra, Ledger
     "Drop stars without light, without all labels, or outside a cut; LabError if a column is missing or nothing is left."
     ledger = _going_on(spectra, ledger)
     good = np.ones(len(spectra), bool)
@@ -1076,19 +1374,35 @@ def _cuts_of(spectra, cuts):
         return cuts
     name = spectra.stars.meta.get("archive")
     if name not in ARCHIVES:
-        raise LabError("these spectra come from no known archive: say which cuts to apply, cuts=[Cut(…)] or cuts=()")
+        raise LabError(
+            "these spectra come from no known archive: say which cuts to apply, cuts=[Cut(…)] or cuts=()"
+        )
     return ARCHIVES[name].cuts
 
 
 def _rules_of(spectra, cuts):
     "Name, stars that pass, and reason of each rule."
-    yield "flux all zero", np.any((spectra.flux != 0) & (spectra.ivar > 0), axis=1), "no usable pixel"
-    yield "missing labels", np.isfinite(spectra.labels()).all(axis=1), "needs " + ", ".join(spectra.label_names)
+    yield (
+        "flux all zero",
+        np.any((spectra.flux != 0) & (spectra.ivar > 0), axis=1),
+        "no usable pixel",
+    )
+    yield (
+        "missing labels",
+        np.isfinite(spectra.labels()).all(axis=1),
+        "needs " + ", ".join(spectra.label_names),
+    )
     for cut in cuts:
         if cut.column not in spectra.stars.colnames:
-            raise LabError(f"the cut {cut.name!r} needs a column {cut.column}, which the stars lack: there are {', '.join(spectra.stars.colnames)}")
+            raise LabError(
+                f"the cut {cut.name!r} needs a column {cut.column}, which the stars lack: there are {', '.join(spectra.stars.colnames)}"
+            )
         values = np.ma.filled(np.ma.asarray(spectra.stars[cut.column], dtype=float), np.nan)
-        yield cut.name, (values > cut.low) & (values < cut.high), f"keep {cut}" + (f": {cut.reason}" if cut.reason else "")
+        yield (
+            cut.name,
+            (values > cut.low) & (values < cut.high),
+            f"keep {cut}" + (f": {cut.reason}" if cut.reason else ""),
+        )
 
 
 # %% [markdown]
@@ -1105,8 +1419,14 @@ ledger
 
 # %%
 #| echo: false
-Markdown(f"Of {ledger.found} files {ledger.left} stars are left. " + " ".join(
-    f"To *{step.rule}* fell {len(step.stars)} ({len(step.stars) / ledger.found:.1%})." for step in ledger.steps if step.stars))
+Markdown(
+    f"Of {ledger.found} files {ledger.left} stars are left. "
+    + " ".join(
+        f"To *{step.rule}* fell {len(step.stars)} ({len(step.stars) / ledger.found:.1%})."
+        for step in ledger.steps
+        if step.stars
+    )
+)
 
 # %%
 plot_ledger(ledger);
@@ -1124,23 +1444,35 @@ Table(rows=[(star, ledger.why(star)) for star in asked], names=["star", "why it 
 # cuts, keeps the same stars.
 
 # %%
-assert ledger.found == len(find_files(root)) == ledger.left + ledger.table["dropped"].sum() and ledger.left == len(good)
+assert ledger.found == len(find_files(root)) == ledger.left + ledger.table[
+    "dropped"
+].sum() and ledger.left == len(good)
 
 # %%
 survivors = []
 for n, star in enumerate(spectra.stars):
     labelled = all(np.isfinite(star[name]) for name in record.labels)
-    if labelled and all(cut.low < star[cut.column] < cut.high for cut in record.cuts) and spectra.flux[n].any():
+    if (
+        labelled
+        and all(cut.low < star[cut.column] < cut.high for cut in record.cuts)
+        and spectra.flux[n].any()
+    ):
         survivors.append(n)
 assert list(good.stars["FILE"]) == list(spectra.stars["FILE"][survivors])
-assert np.array_equal(good.flux, spectra.flux[survivors]) and np.array_equal(good.labels(), spectra.labels()[survivors])
+assert np.array_equal(good.flux, spectra.flux[survivors]) and np.array_equal(
+    good.labels(), spectra.labels()[survivors]
+)
 
 # %% [markdown]
 # A later chapter goes on with the same ledger, here with a rule of its own. A ledger of other stars is refused.
 
 # %%
 fewer, longer = keep(good, good.stars["NVISITS"] > 1, "seen once", ledger)
-assert longer.left == len(fewer) and longer.steps[:-1] == ledger.steps and longer.steps[-1].rule == "seen once"
+assert (
+    longer.left == len(fewer)
+    and longer.steps[:-1] == ledger.steps
+    and longer.steps[-1].rule == "seen once"
+)
 with pytest.raises(LabError, match="go on with the ledger of these spectra"):
     keep(good, np.ones(len(good), bool), "nothing", found)
 
@@ -1152,11 +1484,16 @@ with pytest.raises(LabError, match="go on with the ledger of these spectra"):
 
 # %%
 paths = find_files(root, "apstar")["path"]
-raw, _ = read_files(paths[:: max(len(paths) // 600, 1)], progress=False)   # loose files: nobody has darkened them yet
+raw, _ = read_files(
+    paths[:: max(len(paths) // 600, 1)], progress=False
+)  # loose files: nobody has darkened them yet
 level = np.ma.median(np.ma.array(raw.flux, mask=raw.ivar == 0), axis=1).filled(0)
-bright_first = np.argsort(-level)[: np.sum(level > 0)]   # stars without light have no say
+bright_first = np.argsort(-level)[: np.sum(level > 0)]  # stars without light have no say
 n = len(bright_first)
-samples = {"all stars": bright_first, "brightest and faintest": np.r_[bright_first[: n // 10], bright_first[-n // 20:]]}
+samples = {
+    "all stars": bright_first,
+    "brightest and faintest": np.r_[bright_first[: n // 10], bright_first[-n // 20 :]],
+}
 
 
 # %%
@@ -1174,16 +1511,39 @@ def our_rule(spectra):
 rows = []
 for name, sample in samples.items():
     stars = raw[sample]
-    counts = {rule: dark(stars).sum(axis=1) for rule, dark in (("literal", literal_rule), ("ours", our_rule))}
-    rows += [(name, len(stars), rule, count.sum(), np.sum(count > 3000)) for rule, count in counts.items()]
-Table(rows=rows, names=["sample", "stars", "rule", "dark pixels", "stars that lose more than 3,000 pixels"])
+    counts = {
+        rule: dark(stars).sum(axis=1)
+        for rule, dark in (("literal", literal_rule), ("ours", our_rule))
+    }
+    rows += [
+        (name, len(stars), rule, count.sum(), np.sum(count > 3000))
+        for rule, count in counts.items()
+    ]
+Table(
+    rows=rows,
+    names=["sample", "stars", "rule", "dark pixels", "stars that lose more than 3,000 pixels"],
+)
 
 # %%
 fig, ax = plt.subplots(figsize=(7, 3.2))
 for rule, color in (("literal", "C1"), ("ours", "C0")):
-    ax.plot(stars.stars["H"], counts[rule], "o", ms=4, alpha=0.6, color=color, label={"literal": "literal rule", "ours": "our rule"}[rule])
+    ax.plot(
+        stars.stars["H"],
+        counts[rule],
+        "o",
+        ms=4,
+        alpha=0.6,
+        color=color,
+        label={"literal": "literal rule", "ours": "our rule"}[rule],
+    )
 ax.axhline(3000, color="0.6", ls="--", lw=0.8)
-ax.set(xlabel="$H$ [mag]", ylabel="dark pixels of 7,214", yscale="symlog", ylim=(-0.5, 3e4), title="brightest and faintest stars")
+ax.set(
+    xlabel="$H$ [mag]",
+    ylabel="dark pixels of 7,214",
+    yscale="symlog",
+    ylim=(-0.5, 3e4),
+    title="brightest and faintest stars",
+)
 ax.legend(loc="lower right");
 
 # %%
@@ -1200,7 +1560,7 @@ is wrong with them but their neighbours. Our rule takes {rows[3][4]}.""")
 
 # %%
 dim = raw.replace(flux=raw.flux * np.where(np.arange(len(raw)) % 5, 1, 0.01).astype("f4")[:, None])
-assert np.mean(our_rule(dim) != our_rule(raw)) < 1e-6   # but for float32's last digit
+assert np.mean(our_rule(dim) != our_rule(raw)) < 1e-6  # but for float32's last digit
 assert np.mean(literal_rule(dim) != literal_rule(raw)) > 0.1
 
 
@@ -1212,19 +1572,39 @@ assert np.mean(literal_rule(dim) != literal_rule(raw)) > 0.1
 #| export
 def plot_corner(
     spectra: Spectra,
-    names=None,          # label names; all that the stars have by default
-    **style,             # for corner.corner
+    names=None,  # label names; all that the stars have by default
+    **style,  # for corner.corner
 ):
     "Corner plot of the labels in the survey's plot ranges, with the 16 and 84 % quantiles; returns the Figure."
     labels = label_records(spectra.label_names if names is None else names)
     values = spectra.labels([label.name for label in labels])
     values = values[np.isfinite(values).all(axis=1)]
     if len(values) < 2:
-        raise LabError(f"a corner plot needs at least two stars with the labels {', '.join(label.name for label in labels)}, there are {len(values)}")
-    fig = plt.figure(figsize=(1.6 * len(labels), 1.6 * len(labels)), layout="none")   # corner spaces its panels itself
-    corner.corner(values, fig=fig, labels=[label.axis for label in labels], range=[label.plot_range for label in labels], max_n_ticks=4,
-                  **({"quantiles": [0.16, 0.84], "bins": 25, "color": "#0173b2", "labelpad": 0.12, "plot_contours": False, "plot_density": False,
-                      "data_kwargs": {"alpha": 0.6, "ms": 3}} | style))
+        raise LabError(
+            f"a corner plot needs at least two stars with the labels {', '.join(label.name for label in labels)}, there are {len(values)}"
+        )
+    fig = plt.figure(
+        figsize=(1.6 * len(labels), 1.6 * len(labels)), layout="none"
+    )  # corner spaces its panels itself
+    corner.corner(
+        values,
+        fig=fig,
+        labels=[label.axis for label in labels],
+        range=[label.plot_range for label in labels],
+        max_n_ticks=4,
+        **(
+            {
+                "quantiles": [0.16, 0.84],
+                "bins": 25,
+                "color": "#0173b2",
+                "labelpad": 0.12,
+                "plot_contours": False,
+                "plot_density": False,
+                "data_kwargs": {"alpha": 0.6, "ms": 3},
+            }
+            | style
+        ),
+    )
     return fig
 
 
@@ -1250,11 +1630,13 @@ with pytest.raises(LabError, match="at least two stars with the labels TEFF, LOG
 #| export
 def plot_raw(
     spectra: Spectra,
-    rows=(0, 1, 2),             # which stars
-    window=(16_000, 16_150),    # of the zoom [Angstrom]
+    rows=(0, 1, 2),  # which stars
+    window=(16_000, 16_150),  # of the zoom [Angstrom]
 ):
     "Some stars, whole on the left and zoomed on the right, each with its error on a second axis; returns the Figure."
-    fig, axes = plt.subplots(len(rows), 2, figsize=(11, 2.2 * len(rows) + 0.3), width_ratios=(3, 2), squeeze=False)
+    fig, axes = plt.subplots(
+        len(rows), 2, figsize=(11, 2.2 * len(rows) + 0.3), width_ratios=(3, 2), squeeze=False
+    )
     for row, pair in zip(rows, axes):
         star, flux, ivar = spectra.stars[row], spectra.flux[row], spectra.ivar[row]
         shown = ivar > 0 if spectra.mask is None else (ivar > 0) & (spectra.mask[row] == 0)
@@ -1262,10 +1644,19 @@ def plot_raw(
             plot_spectrum(spectra.wavelength, flux, ivar, part, error=True, ax=ax)
             _show_most(ax, fig.axes[-1], flux[shown], ivar[shown])
             ax.set(xlabel=None, ylabel=None)
-        pair[0].set_title(f"{star['APOGEE_ID']}, $H$ = {star['H']:.1f}, SNR {star['SNR']:.0f}", fontsize="small", loc="left")
-        fig.axes[-2].set_ylabel(None)   # the error axis of the left panel: the right one's label serves both
+        pair[0].set_title(
+            f"{star['APOGEE_ID']}, $H$ = {star['H']:.1f}, SNR {star['SNR']:.0f}",
+            fontsize="small",
+            loc="left",
+        )
+        fig.axes[-2].set_ylabel(
+            None
+        )  # the error axis of the left panel: the right one's label serves both
     normalized = spectra.stars.meta.get("normalized")
-    fig.supylabel("flux / continuum" if normalized else r"flux [$10^{-17}$ erg s$^{-1}$ cm$^{-2}$ Å$^{-1}$]", fontsize="small")
+    fig.supylabel(
+        "flux / continuum" if normalized else r"flux [$10^{-17}$ erg s$^{-1}$ cm$^{-2}$ Å$^{-1}$]",
+        fontsize="small",
+    )
     fig.supxlabel("vacuum wavelength [Å]", fontsize="small")
     return fig
 
@@ -1280,7 +1671,7 @@ def _show_most(ax, error_ax, flux, ivar):
 
 
 # %%
-order = np.argsort(good.labels()[:, 2])   # poor, middling and rich in metals
+order = np.argsort(good.labels()[:, 2])  # poor, middling and rich in metals
 plot_raw(good, order[[0, len(good) // 2, -1]]);
 
 # %% [markdown]
@@ -1296,7 +1687,9 @@ plot_raw(good, order[[0, len(good) // 2, -1]]);
 # %%
 real = real_data()
 if real is None:
-    print("Skipped: STELLAR_LAB_REAL_DATA is not set, so there are no raw files of the survey to read.")
+    print(
+        "Skipped: STELLAR_LAB_REAL_DATA is not set, so there are no raw files of the survey to read."
+    )
 else:
     raw_paths = [*sorted(real.glob("apStar-*.fits")), real / "mystery_spec_wiped.fits"]
     sky, problems = read_files(raw_paths, progress=False)
@@ -1311,7 +1704,7 @@ if real is not None:
 
 # %%
 if real is not None:
-    plot_raw(sky, range(len(sky)));
+    plot_raw(sky, range(len(sky)))
 
 # %% [markdown]
 # **What to see** (where the files are at hand). Seven very different stars on one grid. The fourth is faint, seen once, and its flagged blue chip
@@ -1323,7 +1716,9 @@ if real is not None:
 if real is not None:
     seventeen = raw_paths[0]
     flagged = [(read_files(seventeen, row=k, progress=False)[0].mask != 0).mean() for k in range(3)]
-    print(f"{seventeen.name}: flagged in row 0 {flagged[0]:.1%}, in row 1 {flagged[1]:.1%}, in row 2 (a visit) {flagged[2]:.1%}")
+    print(
+        f"{seventeen.name}: flagged in row 0 {flagged[0]:.1%}, in row 1 {flagged[1]:.1%}, in row 2 (a visit) {flagged[2]:.1%}"
+    )
     assert flagged[0] > 0.05 and flagged[1] == 0
 
 # %% [markdown]
@@ -1334,21 +1729,37 @@ if real is not None:
 # %%
 if real is not None:
     new = read_catalogue(real / "allStar-dr16-33rows.fits")
-    own = Table({"APOGEE_ID": new["APOGEE_ID"], "TELESCOPE": new["TELESCOPE"], "FOLDER": new["FIELD"]})
+    own = Table(
+        {"APOGEE_ID": new["APOGEE_ID"], "TELESCOPE": new["TELESCOPE"], "FOLDER": new["FIELD"]}
+    )
     rows, further = match_catalogue(own, new, RELEASES["dr16"])
     assert list(rows) == list(range(len(new))) and not further.any()
-    print(f"{len(new)} rows, labels {', '.join(new.meta['labels'])}; without a [Mg/Fe]: {np.isnan(new['MG_FE']).sum()}")
+    print(
+        f"{len(new)} rows, labels {', '.join(new.meta['labels'])}; without a [Mg/Fe]: {np.isnan(new['MG_FE']).sum()}"
+    )
 
 # %%
 if real is not None:
     old_path = real / "allStar-v603-hipparcos.fits.gz"
     old = read_catalogue(old_path)
-    with pytest.raises(LabError, match="no label MG_FE, SI_FE .* it has TEFF, LOGG, FE_H, M_H, ALPHA_M"):
+    with pytest.raises(
+        LabError, match="no label MG_FE, SI_FE .* it has TEFF, LOGG, FE_H, M_H, ALPHA_M"
+    ):
         read_catalogue(old_path, ["TEFF", "MG_FE", "SI_FE"])
-    own = Table({"APOGEE_ID": old["APOGEE_ID"], "TELESCOPE": old["TELESCOPE"], "FOLDER": old["LOCATION_ID"].astype(str)})
+    own = Table(
+        {
+            "APOGEE_ID": old["APOGEE_ID"],
+            "TELESCOPE": old["TELESCOPE"],
+            "FOLDER": old["LOCATION_ID"].astype(str),
+        }
+    )
     rows, further = match_catalogue(own, old, RELEASES["dr14"])
-    assert np.array_equal(old["APOGEE_ID"][rows], old["APOGEE_ID"]) and np.all(old["SNR"][rows] >= old["SNR"])
-    print(f"{len(old)} rows, {np.isfinite(old['TEFF']).sum()} with a temperature, {np.sum(further > 0)} in company of the same target")
+    assert np.array_equal(old["APOGEE_ID"][rows], old["APOGEE_ID"]) and np.all(
+        old["SNR"][rows] >= old["SNR"]
+    )
+    print(
+        f"{len(old)} rows, {np.isfinite(old['TEFF']).sum()} with a temperature, {np.sum(further > 0)} in company of the same target"
+    )
 
 # %% [markdown]
 # **Exercise.** Read the archive with `row=0`, the combination weighted pixel by pixel, and compare it with row 1 star by star. Where do they differ

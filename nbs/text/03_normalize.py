@@ -30,8 +30,21 @@ from numpy.polynomial.polynomial import polyvander
 
 from stellar_lab.clean import Ledger, keep
 from stellar_lab.survey import (
-    CHIP_COLORS, CHIPS, LOG10_START, LOG10_STEP, N_PIXELS, PIXMASK, PIXMASK_NAMES, LabError, Spectra, chip_slices, data_file,
-    full_wavelength, on_band, plot_spectrum, wavelength,
+    CHIP_COLORS,
+    CHIPS,
+    LOG10_START,
+    LOG10_STEP,
+    N_PIXELS,
+    PIXMASK,
+    PIXMASK_NAMES,
+    LabError,
+    Spectra,
+    chip_slices,
+    data_file,
+    full_wavelength,
+    on_band,
+    plot_spectrum,
+    wavelength,
 )
 
 # %%
@@ -56,7 +69,7 @@ from stellar_lab.survey import LABELS, archive_root, read_truth, real_data, use_
 
 # %%
 #| export
-def lab_continuum_pixels() -> np.ndarray:   # (7214,) bool, on-band grid
+def lab_continuum_pixels() -> np.ndarray:  # (7214,) bool, on-band grid
     "The lab's 529 continuum pixels (Ness et al. 2015)."
     with data_file("continuum_pixels.npy") as path:
         return np.load(path)
@@ -77,31 +90,41 @@ assert continuum_pixels.shape == wavelength.shape and continuum_pixels.sum() == 
 # %%
 #| export
 def read_continuum_pixels(
-    path,            # .npy: flags of the on-band or the full grid, or numbers of on-band pixels; else text: vacuum wavelengths [Angstrom], # comments
-) -> np.ndarray:     # (7214,) bool, on-band grid
+    path,  # .npy: flags of the on-band or the full grid, or numbers of on-band pixels; else text: vacuum wavelengths [Angstrom], # comments
+) -> np.ndarray:  # (7214,) bool, on-band grid
     "Read a list of continuum pixels; a `LabError` says what is wrong with it."
     path = Path(path)
     try:
         values = np.load(path) if path.suffix == ".npy" else np.loadtxt(path, ndmin=1)
     except (OSError, ValueError, EOFError) as error:
-        raise LabError(f"cannot read continuum pixels from {path} ({error}): give a .npy file of flags, or text, a wavelength a line") from error
+        raise LabError(
+            f"cannot read continuum pixels from {path} ({error}): give a .npy file of flags, or text, a wavelength a line"
+        ) from error
     if values.ndim != 1 or values.dtype.kind not in "biuf" or not len(values):
-        raise LabError(f"{path} holds an array of shape {values.shape} and type {values.dtype}: give one row of flags, pixel numbers or wavelengths")
+        raise LabError(
+            f"{path} holds an array of shape {values.shape} and type {values.dtype}: give one row of flags, pixel numbers or wavelengths"
+        )
     if len(values) in (len(wavelength), N_PIXELS) and np.isin(values, (0, 1)).all():
         chosen = np.flatnonzero(values) if len(values) == N_PIXELS else on_band[values != 0]
     elif values.dtype.kind == "b":
-        raise LabError(f"{path} holds {len(values)} flags, but the grids have {len(wavelength)} (on the chips) or {N_PIXELS} (all) pixels")
+        raise LabError(
+            f"{path} holds {len(values)} flags, but the grids have {len(wavelength)} (on the chips) or {N_PIXELS} (all) pixels"
+        )
     elif path.suffix == ".npy" and values.dtype.kind in "iu":
         wrong = (values < 0) | (values >= len(wavelength))
         if wrong.any():
-            raise LabError(f"{path} names pixel {values[wrong][0]}, but the on-band pixels are numbered 0 to {len(wavelength) - 1}")
+            raise LabError(
+                f"{path} names pixel {values[wrong][0]}, but the on-band pixels are numbered 0 to {len(wavelength) - 1}"
+            )
         chosen = on_band[values]
     else:
         chosen = _pixels_at(values, path)
     off = ~np.isin(chosen, on_band)
     if off.any():
-        raise LabError(f"{path}: {off.sum()} of {len(chosen)} pixels lie beside the chips, the first at {full_wavelength[chosen[off][0]]:.2f} "
-                       "Angstrom, where not every star has light: take them out")
+        raise LabError(
+            f"{path}: {off.sum()} of {len(chosen)} pixels lie beside the chips, the first at {full_wavelength[chosen[off][0]]:.2f} "
+            "Angstrom, where not every star has light: take them out"
+        )
     return np.isin(on_band, chosen)
 
 
@@ -117,17 +140,21 @@ def _pixels_at(wavelengths, path):
     pixel = np.rint(np.nan_to_num(position, nan=-1, posinf=-1, neginf=-1)).astype(int)
     wrong = ~(np.abs(position - pixel) <= 0.25) | (pixel < 0) | (pixel >= N_PIXELS)
     if wrong.any():
-        raise LabError(f"{path}: {wrong.sum()} of {len(wavelengths)} wavelengths meet no pixel of the survey's grid, the first is "
-                       f"{wavelengths[wrong][0]:.2f}: give vacuum wavelengths in Angstrom from survey.wavelength")
+        raise LabError(
+            f"{path}: {wrong.sum()} of {len(wavelengths)} wavelengths meet no pixel of the survey's grid, the first is "
+            f"{wavelengths[wrong][0]:.2f}: give vacuum wavelengths in Angstrom from survey.wavelength"
+        )
     return pixel
 
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
     text = Path(folder) / "pixels.txt"
-    np.savetxt(text, wavelength[continuum_pixels], fmt="%.1f", header="vacuum wavelengths [Angstrom]")
+    np.savetxt(
+        text, wavelength[continuum_pixels], fmt="%.1f", header="vacuum wavelengths [Angstrom]"
+    )
     assert np.array_equal(read_continuum_pixels(text), continuum_pixels)
-    np.savetxt(text, wavelength[continuum_pixels] - 4.4)   # air
+    np.savetxt(text, wavelength[continuum_pixels] - 4.4)  # air
     with pytest.raises(LabError, match="wavelengths meet no pixel.*give vacuum wavelengths"):
         read_continuum_pixels(text)
 
@@ -142,27 +169,29 @@ with tempfile.TemporaryDirectory() as folder:
 # %%
 #| export
 def inliers(
-    flux: np.ndarray,       # (N, M) flux at the M continuum pixels of a chip, in order
-    good: np.ndarray,       # (N, M) bool, usable
-    run: int = 20,          # pixels of the list in a run; the last run takes the remainder
-    tolerance: float = 0.1, # largest distance from the run's median, relative to it
-) -> np.ndarray:            # (N, M) bool: usable and within the tolerance
+    flux: np.ndarray,  # (N, M) flux at the M continuum pixels of a chip, in order
+    good: np.ndarray,  # (N, M) bool, usable
+    run: int = 20,  # pixels of the list in a run; the last run takes the remainder
+    tolerance: float = 0.1,  # largest distance from the run's median, relative to it
+) -> np.ndarray:  # (N, M) bool: usable and within the tolerance
     "Which continuum pixels are left when the outliers of each run are dropped."
     n_stars, n_pixels = flux.shape
-    head = max(n_pixels // run - 1, 0) * run   # pixels of all runs but the last
+    head = max(n_pixels // run - 1, 0) * run  # pixels of all runs but the last
     values = np.where(good, flux, np.nan)
     median = np.empty_like(values)
     runs = values[:, :head].reshape(n_stars, head // run, run)
     median[:, :head] = np.repeat(_nan_median(runs), run, axis=1)
     median[:, head:] = _nan_median(values[:, head:])[:, None]
-    return np.abs(values - median) <= tolerance * np.abs(median)   # False where either is NaN
+    return np.abs(values - median) <= tolerance * np.abs(median)  # False where either is NaN
 
 
 def _nan_median(values):
     "Median along the last axis without NaNs, NaN where nothing is left; a sort puts NaNs last (nanmedian does it 20 times slower)."
     ordered = np.sort(values, axis=-1)
     count = np.isfinite(values).sum(axis=-1, keepdims=True)
-    middle = [np.take_along_axis(ordered, np.maximum(k, 0) // 2, axis=-1) for k in (count - 1, count)]
+    middle = [
+        np.take_along_axis(ordered, np.maximum(k, 0) // 2, axis=-1) for k in (count - 1, count)
+    ]
     return 0.5 * (middle[0] + middle[1])[..., 0]
 
 
@@ -179,7 +208,9 @@ def inliers_loop(flux, good, run=20, tolerance=0.1):
             pixels = [p for p in range(first, last) if good[n, p]]
             if pixels:
                 middle = np.median(flux[n, pixels])
-                keep[n, [p for p in pixels if abs(flux[n, p] - middle) <= tolerance * middle]] = True
+                keep[n, [p for p in pixels if abs(flux[n, p] - middle) <= tolerance * middle]] = (
+                    True
+                )
     return keep
 
 
@@ -203,11 +234,11 @@ MAX_CONDITION = 1e12
 
 
 def fit_polynomials(
-    x: np.ndarray,          # (M,) abscissa, scaled to about -1 … 1
-    y: np.ndarray,          # (N, M), finite wherever it has a weight
-    weights: np.ndarray,    # (N, M) inverse variances, 0 leaves a point out
+    x: np.ndarray,  # (M,) abscissa, scaled to about -1 … 1
+    y: np.ndarray,  # (N, M), finite wherever it has a weight
+    weights: np.ndarray,  # (N, M) inverse variances, 0 leaves a point out
     degree: int = 2,
-) -> tuple:                 # (N, degree + 1) float64 coefficients of 1, x, x², …; (N,) bool: the points determine them. Zeros where they do not
+) -> tuple:  # (N, degree + 1) float64 coefficients of 1, x, x², …; (N,) bool: the points determine them. Zeros where they do not
     "Weighted least squares of N polynomials at once, from the moments of the weights."
     powers = polyvander(x, 2 * degree)
     weights = np.asarray(weights, float)
@@ -215,7 +246,7 @@ def fit_polynomials(
         weights = np.nan_to_num(weights / weights.max(axis=1, initial=0, keepdims=True))
     moments = weights @ powers
     matrix = moments[:, np.add.outer(np.arange(degree + 1), np.arange(degree + 1))]
-    right = (weights * np.where(weights > 0, y, 0)) @ powers[:, :degree + 1]
+    right = (weights * np.where(weights > 0, y, 0)) @ powers[:, : degree + 1]
     solvable = np.linalg.cond(matrix) < MAX_CONDITION
     matrix[~solvable], right[~solvable] = np.eye(degree + 1), 0
     return np.linalg.solve(matrix, right[..., None])[..., 0], solvable
@@ -233,9 +264,11 @@ by_numpy = [np.polyfit(x, f, 2, w=np.sqrt(w))[::-1] for f, w in zip(y, ivar)]
 assert solvable.all() and np.allclose(coefficients, by_numpy, rtol=1e-10)
 
 # %%
-coefficients, solvable = fit_polynomials(x, np.tile(3 - x + 2 * x**2, (3, 1)), np.eye(3, 50) + [[1], [1], [0]])
+coefficients, solvable = fit_polynomials(
+    x, np.tile(3 - x + 2 * x**2, (3, 1)), np.eye(3, 50) + [[1], [1], [0]]
+)
 assert np.allclose(coefficients[:2], [3, -1, 2], atol=1e-12)
-assert not solvable[2] and np.all(coefficients[2] == 0)   # one point determines no parabola
+assert not solvable[2] and np.all(coefficients[2] == 0)  # one point determines no parabola
 
 # %% [markdown]
 # ## The continuum, chip by chip
@@ -250,37 +283,47 @@ assert not solvable[2] and np.all(coefficients[2] == 0)   # one point determines
 
 # %%
 #| export
-CHIP_BITS = {name: 1 << bit for bit, name in enumerate(CHIPS)}   # of the column CHIPS_FAILED
+CHIP_BITS = {name: 1 << bit for bit, name in enumerate(CHIPS)}  # of the column CHIPS_FAILED
 
 
 @dataclass(frozen=True)
 class ContinuumFit:
     "The pseudo-continuum of N stars and what it was drawn through."
-    continuum: np.ndarray   # (N, P) float32, positive at usable pixels; NaN on a chip that failed
-    used: np.ndarray        # (N, P) bool, continuum pixels that were fitted
-    rejected: np.ndarray    # (N, P) bool, usable continuum pixels dropped as outliers
-    failed: np.ndarray      # (N, 3) bool, by chip in the order of `survey.CHIPS`
+
+    continuum: np.ndarray  # (N, P) float32, positive at usable pixels; NaN on a chip that failed
+    used: np.ndarray  # (N, P) bool, continuum pixels that were fitted
+    rejected: np.ndarray  # (N, P) bool, usable continuum pixels dropped as outliers
+    failed: np.ndarray  # (N, 3) bool, by chip in the order of `survey.CHIPS`
 
 
 def continuum(
     spectra: Spectra,
-    continuum_pixels: np.ndarray = None,    # (P,) bool; the lab's 529 by default
-    degree: int = 2,                        # of the polynomial in wavelength
-    run: int = 20,                          # continuum pixels in a run
-    tolerance: float = 0.1,                 # largest relative distance from the run's median
-    min_pixels: int = None,                 # trustworthy continuum pixels that a chip needs; 4 (degree + 1) by default
+    continuum_pixels: np.ndarray = None,  # (P,) bool; the lab's 529 by default
+    degree: int = 2,  # of the polynomial in wavelength
+    run: int = 20,  # continuum pixels in a run
+    tolerance: float = 0.1,  # largest relative distance from the run's median
+    min_pixels: int = None,  # trustworthy continuum pixels that a chip needs; 4 (degree + 1) by default
 ) -> ContinuumFit:
     "Fit the pseudo-continuum of all stars: per chip a polynomial through the continuum pixels, weighted by 1/error (Ness et al. 2015)."
     min_pixels = 4 * (degree + 1) if min_pixels is None else min_pixels
     _check(degree, run, tolerance, min_pixels)
     listed, shape = _on_grid(continuum_pixels, spectra.wavelength), spectra.flux.shape
-    fit = ContinuumFit(np.ones(shape, np.float32), np.zeros(shape, bool), np.zeros(shape, bool), np.zeros((len(spectra), len(CHIPS)), bool))
+    fit = ContinuumFit(
+        np.ones(shape, np.float32),
+        np.zeros(shape, bool),
+        np.zeros(shape, bool),
+        np.zeros((len(spectra), len(CHIPS)), bool),
+    )
     for number, (name, chip) in enumerate(chip_slices(spectra.wavelength).items()):
         if chip.stop > chip.start:
             pixels = chip.start + np.flatnonzero(listed[chip])
             if len(pixels) < min_pixels:
-                raise LabError(f"the list holds {len(pixels)} continuum pixels on the {name} chip, a fit needs {min_pixels}: give a longer list")
-            fit.failed[:, number] = _fit_chip(spectra, fit, chip, pixels, degree, run, tolerance, min_pixels)
+                raise LabError(
+                    f"the list holds {len(pixels)} continuum pixels on the {name} chip, a fit needs {min_pixels}: give a longer list"
+                )
+            fit.failed[:, number] = _fit_chip(
+                spectra, fit, chip, pixels, degree, run, tolerance, min_pixels
+            )
     return fit
 
 
@@ -291,7 +334,9 @@ def _fit_chip(spectra, fit, chip, pixels, degree, run, tolerance, min_pixels):
     keep = inliers(flux, good, run, tolerance)
     fit.used[:, pixels], fit.rejected[:, pixels] = keep, good & ~keep
     grid = spectra.wavelength[chip]
-    x = (2 * spectra.wavelength - grid[0] - grid[-1]) / (grid[-1] - grid[0])   # -1 to 1 over the chip
+    x = (2 * spectra.wavelength - grid[0] - grid[-1]) / (
+        grid[-1] - grid[0]
+    )  # -1 to 1 over the chip
     coefficients, solvable = fit_polynomials(x[pixels], flux, np.where(keep, ivar, 0), degree)
     curve = fit.continuum[:, chip]
     curve[:] = coefficients @ polyvander(x[chip], degree).T
@@ -303,7 +348,11 @@ def _fit_chip(spectra, fit, chip, pixels, degree, run, tolerance, min_pixels):
 
 
 def _check(degree, run, tolerance, min_pixels):
-    for name, value, low in (("degree", degree, 0), ("run", run, 1), ("min_pixels", min_pixels, degree + 1)):
+    for name, value, low in (
+        ("degree", degree, 0),
+        ("run", run, 1),
+        ("min_pixels", min_pixels, degree + 1),
+    ):
         if value != int(value) or value < low:
             raise LabError(f"{name} is {value!r}: it must be a whole number of at least {low}")
     if not tolerance > 0:
@@ -316,12 +365,16 @@ def _on_grid(continuum_pixels, grid):
         position = _position(grid)
         pixel = np.rint(position).astype(int)
         if np.abs(position - pixel).max(initial=0) > 0.01:
-            raise LabError("the lab's continuum pixels are those of the survey's grid, and these spectra stand on another: give continuum_pixels")
+            raise LabError(
+                "the lab's continuum pixels are those of the survey's grid, and these spectra stand on another: give continuum_pixels"
+            )
         return np.isin(pixel, on_band[lab_continuum_pixels()])
     continuum_pixels = np.asarray(continuum_pixels)
     if continuum_pixels.shape != grid.shape or continuum_pixels.dtype != bool:
-        raise LabError(f"continuum_pixels has the shape {continuum_pixels.shape} and type {continuum_pixels.dtype}: "
-                       f"give one flag (bool) for each of the {len(grid)} pixels of the spectra")
+        raise LabError(
+            f"continuum_pixels has the shape {continuum_pixels.shape} and type {continuum_pixels.dtype}: "
+            f"give one flag (bool) for each of the {len(grid)} pixels of the spectra"
+        )
     return continuum_pixels
 
 
@@ -336,13 +389,15 @@ def _on_grid(continuum_pixels, grid):
 #| export
 def normalize(
     spectra: Spectra,
-    continuum_pixels: np.ndarray = None,    # (P,) bool; the lab's 529 by default
-    degree: int = 2,                        # of the polynomial in wavelength
-    run: int = 20,                          # continuum pixels in a run
-    tolerance: float = 0.1,                 # largest relative distance from the run's median
-    min_pixels: int = None,                 # trustworthy continuum pixels that a chip needs; 4 (degree + 1) by default
-    block: int = 256,                       # stars at a time
-) -> Spectra:                               # flux finite everywhere; ivar 0 at masked pixels and on failed chips; stars get CHIPS_FAILED
+    continuum_pixels: np.ndarray = None,  # (P,) bool; the lab's 529 by default
+    degree: int = 2,  # of the polynomial in wavelength
+    run: int = 20,  # continuum pixels in a run
+    tolerance: float = 0.1,  # largest relative distance from the run's median
+    min_pixels: int = None,  # trustworthy continuum pixels that a chip needs; 4 (degree + 1) by default
+    block: int = 256,  # stars at a time
+) -> (
+    Spectra
+):  # flux finite everywhere; ivar 0 at masked pixels and on failed chips; stars get CHIPS_FAILED
     "Flux relative to the pseudo-continuum, masked pixels unusable; spectra already normalized come back unchanged."
     if spectra.stars.meta.get("normalized", False):
         return spectra
@@ -356,7 +411,9 @@ def normalize(
         failed[rows] = fit.failed
     stars = spectra.stars.copy()
     stars["CHIPS_FAILED"] = (failed @ list(CHIP_BITS.values())).astype(np.uint8)
-    stars["CHIPS_FAILED"].description = "chips without a continuum: " + ", ".join(f"{bit} {name}" for name, bit in CHIP_BITS.items())
+    stars["CHIPS_FAILED"].description = "chips without a continuum: " + ", ".join(
+        f"{bit} {name}" for name, bit in CHIP_BITS.items()
+    )
     stars.meta["normalized"] = True
     return spectra.replace(flux=flux, ivar=ivar, stars=stars)
 
@@ -381,7 +438,9 @@ def made_up(n_stars=6, seed=0, noise=0.01):
     rng = np.random.default_rng(seed)
     curve, x = np.empty((n_stars, len(wavelength))), (wavelength - 16_000) / 1_000
     for chip in chips.values():
-        curve[:, chip] = rng.lognormal(5, 2, (n_stars, 1)) * (1 + rng.uniform(-0.2, 0.2, (n_stars, 2)) @ [x[chip], x[chip] ** 2])
+        curve[:, chip] = rng.lognormal(5, 2, (n_stars, 1)) * (
+            1 + rng.uniform(-0.2, 0.2, (n_stars, 2)) @ [x[chip], x[chip] ** 2]
+        )
     depth = np.where(continuum_pixels, 0, rng.uniform(0, 0.5, len(wavelength)))
     flux = curve * (1 - depth) * (1 + noise * rng.standard_normal(curve.shape))
     ivar = 1 / (np.maximum(noise, 0.01) * curve) ** 2
@@ -394,15 +453,19 @@ def made_up(n_stars=6, seed=0, noise=0.01):
 spectra, curve, depth = made_up(noise=0)
 result = normalize(spectra)
 assert np.allclose(result.flux, 1 - depth, rtol=4e-7, atol=0)
-assert np.allclose(result.flux * continuum(spectra).continuum, spectra.flux, rtol=4e-7)   # nothing but a division
-assert np.allclose(result.ivar, 1e4, rtol=1e-5)                                           # relative errors stay
+assert np.allclose(
+    result.flux * continuum(spectra).continuum, spectra.flux, rtol=4e-7
+)  # nothing but a division
+assert np.allclose(result.ivar, 1e4, rtol=1e-5)  # relative errors stay
 assert result.flux.dtype == result.ivar.dtype == np.float32
 
 # %%
 spectra, curve, depth = made_up(n_stars=7)
 result = normalize(spectra, block=3)
 thousand = normalize(spectra.replace(flux=spectra.flux * 1000, ivar=spectra.ivar / 1000**2))
-assert np.allclose(thousand.flux, result.flux, rtol=1e-6) and np.allclose(thousand.ivar, result.ivar, rtol=1e-5)
+assert np.allclose(thousand.flux, result.flux, rtol=1e-6) and np.allclose(
+    thousand.ivar, result.ivar, rtol=1e-5
+)
 assert np.allclose(result.flux, normalize(spectra).flux, rtol=1e-6)
 
 
@@ -416,18 +479,27 @@ def continuum_loop(spectra, listed):
     curve = np.empty(spectra.flux.shape)
     for n in range(len(spectra)):
         for chip in chip_slices(spectra.wavelength).values():
-            x, f, w = spectra.wavelength[chip], spectra.flux[n, chip].astype(float), spectra.ivar[n, chip].astype(float)
+            x, f, w = (
+                spectra.wavelength[chip],
+                spectra.flux[n, chip].astype(float),
+                spectra.ivar[n, chip].astype(float),
+            )
             p = listed[chip] & (w > 0)
             p[p] = inliers_loop(f[None, listed[chip]], p[None, listed[chip]])[0][p[listed[chip]]]
-            curve[n, chip] = np.polyval(np.polyfit(x[p] - x.mean(), f[p], 2, w=np.sqrt(w[p])), x - x.mean())
+            curve[n, chip] = np.polyval(
+                np.polyfit(x[p] - x.mean(), f[p], 2, w=np.sqrt(w[p])), x - x.mean()
+            )
     return curve
 
 
 # %%
 spectra.ivar[np.random.default_rng(1).random(spectra.ivar.shape) < 0.1] = 0
-spectra.flux[:, ::97] *= 1.5   # outliers, on continuum pixels too
+spectra.flux[:, ::97] *= 1.5  # outliers, on continuum pixels too
 fit = continuum(spectra)
-assert np.allclose(fit.continuum, continuum_loop(spectra, continuum_pixels), rtol=1e-6) and fit.rejected.any()
+assert (
+    np.allclose(fit.continuum, continuum_loop(spectra, continuum_pixels), rtol=1e-6)
+    and fit.rejected.any()
+)
 
 # %% [markdown]
 # What no one should trust is counted, chip by chip: here one star without any good pixel on the green chip, one with bits on almost the whole blue
@@ -444,20 +516,36 @@ before = [spectra.flux.copy(), spectra.ivar.copy()]
 result = normalize(spectra)
 
 # %%
-assert list(result.stars["CHIPS_FAILED"]) == [CHIP_BITS["green"], CHIP_BITS["blue"], CHIP_BITS["red"], 0, 0, 0]
+assert list(result.stars["CHIPS_FAILED"]) == [
+    CHIP_BITS["green"],
+    CHIP_BITS["blue"],
+    CHIP_BITS["red"],
+    0,
+    0,
+    0,
+]
 assert np.all(result.ivar[0, chips["green"]] == 0) and np.all(result.ivar[0, chips["red"]] > 0)
 assert np.all(np.isfinite(result.flux)) and np.all(np.isfinite(result.ivar))
-assert np.all(result.ivar[3, 100:200] == 0) and result.ivar[4, 5000] == 0 and result.ivar[4, 5001] > 0
-assert all(np.array_equal(a, b, equal_nan=True) for a, b in zip(before, (spectra.flux, spectra.ivar)))   # the input is untouched
+assert (
+    np.all(result.ivar[3, 100:200] == 0) and result.ivar[4, 5000] == 0 and result.ivar[4, 5001] > 0
+)
+assert all(
+    np.array_equal(a, b, equal_nan=True) for a, b in zip(before, (spectra.flux, spectra.ivar))
+)  # the input is untouched
 assert normalize(result) is result and "CHIPS_FAILED" not in spectra.stars.colnames
 
 # %% [markdown]
 # Mistakes of the caller are answered by name: a list for another grid, a list that leaves a chip without pixels, a degree that does not exist.
 
 # %%
-with pytest.raises(LabError, match=r"continuum_pixels has the shape \(8575,\).*one flag \(bool\) for each of the 7214 pixels"):
+with pytest.raises(
+    LabError,
+    match=r"continuum_pixels has the shape \(8575,\).*one flag \(bool\) for each of the 7214 pixels",
+):
     normalize(spectra, np.ones(N_PIXELS, bool))
-with pytest.raises(LabError, match="the list holds 0 continuum pixels on the blue chip, a fit needs 12"):
+with pytest.raises(
+    LabError, match="the list holds 0 continuum pixels on the blue chip, a fit needs 12"
+):
     normalize(spectra, np.arange(7214) > 4000)
 with pytest.raises(LabError, match="degree is -1: it must be a whole number of at least 0"):
     normalize(spectra, degree=-1)
@@ -470,17 +558,21 @@ with pytest.raises(LabError, match="degree is -1: it must be a whole number of a
 # %%
 #| export
 def plot_continuum(
-    spectra: Spectra,           # as they were before the division
+    spectra: Spectra,  # as they were before the division
     fit: ContinuumFit,
-    star: int = 0,              # row
-    chip: str = None,           # "blue", "green" or "red"; all three by default
+    star: int = 0,  # row
+    chip: str = None,  # "blue", "green" or "red"; all three by default
     ax=None,
 ):
     "The raw spectrum of one star, its continuum, and the pixels fitted and rejected; returns the Axes."
     ax = plt.subplots(figsize=(9, 2.8))[1] if ax is None else ax
     pieces = chip_slices(spectra.wavelength)
     for name in [chip] if chip else pieces:
-        grid, flux, good = spectra.wavelength[pieces[name]], spectra.flux[star, pieces[name]], spectra.ivar[star, pieces[name]] > 0
+        grid, flux, good = (
+            spectra.wavelength[pieces[name]],
+            spectra.flux[star, pieces[name]],
+            spectra.ivar[star, pieces[name]] > 0,
+        )
         used, rejected = fit.used[star, pieces[name]], fit.rejected[star, pieces[name]]
         ax.plot(grid, np.where(good, flux, np.nan), color="0.7", lw=0.5)
         ax.plot(grid[used], flux[used], ".", ms=3, color=CHIP_COLORS[name])
@@ -502,7 +594,9 @@ fit = continuum(raw)
 whole = ~fit.failed.any(axis=1) & (raw.stars["SNR"] > 50)
 typical = np.flatnonzero(whole)[np.argsort(raw.stars["SNR"][whole])[whole.sum() // 2]]
 ax = plot_continuum(raw, fit, typical)
-ax.set_title(f"{raw.stars['APOGEE_ID'][typical]}: flux, continuum (black) and the pixels it was drawn through");
+ax.set_title(
+    f"{raw.stars['APOGEE_ID'][typical]}: flux, continuum (black) and the pixels it was drawn through"
+);
 
 # %% [markdown]
 # **What to see.** The light of the star falls towards the red as a black body's does, bent a little by the instrument, and the lines hang down from
@@ -529,8 +623,13 @@ fig.supxlabel("vacuum wavelength [Å]"), fig.supylabel("flux");
 
 # %%
 spectra = normalize(raw)
-ax = plot_spectrum(wavelength, spectra.flux[typical], spectra.ivar[typical], error=True,
-                   title=f"{spectra.stars['APOGEE_ID'][typical]}, normalized")
+ax = plot_spectrum(
+    wavelength,
+    spectra.flux[typical],
+    spectra.ivar[typical],
+    error=True,
+    title=f"{spectra.stars['APOGEE_ID'][typical]}, normalized",
+)
 ax.axhline(1, color="black", lw=0.5)
 ax.set_ylabel("flux / continuum");
 
@@ -538,8 +637,10 @@ ax.set_ylabel("flux / continuum");
 #| echo: false
 rejected, listed = fit.rejected.sum(), (fit.used | fit.rejected).sum()
 failed = ", ".join(f"{number} on the {name}" for name, number in zip(CHIPS, fit.failed.sum(axis=0)))
-Markdown(f"Of {len(raw)} stars and {listed:,} usable continuum pixels the rule drops {rejected:,} ({rejected / listed:.2%}). "
-         f"Chips whose fit failed: {failed}.")
+Markdown(
+    f"Of {len(raw)} stars and {listed:,} usable continuum pixels the rule drops {rejected:,} ({rejected / listed:.2%}). "
+    f"Chips whose fit failed: {failed}."
+)
 
 # %% [markdown]
 # The witnesses on real stars: twenty of them by the plain loop, to $10^{-6}$ again. And what the division is for must hold in each: at the pixels
@@ -547,7 +648,9 @@ Markdown(f"Of {len(raw)} stars and {listed:,} usable continuum pixels the rule d
 
 # %%
 some = np.flatnonzero(whole)[:: max(len(raw) // 20, 1)]
-assert np.allclose(fit.continuum[some] / continuum_loop(raw[some], continuum_pixels), 1, rtol=0, atol=1e-6)
+assert np.allclose(
+    fit.continuum[some] / continuum_loop(raw[some], continuum_pixels), 1, rtol=0, atol=1e-6
+)
 at_continuum = np.where(fit.used[some] & (spectra.ivar[some] > 0), spectra.flux[some], np.nan)
 assert np.all(np.abs(np.nanmedian(at_continuum, axis=1) - 1) < 0.02)
 
@@ -560,13 +663,20 @@ assert np.all(np.abs(np.nanmedian(at_continuum, axis=1) - 1) < 0.02)
 
 # %%
 #| export
-def count_mask_bits(spectra: Spectra) -> Table:   # bit, name, pixels, share of all pixels
+def count_mask_bits(spectra: Spectra) -> Table:  # bit, name, pixels, share of all pixels
     "How often each bit of the survey's pixel mask is set."
     if spectra.mask is None:
         raise LabError("these spectra have no bitmask: only apStar files carry one")
     pixels = [int(np.count_nonzero(spectra.mask & (1 << bit))) for bit in range(len(PIXMASK_NAMES))]
     share = np.array(pixels) / max(spectra.mask.size, 1)
-    return Table({"bit": np.arange(len(PIXMASK_NAMES)), "name": PIXMASK_NAMES, "pixels": pixels, "share": share})
+    return Table(
+        {
+            "bit": np.arange(len(PIXMASK_NAMES)),
+            "name": PIXMASK_NAMES,
+            "pixels": pixels,
+            "share": share,
+        }
+    )
 
 
 # %%
@@ -577,7 +687,9 @@ ax.set(ylabel="on-band pixels [%]")
 ax.tick_params(axis="x", rotation=60);
 
 # %%
-assert bits["pixels"].sum() >= np.count_nonzero(raw.mask) and np.all(bits["pixels"] <= raw.mask.size)
+assert bits["pixels"].sum() >= np.count_nonzero(raw.mask) and np.all(
+    bits["pixels"] <= raw.mask.size
+)
 assert bits["pixels"][PIXMASK_NAMES.index("BADPIX")] == sum((row & 1).sum() for row in raw.mask)
 with pytest.raises(LabError, match="no bitmask: only apStar"):
     count_mask_bits(raw.replace(mask=None))
@@ -591,23 +703,29 @@ with pytest.raises(LabError, match="no bitmask: only apStar"):
 
 # %%
 #| export
-def unusable_pixels(spectra: Spectra) -> np.ndarray:   # (N,) int
+def unusable_pixels(spectra: Spectra) -> np.ndarray:  # (N,) int
     "How many on-band pixels of each star have no weight."
     inside = np.isin(np.rint(_position(spectra.wavelength)), on_band)
     return np.sum(~(spectra.ivar[:, inside] > 0), axis=1)
 
 
-MASKED_LIMIT = 3000   # the lab's: 41.6 % of the 7,214 on-band pixels
+MASKED_LIMIT = 3000  # the lab's: 41.6 % of the 7,214 on-band pixels
 
 
 def drop_masked(
-    spectra: Spectra,       # after `normalize`
-    limit: int = MASKED_LIMIT,   # unusable on-band pixels that a star may have
+    spectra: Spectra,  # after `normalize`
+    limit: int = MASKED_LIMIT,  # unusable on-band pixels that a star may have
     ledger: Ledger = None,  # to go on with; a new one by default
-) -> tuple:                 # Spectra, Ledger
+) -> tuple:  # Spectra, Ledger
     "Drop stars with more than `limit` unusable on-band pixels."
     good = unusable_pixels(spectra) <= limit
-    return keep(spectra, good, "masked", ledger, f"more than {limit} of {len(on_band)} on-band pixels unusable")
+    return keep(
+        spectra,
+        good,
+        "masked",
+        ledger,
+        f"more than {limit} of {len(on_band)} on-band pixels unusable",
+    )
 
 
 # %%
@@ -631,7 +749,7 @@ ledger
 # %%
 metal = "FE_H" if "FE_H" in kept.label_names else "M_H"
 values = kept.labels([metal])[:, 0]
-ranked = np.argsort(values)[:np.isfinite(values).sum()]
+ranked = np.argsort(values)[: np.isfinite(values).sum()]
 nine = kept[ranked[np.linspace(0, len(ranked) - 1, 9).astype(int)]]
 fig, axes = plt.subplots(9, 1, figsize=(10, 13), sharex=True, sharey=True)
 for n, ax in enumerate(axes):
@@ -649,7 +767,13 @@ mystery_file = archive_root() / MYSTERY_FILE
 if mystery_file.exists():
     mystery, _ = read_files(mystery_file, progress=False)
     mystery = normalize(mystery)
-    plot_spectrum(wavelength, mystery.flux[0], mystery.ivar[0], error=True, title=f"mystery star, SNR {mystery.stars['SNR'][0]:.0f}")
+    plot_spectrum(
+        wavelength,
+        mystery.flux[0],
+        mystery.ivar[0],
+        error=True,
+        title=f"mystery star, SNR {mystery.stars['SNR'][0]:.0f}",
+    )
     assert np.all(mystery.ivar[mystery.mask != 0] == 0) and mystery.stars["CHIPS_FAILED"][0] == 0
 else:
     print("Skipped: this archive has no mystery star.")
@@ -700,18 +824,42 @@ if known is not None:
 # %%
 #| echo: false
 def distance_table(level, shape, groups):
-    table = Table(rows=[(name, int(rows.sum()), *100 * np.median(level[rows], axis=0), *100 * np.median(shape[rows], axis=0))
-                        for name, rows in groups.items() if rows.any()],
-                  names=["stars", "number", *(f"level {chip} [%]" for chip in CHIPS), *(f"shape {chip} [%]" for chip in CHIPS)])
+    table = Table(
+        rows=[
+            (
+                name,
+                int(rows.sum()),
+                *100 * np.median(level[rows], axis=0),
+                *100 * np.median(shape[rows], axis=0),
+            )
+            for name, rows in groups.items()
+            if rows.any()
+        ],
+        names=[
+            "stars",
+            "number",
+            *(f"level {chip} [%]" for chip in CHIPS),
+            *(f"shape {chip} [%]" for chip in CHIPS),
+        ],
+    )
     for name in table.colnames[2:]:
         table[name].format = "+.2f" if name.startswith("level") else ".2f"
     return table
 
 
 def distance_groups():
-    noisy, poor, dwarf = raw.stars["SNR"][whole] < 150, metallicity < -1, raw.labels(["LOGG"])[whole, 0] > 3.8
-    return {f"{'noisy' if n else 'good'}, metal-{'poor' if p else 'rich'} giants": (noisy == n) & (poor == p) & ~dwarf
-            for p in (True, False) for n in (True, False)} | {"dwarfs": dwarf}
+    noisy, poor, dwarf = (
+        raw.stars["SNR"][whole] < 150,
+        metallicity < -1,
+        raw.labels(["LOGG"])[whole, 0] > 3.8,
+    )
+    return {
+        f"{'noisy' if n else 'good'}, metal-{'poor' if p else 'rich'} giants": (noisy == n)
+        & (poor == p)
+        & ~dwarf
+        for p in (True, False)
+        for n in (True, False)
+    } | {"dwarfs": dwarf}
 
 
 distance_table(level, shape, distance_groups()) if known is not None else None
@@ -723,12 +871,17 @@ def distance_text():
     snr, finite = np.asarray(raw.stars["SNR"][whole], float), np.isfinite(metallicity)
     design = np.column_stack([np.ones(len(snr)), 1 / snr, metallicity + 1])[finite]
     per_noise, per_dex = np.linalg.lstsq(design, level.mean(axis=1)[finite], rcond=None)[0][1:]
-    parabola = distance(continuum(raw[whole].replace(flux=known.astype("f4"))).continuum, known, spectra.ivar[whole] > 0)
+    parabola = distance(
+        continuum(raw[whole].replace(flux=known.astype("f4"))).continuum,
+        known,
+        spectra.ivar[whole] > 0,
+    )
     return Markdown(
         f"Median distance (noisy: SNR < 150; metal-poor: below -1 dex). A straight line through all levels says {per_noise:+.2f} times a pixel's "
         f"relative noise, and {100 * per_dex:+.2f} % a dex of metallicity. The shape that a parabola cannot follow, from a fit to the known curves "
         f"themselves without lines or noise, has an rms of {100 * np.median(parabola[1]):.2f} %; what was found with lines and noise is "
-        f"{100 * np.median(shape):.2f} %.")
+        f"{100 * np.median(shape):.2f} %."
+    )
 
 
 distance_text() if known is not None else None
@@ -749,7 +902,9 @@ distance_text() if known is not None else None
 def degree_table():
     rows = []
     for degree in (1, 2, 3, 4):
-        one = distance(continuum(raw[whole], degree=degree).continuum, known, spectra.ivar[whole] > 0)[1]
+        one = distance(
+            continuum(raw[whole], degree=degree).continuum, known, spectra.ivar[whole] > 0
+        )[1]
         rows.append((degree, *100 * np.median(one, axis=0)))
     table = Table(rows=rows, names=["degree", *(f"shape {chip} [%]" for chip in CHIPS)])
     for name in table.colnames[1:]:
@@ -766,7 +921,9 @@ degree_table() if known is not None else None
 # %%
 if known is not None:
     good = raw.stars["SNR"][whole] > 150
-    assert np.all(np.abs(np.median(level[good], axis=0)) < 0.03) and np.all(np.median(shape, axis=0) < 0.02)
+    assert np.all(np.abs(np.median(level[good], axis=0)) < 0.03) and np.all(
+        np.median(shape, axis=0) < 0.02
+    )
     assert np.percentile(np.abs(level), 99) < 0.06
 
 # %% [markdown]
@@ -776,11 +933,13 @@ if known is not None:
 # same stars and with the same folds.
 
 # %%
-del raw, fit, spectra, known   # `kept` holds what we need
+del raw, fit, spectra, known  # `kept` holds what we need
 
 
 def targets(spectra):
-    return [f"{field}.{name}" for field, name in zip(spectra.stars["FIELD"], spectra.stars["APOGEE_ID"])]
+    return [
+        f"{field}.{name}" for field, name in zip(spectra.stars["FIELD"], spectra.stars["APOGEE_ID"])
+    ]
 
 
 theirs, (ours, _) = None, apply_cuts(kept)
@@ -794,7 +953,9 @@ except LabError as error:
 
 # %%
 def errors_of(spectra, folds=3):
-    table = cross_label(Cannon(scatter=True), spectra, fold_numbers(len(spectra), folds), progress=False)
+    table = cross_label(
+        Cannon(scatter=True), spectra, fold_numbers(len(spectra), folds), progress=False
+    )
     labels = spectra.labels()
     return error_table(table, labels, spectra.label_names, labels.std(axis=0))
 
@@ -825,7 +986,10 @@ def mixing_table():
     names = [name.lower() for name in theirs.label_names]
     shift = [np.nanmedian(np.asarray(other[name]) - np.asarray(same[name])) for name in names]
     error = [np.nanmedian(np.asarray(other[f"{name}_err"])) for name in names]
-    table = Table([theirs.label_names, shift, error], names=["label", "shift when mixed", "error that infer gives"])
+    table = Table(
+        [theirs.label_names, shift, error],
+        names=["label", "shift when mixed", "error that infer gives"],
+    )
     for name in table.colnames[1:]:
         table[name].format = ".3g"
     return table
@@ -848,9 +1012,9 @@ if theirs is not None:
 # %%
 #| export
 def plot_normalization(
-    raw: Spectra,       # before the division
-    number: int = 8,    # stars at most, from the first
-    **rule,             # keywords of `continuum`
+    raw: Spectra,  # before the division
+    number: int = 8,  # stars at most, from the first
+    **rule,  # keywords of `continuum`
 ):
     "Raw spectra with their continuum on the left, what is left of them on the right; returns the Figure."
     raw = raw[:number]
@@ -863,7 +1027,10 @@ def plot_normalization(
         plot_spectrum(raw.wavelength, result.flux[n], result.ivar[n], ax=right)
         right.axhline(1, color="black", lw=0.5)
         right.set(ylim=(0.3, 1.3), ylabel="flux / continuum")
-        left.set_title(f"{raw.stars['APOGEE_ID'][n]}, SNR {raw.stars['SNR'][n]:.0f}" + (f", failed: {failed}" if failed else ""))
+        left.set_title(
+            f"{raw.stars['APOGEE_ID'][n]}, SNR {raw.stars['SNR'][n]:.0f}"
+            + (f", failed: {failed}" if failed else "")
+        )
         right.set_title(f"{unusable_pixels(result)[n]} of {raw.flux.shape[1]} pixels unusable")
         if n < len(raw) - 1:
             left.set_xlabel(""), right.set_xlabel("")
@@ -875,14 +1042,23 @@ folder = real_data()
 if folder is None:
     print("Skipped: STELLAR_LAB_REAL_DATA names no folder with raw files of the survey.")
 else:
-    wild, problems = read_files([*sorted(folder.glob("apStar-*.fits")), *sorted(folder.glob("mystery*.fits"))], progress=False)
+    wild, problems = read_files(
+        [*sorted(folder.glob("apStar-*.fits")), *sorted(folder.glob("mystery*.fits"))],
+        progress=False,
+    )
     assert not problems
     plot_normalization(wild)
 
 # %%
 if folder is not None:
-    found = Table({"star": wild.stars["APOGEE_ID"], "SNR": wild.stars["SNR"], "unusable pixels": unusable_pixels(normalize(wild)),
-                   "CHIPS_FAILED": normalize(wild).stars["CHIPS_FAILED"]})
+    found = Table(
+        {
+            "star": wild.stars["APOGEE_ID"],
+            "SNR": wild.stars["SNR"],
+            "unusable pixels": unusable_pixels(normalize(wild)),
+            "CHIPS_FAILED": normalize(wild).stars["CHIPS_FAILED"],
+        }
+    )
     print(found)
 
 # %% [markdown]
@@ -894,7 +1070,9 @@ if folder is not None:
 if folder is not None:
     first_row, _ = read_files(folder / "apStar-r6-2M00005143+5615568.fits", row=0, progress=False)
     assert normalize(first_row).stars["CHIPS_FAILED"][0] == CHIP_BITS["blue"]
-    assert dict(zip(found["star"], found["CHIPS_FAILED"]))["2M03290406+3117075"] == CHIP_BITS["blue"]
+    assert (
+        dict(zip(found["star"], found["CHIPS_FAILED"]))["2M03290406+3117075"] == CHIP_BITS["blue"]
+    )
 
 # %% [markdown]
 # **Exercise.** The level of our curve depends on nothing but the list of pixels. Take every second one of the 529, normalize again, and look at how

@@ -43,8 +43,22 @@ from tqdm import tqdm
 
 from stellar_lab.normalize import MASKED_LIMIT
 from stellar_lab.survey import (
-    ARCHIVE_FILE, ARCHIVES, CHIPS, LABELS, LOG10_START, LOG10_STEP, N_PIXELS, PIXMASK, TRUTH_FILE, LabError, Spectra, atomic_path, data_file,
-    on_band, read_truth, wavelength,
+    ARCHIVE_FILE,
+    ARCHIVES,
+    CHIPS,
+    LABELS,
+    LOG10_START,
+    LOG10_STEP,
+    N_PIXELS,
+    PIXMASK,
+    TRUTH_FILE,
+    LabError,
+    Spectra,
+    atomic_path,
+    data_file,
+    on_band,
+    read_truth,
+    wavelength,
 )
 
 # %%
@@ -55,7 +69,13 @@ import pytest
 from astropy.modeling.models import BlackBody
 from IPython.display import Markdown
 
-from stellar_lab.survey import PIXMASK_NAMES, archive_record, full_wavelength, plot_spectrum, use_style
+from stellar_lab.survey import (
+    PIXMASK_NAMES,
+    archive_record,
+    full_wavelength,
+    plot_spectrum,
+    use_style,
+)
 
 # %%
 #| hide
@@ -70,10 +90,14 @@ use_style()
 
 # %%
 #| export
-PACKED_STARS = "clusters_dr10.fits"   # in stellar_lab.data, beside clusters.ecsv and continuum_pixels.npy
-TARBALL_SHA256 = "4c65eb239868b90f944d4fe268d8f839f0e6926e8cb862e6c6a6867281fd9d58"   # TheCannon-0.3.5.tar.gz
-EXAMPLE = "TheCannon-0.3.5/TheCannon/example_DR10"                                     # the folder in it that we take
-EXAMPLE_DIGEST = "68fe3779aa948dba0dceb76009340ce47a8a4793db59ea15297a494a5af59494"   # its 553 spectra and their label table
+PACKED_STARS = (
+    "clusters_dr10.fits"  # in stellar_lab.data, beside clusters.ecsv and continuum_pixels.npy
+)
+TARBALL_SHA256 = (
+    "4c65eb239868b90f944d4fe268d8f839f0e6926e8cb862e6c6a6867281fd9d58"  # TheCannon-0.3.5.tar.gz
+)
+EXAMPLE = "TheCannon-0.3.5/TheCannon/example_DR10"  # the folder in it that we take
+EXAMPLE_DIGEST = "68fe3779aa948dba0dceb76009340ce47a8a4793db59ea15297a494a5af59494"  # its 553 spectra and their label table
 
 
 # %% [markdown]
@@ -89,8 +113,8 @@ def _sha256(path):
 
 
 def tree_digest(
-    root,               # a folder
-) -> str:               # sha256 over names and contents of all files below it, hidden ones left out
+    root,  # a folder
+) -> str:  # sha256 over names and contents of all files below it, hidden ones left out
     "One checksum for a whole folder."
     digest = hashlib.sha256()
     for file in sorted(path for path in Path(root).rglob("*") if path.is_file()):
@@ -107,14 +131,24 @@ def _example_folder(source, scratch):
     source = Path(source)
     if source.is_file():
         if _sha256(source) != TARBALL_SHA256:
-            raise LabError(f"{source} is not TheCannon-0.3.5.tar.gz as we know it (sha256 {TARBALL_SHA256}): download it again")
+            raise LabError(
+                f"{source} is not TheCannon-0.3.5.tar.gz as we know it (sha256 {TARBALL_SHA256}): download it again"
+            )
         with tarfile.open(source) as tar:
-            tar.extractall(scratch, [member for member in tar if member.name.startswith(EXAMPLE)], filter="data")
+            tar.extractall(
+                scratch,
+                [member for member in tar if member.name.startswith(EXAMPLE)],
+                filter="data",
+            )
         source = Path(scratch) / EXAMPLE
     if not (source / "reference_labels.csv").is_file():
-        raise LabError(f"{source} holds no reference_labels.csv: name the tarball TheCannon-0.3.5.tar.gz or its folder example_DR10")
+        raise LabError(
+            f"{source} holds no reference_labels.csv: name the tarball TheCannon-0.3.5.tar.gz or its folder example_DR10"
+        )
     if _example_digest(source) != EXAMPLE_DIGEST:
-        raise LabError(f"the files in {source} are not those of TheCannon 0.3.5: unpack the tarball again")
+        raise LabError(
+            f"the files in {source} are not those of TheCannon 0.3.5: unpack the tarball again"
+        )
     return source
 
 
@@ -130,7 +164,9 @@ with tempfile.TemporaryDirectory() as folder:
     with pytest.raises(LabError, match="no reference_labels.csv: name the tarball"):
         _example_folder(folder, folder)
     (Path(folder) / "TheCannon-0.3.5.tar.gz").write_bytes(b"half a download")
-    with pytest.raises(LabError, match="is not TheCannon-0.3.5.tar.gz as we know it .*: download it again"):
+    with pytest.raises(
+        LabError, match="is not TheCannon-0.3.5.tar.gz as we know it .*: download it again"
+    ):
         _example_folder(Path(folder) / "TheCannon-0.3.5.tar.gz", folder)
 
 # %% [markdown]
@@ -143,13 +179,48 @@ with tempfile.TemporaryDirectory() as folder:
 
 # %%
 #| export
-CSV_LABELS = {"TEFF": "Teff_{corr}", "LOGG": "logg_{corr}", "M_H": "[M/H]_{corr}", "ALPHA_M": "[a/M]", "C_M": "[C/M]", "N_M": "[N/M]",
-              "TEFF_RAW": "Teff", "LOGG_RAW": "logg", "M_H_RAW": "[M/H]"}
+CSV_LABELS = {
+    "TEFF": "Teff_{corr}",
+    "LOGG": "logg_{corr}",
+    "M_H": "[M/H]_{corr}",
+    "ALPHA_M": "[a/M]",
+    "C_M": "[C/M]",
+    "N_M": "[N/M]",
+    "TEFF_RAW": "Teff",
+    "LOGG_RAW": "logg",
+    "M_H_RAW": "[M/H]",
+}
 CSV_ERRORS = {"TEFF": "e_Teff_corr", "M_H": "e_[MH]+corr"}
-FPARAM = {"TEFF": 0, "LOGG": 1, "M_H": 3, "C_M": 4, "N_M": 5, "ALPHA_M": 6}   # places in the survey's parameter vector
-FACTS = {"FIELD": "FIELD", "LOCATION_ID": "LOC", "RA": "RA", "DEC": "DEC", "GLON": "GLON", "GLAT": "GLAT", "J": "J", "H": "H", "K": "K",
-         "SNR": "SNR", "NVISITS": "NVISITS", "VHELIO": "VHELIO", "VSCATTER": "VSCATTER", "VERR": "VERR", "STARFLAG": "STARFLAG",
-         "ANDFLAG": "ANDFLAG", "ASPCAPFLAG": "ASPCAPFLAG", "CHI2": "PARAM_CHI2", "TARG1": "TARG1", "TARG2": "TARG2"}   # ours -> HDU 4
+FPARAM = {
+    "TEFF": 0,
+    "LOGG": 1,
+    "M_H": 3,
+    "C_M": 4,
+    "N_M": 5,
+    "ALPHA_M": 6,
+}  # places in the survey's parameter vector
+FACTS = {
+    "FIELD": "FIELD",
+    "LOCATION_ID": "LOC",
+    "RA": "RA",
+    "DEC": "DEC",
+    "GLON": "GLON",
+    "GLAT": "GLAT",
+    "J": "J",
+    "H": "H",
+    "K": "K",
+    "SNR": "SNR",
+    "NVISITS": "NVISITS",
+    "VHELIO": "VHELIO",
+    "VSCATTER": "VSCATTER",
+    "VERR": "VERR",
+    "STARFLAG": "STARFLAG",
+    "ANDFLAG": "ANDFLAG",
+    "ASPCAPFLAG": "ASPCAPFLAG",
+    "CHI2": "PARAM_CHI2",
+    "TARG1": "TARG1",
+    "TARG2": "TARG2",
+}  # ours -> HDU 4
 
 # %% [markdown]
 # ### Which errors
@@ -174,7 +245,11 @@ def _catalogue_row(file, table, labels):
     row |= {name: float(labels[column]) for name, column in CSV_LABELS.items()}
     for name, place in FPARAM.items():
         given = float(labels[CSV_ERRORS[name]]) if name in CSV_ERRORS else 0.0
-        row[f"{name}_ERR"] = given if given > 0 else max(float(table["FPARAM_COV"][place, place]) ** 0.5, ERROR_FLOORS[name])
+        row[f"{name}_ERR"] = (
+            given
+            if given > 0
+            else max(float(table["FPARAM_COV"][place, place]) ** 0.5, ERROR_FLOORS[name])
+        )
     return row
 
 
@@ -187,8 +262,12 @@ def _catalogue_row(file, table, labels):
 
 # %%
 #| export
-FLUX_STEP, LOG_ERROR_STEP, NO_ERROR = 1e-4, 5e-4, -32768   # NO_ERROR stands where the survey wrote an error of zero
-MAX_ERROR = 0.3                                            # a pixel with a larger error is unusable
+FLUX_STEP, LOG_ERROR_STEP, NO_ERROR = (
+    1e-4,
+    5e-4,
+    -32768,
+)  # NO_ERROR stands where the survey wrote an error of zero
+MAX_ERROR = 0.3  # a pixel with a larger error is unusable
 
 
 # %% [markdown]
@@ -204,7 +283,11 @@ def _encode(flux, error):
     with np.errstate(divide="ignore"):
         levels = np.where(error > 0, np.log(error) / LOG_ERROR_STEP, NO_ERROR)
     limit = int(np.floor(np.log(MAX_ERROR) / LOG_ERROR_STEP))
-    levels = np.where(error < MAX_ERROR, np.minimum(np.rint(levels), limit), np.maximum(np.rint(levels), limit + 1)).astype("i2")
+    levels = np.where(
+        error < MAX_ERROR,
+        np.minimum(np.rint(levels), limit),
+        np.maximum(np.rint(levels), limit + 1),
+    ).astype("i2")
     return np.where(flux > 0, np.maximum(steps, 1), steps).astype("i2"), levels
 
 
@@ -218,24 +301,31 @@ assert list(np.exp(levels[1:] * LOG_ERROR_STEP) < MAX_ERROR) == [True, False, Tr
 # %%
 #| export
 def pack_real_stars(
-    source,             # TheCannon-0.3.5.tar.gz, or the folder example_DR10 in it
-    path,               # the FITS file to write
+    source,  # TheCannon-0.3.5.tar.gz, or the folder example_DR10 in it
+    path,  # the FITS file to write
     progress: bool = True,
-) -> str:               # its sha256
+) -> str:  # its sha256
     "Pack the 553 spectra and their labels into one file; same source, same bytes. LabError if the source is not the one we know."
     with tempfile.TemporaryDirectory() as scratch:
         folder = _example_folder(source, scratch)
         with open(folder / "reference_labels.csv", newline="") as file:
             labels = {row["ID"]: row for row in csv.DictReader(file)}
         rows, steps, levels = [], [], []
-        for file in tqdm(sorted((folder / "Data").glob("*.fits")), desc="packing", unit="star", disable=not progress):
+        for file in tqdm(
+            sorted((folder / "Data").glob("*.fits")),
+            desc="packing",
+            unit="star",
+            disable=not progress,
+        ):
             with fits.open(file) as hdus:
                 rows.append(_catalogue_row(file, hdus[4].data[0], labels[file.name]))
                 flux, error = _encode(hdus[1].data[on_band], hdus[2].data[on_band])
             steps.append(flux)
             levels.append(error)
-    images = [fits.CompImageHDU(np.array(array), compression_type="RICE_1", name=name)
-              for name, array in (("FLUX", steps), ("ERROR", levels))]
+    images = [
+        fits.CompImageHDU(np.array(array), compression_type="RICE_1", name=name)
+        for name, array in (("FLUX", steps), ("ERROR", levels))
+    ]
     images[0].header["STEP"] = (FLUX_STEP, "flux = STEP * value")
     images[1].header["STEP"] = (LOG_ERROR_STEP, f"error = exp(STEP * value); {NO_ERROR}: zero")
     table = fits.BinTableHDU(Table(rows=rows), name="STARS")
@@ -257,7 +347,9 @@ with data_file(PACKED_STARS) as packed:
 source = os.environ.get("STELLAR_LAB_CANNON_TARBALL")
 if source:
     with tempfile.TemporaryDirectory() as folder, data_file(PACKED_STARS) as packed:
-        assert pack_real_stars(source, Path(folder) / "again.fits", progress=False) == _sha256(packed)
+        assert pack_real_stars(source, Path(folder) / "again.fits", progress=False) == _sha256(
+            packed
+        )
 print("remade, same bytes" if source else "remaking skipped: STELLAR_LAB_CANNON_TARBALL is not set")
 
 
@@ -267,7 +359,9 @@ print("remade, same bytes" if source else "remaking skipped: STELLAR_LAB_CANNON_
 
 # %%
 #| export
-def clusters() -> QTable:   # one row a cluster: CLUSTER, KIND, FIELDS, LOCATION_ID, FE_H, AGE, FE_H_SOURCE, AGE_SOURCE, NOTE
+def clusters() -> (
+    QTable
+):  # one row a cluster: CLUSTER, KIND, FIELDS, LOCATION_ID, FE_H, AGE, FE_H_SOURCE, AGE_SOURCE, NOTE
     "The star clusters of the real stars, with literature metallicities and ages; `FIELDS` holds the survey's names with blanks between."
     with data_file("clusters.ecsv") as path:
         return QTable.read(path, format="ascii.ecsv")
@@ -296,11 +390,16 @@ def _unpack():
     for name in LABELS:
         for column in {name, f"{name}_ERR", f"{name}_RAW"} & set(stars.colnames):
             stars[column].unit = LABELS[name].unit
-    stars.meta = {"product": "aspcapstar", "release": "dr10", "archive": "clusters", "normalized": True}
+    stars.meta = {
+        "product": "aspcapstar",
+        "release": "dr10",
+        "archive": "clusters",
+        "normalized": True,
+    }
     return (steps * FLUX_STEP).astype("f4"), error.astype("f4"), stars
 
 
-def real_stars() -> Spectra:   # 553 stars, 7,214 pixels, sorted by the name of the survey's file
+def real_stars() -> Spectra:  # 553 stars, 7,214 pixels, sorted by the name of the survey's file
     "The embedded real spectra, pseudo-normalized as SDSS DR10 published them, with their labels."
     flux, error, stars = _unpack()
     good = (flux > 0) & (error > 0) & (error < MAX_ERROR)
@@ -316,11 +415,13 @@ spectra
 stars = spectra.stars
 giants = np.asarray(stars["LOGG"]) < 3.8
 assert len(spectra) == 553 and giants.sum() == 479
-assert np.all(stars["CLUSTER"][~giants] == "Pleiades") and np.all(stars["CLUSTER"][giants] != "Pleiades")
-assert abs(np.mean(spectra.ivar > 0) - 0.888) < 0.001           # 11 % of the on-band pixels are bad
-assert spectra.ivar.max() <= 1.001 / 0.005**2                    # no error below the survey's floor
+assert np.all(stars["CLUSTER"][~giants] == "Pleiades") and np.all(
+    stars["CLUSTER"][giants] != "Pleiades"
+)
+assert abs(np.mean(spectra.ivar > 0) - 0.888) < 0.001  # 11 % of the on-band pixels are bad
+assert spectra.ivar.max() <= 1.001 / 0.005**2  # no error below the survey's floor
 assert np.isfinite(spectra.labels()).all() and (spectra.label_errors() > 0).all()
-assert np.sum(["-" in name for name in stars["APOGEE_ID"]]) == 36   # southern stars
+assert np.sum(["-" in name for name in stars["APOGEE_ID"]]) == 36  # southern stars
 
 # %% [markdown]
 # ## Who they are
@@ -331,22 +432,41 @@ assert np.sum(["-" in name for name in stars["APOGEE_ID"]]) == 36   # southern s
 # %%
 table = clusters()
 table["STARS"] = [int(np.sum(stars["CLUSTER"] == name)) for name in table["CLUSTER"]]
-table["median SNR"] = [round(float(np.median(stars["SNR"][stars["CLUSTER"] == name]))) for name in table["CLUSTER"]]
-Table(table["CLUSTER", "KIND", "FIELDS", "LOCATION_ID", "STARS", "median SNR", "FE_H", "AGE", "FE_H_SOURCE", "AGE_SOURCE"])
+table["median SNR"] = [
+    round(float(np.median(stars["SNR"][stars["CLUSTER"] == name]))) for name in table["CLUSTER"]
+]
+Table(
+    table[
+        "CLUSTER",
+        "KIND",
+        "FIELDS",
+        "LOCATION_ID",
+        "STARS",
+        "median SNR",
+        "FE_H",
+        "AGE",
+        "FE_H_SOURCE",
+        "AGE_SOURCE",
+    ]
+)
 
 # %%
 #| echo: false
-Markdown(f"Globular clusters: [Fe/H] of Carretta et al. (2009), ages of VandenBerg et al. (2013). Open clusters: each row names its own sources, "
-         f"by ADS bibcode; the column `NOTE` says what to know about a row, and an age source `round` is a round value without one source. "
-         f"Authors differ by 0.05 to 0.1 dex, for NGC 6791 by more. {table['STARS'].sum()} stars, signal-to-noise from "
-         f"{stars['SNR'].min():.0f} to {stars['SNR'].max():.0f}, {np.min(stars['NVISITS'])} to {np.max(stars['NVISITS'])} visits each.")
+Markdown(
+    f"Globular clusters: [Fe/H] of Carretta et al. (2009), ages of VandenBerg et al. (2013). Open clusters: each row names its own sources, "
+    f"by ADS bibcode; the column `NOTE` says what to know about a row, and an age source `round` is a round value without one source. "
+    f"Authors differ by 0.05 to 0.1 dex, for NGC 6791 by more. {table['STARS'].sum()} stars, signal-to-noise from "
+    f"{stars['SNR'].min():.0f} to {stars['SNR'].max():.0f}, {np.min(stars['NVISITS'])} to {np.max(stars['NVISITS'])} visits each."
+)
 
 # %%
 assert table["STARS"].sum() == 553 and len(table) == 19
 assert table["FE_H"].unit == u.dex and table["AGE"].unit == u.Gyr
 assert set(stars["CLUSTER"]) == set(table["CLUSTER"]) and np.all(table["STARS"] > 0)
 where = dict(zip(table["CLUSTER"], table["LOCATION_ID"]))
-assert all(where[name] == location for name, location in zip(stars["CLUSTER"], stars["LOCATION_ID"]))
+assert all(
+    where[name] == location for name, location in zip(stars["CLUSTER"], stars["LOCATION_ID"])
+)
 assert set(np.unique(stars["LOCATION_ID"]).astype(str)) == set(ARCHIVES["clusters"].fields)
 
 # %%
@@ -372,8 +492,23 @@ order = np.argsort(table["FE_H"].value)
 fig, ax = plt.subplots(figsize=(10, 3.4))
 for x, row in enumerate(order):
     values = np.asarray(stars["M_H"][stars["CLUSTER"] == table["CLUSTER"][row]])
-    ax.plot(x + np.linspace(-0.25, 0.25, len(values)), values, ".", ms=4, color="C0", label="a star" if x == 0 else None)
-ax.plot(np.arange(len(order)), table["FE_H"].value[order], "_", ms=18, mew=2, color="C3", label="literature")
+    ax.plot(
+        x + np.linspace(-0.25, 0.25, len(values)),
+        values,
+        ".",
+        ms=4,
+        color="C0",
+        label="a star" if x == 0 else None,
+    )
+ax.plot(
+    np.arange(len(order)),
+    table["FE_H"].value[order],
+    "_",
+    ms=18,
+    mew=2,
+    color="C3",
+    label="literature",
+)
 ax.set_xticks(range(len(order)), table["CLUSTER"][order], rotation=60, ha="right")
 ax.set(ylabel=LABELS["M_H"].axis)
 ax.legend();
@@ -387,11 +522,13 @@ for row in table:
         inside.append(np.std(values, ddof=1))
         offset.append(np.median(values) - row["FE_H"].value)
 odd = np.max(stars["M_H"][stars["CLUSTER"] == "M107"])
-Markdown(f"**What to see.** The survey's calibrated [M/H] follows the literature over 2.7 dex: the median of a cluster of giants lies within "
-         f"{np.abs(offset).max():.2f} dex of it at worst, {np.median(np.abs(offset)):.2f} in the middle. Its stars scatter by "
-         f"{np.median(inside):.2f} dex in the typical cluster: this is what the labels that we train on are worth. One star of M107 stands "
-         f"at {odd:.2f}, a whole dex above its cluster. It can hardly be a member, but it is in the published set, "
-         f"its spectrum and its labels belong together, and it stays.")
+Markdown(
+    f"**What to see.** The survey's calibrated [M/H] follows the literature over 2.7 dex: the median of a cluster of giants lies within "
+    f"{np.abs(offset).max():.2f} dex of it at worst, {np.median(np.abs(offset)):.2f} in the middle. Its stars scatter by "
+    f"{np.median(inside):.2f} dex in the typical cluster: this is what the labels that we train on are worth. One star of M107 stands "
+    f"at {odd:.2f}, a whole dex above its cluster. It can hardly be a member, but it is in the published set, "
+    f"its spectrum and its labels belong together, and it stays."
+)
 
 # %%
 assert np.abs(offset).max() < 0.35 and np.median(inside) < 0.1
@@ -405,14 +542,17 @@ assert np.abs(offset).max() < 0.35 and np.median(inside) < 0.1
 
 # %%
 #| export
-EDGE, RUN = 60, 5   # pixels from a chip's edge that count as its rim; neighbours in a row that make a sky line
+EDGE, RUN = (
+    60,
+    5,
+)  # pixels from a chip's edge that count as its rim; neighbours in a row that make a sky line
 _CHIP_SIZES = [last - first + 1 for first, last in CHIPS.values()]
 
 
 def pixel_bits(
-    flux: np.ndarray,    # (N, 7214) relative to the pseudo-continuum
-    error: np.ndarray,   # (N, 7214) its 1-sigma error; 0.3 and more marks a bad pixel
-) -> np.ndarray:         # (N, 7214) int16 APOGEE_PIXMASK bits, 0 on good pixels
+    flux: np.ndarray,  # (N, 7214) relative to the pseudo-continuum
+    error: np.ndarray,  # (N, 7214) its 1-sigma error; 0.3 and more marks a bad pixel
+) -> np.ndarray:  # (N, 7214) int16 APOGEE_PIXMASK bits, 0 on good pixels
     "Mask bits for pixels that a pseudo-normalized spectrum marks as bad only by a flux of zero or a huge error."
     empty = (flux <= 0) | (error <= 0)
     inflated = ~empty & (error >= MAX_ERROR)
@@ -432,16 +572,27 @@ def _with_bad_pixels():
 
 # %%
 full = _with_bad_pixels()
-assert np.array_equal(full.mask == 0, spectra.ivar > 0)   # bits on exactly the bad pixels
+assert np.array_equal(full.mask == 0, spectra.ivar > 0)  # bits on exactly the bad pixels
 assert np.array_equal(full.ivar[full.mask == 0], spectra.ivar[spectra.ivar > 0])
-bits = pixel_bits(np.array([[1.0] * 7212 + [0, 0]]), np.array([[0.01] * 1000 + [5.0] * 6 + [0.01] * 50 + [5.0] * 2 + [0.01] * 6154 + [10, 0]]))
-assert np.all(bits[0, 1000:1006] == PIXMASK.BADERR + PIXMASK.SIG_SKYLINE) and np.all(bits[0, 1056:1058] == PIXMASK.BADERR)
-assert np.all(bits[0, -2:] == PIXMASK.BADPIX + PIXMASK.NOT_ENOUGH_PSF) and np.count_nonzero(bits) == 10
+bits = pixel_bits(
+    np.array([[1.0] * 7212 + [0, 0]]),
+    np.array([[0.01] * 1000 + [5.0] * 6 + [0.01] * 50 + [5.0] * 2 + [0.01] * 6154 + [10, 0]]),
+)
+assert np.all(bits[0, 1000:1006] == PIXMASK.BADERR + PIXMASK.SIG_SKYLINE) and np.all(
+    bits[0, 1056:1058] == PIXMASK.BADERR
+)
+assert (
+    np.all(bits[0, -2:] == PIXMASK.BADPIX + PIXMASK.NOT_ENOUGH_PSF) and np.count_nonzero(bits) == 10
+)
 
 # %%
 share = {name: float(np.mean(full.mask >> bit & 1)) for bit, name in enumerate(PIXMASK_NAMES)}
 fig, axes = plt.subplots(1, 2, figsize=(10, 3), gridspec_kw={"width_ratios": [1, 2]})
-axes[0].barh([name for name in share if share[name]], [100 * value for value in share.values() if value], color="C0")
+axes[0].barh(
+    [name for name in share if share[name]],
+    [100 * value for value in share.values() if value],
+    color="C0",
+)
 axes[0].set(xlabel="on-band pixels [%]")
 plot_spectrum(wavelength, 100 * np.mean(full.mask != 0, axis=0), ax=axes[1])
 axes[1].set(ylabel="stars with a bad pixel [%]");
@@ -457,14 +608,18 @@ axes[1].set(ylabel="stars with a bad pixel [%]");
 
 # %%
 #| export
-H_ZERO = 1.133e7              # flux of a star with H = 0 [1e-17 erg/s/cm^2/Angstrom] (Cohen et al. 2003)
-H_WAVELENGTH = 16_300.0       # where a star's black body has the flux of its H magnitude [Angstrom]
+H_ZERO = 1.133e7  # flux of a star with H = 0 [1e-17 erg/s/cm^2/Angstrom] (Cohen et al. 2003)
+H_WAVELENGTH = 16_300.0  # where a star's black body has the flux of its H magnitude [Angstrom]
 
 
 def black_body(wave, teff):
     "Planck's law in `wave` [Angstrom] for (N,) temperatures [K], relative to its value at `H_WAVELENGTH`: (N, P)."
+
     def planck(x):
-        return x**-5 / np.expm1(constants.h * constants.c / (x * 1e-10 * constants.k * np.asarray(teff, float)[:, None]))
+        return x**-5 / np.expm1(
+            constants.h * constants.c / (x * 1e-10 * constants.k * np.asarray(teff, float)[:, None])
+        )
+
     return planck(np.asarray(wave)[None]) / planck(np.array([[H_WAVELENGTH]]))
 
 
@@ -473,7 +628,11 @@ def black_body(wave, teff):
 
 # %%
 planck = BlackBody(4500 * u.K, scale=1 * u.erg / (u.s * u.cm**2 * u.AA * u.sr))
-assert np.allclose(black_body(wavelength, [4500])[0], planck(wavelength * u.AA) / planck(H_WAVELENGTH * u.AA), rtol=1e-6)
+assert np.allclose(
+    black_body(wavelength, [4500])[0],
+    planck(wavelength * u.AA) / planck(H_WAVELENGTH * u.AA),
+    rtol=1e-6,
+)
 
 # %% [markdown]
 # The throughput is a polynomial of fourth degree a chip, drawn for each star: level, slope and curvature of some percent, as raw spectra show them,
@@ -482,13 +641,16 @@ assert np.allclose(black_body(wavelength, [4500])[0], planck(wavelength * u.AA) 
 
 # %%
 #| export
-THROUGHPUT = ((1, 0, 0, 0, 0), (0.03, 0.04, 0.03, 0.004, 0.004))   # mean and spread of a chip's five Legendre coefficients
+THROUGHPUT = (
+    (1, 0, 0, 0, 0),
+    (0.03, 0.04, 0.03, 0.004, 0.004),
+)  # mean and spread of a chip's five Legendre coefficients
 
 
 def draw_throughput(
     seed: int,
     apogee_id: str,
-) -> np.ndarray:        # (3, 5) Legendre coefficients, a row a chip
+) -> np.ndarray:  # (3, 5) Legendre coefficients, a row a chip
     "The instrument's response to one star; depends on seed and name only, so the order of stars does not matter."
     mean, spread = np.array(THROUGHPUT)
     return mean + spread * _star_rng(seed, apogee_id, "throughput").standard_normal((3, len(mean)))
@@ -501,27 +663,40 @@ def _star_rng(seed, apogee_id, purpose):
 # %%
 #| export
 def instrument_continuum(
-    teff: np.ndarray,         # (N,) [K]
+    teff: np.ndarray,  # (N,) [K]
     h_magnitude: np.ndarray,  # (N,) 2MASS H
-    throughput: np.ndarray,   # (N, 3, 5) Legendre coefficients a star and chip
-) -> np.ndarray:              # (N, 7214) [1e-17 erg/s/cm^2/Angstrom]
+    throughput: np.ndarray,  # (N, 3, 5) Legendre coefficients a star and chip
+) -> np.ndarray:  # (N, 7214) [1e-17 erg/s/cm^2/Angstrom]
     "What the instrument would record of stars without lines: a black body through a smooth throughput per chip."
-    shape = [legval(np.linspace(-1, 1, n), throughput[:, chip].T) for chip, n in enumerate(_CHIP_SIZES)]
-    return H_ZERO * 10 ** (-0.4 * np.asarray(h_magnitude, float)[:, None]) * black_body(wavelength, teff) * np.concatenate(shape, axis=1)
+    shape = [
+        legval(np.linspace(-1, 1, n), throughput[:, chip].T) for chip, n in enumerate(_CHIP_SIZES)
+    ]
+    return (
+        H_ZERO
+        * 10 ** (-0.4 * np.asarray(h_magnitude, float)[:, None])
+        * black_body(wavelength, teff)
+        * np.concatenate(shape, axis=1)
+    )
 
 
 # %%
 names = [str(name) for name in stars["APOGEE_ID"]]
-curves = instrument_continuum(stars["TEFF"], stars["H"], np.array([draw_throughput(42, name) for name in names]))
+curves = instrument_continuum(
+    stars["TEFF"], stars["H"], np.array([draw_throughput(42, name) for name in names])
+)
 ideal = instrument_continuum([4500], [10], np.array([[[1, 0, 0, 0, 0]] * 3]))[0]
-assert np.isclose(np.interp(H_WAVELENGTH, wavelength, ideal), 1133, rtol=1e-3)    # H = 10 is ten thousand times fainter than H = 0
+assert np.isclose(
+    np.interp(H_WAVELENGTH, wavelength, ideal), 1133, rtol=1e-3
+)  # H = 10 is ten thousand times fainter than H = 0
 assert np.array_equal(draw_throughput(42, names[7]), draw_throughput(42, names[7]))
 assert not np.allclose(draw_throughput(42, names[7]), draw_throughput(43, names[7]))
 
 # %%
-chip = slice(0, 2920)   # blue
+chip = slice(0, 2920)  # blue
 x = np.linspace(-1, 1, 2920)
-residual = np.array([1 - np.polyval(np.polyfit(x, curve[chip], 2), x) / curve[chip] for curve in curves[::20]])
+residual = np.array(
+    [1 - np.polyval(np.polyfit(x, curve[chip], 2), x) / curve[chip] for curve in curves[::20]]
+)
 fig, axes = plt.subplots(1, 2, figsize=(10, 3))
 for curve in curves[:60:10]:
     plot_spectrum(wavelength, curve / curve.mean(), color=None, ax=axes[0])
@@ -531,9 +706,11 @@ axes[1].set(xlabel="vacuum wavelength [Å]", ylabel="left by a parabola [%]");
 
 # %%
 #| echo: false
-Markdown(f"**What to see.** Left: each star has its own slope and steps between the chips, the black body falls to the red. Right: what a parabola "
-         f"fitted to the noiseless continuum of a blue chip leaves over, {100 * residual.std():.2f} % in the rms and up to "
-         f"{100 * np.abs(residual).max():.1f} %. No normalization by parabolas can be better than this.")
+Markdown(
+    f"**What to see.** Left: each star has its own slope and steps between the chips, the black body falls to the red. Right: what a parabola "
+    f"fitted to the noiseless continuum of a blue chip leaves over, {100 * residual.std():.2f} % in the rms and up to "
+    f"{100 * np.abs(residual).max():.1f} %. No normalization by parabolas can be better than this."
+)
 
 # %%
 assert 0.0005 < residual.std() < 0.004
@@ -547,21 +724,23 @@ assert 0.0005 < residual.std() < 0.004
 
 # %%
 #| export
-COSMIC_RAYS = 0.001     # share of pixels that a cosmic ray hits in one of the visits
-NO_VALUE = 1e10         # the error that apStar files give a pixel without a value
+COSMIC_RAYS = 0.001  # share of pixels that a cosmic ray hits in one of the visits
+NO_VALUE = 1e10  # the error that apStar files give a pixel without a value
 
 
 def split_visits(
-    flux: np.ndarray,    # (P,) combined spectrum
-    error: np.ndarray,   # (P,) its error
-    visits: int,         # V
+    flux: np.ndarray,  # (P,) combined spectrum
+    error: np.ndarray,  # (P,) its error
+    visits: int,  # V
     rng: np.random.Generator,
-) -> tuple:              # (V, P) fluxes, (V, P) errors, (V,) weights that sum to 1
+) -> tuple:  # (V, P) fluxes, (V, P) errors, (V,) weights that sum to 1
     "Visits that could have made a combination: their weighted mean is it, and their scatter agrees with their errors."
     weights = rng.lognormal(0, 0.3, visits)
     weights /= weights.sum()
     errors = error / np.sqrt(weights)[:, None]
-    noise = rng.standard_normal((visits, len(flux))) * np.minimum(errors, 0.1 * np.abs(flux))   # a bad pixel's error is no noise
+    noise = rng.standard_normal((visits, len(flux))) * np.minimum(
+        errors, 0.1 * np.abs(flux)
+    )  # a bad pixel's error is no noise
     return flux + noise - weights @ noise, errors, weights
 
 
@@ -569,10 +748,12 @@ def split_visits(
 rng = np.random.default_rng(1)
 flux, error = np.full(20_000, 100.0), np.full(20_000, 2.0)
 visits, errors, weights = split_visits(flux, error, 4, rng)
-assert np.allclose(weights @ visits, flux, rtol=1e-12)                      # they average to the combination
-assert np.allclose(1 / (1 / errors**2).sum(axis=0), error**2)               # and so do their errors
+assert np.allclose(weights @ visits, flux, rtol=1e-12)  # they average to the combination
+assert np.allclose(1 / (1 / errors**2).sum(axis=0), error**2)  # and so do their errors
 chi2 = (((visits - flux) / errors) ** 2).sum(axis=0)
-assert abs(chi2.mean() - 3) < 4 * np.sqrt(2 * 3 / len(flux))                # four visits, one mean: three degrees of freedom
+assert abs(chi2.mean() - 3) < 4 * np.sqrt(
+    2 * 3 / len(flux)
+)  # four visits, one mean: three degrees of freedom
 
 
 # %% [markdown]
@@ -591,8 +772,18 @@ def _cards(*cards):
     return header
 
 
-_GRID_CARDS = (("CRVAL1", LOG10_START), ("CDELT1", LOG10_STEP), ("CRPIX1", 1), ("CTYPE1", "LOG-LINEAR"), ("DC-FLAG", 1))
-_DETECTORS = {"B": (213, 3308), "G": (3553, 6116), "R": (6309, 8369)}   # full-grid pixels that light can reach, of a real file
+_GRID_CARDS = (
+    ("CRVAL1", LOG10_START),
+    ("CDELT1", LOG10_STEP),
+    ("CRPIX1", 1),
+    ("CTYPE1", "LOG-LINEAR"),
+    ("DC-FLAG", 1),
+)
+_DETECTORS = {
+    "B": (213, 3308),
+    "G": (3553, 6116),
+    "R": (6309, 8369),
+}  # full-grid pixels that light can reach, of a real file
 _UNIT = "(10^-17 erg/s/cm^2/Ang)"
 
 
@@ -607,14 +798,22 @@ def _mask_image(bits):
     "The bitmask on the full grid: BADPIX in the gaps, NOT_ENOUGH_PSF too where a detector sees but nothing was kept."
     fill = np.full(N_PIXELS, PIXMASK.BADPIX)
     for first, last in _DETECTORS.values():
-        fill[first:last + 1] |= PIXMASK.NOT_ENOUGH_PSF
+        fill[first : last + 1] |= PIXMASK.NOT_ENOUGH_PSF
     return _image(bits, fill, "Flag Mask (bitwise)", ">i2")
 
 
 # %%
 image, bits = _image(np.ones((3, 7214)), 0, "Flux"), _mask_image(np.zeros(7214, int)).data
-assert image.data.shape == (3, 8575) and image.data.sum() == 3 * 7214 and image.header["CRVAL1"] == 4.179
-assert bits[0] == PIXMASK.BADPIX and bits[321] == PIXMASK.BADPIX + PIXMASK.NOT_ENOUGH_PSF and bits[322] == 0
+assert (
+    image.data.shape == (3, 8575)
+    and image.data.sum() == 3 * 7214
+    and image.header["CRVAL1"] == 4.179
+)
+assert (
+    bits[0] == PIXMASK.BADPIX
+    and bits[321] == PIXMASK.BADPIX + PIXMASK.NOT_ENOUGH_PSF
+    and bits[322] == 0
+)
 
 
 # %% [markdown]
@@ -626,26 +825,53 @@ assert bits[0] == PIXMASK.BADPIX and bits[321] == PIXMASK.BADPIX + PIXMASK.NOT_E
 #| export
 def _star_header(star, visits):
     "Primary header of an apStar file, with the survey's keywords."
-    cards = [("OBJID", star["APOGEE_ID"], "Object ID"), *((band, round(star[band], 4), f"2MASS {band} magnitude") for band in "JHK"),
-             ("TARG1", star.get("TARG1", 0), "First APOGEE targeting flag"), ("TARG2", star.get("TARG2", 0), "Second APOGEE targeting flag"),
-             ("SURVEY", "apogee", "Survey name"), ("TELESCOP", star["TELESCOPE"], "Telescope"), ("LOCID", star["LOCATION_ID"], "LocationID"),
-             ("FIELD", star["FIELD"], "Field name"), ("RA", star["RA"], "right ascension, deg, J2000"),
-             ("DEC", star["DEC"], "declination, deg, J2000"), ("NVISITS", star["NVISITS"], "number of visit spectra combined"),
-             ("VRAD", 0.0, "Doppler shift (km/s) of this spectrum"), ("VHELIO", star["VHELIO"], "mean heliocentric velocity (km/s)"),
-             ("VSCATTER", star["VSCATTER"], "STDEV of VHELIO (km/s)"), ("VERR", star["VERR"], "weighted error in VHELIO (km/s)"),
-             ("SNR", star["SNR"], "final median Signal/Noise ratio"), ("STARFLAG", star.get("STARFLAG", 0), "OR of visit starflags"),
-             ("ANDFLAG", star.get("ANDFLAG", 0), "AND of visit starflags")]
+    cards = [
+        ("OBJID", star["APOGEE_ID"], "Object ID"),
+        *((band, round(star[band], 4), f"2MASS {band} magnitude") for band in "JHK"),
+        ("TARG1", star.get("TARG1", 0), "First APOGEE targeting flag"),
+        ("TARG2", star.get("TARG2", 0), "Second APOGEE targeting flag"),
+        ("SURVEY", "apogee", "Survey name"),
+        ("TELESCOP", star["TELESCOPE"], "Telescope"),
+        ("LOCID", star["LOCATION_ID"], "LocationID"),
+        ("FIELD", star["FIELD"], "Field name"),
+        ("RA", star["RA"], "right ascension, deg, J2000"),
+        ("DEC", star["DEC"], "declination, deg, J2000"),
+        ("NVISITS", star["NVISITS"], "number of visit spectra combined"),
+        ("VRAD", 0.0, "Doppler shift (km/s) of this spectrum"),
+        ("VHELIO", star["VHELIO"], "mean heliocentric velocity (km/s)"),
+        ("VSCATTER", star["VSCATTER"], "STDEV of VHELIO (km/s)"),
+        ("VERR", star["VERR"], "weighted error in VHELIO (km/s)"),
+        ("SNR", star["SNR"], "final median Signal/Noise ratio"),
+        ("STARFLAG", star.get("STARFLAG", 0), "OR of visit starflags"),
+        ("ANDFLAG", star.get("ANDFLAG", 0), "AND of visit starflags"),
+    ]
     for i, visit in enumerate(visits, 1):
-        cards += [(f"SFILE{i}", visit["FILE"], f"Visit #{i} spectrum file"), (f"JD{i}", visit["JD"], f"Julian date of visit {i}"),
-                  (f"FIBER{i}", visit["FIBER"], f"Fiber, visit {i}"), (f"BC{i}", visit["BC"], "Barycentric correction (km/s)"),
-                  (f"VRAD{i}", visit["VREL"], f"Doppler shift (km/s) of visit {i}"), (f"VERR{i}", visit["VRELERR"], "error in VRAD (km/s)"),
-                  (f"VHELIO{i}", visit["VHELIO"], "Heliocentric velocity (km/s)"), (f"SNRVIS{i}", visit["SNR"], "Signal/Noise ratio")]
+        cards += [
+            (f"SFILE{i}", visit["FILE"], f"Visit #{i} spectrum file"),
+            (f"JD{i}", visit["JD"], f"Julian date of visit {i}"),
+            (f"FIBER{i}", visit["FIBER"], f"Fiber, visit {i}"),
+            (f"BC{i}", visit["BC"], "Barycentric correction (km/s)"),
+            (f"VRAD{i}", visit["VREL"], f"Doppler shift (km/s) of visit {i}"),
+            (f"VERR{i}", visit["VRELERR"], "error in VRAD (km/s)"),
+            (f"VHELIO{i}", visit["VHELIO"], "Heliocentric velocity (km/s)"),
+            (f"SNRVIS{i}", visit["SNR"], "Signal/Noise ratio"),
+        ]
     for detector, (first, last) in zip("BGR", CHIPS.values()):
-        cards += [(f"{detector}MIN", first, "Min pixel of this chip, any frame"), (f"{detector}MAX", last, "Max pixel of this chip, any frame")]
-    history = ("row 1: combined spectrum with individual pixel weighting", "row 2: combined spectrum with global weighting",
-               "row 3-nvisits+2: individual visit spectra; nvisits=1: a single row", "HDU1 flux, 2 error, 3 mask (row 1 OR, row 2 AND of visits)",
-               "HDU4 sky, 5 sky error, 6 telluric, 7 telluric error, 8 LSF, 9 RV", "written by stellar_lab: flux scale, visits, HDU4-9 simulated")
-    return _cards(*cards, ("NWAVE", N_PIXELS), *_GRID_CARDS, *(("HISTORY", line) for line in history))
+        cards += [
+            (f"{detector}MIN", first, "Min pixel of this chip, any frame"),
+            (f"{detector}MAX", last, "Max pixel of this chip, any frame"),
+        ]
+    history = (
+        "row 1: combined spectrum with individual pixel weighting",
+        "row 2: combined spectrum with global weighting",
+        "row 3-nvisits+2: individual visit spectra; nvisits=1: a single row",
+        "HDU1 flux, 2 error, 3 mask (row 1 OR, row 2 AND of visits)",
+        "HDU4 sky, 5 sky error, 6 telluric, 7 telluric error, 8 LSF, 9 RV",
+        "written by stellar_lab: flux scale, visits, HDU4-9 simulated",
+    )
+    return _cards(
+        *cards, ("NWAVE", N_PIXELS), *_GRID_CARDS, *(("HISTORY", line) for line in history)
+    )
 
 
 # %%
@@ -653,14 +879,28 @@ def _star_header(star, visits):
 def _draw_visits(star, weights, rng):
     "Facts about each visit that a header wants: dates, fibers, velocities. Invented, but they add up."
     days = np.sort(rng.choice(np.arange(55_800, 56_500), len(weights), replace=False))
-    plate, velocity = 5000 + star["LOCATION_ID"] % 1000, star["VHELIO"] + star["VSCATTER"] * rng.standard_normal(len(weights))
+    plate, velocity = (
+        5000 + star["LOCATION_ID"] % 1000,
+        star["VHELIO"] + star["VSCATTER"] * rng.standard_normal(len(weights)),
+    )
     visits = []
     for day, weight, vhelio in zip(days, weights, velocity):
         fiber, bc = int(rng.integers(1, 301)), round(float(rng.uniform(-28, 28)), 4)
-        visits.append({"FILE": f"apVisit-r8-{plate}-{day}-{fiber:03d}.fits", "FIBER": fiber, "PLATE": str(plate), "MJD": int(day),
-                       "LOCID": star["LOCATION_ID"], "JD": 2_400_000.5 + int(day) + round(float(rng.uniform(0.1, 0.5)), 5),
-                       "VREL": round(float(vhelio) - bc, 4), "VRELERR": 0.05, "VHELIO": round(float(vhelio), 4), "BC": bc,
-                       "SNR": round(star["SNR"] * float(weight) ** 0.5, 3)})
+        visits.append(
+            {
+                "FILE": f"apVisit-r8-{plate}-{day}-{fiber:03d}.fits",
+                "FIBER": fiber,
+                "PLATE": str(plate),
+                "MJD": int(day),
+                "LOCID": star["LOCATION_ID"],
+                "JD": 2_400_000.5 + int(day) + round(float(rng.uniform(0.1, 0.5)), 5),
+                "VREL": round(float(vhelio) - bc, 4),
+                "VRELERR": 0.05,
+                "VHELIO": round(float(vhelio), 4),
+                "BC": bc,
+                "SNR": round(star["SNR"] * float(weight) ** 0.5, 3),
+            }
+        )
     return visits
 
 
@@ -668,10 +908,26 @@ def _rv_table(visits):
     "HDU 9: velocities of the visits, and empty cross-correlation functions."
     n = len(visits)
     each, rows = ((n,), n + 2) if n > 1 else ((), 1)
-    columns = [("FILE", "S30"), ("FIBER", ">i2"), ("PLATE", "S4"), ("MJD", ">i4"), ("LOCID", ">i2"), ("JD", ">f8"), ("VREL", ">f4"),
-               ("VRELERR", ">f4"), ("VHELIO", ">f4"), ("BC", ">f4")]
+    columns = [
+        ("FILE", "S30"),
+        ("FIBER", ">i2"),
+        ("PLATE", "S4"),
+        ("MJD", ">i4"),
+        ("LOCID", ">i2"),
+        ("JD", ">f8"),
+        ("VREL", ">f4"),
+        ("VRELERR", ">f4"),
+        ("VHELIO", ">f4"),
+        ("BC", ">f4"),
+    ]
     dtype = [(name, kind, each) for name, kind in columns]
-    dtype += [("CCF", ">f4", (rows, 401)), ("CCFERR", ">f4", (rows, 401)), ("CCFLAG", ">f4", 401), ("CCFW0", ">f8"), ("CCFDW", ">f8")]
+    dtype += [
+        ("CCF", ">f4", (rows, 401)),
+        ("CCFERR", ">f4", (rows, 401)),
+        ("CCFLAG", ">f4", 401),
+        ("CCFW0", ">f8"),
+        ("CCFDW", ">f8"),
+    ]
     table = np.zeros(1, dtype)
     for name, _ in columns:
         table[name] = [visit[name] for visit in visits] if n > 1 else visits[0][name]
@@ -685,15 +941,41 @@ def _rv_table(visits):
 
 # %%
 #| export
-_LSF = (1, 4287, 5, 1, 1, 1, 1, 1, 0, 1.715, -7.9e-6, -0.033, 9e-7, -0.227, 5.7e-6, 0.093, -8.4e-6, 0.244, -4e-6, -0.046, 1, 2, 0, 0, 0.01,
-        0.057)   # a Gauss-Hermite profile as wide as the instrument's, one for all stars
+_LSF = (
+    1,
+    4287,
+    5,
+    1,
+    1,
+    1,
+    1,
+    1,
+    0,
+    1.715,
+    -7.9e-6,
+    -0.033,
+    9e-7,
+    -0.227,
+    5.7e-6,
+    0.093,
+    -8.4e-6,
+    0.244,
+    -4e-6,
+    -0.046,
+    1,
+    2,
+    0,
+    0,
+    0.01,
+    0.057,
+)  # a Gauss-Hermite profile as wide as the instrument's, one for all stars
 
 
 def apstar_hdus(
-    star: dict,          # a row of the stars table
-    flux: np.ndarray,    # (7214,) [1e-17 erg/s/cm^2/Angstrom]
-    error: np.ndarray,   # (7214,) its error, `NO_VALUE` where there is none
-    mask: np.ndarray,    # (7214,) APOGEE_PIXMASK bits
+    star: dict,  # a row of the stars table
+    flux: np.ndarray,  # (7214,) [1e-17 erg/s/cm^2/Angstrom]
+    error: np.ndarray,  # (7214,) its error, `NO_VALUE` where there is none
+    mask: np.ndarray,  # (7214,) APOGEE_PIXMASK bits
     rng: np.random.Generator,
 ) -> fits.HDUList:
     "An apStar file of DR14 (10 HDUs; 1-D arrays where there was one visit). https://data.sdss.org/datamodel"
@@ -703,17 +985,30 @@ def apstar_hdus(
         fluxes, errors, weights = split_visits(flux, error, n, rng)
         hit = np.flatnonzero(rng.random(len(mask)) < COSMIC_RAYS)
         masks[rng.integers(n, size=len(hit)), hit] |= PIXMASK.CRPIX
-        fluxes, errors = np.vstack([flux, flux, fluxes]), np.vstack([error, error, np.minimum(errors, NO_VALUE)])
+        fluxes, errors = (
+            np.vstack([flux, flux, fluxes]),
+            np.vstack([error, error, np.minimum(errors, NO_VALUE)]),
+        )
         masks = np.vstack([np.bitwise_or.reduce(masks), np.bitwise_and.reduce(masks), masks])
     else:
         fluxes, errors, masks, weights = flux, error, masks[0], np.ones(1)
     sky = np.where(masks & PIXMASK.SIG_SKYLINE, 300.0, 15.0)
     visits = _draw_visits(star, weights, rng)
-    images = [_image(fluxes, 0, f"Flux {_UNIT}"), _image(errors, NO_VALUE, f"Error {_UNIT}"), _mask_image(masks),
-              _image(sky, 0, f"Sky {_UNIT}"), _image(0.1 * sky, 0, f"Sky Error {_UNIT}"),
-              _image(np.full_like(sky, 0.99), 0, "Telluric"), _image(np.full_like(sky, 1e-4), 0, "Telluric Error")]
-    lsf = fits.ImageHDU(np.array(_LSF, ">f8"), _cards(("CTYPE1", "Parameters"), ("BUNIT", "LSF Coefficients")))
-    return fits.HDUList([fits.PrimaryHDU(header=_star_header(star, visits)), *images, lsf, _rv_table(visits)])
+    images = [
+        _image(fluxes, 0, f"Flux {_UNIT}"),
+        _image(errors, NO_VALUE, f"Error {_UNIT}"),
+        _mask_image(masks),
+        _image(sky, 0, f"Sky {_UNIT}"),
+        _image(0.1 * sky, 0, f"Sky Error {_UNIT}"),
+        _image(np.full_like(sky, 0.99), 0, "Telluric"),
+        _image(np.full_like(sky, 1e-4), 0, "Telluric Error"),
+    ]
+    lsf = fits.ImageHDU(
+        np.array(_LSF, ">f8"), _cards(("CTYPE1", "Parameters"), ("BUNIT", "LSF Coefficients"))
+    )
+    return fits.HDUList(
+        [fits.PrimaryHDU(header=_star_header(star, visits)), *images, lsf, _rv_table(visits)]
+    )
 
 
 # %% [markdown]
@@ -722,8 +1017,27 @@ def apstar_hdus(
 
 # %%
 #| export
-_SECRETS = ("OBJID", "RA", "DEC", "J", "H", "K", "LOCID", "FIELD", "TARG1", "TARG2", "SFILE1", "JD1", "FIBER1", "BC1", "VRAD1", "VHELIO1", "VHELIO",
-            "VSCATTER", "VERR")
+_SECRETS = (
+    "OBJID",
+    "RA",
+    "DEC",
+    "J",
+    "H",
+    "K",
+    "LOCID",
+    "FIELD",
+    "TARG1",
+    "TARG2",
+    "SFILE1",
+    "JD1",
+    "FIBER1",
+    "BC1",
+    "VRAD1",
+    "VHELIO1",
+    "VHELIO",
+    "VSCATTER",
+    "VERR",
+)
 
 
 def mystery_hdus(star, flux, error, mask, rng) -> fits.HDUList:
@@ -739,17 +1053,32 @@ def mystery_hdus(star, flux, error, mask, rng) -> fits.HDUList:
 #| export
 def aspcapstar_hdus(
     star: dict,
-    flux: np.ndarray,    # (7214,) relative to the pseudo-continuum
-    error: np.ndarray,   # (7214,)
+    flux: np.ndarray,  # (7214,) relative to the pseudo-continuum
+    error: np.ndarray,  # (7214,)
 ) -> fits.HDUList:
     "An aspcapStar file: pseudo-normalized flux and error as they are, an empty best fit, one row of labels."
     keys = ("LOCATION_ID", "FIELD", "RA", "DEC", "J", "H", "K", "SNR", "NVISITS")
     names = {"LOCATION_ID": "LOCID"}
-    header = _cards(("OBJ", star["APOGEE_ID"], "Object ID"), *((names.get(key, key), star[key]) for key in keys),
-                    ("HISTORY", "HDU1 pseudo-normalized flux, 2 error, 3 best fit (zero: not kept), 4 labels"))
-    images = [_image(flux, 0, "Flux / pseudo-continuum"), _image(error, 0, "Error"), _image(np.zeros_like(flux), 0, "Best fit")]
+    header = _cards(
+        ("OBJ", star["APOGEE_ID"], "Object ID"),
+        *((names.get(key, key), star[key]) for key in keys),
+        ("HISTORY", "HDU1 pseudo-normalized flux, 2 error, 3 best fit (zero: not kept), 4 labels"),
+    )
+    images = [
+        _image(flux, 0, "Flux / pseudo-continuum"),
+        _image(error, 0, "Error"),
+        _image(np.zeros_like(flux), 0, "Best fit"),
+    ]
     labels = [name for name in star if name in LABELS or name.removesuffix("_ERR") in LABELS]
-    row = np.zeros(1, [("APOGEE_ID", "S18"), ("LOCATION_ID", ">i4"), ("SNR", ">f4"), *((name, ">f4") for name in labels)])
+    row = np.zeros(
+        1,
+        [
+            ("APOGEE_ID", "S18"),
+            ("LOCATION_ID", ">i4"),
+            ("SNR", ">f4"),
+            *((name, ">f4") for name in labels),
+        ],
+    )
     for name in row.dtype.names:
         row[name] = _filled(star[name])
     return fits.HDUList([fits.PrimaryHDU(header=header), *images, fits.BinTableHDU(row)])
@@ -771,29 +1100,46 @@ def _filled(value):
 @dataclass(frozen=True)
 class Flaw:
     "A fault planted in an archive on purpose."
+
     name: str
-    count: int      # how many copies carry it
+    count: int  # how many copies carry it
     what: str
-    reader: str     # what whoever reads the archive must do
+    reader: str  # what whoever reads the archive must do
 
 
-FLAWS = {flaw.name: flaw for flaw in (
-    Flaw("low-snr", 6, "SNR below 50, with the noise to match", "drop by the cut in SNR"),
-    Flaw("no-labels", 6, "all labels -9999 in the catalogue", "drop: no label"),
-    Flaw("zero-flux", 4, "flux zero in every pixel", "drop: no flux"),
-    Flaw("duplicate", 4, "two rows in the catalogue; the one of higher SNR has a label outside the archive's cuts",
-         "take the row of higher SNR, so that the cut drops the star"),
-    Flaw("no-row", 5, "a file without a row in the catalogue", "drop: not in the catalogue, counted"),
-    Flaw("no-file", 5, "a row in the catalogue without a file", "no star, or counted as missing"),
-    Flaw("truncated", 3, "files cut off after 40 % of their bytes", "report and skip"),
-    Flaw("html", 2, "a server's error page under the name of a FITS file", "report and skip"),
-)}
+FLAWS = {
+    flaw.name: flaw
+    for flaw in (
+        Flaw("low-snr", 6, "SNR below 50, with the noise to match", "drop by the cut in SNR"),
+        Flaw("no-labels", 6, "all labels -9999 in the catalogue", "drop: no label"),
+        Flaw("zero-flux", 4, "flux zero in every pixel", "drop: no flux"),
+        Flaw(
+            "duplicate",
+            4,
+            "two rows in the catalogue; the one of higher SNR has a label outside the archive's cuts",
+            "take the row of higher SNR, so that the cut drops the star",
+        ),
+        Flaw(
+            "no-row",
+            5,
+            "a file without a row in the catalogue",
+            "drop: not in the catalogue, counted",
+        ),
+        Flaw(
+            "no-file", 5, "a row in the catalogue without a file", "no star, or counted as missing"
+        ),
+        Flaw("truncated", 3, "files cut off after 40 % of their bytes", "report and skip"),
+        Flaw("html", 2, "a server's error page under the name of a FITS file", "report and skip"),
+    )
+}
 _HTML = "<!DOCTYPE html>\n<html><head><title>503 Service Unavailable</title></head><body>Try again later.</body></html>\n"
 
 # %%
 #| echo: false
-Table(rows=[(flaw.name, flaw.count, flaw.what, flaw.reader) for flaw in FLAWS.values()],
-      names=["flaw", "copies", "what is wrong", "what a reader does"])
+Table(
+    rows=[(flaw.name, flaw.count, flaw.what, flaw.reader) for flaw in FLAWS.values()],
+    names=["flaw", "copies", "what is wrong", "what a reader does"],
+)
 
 
 # %% [markdown]
@@ -816,29 +1162,46 @@ def passes_cuts(stars: Table, record) -> np.ndarray:
 
 def plan_archive(
     spectra: Spectra,
-    record,                # the archive's record in survey.ARCHIVES
+    record,  # the archive's record in survey.ARCHIVES
     seed: int = 42,
-    flaws: dict = None,    # name of a flaw -> how many; all of FLAWS by default
-) -> Table:                # a row a star: SOURCE (row of spectra), APOGEE_ID, FLAW, SNR
+    flaws: dict = None,  # name of a flaw -> how many; all of FLAWS by default
+) -> Table:  # a row a star: SOURCE (row of spectra), APOGEE_ID, FLAW, SNR
     "Who will be in the archive: every star under its name but one, the mystery star; copies under invented names carry the flaws."
     flaws = {name: flaw.count for name, flaw in FLAWS.items()} if flaws is None else flaws
     unknown = set(flaws) - set(FLAWS)
     if unknown:
         raise LabError(f"unknown flaw {', '.join(sorted(unknown))}: choose from {', '.join(FLAWS)}")
     rng, snr = np.random.default_rng([seed, 1]), np.asarray(spectra.stars["SNR"], float)
-    good = np.flatnonzero(passes_cuts(spectra.stars, record) & np.isfinite(spectra.labels(record.labels)).all(axis=1)
-                          & ((spectra.mask != 0).sum(axis=1) <= MASKED_LIMIT))   # the mystery star and the copies must not fall to other cuts than their own
+    good = np.flatnonzero(
+        passes_cuts(spectra.stars, record)
+        & np.isfinite(spectra.labels(record.labels)).all(axis=1)
+        & ((spectra.mask != 0).sum(axis=1) <= MASKED_LIMIT)
+    )  # the mystery star and the copies must not fall to other cuts than their own
     if len(good) < 2:
-        raise LabError(f"only {len(good)} of {len(spectra)} stars pass the cuts of {record.name}: an archive needs two at least")
+        raise LabError(
+            f"only {len(good)} of {len(spectra)} stars pass the cuts of {record.name}: an archive needs two at least"
+        )
     mystery = _pick_mystery(spectra, good, record, rng)
     others = good[good != mystery]
-    others = others[snr[others] >= np.median(snr[others])]   # well measured, so that only its flaw can drop a copy
-    rows = [(i, str(name), "mystery" if i == mystery else "", snr[i]) for i, name in enumerate(spectra.stars["APOGEE_ID"])]
+    others = others[
+        snr[others] >= np.median(snr[others])
+    ]  # well measured, so that only its flaw can drop a copy
+    rows = [
+        (i, str(name), "mystery" if i == mystery else "", snr[i])
+        for i, name in enumerate(spectra.stars["APOGEE_ID"])
+    ]
     for number, name in enumerate(FLAWS):
         for k in range(flaws.get(name, 0)):
             source = int(rng.choice(others))
-            copy = f"2M99{number:02d}{k:04d}{'+-'[k % 2]}{k:07d}"   # a right ascension of 99 hours does not exist
-            rows.append((source, copy, name, round(rng.uniform(15, 45), 3) if name == "low-snr" else snr[source]))
+            copy = f"2M99{number:02d}{k:04d}{'+-'[k % 2]}{k:07d}"  # a right ascension of 99 hours does not exist
+            rows.append(
+                (
+                    source,
+                    copy,
+                    name,
+                    round(rng.uniform(15, 45), 3) if name == "low-snr" else snr[source],
+                )
+            )
     return Table(rows=rows, names=["SOURCE", "APOGEE_ID", "FLAW", "SNR"])
 
 
@@ -854,7 +1217,9 @@ def _pick_mystery(spectra, good, record, rng):
 plan = plan_archive(full, ARCHIVES["clusters"], seed=42)
 counts = {name: int(np.sum(plan["FLAW"] == name)) for name in np.unique(plan["FLAW"])}
 assert counts == {"": 552, "mystery": 1} | {flaw.name: flaw.count for flaw in FLAWS.values()}
-assert len(set(plan["APOGEE_ID"])) == len(plan) and np.all(np.char.startswith(plan["APOGEE_ID"][553:].astype(str), "2M99"))
+assert len(set(plan["APOGEE_ID"])) == len(plan) and np.all(
+    np.char.startswith(plan["APOGEE_ID"][553:].astype(str), "2M99")
+)
 assert np.all(passes_cuts(full.stars[plan["SOURCE"][553:]], ARCHIVES["clusters"]))
 with pytest.raises(LabError, match="unknown flaw meteorite: choose from low-snr, no-labels"):
     plan_archive(full, ARCHIVES["clusters"], flaws={"meteorite": 1})
@@ -868,16 +1233,16 @@ with pytest.raises(LabError, match="unknown flaw meteorite: choose from low-snr,
 # %%
 #| export
 def write_star(
-    root,                # of the archive
-    rules,               # the release's path rules
-    star: dict,          # its row of the stars table
-    flaw: str,           # name of its flaw, "mystery", or ""
-    flux: np.ndarray,    # (7214,) relative to the pseudo-continuum
-    error: np.ndarray,   # (7214,) its error, 0 where there is none
-    mask: np.ndarray,    # (7214,) APOGEE_PIXMASK bits
+    root,  # of the archive
+    rules,  # the release's path rules
+    star: dict,  # its row of the stars table
+    flaw: str,  # name of its flaw, "mystery", or ""
+    flux: np.ndarray,  # (7214,) relative to the pseudo-continuum
+    error: np.ndarray,  # (7214,) its error, 0 where there is none
+    mask: np.ndarray,  # (7214,) APOGEE_PIXMASK bits
     seed: int,
     products: tuple = ("apstar", "aspcapstar"),
-) -> int:                # files written
+) -> int:  # files written
     "Write one star's files, as its flaw wants them."
     rng = _star_rng(seed, star["APOGEE_ID"], "star")
     if flaw == "no-file":
@@ -887,15 +1252,24 @@ def write_star(
     if flaw == "low-snr":
         flux = np.where(error > 0, flux + rng.standard_normal(len(flux)) / star["SNR"], flux)
         error = np.where(error > 0, np.hypot(error, 1 / star["SNR"]), 0)
-    scale = instrument_continuum([_continuum_teff(star)], [star["H"]], draw_throughput(seed, star["APOGEE_ID"])[None])[0]
+    scale = instrument_continuum(
+        [_continuum_teff(star)], [star["H"]], draw_throughput(seed, star["APOGEE_ID"])[None]
+    )[0]
     raw = (star, flux * scale, np.where(error > 0, error * scale, NO_VALUE), mask, rng)
     if flaw == "mystery":
         mystery_hdus(*raw).writeto(Path(root) / MYSTERY_FILE)
         return 1
-    marked = np.where((mask != 0) & (error > 0), np.maximum(error, MAX_ERROR), error)   # this product has no mask: a bad pixel shows by its error
-    make = {"apstar": lambda: apstar_hdus(*raw), "aspcapstar": lambda: aspcapstar_hdus(star, flux, marked)}
+    marked = np.where(
+        (mask != 0) & (error > 0), np.maximum(error, MAX_ERROR), error
+    )  # this product has no mask: a bad pixel shows by its error
+    make = {
+        "apstar": lambda: apstar_hdus(*raw),
+        "aspcapstar": lambda: aspcapstar_hdus(star, flux, marked),
+    }
     for product in products:
-        path = Path(root) / rules.path(product, str(star[rules.field_column]), star["APOGEE_ID"], star["TELESCOPE"])
+        path = Path(root) / rules.path(
+            product, str(star[rules.field_column]), star["APOGEE_ID"], star["TELESCOPE"]
+        )
         path.parent.mkdir(parents=True, exist_ok=True)
         make[product]().writeto(path)
         _damage(path, flaw)
@@ -909,7 +1283,9 @@ def _continuum_teff(star):
 
 def _damage(path, flaw):
     if flaw == "truncated":
-        path.write_bytes(path.read_bytes()[: int(0.4 * path.stat().st_size) + 1])   # within a block of 2,880 bytes
+        path.write_bytes(
+            path.read_bytes()[: int(0.4 * path.stat().st_size) + 1]
+        )  # within a block of 2,880 bytes
     if flaw == "html":
         path.write_text(_HTML)
 
@@ -927,10 +1303,10 @@ def _write_stars(root, rules, jobs, seed, products):
 # %%
 #| export
 def allstar_table(
-    stars: list,        # star dicts
-    flaws: list,        # the flaw of each
+    stars: list,  # star dicts
+    flaws: list,  # the flaw of each
     record,
-) -> Table:             # a row a target, two for a duplicate
+) -> Table:  # a row a target, two for a duplicate
     "The survey's catalogue of these stars: its column names, its dtypes, -9999 for what is missing."
     rules, cut = record.rules, [cut for cut in record.cuts if cut.column in LABELS][-1]
     outside = cut.high + 1 if np.isfinite(cut.high) else cut.low - 1
@@ -938,7 +1314,11 @@ def allstar_table(
     for star, flaw in zip(stars, flaws):
         if flaw in ("mystery", "no-row"):
             continue
-        labels = {name: _filled(value) for name, value in star.items() if name in LABELS or name.removesuffix("_ERR") in LABELS}
+        labels = {
+            name: _filled(value)
+            for name, value in star.items()
+            if name in LABELS or name.removesuffix("_ERR") in LABELS
+        }
         if flaw == "no-labels":
             labels = dict.fromkeys(labels, -9999.0)
         row = _catalogue_facts(star, rules) | labels
@@ -950,19 +1330,63 @@ def allstar_table(
     table = Table(rows=[rows[i] for i in order])
     for name in table.colnames:
         kind = table[name].dtype.kind
-        table[name] = table[name].astype("f8" if name in ("RA", "DEC", "GLON", "GLAT") else {"f": "f4", "i": "i4"}.get(kind, table[name].dtype))
+        table[name] = table[name].astype(
+            "f8"
+            if name in ("RA", "DEC", "GLON", "GLAT")
+            else {"f": "f4", "i": "i4"}.get(kind, table[name].dtype)
+        )
     return table
 
 
 def _catalogue_facts(star, rules):
     "The columns of allStar that are no labels."
-    where = {"telescope": star["TELESCOPE"], "field": star[rules.field_column], "id": star["APOGEE_ID"]}
-    copied = {ours: star[ours] for ours in ("J", "H", "K", "RA", "DEC", "GLON", "GLAT", "NVISITS", "SNR", "STARFLAG", "ANDFLAG", "ASPCAPFLAG",
-                                            "VSCATTER", "VERR") if ours in star}
-    return {"APSTAR_ID": "apogee.{telescope}.s.stars.{field}.{id}".format(**where), "TARGET_ID": rules.target_id.format(**where),
-            "FILE": Path(rules.path("apstar", **{"telescope": where["telescope"], "field": where["field"], "apogee_id": where["id"]})).name,
-            "APOGEE_ID": star["APOGEE_ID"], "TELESCOPE": star["TELESCOPE"], "LOCATION_ID": star["LOCATION_ID"], "FIELD": star["FIELD"],
-            **copied, "VHELIO_AVG": star["VHELIO"], "COMMISS": 0, "EXTRATARG": 0}
+    where = {
+        "telescope": star["TELESCOPE"],
+        "field": star[rules.field_column],
+        "id": star["APOGEE_ID"],
+    }
+    copied = {
+        ours: star[ours]
+        for ours in (
+            "J",
+            "H",
+            "K",
+            "RA",
+            "DEC",
+            "GLON",
+            "GLAT",
+            "NVISITS",
+            "SNR",
+            "STARFLAG",
+            "ANDFLAG",
+            "ASPCAPFLAG",
+            "VSCATTER",
+            "VERR",
+        )
+        if ours in star
+    }
+    return {
+        "APSTAR_ID": "apogee.{telescope}.s.stars.{field}.{id}".format(**where),
+        "TARGET_ID": rules.target_id.format(**where),
+        "FILE": Path(
+            rules.path(
+                "apstar",
+                **{
+                    "telescope": where["telescope"],
+                    "field": where["field"],
+                    "apogee_id": where["id"],
+                },
+            )
+        ).name,
+        "APOGEE_ID": star["APOGEE_ID"],
+        "TELESCOPE": star["TELESCOPE"],
+        "LOCATION_ID": star["LOCATION_ID"],
+        "FIELD": star["FIELD"],
+        **copied,
+        "VHELIO_AVG": star["VHELIO"],
+        "COMMISS": 0,
+        "EXTRATARG": 0,
+    }
 
 
 # %% [markdown]
@@ -976,10 +1400,19 @@ def truth_table(spectra, plan, seed, truth=None) -> Table:
     "What only the writer knows: whose spectrum it is, which flaw it has, its labels and its continuum's parameters."
     stars = spectra.stars[plan["SOURCE"]] if truth is None else truth[plan["SOURCE"]]
     source = spectra.stars[plan["SOURCE"]]
-    table = Table({"APOGEE_ID": plan["APOGEE_ID"], "SOURCE_ID": source["APOGEE_ID"], "FLAW": plan["FLAW"], "LOCATION_ID": source["LOCATION_ID"],
-                   "SNR": plan["SNR"], "H": np.asarray(source["H"], float), "TEFF_CONTINUUM": np.asarray(_continuum_teff(source), float)})
+    table = Table(
+        {
+            "APOGEE_ID": plan["APOGEE_ID"],
+            "SOURCE_ID": source["APOGEE_ID"],
+            "FLAW": plan["FLAW"],
+            "LOCATION_ID": source["LOCATION_ID"],
+            "SNR": plan["SNR"],
+            "H": np.asarray(source["H"], float),
+            "TEFF_CONTINUUM": np.asarray(_continuum_teff(source), float),
+        }
+    )
     table["THROUGHPUT"] = [draw_throughput(seed, str(name)) for name in plan["APOGEE_ID"]]
-    for name in (LABELS if truth is None else truth.colnames):
+    for name in LABELS if truth is None else truth.colnames:
         if name in stars.colnames and name not in table.colnames:
             table[name] = np.asarray(stars[name], float if name in LABELS else None)
     table["APOGEE_ID"][plan["FLAW"] == "mystery"] = "mystery"
@@ -987,13 +1420,17 @@ def truth_table(spectra, plan, seed, truth=None) -> Table:
 
 
 def true_continuum(
-    root,          # of an archive that was written here
-) -> tuple:        # (N,) APOGEE_ID ("mystery" for the nameless one), (N, 7214) continuum [1e-17 erg/s/cm^2/Angstrom]
+    root,  # of an archive that was written here
+) -> tuple:  # (N,) APOGEE_ID ("mystery" for the nameless one), (N, 7214) continuum [1e-17 erg/s/cm^2/Angstrom]
     "The continuum that each spectrum of the archive was put on."
     table = read_truth(root)
     if table is None:
-        raise LabError(f"{Path(root) / TRUTH_FILE} is missing: only an archive that stellar_lab wrote knows its continua")
-    return np.array(table["APOGEE_ID"]), instrument_continuum(table["TEFF_CONTINUUM"], table["H"], np.asarray(table["THROUGHPUT"]))
+        raise LabError(
+            f"{Path(root) / TRUTH_FILE} is missing: only an archive that stellar_lab wrote knows its continua"
+        )
+    return np.array(table["APOGEE_ID"]), instrument_continuum(
+        table["TEFF_CONTINUUM"], table["H"], np.asarray(table["THROUGHPUT"])
+    )
 
 
 # %% [markdown]
@@ -1009,12 +1446,13 @@ MYSTERY_FILE, FORMAT = "mystery_spec_wiped.fits", 1
 @dataclass(frozen=True)
 class ArchiveSummary:
     "What was written where."
+
     root: Path
     stars: int
     files: int
-    size: int       # bytes
-    flaws: dict     # name -> how many
-    new: bool       # False: the very same archive was there already
+    size: int  # bytes
+    flaws: dict  # name -> how many
+    new: bool  # False: the very same archive was there already
 
     def __str__(self):
         flaws = ", ".join(f"{count} {name}" for name, count in self.flaws.items()) or "none"
@@ -1025,13 +1463,13 @@ class ArchiveSummary:
 # %%
 #| export
 def write_archive(
-    root,                  # folder to make; must not exist, be empty or hold this very archive
-    spectra: Spectra,      # normalized, on-band grid, with a mask; ivar of bad pixels says their error, 0 where there is none
-    record,                # the archive's record, or its name
+    root,  # folder to make; must not exist, be empty or hold this very archive
+    spectra: Spectra,  # normalized, on-band grid, with a mask; ivar of bad pixels says their error, 0 where there is none
+    record,  # the archive's record, or its name
     seed: int = 42,
-    truth: Table = None,   # N rows of true labels, where they differ from the catalogue's
-    flaws: dict = None,    # name of a flaw -> how many; all of FLAWS by default
-    workers: int = None,   # processes; one a core by default
+    truth: Table = None,  # N rows of true labels, where they differ from the catalogue's
+    flaws: dict = None,  # name of a flaw -> how many; all of FLAWS by default
+    workers: int = None,  # processes; one a core by default
     progress: bool = True,
 ) -> ArchiveSummary:
     "Write stars as the survey would: files, catalogue, mystery star; truth and archive.json beside them. Whole or not at all."
@@ -1053,12 +1491,31 @@ def write_archive(
 
 def _check_input(spectra):
     if spectra.flux.shape[1] != len(wavelength) or spectra.mask is None:
-        raise LabError(f"the writer takes spectra on the {len(wavelength)} on-band pixels with a mask; these have {spectra.flux.shape[1]} pixels"
-                       + (" and no mask" if spectra.mask is None else ""))
-    missing = {"APOGEE_ID", "FIELD", "LOCATION_ID", "TELESCOPE", "SNR", "NVISITS", "J", "H", "K", "RA", "DEC", "VHELIO", "VSCATTER", "VERR",
-               "TEFF"} - set(spectra.stars.colnames)
+        raise LabError(
+            f"the writer takes spectra on the {len(wavelength)} on-band pixels with a mask; these have {spectra.flux.shape[1]} pixels"
+            + (" and no mask" if spectra.mask is None else "")
+        )
+    missing = {
+        "APOGEE_ID",
+        "FIELD",
+        "LOCATION_ID",
+        "TELESCOPE",
+        "SNR",
+        "NVISITS",
+        "J",
+        "H",
+        "K",
+        "RA",
+        "DEC",
+        "VHELIO",
+        "VSCATTER",
+        "VERR",
+        "TEFF",
+    } - set(spectra.stars.colnames)
     if missing:
-        raise LabError(f"the stars lack the column {', '.join(sorted(missing))}, which the survey's files hold")
+        raise LabError(
+            f"the stars lack the column {', '.join(sorted(missing))}, which the survey's files hold"
+        )
 
 
 def _archive_card(spectra, plan, record, seed):
@@ -1067,8 +1524,15 @@ def _archive_card(spectra, plan, record, seed):
     for array in (spectra.flux, spectra.ivar, spectra.mask):
         content.update(np.ascontiguousarray(array))
     flaws = {name: int(np.sum(plan["FLAW"] == name)) for name in FLAWS}
-    return {"archive": record.name, "format": FORMAT, "seed": seed, "stars": len(spectra) - 1, "content": content.hexdigest()[:16],
-            "flaws": {name: count for name, count in flaws.items() if count}, "files": [MYSTERY_FILE, TRUTH_FILE]}
+    return {
+        "archive": record.name,
+        "format": FORMAT,
+        "seed": seed,
+        "stars": len(spectra) - 1,
+        "content": content.hexdigest()[:16],
+        "flaws": {name: count for name, count in flaws.items() if count},
+        "files": [MYSTERY_FILE, TRUTH_FILE],
+    }
 
 
 def _already_there(root, card):
@@ -1077,10 +1541,14 @@ def _already_there(root, card):
     try:
         found = json.loads((root / ARCHIVE_FILE).read_text())
     except (OSError, ValueError):
-        raise LabError(f"{root} exists and is not an archive of ours: name another folder, or remove it") from None
+        raise LabError(
+            f"{root} exists and is not an archive of ours: name another folder, or remove it"
+        ) from None
     if found != card:
-        raise LabError(f"{root} holds another archive ({found.get('archive')}, seed {found.get('seed')}, {found.get('stars')} stars): "
-                       "name another folder, or remove it")
+        raise LabError(
+            f"{root} holds another archive ({found.get('archive')}, seed {found.get('seed')}, {found.get('stars')} stars): "
+            "name another folder, or remove it"
+        )
     return True
 
 
@@ -1092,8 +1560,13 @@ def _star_dicts(spectra, plan):
     stars = []
     for source, apogee_id, _, snr in plan.iterrows():
         star = {name: column[source] for name, column in columns.items()}
-        stars.append({name: value.strip() if isinstance(value, str) else value for name, value in star.items()}
-                     | {"APOGEE_ID": str(apogee_id), "SNR": float(snr)})
+        stars.append(
+            {
+                name: value.strip() if isinstance(value, str) else value
+                for name, value in star.items()
+            }
+            | {"APOGEE_ID": str(apogee_id), "SNR": float(snr)}
+        )
     return stars
 
 
@@ -1102,11 +1575,20 @@ def _fill(tree, spectra, plan, record, seed, truth, workers, progress):
     stars, flaws = _star_dicts(spectra, plan), [str(flaw) for flaw in plan["FLAW"]]
     with np.errstate(divide="ignore"):
         error = np.where(spectra.ivar > 0, 1 / np.sqrt(spectra.ivar), 0).astype("f4")
-    jobs = [(star, flaw, spectra.flux[i], error[i], spectra.mask[i]) for star, flaw, i in zip(stars, flaws, plan["SOURCE"])]
-    chunks = [jobs[i:i + 8] for i in range(0, len(jobs), 8)]
+    jobs = [
+        (star, flaw, spectra.flux[i], error[i], spectra.mask[i])
+        for star, flaw, i in zip(stars, flaws, plan["SOURCE"])
+    ]
+    chunks = [jobs[i : i + 8] for i in range(0, len(jobs), 8)]
     workers = workers or os.cpu_count() or 1
-    with ProcessPoolExecutor(workers) as pool, tqdm(total=len(jobs), desc="writing", unit="star", disable=not progress) as bar:
-        pending = {pool.submit(_write_stars, tree, record.rules, chunk, seed, record.products): len(chunk) for chunk in chunks}
+    with (
+        ProcessPoolExecutor(workers) as pool,
+        tqdm(total=len(jobs), desc="writing", unit="star", disable=not progress) as bar,
+    ):
+        pending = {
+            pool.submit(_write_stars, tree, record.rules, chunk, seed, record.products): len(chunk)
+            for chunk in chunks
+        }
         for future in as_completed(pending):
             future.result()
             bar.update(pending[future])
@@ -1128,23 +1610,29 @@ def _summary(root, card, new):
 # %%
 #| export
 def write_clusters(
-    root,                  # folder to make
+    root,  # folder to make
     seed: int = 42,
-    stars=None,            # how many of the 553 (spread evenly), or their rows; all by default
-    flaws: dict = None,    # name of a flaw -> how many; all of FLAWS by default
-    workers: int = None,   # processes; one a core by default
+    stars=None,  # how many of the 553 (spread evenly), or their rows; all by default
+    flaws: dict = None,  # name of a flaw -> how many; all of FLAWS by default
+    workers: int = None,  # processes; one a core by default
     progress: bool = True,
 ) -> ArchiveSummary:
     "Write the archive of real stars in DR14's files. Same seed, same bytes."
     spectra = _with_bad_pixels()
     if stars is not None:
-        spectra = spectra[_spread(len(spectra), stars) if np.ndim(stars) == 0 else np.asarray(stars)]
-    return write_archive(root, spectra, "clusters", seed, flaws=flaws, workers=workers, progress=progress)
+        spectra = spectra[
+            _spread(len(spectra), stars) if np.ndim(stars) == 0 else np.asarray(stars)
+        ]
+    return write_archive(
+        root, spectra, "clusters", seed, flaws=flaws, workers=workers, progress=progress
+    )
 
 
 def _spread(n, count):
     if not 2 <= count <= n:
-        raise LabError(f"cannot take {count} stars: the archive of real stars has {n}, choose 2 to {n}")
+        raise LabError(
+            f"cannot take {count} stars: the archive of real stars has {n}, choose 2 to {n}"
+        )
     return np.linspace(0, n - 1, int(count)).round().astype(int)
 
 
@@ -1157,8 +1645,10 @@ print(str(summary).replace(scratch.name, "…"))
 # %%
 assert archive_record(root).name == "clusters" and summary.stars == 23 and summary.new
 assert summary.flaws == {flaw.name: flaw.count for flaw in FLAWS.values()}
-assert not write_clusters(root, stars=24, progress=False).new                 # nothing is done twice
-assert [path.name for path in Path(scratch.name).iterdir()] == ["clusters"]   # no temporary folder is left
+assert not write_clusters(root, stars=24, progress=False).new  # nothing is done twice
+assert [path.name for path in Path(scratch.name).iterdir()] == [
+    "clusters"
+]  # no temporary folder is left
 
 # %% [markdown]
 # ## One spectrum, step by step
@@ -1169,7 +1659,11 @@ rules = ARCHIVES["clusters"].rules
 truth = read_truth(root)
 ids, curves = true_continuum(root)
 subset = full[_spread(553, 24)]
-row = int(np.flatnonzero((subset.stars["NVISITS"] > 3) & (subset.stars["LOGG"] < 2.5) & (subset.stars["M_H"] > -0.9))[0])
+row = int(
+    np.flatnonzero(
+        (subset.stars["NVISITS"] > 3) & (subset.stars["LOGG"] < 2.5) & (subset.stars["M_H"] > -0.9)
+    )[0]
+)
 star, k = subset.stars[row], list(ids).index(subset.stars["APOGEE_ID"][row])
 with fits.open(root / rules.path("apstar", str(star["LOCATION_ID"]), star["APOGEE_ID"])) as hdus:
     flux, error, mask = (hdus[i].data[:, on_band].astype(float) for i in (1, 2, 3))
@@ -1177,17 +1671,30 @@ with fits.open(root / rules.path("apstar", str(star["LOCATION_ID"]), star["APOGE
 weights /= weights.sum()
 
 # %%
-fig, axes = plt.subplots(4, 1, figsize=(10, 8.5), sharex=True, gridspec_kw={"height_ratios": [3, 3, 3, 1.2]})
+fig, axes = plt.subplots(
+    4, 1, figsize=(10, 8.5), sharex=True, gridspec_kw={"height_ratios": [3, 3, 3, 1.2]}
+)
 window = (16_140, 16_300)
 inside = (wavelength > window[0]) & (wavelength < window[1])
 plot_spectrum(wavelength, subset.flux[row], ax=axes[0], window=window, color="0.7")
 plot_spectrum(wavelength, subset.flux[row], subset.mask[row] == 0, ax=axes[0], window=window)
-axes[0].set(ylabel="published:\nflux / continuum", xlabel="", title=f"{star['APOGEE_ID']}, {star['CLUSTER']}")
+axes[0].set(
+    ylabel="published:\nflux / continuum",
+    xlabel="",
+    title=f"{star['APOGEE_ID']}, {star['CLUSTER']}",
+)
 plot_spectrum(wavelength, curves[k], ax=axes[1], window=window, color="C3")
 plot_spectrum(wavelength, flux[1], ax=axes[1], window=window)
 axes[1].set(ylabel="file, row 1:\n[$10^{-17}$ erg/s/cm²/Å]", xlabel="")
 for i in range(2, 5):
-    plot_spectrum(wavelength, 100 * (flux[i] / np.where(flux[1] > 0, flux[1], np.nan) - 1), mask[1] == 0, ax=axes[2], window=window, color=f"C{i}")
+    plot_spectrum(
+        wavelength,
+        100 * (flux[i] / np.where(flux[1] > 0, flux[1], np.nan) - 1),
+        mask[1] == 0,
+        ax=axes[2],
+        window=window,
+        color=f"C{i}",
+    )
 axes[2].set(ylabel="three visits\nover the mean [%]", xlabel="", ylim=(-8, 8))
 for bit in np.flatnonzero([np.any(mask[0][inside].astype(int) >> b & 1) for b in range(15)]):
     marked = inside & (mask[0].astype(int) >> bit & 1 == 1)
@@ -1202,11 +1709,15 @@ axes[3].margins(y=0.3);
 
 # %%
 good = subset.mask[row] == 0
-assert np.abs(flux[1] / curves[k] - subset.flux[row])[good].max() < 1e-6         # the file gives back what was packed
+assert (
+    np.abs(flux[1] / curves[k] - subset.flux[row])[good].max() < 1e-6
+)  # the file gives back what was packed
 assert np.allclose((curves[k] / error[1]) ** 2, subset.ivar[row], rtol=1e-5)
 assert np.abs(weights @ flux[2:] - flux[1])[good].max() < 1e-6 * np.median(flux[1])
 assert np.array_equal(flux[0], flux[1])
-assert np.array_equal(mask[1] == 0, good) and np.all(mask[0][~good] != 0)        # row 1: bits on exactly the bad pixels
+assert np.array_equal(mask[1] == 0, good) and np.all(
+    mask[0][~good] != 0
+)  # row 1: bits on exactly the bad pixels
 extra = (mask[0] != 0) & good
 assert np.all(mask[0][extra] == PIXMASK.CRPIX) and extra.mean() < 3 * COSMIC_RAYS
 
@@ -1222,12 +1733,20 @@ listed = {str(name).strip() for name in catalogue["APOGEE_ID"]}
 broken = [file for file in root.rglob("apStar-*.fits") if file.stat().st_size % 2880]
 
 # %%
-found = {"low-snr": int(np.sum(catalogue["SNR"] < 50)), "no-labels": int(np.sum(catalogue["TEFF"] < -9000)), "duplicate": int(np.sum(times > 1)),
-         "no-row": len(names - listed), "no-file": len(listed - names), "truncated and html": len(broken)}
+found = {
+    "low-snr": int(np.sum(catalogue["SNR"] < 50)),
+    "no-labels": int(np.sum(catalogue["TEFF"] < -9000)),
+    "duplicate": int(np.sum(times > 1)),
+    "no-row": len(names - listed),
+    "no-file": len(listed - names),
+    "truncated and html": len(broken),
+}
 Table(rows=list(found.items()), names=["flaw", "found"])
 
 # %%
-expected = {name: FLAWS[name].count for name in list(found)[:-1]} | {"truncated and html": FLAWS["truncated"].count + FLAWS["html"].count}
+expected = {name: FLAWS[name].count for name in list(found)[:-1]} | {
+    "truncated and html": FLAWS["truncated"].count + FLAWS["html"].count
+}
 assert found == expected
 for name in truth["APOGEE_ID"][truth["FLAW"] == "zero-flux"]:
     file = next(root.rglob(f"apStar-r8-{name}.fits"))
@@ -1241,8 +1760,19 @@ for file in sorted(root.rglob("apStar-*.fits")):
     if file not in broken:
         with fits.open(file) as hdus:
             visits = hdus[0].header["NVISITS"]
-            assert len(hdus) == 10 and hdus[1].data.shape == ((visits + 2, 8575) if visits > 1 else (8575,))
-            assert [hdus[i].data.dtype.str for i in range(1, 9)] == [">f4", ">f4", ">i2", ">f4", ">f4", ">f4", ">f4", ">f8"]
+            assert len(hdus) == 10 and hdus[1].data.shape == (
+                (visits + 2, 8575) if visits > 1 else (8575,)
+            )
+            assert [hdus[i].data.dtype.str for i in range(1, 9)] == [
+                ">f4",
+                ">f4",
+                ">i2",
+                ">f4",
+                ">f4",
+                ">f4",
+                ">f4",
+                ">f8",
+            ]
 
 # %%
 with fits.open(root / MYSTERY_FILE) as hdus:
@@ -1266,7 +1796,9 @@ digests = [tree_digest(place) for place in again]
 assert digests[0] == digests[1] != digests[2]
 
 # %%
-with pytest.raises(LabError, match=r"holds another archive \(clusters, seed 1, 4 stars\): name another folder"):
+with pytest.raises(
+    LabError, match=r"holds another archive \(clusters, seed 1, 4 stars\): name another folder"
+):
     write_clusters(again[0], seed=3, stars=5, progress=False)
 with pytest.raises(LabError, match="exists and is not an archive of ours"):
     write_clusters(scratch.name, progress=False)
@@ -1279,18 +1811,34 @@ with pytest.raises(LabError, match="truth.fits is missing: only an archive that 
 # The writer knows nothing of clusters. A handful of flat spectra with other labels, under another record, goes through the very same lines.
 
 # %%
-flat = Spectra(wavelength, np.ones((9, 7214), "f4"), np.full((9, 7214), 1e4, "f4"), full.stars[:9].copy(), np.zeros((9, 7214), "i2"))
+flat = Spectra(
+    wavelength,
+    np.ones((9, 7214), "f4"),
+    np.full((9, 7214), 1e4, "f4"),
+    full.stars[:9].copy(),
+    np.zeros((9, 7214), "i2"),
+)
 for name in ("M_H", "ALPHA_M", "C_M", "N_M"):
     flat.stars.remove_columns([name, f"{name}_ERR"])
 for name in ("FE_H", "MG_FE", "SI_FE"):
     flat.stars[name], flat.stars[f"{name}_ERR"] = np.linspace(-0.5, 0.3, 9), 0.05
-assert write_archive(Path(scratch.name) / "mock", flat, "mock", seed=7, flaws={"duplicate": 2}, progress=False).stars == 8
+assert (
+    write_archive(
+        Path(scratch.name) / "mock", flat, "mock", seed=7, flaws={"duplicate": 2}, progress=False
+    ).stars
+    == 8
+)
 
 # %%
 mock = Table.read(Path(scratch.name) / "mock" / rules.allstar)
 assert "FE_H" in mock.colnames and "M_H" not in mock.colnames and len(mock) == 8 + 2 * 2
-assert np.sum(mock["FE_H"] < -1) == 2             # the better row of a duplicate lies outside the cut of *this* record
-with pytest.raises(LabError, match="takes spectra on the 7214 on-band pixels with a mask; these have 7214 pixels and no mask"):
+assert (
+    np.sum(mock["FE_H"] < -1) == 2
+)  # the better row of a duplicate lies outside the cut of *this* record
+with pytest.raises(
+    LabError,
+    match="takes spectra on the 7214 on-band pixels with a mask; these have 7214 pixels and no mask",
+):
     write_archive(Path(scratch.name) / "x", flat.replace(mask=None), "mock")
 
 # %%

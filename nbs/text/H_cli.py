@@ -73,15 +73,23 @@ REPORT_FORMAT = 1
 @dataclass
 class TrainingReport:
     "How a model was trained and how wrong it is. `print` shows it; `save` and `load` keep it as JSON beside the model."
-    facts: dict             # plain data: arguments, archive, product, stars, continuum pixels, seed, versions, …
-    ledger: "Ledger"        # clean.Ledger: which star fell to which rule
-    errors: dict            # name of a set of stars -> inversion.error_table
+
+    facts: (
+        dict  # plain data: arguments, archive, product, stars, continuum pixels, seed, versions, …
+    )
+    ledger: "Ledger"  # clean.Ledger: which star fell to which rule
+    errors: dict  # name of a set of stars -> inversion.error_table
     model: "Cannon" = None  # as trained; None for a report that was read
 
     def to_dict(self) -> dict:
         "Plain data, for JSON."
         ledger = self.ledger.to_dict() | {"dropped": self.ledger.dropped}
-        return {"format": REPORT_FORMAT, **self.facts, "ledger": ledger, "errors": {name: _plain_rows(table) for name, table in self.errors.items()}}
+        return {
+            "format": REPORT_FORMAT,
+            **self.facts,
+            "ledger": ledger,
+            "errors": {name: _plain_rows(table) for name, table in self.errors.items()},
+        }
 
     def save(self, path):
         "Write the record as JSON, whole or not at all."
@@ -104,16 +112,20 @@ class TrainingReport:
             ledger, errors = Ledger.from_dict(plain.pop("ledger")), plain.pop("errors")
             return cls(plain, ledger, {name: _error_rows(rows) for name, rows in errors.items()})
         except FileNotFoundError as error:
-            raise LabError(f"there is no record {path}: 'stellar-lab train' writes it beside the model") from error
+            raise LabError(
+                f"there is no record {path}: 'stellar-lab train' writes it beside the model"
+            ) from error
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise LabError(f"{path} is not the record of a training ({error or type(error).__name__}): train the model again") from error
+            raise LabError(
+                f"{path} is not the record of a training ({error or type(error).__name__}): train the model again"
+            ) from error
 
     def __str__(self):
         return "\n".join(self.lines())
 
     def lines(
         self,
-        width: int = None,   # columns to fill; those of the terminal by default
+        width: int = None,  # columns to fill; those of the terminal by default
     ) -> list:
         "The ledger and the tables of errors as text."
         text = _ledger_lines(self.ledger, width or shutil.get_terminal_size().columns)
@@ -124,14 +136,22 @@ class TrainingReport:
 
 def _plain_rows(table):
     "A table as a list of plain rows; None stands for NaN, which JSON does not have."
-    columns = [[None if isinstance(value, float) and math.isnan(value) else value for value in table[name].tolist()] for name in table.colnames]
+    columns = [
+        [
+            None if isinstance(value, float) and math.isnan(value) else value
+            for value in table[name].tolist()
+        ]
+        for name in table.colnames
+    ]
     return [dict(zip(table.colnames, row)) for row in zip(*columns)]
 
 
 def _error_rows(rows):
     from astropy.table import QTable
 
-    table = QTable({name: [math.nan if row[name] is None else row[name] for row in rows] for name in rows[0]})
+    table = QTable(
+        {name: [math.nan if row[name] is None else row[name] for row in rows] for name in rows[0]}
+    )
     for name in table.colnames:
         if table[name].dtype.kind == "f":
             table[name].info.format = ".4g"
@@ -164,9 +184,11 @@ def _recipe(spectra, continuum_pixels, source):
     stars = spectra.stars.copy(copy_data=False)
     if not PRODUCTS[stars.meta["product"]].normalized:
         pixels = lab_continuum_pixels() if continuum_pixels is None else continuum_pixels
-        stars.meta |= {"continuum_pixels": np.flatnonzero(pixels).tolist(), "continuum_source": source}
+        stars.meta |= {
+            "continuum_pixels": np.flatnonzero(pixels).tolist(),
+            "continuum_source": source,
+        }
     return spectra.replace(stars=stars)
-
 
 
 # %% [markdown]
@@ -181,12 +203,16 @@ def _check_target(path, suffixes, what):
 
     path = Path(path)
     if path.suffix.lower() not in suffixes:
-        raise LabError(f"cannot write {what} to {path}: its extension must be {' or '.join(suffixes)}")
+        raise LabError(
+            f"cannot write {what} to {path}: its extension must be {' or '.join(suffixes)}"
+        )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise LabError(f"cannot write to {path.parent}: {error.strerror}; choose another folder") from error
+        raise LabError(
+            f"cannot write to {path.parent}: {error.strerror}; choose another folder"
+        ) from error
     if path.is_dir():
         raise LabError(f"cannot write {what} to {path}: it is a folder")
     return path
@@ -196,14 +222,32 @@ def _check_request(root, labels, product, order, test_size, folds, seed):
     "LabError for what no archive can make right; returns the names of the labels."
     from stellar_lab.survey import PRODUCTS, LabError, archive_record, label_records
 
-    names = [label.name for label in label_records(archive_record(root).labels if labels is None else labels)]
+    names = [
+        label.name
+        for label in label_records(archive_record(root).labels if labels is None else labels)
+    ]
     checks = (
-        (names and len(set(names)) == len(names), f"labels are {', '.join(names) or 'none'}: name each once"),
-        (product in (None, *PRODUCTS), f"unknown product {product!r}: choose from {', '.join(PRODUCTS)}"),
+        (
+            names and len(set(names)) == len(names),
+            f"labels are {', '.join(names) or 'none'}: name each once",
+        ),
+        (
+            product in (None, *PRODUCTS),
+            f"unknown product {product!r}: choose from {', '.join(PRODUCTS)}",
+        ),
         (order == int(order) and order >= 1, f"order is {order}: it must be 1, 2, …"),
-        (folds is not None or 0 < test_size < 1, f"test_size is {test_size}: give a share of the stars between 0 and 1"),
-        (folds is None or folds == int(folds) and folds >= 2, f"folds is {folds}: it must be 2 at least"),
-        (0 <= seed < 2**32 and seed == int(seed), f"seed is {seed}: give a whole number from 0 to {2**32 - 1}"),
+        (
+            folds is not None or 0 < test_size < 1,
+            f"test_size is {test_size}: give a share of the stars between 0 and 1",
+        ),
+        (
+            folds is None or folds == int(folds) and folds >= 2,
+            f"folds is {folds}: it must be 2 at least",
+        ),
+        (
+            0 <= seed < 2**32 and seed == int(seed),
+            f"seed is {seed}: give a whole number from 0 to {2**32 - 1}",
+        ),
     )
     for right, problem in checks:
         if not right:
@@ -219,11 +263,19 @@ def _check_fields(root, product, fields):
     if fields is None or isinstance(fields, str) or not Path(root).is_dir():
         return
     products = archive_record(root).products if product is None else (product,)
-    empty = [name for name in map(str, fields) if not any(len(find_files(root, each, [name])) for each in products)]
+    empty = [
+        name
+        for name in map(str, fields)
+        if not any(len(find_files(root, each, [name])) for each in products)
+    ]
     if empty:
-        there = sorted({str(name) for each in products for name in find_files(root, each, "all")["FOLDER"]})
+        there = sorted(
+            {str(name) for each in products for name in find_files(root, each, "all")["FOLDER"]}
+        )
         some = ", ".join(there[:12]) + (f" and {len(there) - 12} more" if len(there) > 12 else "")
-        raise LabError(f"no {' or '.join(products)} files of field {', '.join(empty)} below {root}: it has {some or 'none of any field'}")
+        raise LabError(
+            f"no {' or '.join(products)} files of field {', '.join(empty)} below {root}: it has {some or 'none of any field'}"
+        )
 
 
 # %% [markdown]
@@ -234,19 +286,19 @@ def _check_fields(root, product, fields):
 # %%
 #| export
 def train(
-    root,                       # archive root
-    path=None,                  # .asdf file for the model, its record goes beside it as .json; nothing is written by default
-    labels=None,                # label names in any case; the archive's by default
-    fields=None,                # fields to take, or "all"; the archive's by default
-    product: str = None,        # "apstar" or "aspcapstar"; the archive's first that has files by default
-    continuum_pixels=None,      # (P,) bool, or a file for normalize.read_continuum_pixels; the lab's 529 by default
-    order: int = 2,             # of the polynomial
-    scatter: bool = False,      # fit an intrinsic scatter per pixel
-    test_size: float = 0.33,    # share of the stars left out for testing, unless `folds`
-    folds: int = None,          # leave out every star once, in this many folds
-    seed: int = 42,             # of the split or the folds
-    progress: bool = True,      # show bars
-) -> TrainingReport:            # its `.model` is the Cannon
+    root,  # archive root
+    path=None,  # .asdf file for the model, its record goes beside it as .json; nothing is written by default
+    labels=None,  # label names in any case; the archive's by default
+    fields=None,  # fields to take, or "all"; the archive's by default
+    product: str = None,  # "apstar" or "aspcapstar"; the archive's first that has files by default
+    continuum_pixels=None,  # (P,) bool, or a file for normalize.read_continuum_pixels; the lab's 529 by default
+    order: int = 2,  # of the polynomial
+    scatter: bool = False,  # fit an intrinsic scatter per pixel
+    test_size: float = 0.33,  # share of the stars left out for testing, unless `folds`
+    folds: int = None,  # leave out every star once, in this many folds
+    seed: int = 42,  # of the split or the folds
+    progress: bool = True,  # show bars
+) -> TrainingReport:  # its `.model` is the Cannon
     "Train a Cannon on an archive, judge it on stars left out, and keep both. LabError for what the user can mend."
     from stellar_lab.cannon import Cannon, training_set
 
@@ -257,9 +309,25 @@ def train(
     spectra, ledger = training_set(root, product, fields, names, pixels, progress)
     _check_training(spectra, names, order, pixels)
     spectra = _recipe(spectra, pixels, source)
-    model, sets = _judge(Cannon(order=order, scatter=scatter, labels=names), spectra, test_size, folds, seed, progress)
-    arguments = {"labels": names, "fields": fields, "product": product, "continuum_pixels": None if pixels is None else source, "order": order,
-                 "scatter": scatter, "test_size": test_size if folds is None else None, "folds": folds, "seed": seed}
+    model, sets = _judge(
+        Cannon(order=order, scatter=scatter, labels=names),
+        spectra,
+        test_size,
+        folds,
+        seed,
+        progress,
+    )
+    arguments = {
+        "labels": names,
+        "fields": fields,
+        "product": product,
+        "continuum_pixels": None if pixels is None else source,
+        "order": order,
+        "scatter": scatter,
+        "test_size": test_size if folds is None else None,
+        "folds": folds,
+        "seed": seed,
+    }
     report = _report(model, spectra, ledger, sets, arguments, root, path)
     if path is not None:
         report.model.save(path)
@@ -285,10 +353,14 @@ def _check_training(spectra, names, order, pixels):
 
     product, terms = spectra.stars.meta["product"], math.comb(len(names) + order, order)
     if pixels is not None and PRODUCTS[product].normalized:
-        raise LabError(f"{product} spectra are normalized already, continuum pixels change nothing: leave them out, or choose product apstar")
+        raise LabError(
+            f"{product} spectra are normalized already, continuum pixels change nothing: leave them out, or choose product apstar"
+        )
     if terms > len(spectra):
-        raise LabError(f"{len(spectra)} stars cannot determine {terms} terms (order {order} in {len(names)} labels): "
-                       "take more stars, a lower order or fewer labels")
+        raise LabError(
+            f"{len(spectra)} stars cannot determine {terms} terms (order {order} in {len(names)} labels): "
+            "take more stars, a lower order or fewer labels"
+        )
 
 
 def _judge(model, spectra, test_size, folds, seed, progress):
@@ -302,10 +374,16 @@ def _judge(model, spectra, test_size, folds, seed, progress):
     if folds is not None:
         left_out = cross_label(model, spectra, fold_numbers(len(spectra), folds, seed), progress)
         model.fit(spectra)
-        return model, {"training stars": (everyone, infer(model, spectra)), f"stars left out in {folds} folds": (everyone, left_out)}
+        return model, {
+            "training stars": (everyone, infer(model, spectra)),
+            f"stars left out in {folds} folds": (everyone, left_out),
+        }
     learned, kept = _split(len(spectra), test_size, seed)
     model.fit(spectra[learned])
-    return model, {"training stars": (learned, infer(model, spectra[learned])), "test stars": (kept, infer(model, spectra[kept]))}
+    return model, {
+        "training stars": (learned, infer(model, spectra[learned])),
+        "test stars": (kept, infer(model, spectra[kept])),
+    }
 
 
 def _split(n, test_size, seed):
@@ -315,7 +393,9 @@ def _split(n, test_size, seed):
     try:
         return train_test_rows(n, test_size, seed)
     except ValueError as error:
-        raise LabError(f"{n} stars cannot be split with a test size of {test_size} ({error})") from error
+        raise LabError(
+            f"{n} stars cannot be split with a test size of {test_size} ({error})"
+        ) from error
 
 
 # %% [markdown]
@@ -328,15 +408,22 @@ def _report(model, spectra, ledger, sets, arguments, root, path):
     from stellar_lab.survey import LabError
 
     names = list(model.label_names_)
-    errors = {name: error_table(table, spectra[rows].labels(names), names, model.scales_) for name, (rows, table) in sets.items()}
+    errors = {
+        name: error_table(table, spectra[rows].labels(names), names, model.scales_)
+        for name, (rows, table) in sets.items()
+    }
     kind, (rows, table) = list(sets.items())[-1]
     flagged = count_flags(table["flags"])
     notes = [f"{kind} with a flag: {sum(table['flags'] > 0)} of {len(table)}{_flag_text(flagged)}"]
     try:
         model = with_error_model(model, table, spectra[rows].labels(names))
-        notes.append(f"the errors of new labels are honest: inflated to fit the {len(table)} {kind}")
+        notes.append(
+            f"the errors of new labels are honest: inflated to fit the {len(table)} {kind}"
+        )
     except LabError as error:
-        notes.append(f"the errors of new labels are formal, photon noise alone and much too small: {error}")
+        notes.append(
+            f"the errors of new labels are formal, photon noise alone and much too small: {error}"
+        )
     facts = _facts(model, spectra, arguments, root, path)
     ids = [str(name) for name in spectra.stars["APOGEE_ID"]]
     facts["stars"] = {name: [ids[row] for row in rows] for name, (rows, _) in sets.items()}
@@ -367,13 +454,31 @@ def _facts(model, spectra, arguments, root, path):
     honest = hasattr(model, "error_floor_")
     return {
         "arguments": {name: _plain(value) for name, value in arguments.items()},
-        "archive": {"root": str(root), "name": record.name, "title": record.title, "release": meta["release"]},
-        "product": meta["product"], "seed": arguments["seed"],
-        "model": {"file": None if path is None else path.name, "digest": model.training_digest_, "labels": list(model.label_names_),
-                  "terms": model.vectorizer_.terms, "scatter_median": float(np.nanmedian(model.scatter_)), "pixels": int(model.usable_.sum())},
-        "continuum_pixels": {"source": meta["continuum_source"], "pixels": meta["continuum_pixels"]} if "continuum_pixels" in meta else None,
-        "error_model": {name: {"inflation": float(a), "floor": float(np.sqrt(b))} for name, a, b in
-                        zip(model.label_names_, model.error_inflation_, model.error_floor_)} if honest else None,
+        "archive": {
+            "root": str(root),
+            "name": record.name,
+            "title": record.title,
+            "release": meta["release"],
+        },
+        "product": meta["product"],
+        "seed": arguments["seed"],
+        "model": {
+            "file": None if path is None else path.name,
+            "digest": model.training_digest_,
+            "labels": list(model.label_names_),
+            "terms": model.vectorizer_.terms,
+            "scatter_median": float(np.nanmedian(model.scatter_)),
+            "pixels": int(model.usable_.sum()),
+        },
+        "continuum_pixels": {"source": meta["continuum_source"], "pixels": meta["continuum_pixels"]}
+        if "continuum_pixels" in meta
+        else None,
+        "error_model": {
+            name: {"inflation": float(a), "floor": float(np.sqrt(b))}
+            for name, a, b in zip(model.label_names_, model.error_inflation_, model.error_floor_)
+        }
+        if honest
+        else None,
         "versions": _versions(),
     }
 
@@ -389,7 +494,11 @@ def _versions():
     from importlib.metadata import version
 
     packages = ("numpy", "scipy", "scikit-learn", "astropy")
-    return {"stellar_lab": __version__, "python": ".".join(map(str, sys.version_info[:3])), **{name: version(name) for name in packages}}
+    return {
+        "stellar_lab": __version__,
+        "python": ".".join(map(str, sys.version_info[:3])),
+        **{name: version(name) for name in packages},
+    }
 
 
 # %% [markdown]
@@ -401,9 +510,9 @@ def _versions():
 # %%
 #| export
 def find_spectra(
-    paths,                 # files, folders, archive roots
-    product: str = None,   # "apstar" or "aspcapstar"; of a folder that holds both only these are taken
-) -> list:                 # of (path, product); "" where neither name nor content says it
+    paths,  # files, folders, archive roots
+    product: str = None,  # "apstar" or "aspcapstar"; of a folder that holds both only these are taken
+) -> list:  # of (path, product); "" where neither name nor content says it
     "The stars' files that `paths` name, each once, in order; a folder's sorted. LabError where there is nothing."
     from stellar_lab.clean import product_of
     from stellar_lab.survey import LabError
@@ -413,7 +522,9 @@ def find_spectra(
         if path.is_dir():
             inside = _search(path)
             if not inside:
-                raise LabError(f"{path} holds no apStar or aspcapStar file, neither does a folder in it (they are known by name)")
+                raise LabError(
+                    f"{path} holds no apStar or aspcapStar file, neither does a folder in it (they are known by name)"
+                )
             inside = [pair for pair in inside if pair[1] == product] or inside
         elif path.exists():
             inside = [(path, product_of(path) or "")]
@@ -431,11 +542,15 @@ def _search(folder):
     found, seen = [], set()
     for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
         real = os.path.realpath(parent)
-        folders[:] = [] if real in seen else sorted(folders)   # a link may lead back to where it stands
+        folders[:] = (
+            [] if real in seen else sorted(folders)
+        )  # a link may lead back to where it stands
         for name in [] if real in seen else sorted(files):
             match = FILE_NAME.fullmatch(name)
-            if match and name[match.end("id"):].startswith(".fits"):
-                found.append((Path(parent) / name, "aspcapstar" if match["kind"] == "aspcap" else "apstar"))
+            if match and name[match.end("id") :].startswith(".fits"):
+                found.append(
+                    (Path(parent) / name, "aspcapstar" if match["kind"] == "aspcap" else "apstar")
+                )
         seen.add(real)
     return found
 
@@ -450,12 +565,12 @@ def _raise(error):
 
 # %%
 #| export
-LABEL_BATCH = 64   # files in memory at a time
+LABEL_BATCH = 64  # files in memory at a time
 
 
 def load_model(
-    path,   # .asdf file of a Cannon, .keras file of a network
-):          # -> the model
+    path,  # .asdf file of a Cannon, .keras file of a network
+):  # -> the model
     "Read a model of either kind. Only a network's file brings TensorFlow in, whose import takes ten seconds."
     if Path(path).suffix.lower() != ".keras":
         from stellar_lab.cannon import Cannon
@@ -469,9 +584,10 @@ def load_model(
 @dataclass
 class LabelSummary:
     "The table of labels, and what could not be labelled."
-    table: "QTable"                              # as `infer`, with the column `file`
-    files: int                                   # how many were looked at
-    problems: list = field(default_factory=list) # of clean.Problem: files that gave no labels
+
+    table: "QTable"  # as `infer`, with the column `file`
+    files: int  # how many were looked at
+    problems: list = field(default_factory=list)  # of clean.Problem: files that gave no labels
     model: str = ""
     out: str = ""
 
@@ -489,23 +605,33 @@ class LabelSummary:
         lost = {problem.path for problem in self.problems}
         flags = self.table["flags"][[file not in lost for file in self.table["file"]]]
         doubtful = sum(flags > 0)
-        by, where = f" by {self.model}" if self.model else "", f", in {self.out}" if self.out else ""
-        lines = [f"{self.labelled} of {self.files} stars labelled{by}{where}",
-                 f"with a flag: {doubtful}{_flag_text(count_flags(flags))}"]
-        return "\n".join(lines + ([f"without labels: {len(self.problems)}"] if self.problems else []))
+        by, where = (
+            f" by {self.model}" if self.model else "",
+            f", in {self.out}" if self.out else "",
+        )
+        lines = [
+            f"{self.labelled} of {self.files} stars labelled{by}{where}",
+            f"with a flag: {doubtful}{_flag_text(count_flags(flags))}",
+        ]
+        return "\n".join(
+            lines + ([f"without labels: {len(self.problems)}"] if self.problems else [])
+        )
 
 
 def label(
-    model,                      # a fitted model, or the file of one: .asdf of a Cannon, .keras of a network
-    paths,                      # apStar or aspcapStar files, folders, archive roots
-    out=None,                   # .fits, .ecsv or .parquet for the table; nothing is written by default
+    model,  # a fitted model, or the file of one: .asdf of a Cannon, .keras of a network
+    paths,  # apStar or aspcapStar files, folders, archive roots
+    out=None,  # .fits, .ecsv or .parquet for the table; nothing is written by default
     any_product: bool = False,  # take spectra of another product than the model's, although their labels are biased
-    progress: bool = True,      # show a bar
-) -> LabelSummary:              # its `.table` holds the labels
+    progress: bool = True,  # show a bar
+) -> LabelSummary:  # its `.table` holds the labels
     "Labels of stars from their files, treated as the model's training spectra were. LabError if there are none."
     from stellar_lab.survey import TABLE_FORMATS, LabError, require
 
-    if out is not None and _check_target(out, tuple(TABLE_FORMATS), "a table").suffix.lower() == ".parquet":
+    if (
+        out is not None
+        and _check_target(out, tuple(TABLE_FORMATS), "a table").suffix.lower() == ".parquet"
+    ):
         require("pyarrow", "parquet")
     name = str(model) if isinstance(model, (str, os.PathLike)) else ""
     model = load_model(model) if name else model
@@ -513,7 +639,9 @@ def label(
     _check_products(model, files, any_product)
     table, problems = _label_files(model, files, progress)
     if table is None:
-        raise LabError(f"none of {len(files)} files gave labels: {'; '.join(map(str, problems[:3]))}{'; …' if len(problems) > 3 else ''}")
+        raise LabError(
+            f"none of {len(files)} files gave labels: {'; '.join(map(str, problems[:3]))}{'; …' if len(problems) > 3 else ''}"
+        )
     if out is not None:
         write_labels(table, out)
     return LabelSummary(table, len(files), problems, name, "" if out is None else str(out))
@@ -526,9 +654,15 @@ def _check_products(model, files, any_product):
     others = [(path, kind) for path, kind in files if kind and kind != product]
     if others and not any_product:
         path, kind = others[0]
-        said = f"the model learned from {product} files" if product else "the model does not say from which product it learned"
-        raise LabError(f"{said}, but {path} is an {kind} file ({len(others)} of {len(files)} are). Another normalization shifts the labels: "
-                       f"give it {product or 'its own'} files, or insist with --any-product (any_product=True)")
+        said = (
+            f"the model learned from {product} files"
+            if product
+            else "the model does not say from which product it learned"
+        )
+        raise LabError(
+            f"{said}, but {path} is an {kind} file ({len(others)} of {len(files)} are). Another normalization shifts the labels: "
+            f"give it {product or 'its own'} files, or insist with --any-product (any_product=True)"
+        )
 
 
 # %%
@@ -539,12 +673,17 @@ def _label_files(model, files, progress):
     from tqdm import tqdm
 
     own = model.metadata_.get("product") or "apstar"
-    kinds = {kind: [path for path, its in files if (its or own) == kind] for kind in sorted({kind or own for _, kind in files})}
+    kinds = {
+        kind: [path for path, its in files if (its or own) == kind]
+        for kind in sorted({kind or own for _, kind in files})
+    }
     parts, problems = [], []
-    with tqdm(total=len(files), desc="labelling", unit="star", disable=not progress, leave=False) as bar:
+    with tqdm(
+        total=len(files), desc="labelling", unit="star", disable=not progress, leave=False
+    ) as bar:
         for kind, paths in kinds.items():
             for start in range(0, len(paths), LABEL_BATCH):
-                batch = paths[start:start + LABEL_BATCH]
+                batch = paths[start : start + LABEL_BATCH]
                 part, bad = _label_batch(model, batch, kind)
                 parts += [] if part is None else [part]
                 problems += bad
@@ -565,24 +704,29 @@ def _label_batch(model, paths, product):
     table = infer(model, as_trained(model, spectra))
     table["file"] = [paths[place] for place in places]
     table.meta |= {"product": product, "made_by": f"stellar_lab {__version__}"}
-    blind = [Problem(str(file), "no usable pixel, or too few for the model") for file in table["file"][np.isnan(table[model.label_names_[0].lower()])]]
+    blind = [
+        Problem(str(file), "no usable pixel, or too few for the model")
+        for file in table["file"][np.isnan(table[model.label_names_[0].lower()])]
+    ]
     return table, problems + blind
 
 
 def write_labels(
-    table,   # QTable of `label`
-    path,    # .fits, .ecsv or .parquet
+    table,  # QTable of `label`
+    path,  # .fits, .ecsv or .parquet
 ):
     "Write a table of labels, whole or not at all. Parquet has no matrices: there `covariance` is a row of K*K numbers."
     import numpy as np
 
     from stellar_lab.survey import write_table
 
-    if Path(path).suffix.lower() == ".fits":   # its text is ASCII; a file's name need not be
+    if Path(path).suffix.lower() == ".fits":  # its text is ASCII; a file's name need not be
         table = table.copy(copy_data=False)
         table["file"] = np.char.encode(np.asarray(table["file"], str), "utf-8", "surrogateescape")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*could not be saved in native FITS format")   # dex; astropy keeps it another way
+        warnings.filterwarnings(
+            "ignore", message=".*could not be saved in native FITS format"
+        )  # dex; astropy keeps it another way
         write_table(table, path)
 
 
@@ -593,8 +737,8 @@ def write_labels(
 # %%
 #| export
 def describe(
-    path,              # .asdf file of a Cannon, .keras file of a network
-    width: int = None, # columns to fill; those of the terminal by default
+    path,  # .asdf file of a Cannon, .keras file of a network
+    width: int = None,  # columns to fill; those of the terminal by default
 ) -> str:
     "What a model is and, from the record beside it, how it was trained and how wrong it is."
     from stellar_lab.survey import LabError
@@ -606,7 +750,12 @@ def describe(
     except LabError as error:
         return "\n".join([*text, f"no record: {error}"])
     if report.facts["model"]["digest"] != model.training_digest_:
-        return "\n".join([*text, f"{record} is the record of another training: nothing more is known of this model"])
+        return "\n".join(
+            [
+                *text,
+                f"{record} is the record of another training: nothing more is known of this model",
+            ]
+        )
     return "\n".join([*text, *_training_lines(report.facts), "", *report.lines(width)])
 
 
@@ -628,16 +777,32 @@ def _inside_lines(model):
 
     if hasattr(model, "vectorizer_"):
         terms = model.vectorizer_.terms
-        scatter = f"{np.nanmedian(model.scatter_):.4f} in the median pixel" if model.scatter else "none fitted"
-        return [("terms", f"{len(terms)}: {', '.join(terms)}"), ("scatter", scatter)], "formal: photon noise alone, much too small"
-    losses = ", ".join(f"{name} {values[-1]:.4g}" for name, values in model.history_.items() if values)
-    return [("weights", f"{model.net_.count_params():,}"), ("training", f"{len(model.history_['loss'])} epochs, at the end {losses}")], "as the network gives them"
+        scatter = (
+            f"{np.nanmedian(model.scatter_):.4f} in the median pixel"
+            if model.scatter
+            else "none fitted"
+        )
+        return [
+            ("terms", f"{len(terms)}: {', '.join(terms)}"),
+            ("scatter", scatter),
+        ], "formal: photon noise alone, much too small"
+    losses = ", ".join(
+        f"{name} {values[-1]:.4g}" for name, values in model.history_.items() if values
+    )
+    return [
+        ("weights", f"{model.net_.count_params():,}"),
+        ("training", f"{len(model.history_['loss'])} epochs, at the end {losses}"),
+    ], "as the network gives them"
 
 
 def _model_lines(model, versions):
     names = model.label_names_
     inside, errors = _inside_lines(model)
-    grid = "" if model.wavelength_ is None else f" from {model.wavelength_[0]:.2f} to {model.wavelength_[-1]:.2f} Angstrom"
+    grid = (
+        ""
+        if model.wavelength_ is None
+        else f" from {model.wavelength_[0]:.2f} to {model.wavelength_[-1]:.2f} Angstrom"
+    )
     low, high = model.training_labels_.min(axis=0), model.training_labels_.max(axis=0)
     lines = [
         ("labels", ", ".join(f"{name} {a:.4g} to {b:.4g}" for name, a, b in zip(names, low, high))),
@@ -657,19 +822,35 @@ def _origin(meta):
     parts += [f"archive {meta['archive']}"] if meta.get("archive") else []
     parts += [f"release {meta['release'].upper()}"] if meta.get("release") else []
     if "continuum_pixels" in meta:
-        parts.append(f"{len(meta['continuum_pixels'])} continuum pixels ({meta['continuum_source']})")
+        parts.append(
+            f"{len(meta['continuum_pixels'])} continuum pixels ({meta['continuum_source']})"
+        )
     return ", ".join(parts)
 
 
 def _training_lines(facts):
     asked = {name: value for name, value in facts["arguments"].items() if value is not None}
-    said = ", ".join(f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in asked.items())
+    said = ", ".join(
+        f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in asked.items()
+    )
     floors = facts["error_model"] or {}
-    return _paragraphs([
-        ("archive", f"{facts['archive']['root']}: {facts['archive']['title']}"),
-        ("asked for", said),
-        *([("error floor", ", ".join(f"{name} {part['floor']:.3g}" for name, part in floors.items()))] if floors else []),
-    ])
+    return _paragraphs(
+        [
+            ("archive", f"{facts['archive']['root']}: {facts['archive']['title']}"),
+            ("asked for", said),
+            *(
+                [
+                    (
+                        "error floor",
+                        ", ".join(f"{name} {part['floor']:.3g}" for name, part in floors.items()),
+                    )
+                ]
+                if floors
+                else []
+            ),
+        ]
+    )
 
 
 def _paragraphs(pairs):
@@ -677,8 +858,18 @@ def _paragraphs(pairs):
     import textwrap
 
     width = min(shutil.get_terminal_size().columns, 100)
-    return [line for name, text in pairs for line in textwrap.wrap(text, width, initial_indent=f"  {name:<13}", subsequent_indent=" " * 15,
-                                                                   break_long_words=False, break_on_hyphens=False)]
+    return [
+        line
+        for name, text in pairs
+        for line in textwrap.wrap(
+            text,
+            width,
+            initial_indent=f"  {name:<13}",
+            subsequent_indent=" " * 15,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    ]
 
 
 # %% [markdown]
@@ -688,7 +879,10 @@ def _paragraphs(pairs):
 
 # %%
 #| export
-ARCHIVE_WRITERS = {"clusters": ("archives", "write_clusters"), "mock": ("mock", "write_mock")}   # name -> module and function of stellar_lab
+ARCHIVE_WRITERS = {
+    "clusters": ("archives", "write_clusters"),
+    "mock": ("mock", "write_mock"),
+}  # name -> module and function of stellar_lab
 PRODUCT_NAMES = ("apstar", "aspcapstar")
 
 
@@ -704,7 +898,9 @@ def _product_list(text):
     names = [name.lower() for name in _list(text)]
     for name in names:
         if name not in PRODUCT_NAMES:
-            raise argparse.ArgumentTypeError(f"unknown product {name!r}: choose from {', '.join(PRODUCT_NAMES)}")
+            raise argparse.ArgumentTypeError(
+                f"unknown product {name!r}: choose from {', '.join(PRODUCT_NAMES)}"
+            )
     return names
 
 
@@ -716,17 +912,25 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     "Keeps the lines of descriptions, and shows defaults."
 
     def __init__(self, prog):
-        super().__init__(prog, max_help_position=26, width=min(shutil.get_terminal_size().columns - 2, 100))
+        super().__init__(
+            prog, max_help_position=26, width=min(shutil.get_terminal_size().columns - 2, 100)
+        )
 
     def _get_help_string(self, action):
-        shown = action.option_strings and action.default not in (None, False, argparse.SUPPRESS) and "default" not in action.help
+        shown = (
+            action.option_strings
+            and action.default not in (None, False, argparse.SUPPRESS)
+            and "default" not in action.help
+        )
         return f"{action.help} (default: {action.default})" if shown else action.help
 
 
 @contextmanager
 def _command(commands, name, run, summary, text, interrupted):
     "One command: a line for the list, a text for its own help."
-    parser = commands.add_parser(name, help=summary, description=text.strip(), formatter_class=_Help, allow_abbrev=False)
+    parser = commands.add_parser(
+        name, help=summary, description=text.strip(), formatter_class=_Help, allow_abbrev=False
+    )
     parser.set_defaults(run=run, interrupted=interrupted)
     yield parser
 
@@ -743,8 +947,17 @@ def _run_archive(options):
 def _run_fetch(options):
     from stellar_lab.fetch import fetch
 
-    summary = fetch(options.root, options.source, release=options.release, fields=options.fields, products=options.product,
-                    telescopes=options.telescope, workers=options.workers, dry_run=options.dry_run, progress=_shows_progress())
+    summary = fetch(
+        options.root,
+        options.source,
+        release=options.release,
+        fields=options.fields,
+        products=options.product,
+        telescopes=options.telescope,
+        workers=options.workers,
+        dry_run=options.dry_run,
+        progress=_shows_progress(),
+    )
     if options.dry_run:
         for item in summary.items:
             print(f"{item.state:<13} {'?' if item.size is None else item.size:>12}  {item.path}")
@@ -753,17 +966,36 @@ def _run_fetch(options):
 
 
 def _run_train(options):
-    report = train(options.root, options.model, labels=options.labels, fields=options.fields, product=options.product,
-                   continuum_pixels=options.continuum_pixels, order=options.order, scatter=options.scatter, test_size=options.test_size,
-                   folds=options.folds, seed=options.seed, progress=_shows_progress())
+    report = train(
+        options.root,
+        options.model,
+        labels=options.labels,
+        fields=options.fields,
+        product=options.product,
+        continuum_pixels=options.continuum_pixels,
+        order=options.order,
+        scatter=options.scatter,
+        test_size=options.test_size,
+        folds=options.folds,
+        seed=options.seed,
+        progress=_shows_progress(),
+    )
     print(report)
     record = Path(options.model).with_suffix(".json")
-    print(f"\nmodel   {options.model}\nrecord  {record} (which star fell to which rule, and all of the above)")
+    print(
+        f"\nmodel   {options.model}\nrecord  {record} (which star fell to which rule, and all of the above)"
+    )
     return 0
 
 
 def _run_label(options):
-    summary = label(options.model, options.paths, options.out, any_product=options.any_product, progress=_shows_progress())
+    summary = label(
+        options.model,
+        options.paths,
+        options.out,
+        any_product=options.any_product,
+        progress=_shows_progress(),
+    )
     for problem in summary.problems:
         print(f"no labels: {problem.path}: {problem.reason}", file=sys.stderr)
     print(summary)
@@ -886,68 +1118,206 @@ Example:
 # %%
 #| export
 def _add_archive(commands):
-    with _command(commands, "archive", _run_archive, "write an archive of real or synthetic stars, no network needed", _ARCHIVE,
-                  "nothing was written") as parser:
-        parser.add_argument("name", metavar="NAME", choices=ARCHIVE_WRITERS, help=f"which archive: {', '.join(ARCHIVE_WRITERS)}")
-        parser.add_argument("root", metavar="ROOT", help="folder to write; must not exist, or be empty")
+    with _command(
+        commands,
+        "archive",
+        _run_archive,
+        "write an archive of real or synthetic stars, no network needed",
+        _ARCHIVE,
+        "nothing was written",
+    ) as parser:
+        parser.add_argument(
+            "name",
+            metavar="NAME",
+            choices=ARCHIVE_WRITERS,
+            help=f"which archive: {', '.join(ARCHIVE_WRITERS)}",
+        )
+        parser.add_argument(
+            "root", metavar="ROOT", help="folder to write; must not exist, or be empty"
+        )
         parser.add_argument("--stars", type=int, metavar="N", help="so many stars instead of all")
-        parser.add_argument("--seed", type=int, default=42, metavar="S", help="of what is drawn: noise, visits, flaws, synthetic stars")
+        parser.add_argument(
+            "--seed",
+            type=int,
+            default=42,
+            metavar="S",
+            help="of what is drawn: noise, visits, flaws, synthetic stars",
+        )
 
 
 def _add_fetch(commands):
-    with _command(commands, "fetch", _run_fetch, "bring fields of the survey, or an archive, home", _FETCH,
-                  "what is whole stays, what has begun goes on: run the same again") as parser:
+    with _command(
+        commands,
+        "fetch",
+        _run_fetch,
+        "bring fields of the survey, or an archive, home",
+        _FETCH,
+        "what is whole stays, what has begun goes on: run the same again",
+    ) as parser:
         parser.add_argument("root", metavar="ROOT", help="folder that the archive goes to")
-        parser.add_argument("--from", dest="source", required=True, metavar="SOURCE", help="URL or folder of the archive to fetch from")
-        parser.add_argument("--release", metavar="NAME", help="dr10, dr14, dr16 or dr17 (default: the archive's own; dr14 for the survey)")
-        parser.add_argument("--fields", type=_list, metavar="LIST", help="location IDs up to DR14, names since DR16 (default: the archive's own; "
-                            "the lab's four for the survey)")
-        parser.add_argument("--product", type=_product_list, default="apstar", metavar="LIST", help="apstar, aspcapstar or both")
-        parser.add_argument("--telescope", type=_list, metavar="LIST", help="apo25m, lco25m, apo1m (default: all of the release)")
+        parser.add_argument(
+            "--from",
+            dest="source",
+            required=True,
+            metavar="SOURCE",
+            help="URL or folder of the archive to fetch from",
+        )
+        parser.add_argument(
+            "--release",
+            metavar="NAME",
+            help="dr10, dr14, dr16 or dr17 (default: the archive's own; dr14 for the survey)",
+        )
+        parser.add_argument(
+            "--fields",
+            type=_list,
+            metavar="LIST",
+            help="location IDs up to DR14, names since DR16 (default: the archive's own; "
+            "the lab's four for the survey)",
+        )
+        parser.add_argument(
+            "--product",
+            type=_product_list,
+            default="apstar",
+            metavar="LIST",
+            help="apstar, aspcapstar or both",
+        )
+        parser.add_argument(
+            "--telescope",
+            type=_list,
+            metavar="LIST",
+            help="apo25m, lco25m, apo1m (default: all of the release)",
+        )
         parser.add_argument("--workers", type=int, default=4, metavar="N", help="downloads at once")
-        parser.add_argument("--dry-run", action="store_true", help="only list what would be fetched")
+        parser.add_argument(
+            "--dry-run", action="store_true", help="only list what would be fetched"
+        )
 
 
 def _add_train(commands):
-    with _command(commands, "train", _run_train, "learn a model from an archive, and say how wrong it is", _TRAIN,
-                  "nothing was written") as parser:
+    with _command(
+        commands,
+        "train",
+        _run_train,
+        "learn a model from an archive, and say how wrong it is",
+        _TRAIN,
+        "nothing was written",
+    ) as parser:
         parser.add_argument("root", metavar="ROOT", help="root of an archive")
-        parser.add_argument("--model", required=True, metavar="FILE", help="where the model goes (.asdf)")
-        parser.add_argument("--labels", type=_list, metavar="LIST", help="teff, logg, fe_h, mg_fe, si_fe, m_h, alpha_m, c_m, n_m (default: "
-                            "the archive's own)")
-        parser.add_argument("--fields", type=_fields, metavar="LIST", help="fields to learn from, or 'all' (default: the archive's own)")
-        parser.add_argument("--product", type=str.lower, choices=PRODUCT_NAMES, help="apstar: raw flux, normalized here; aspcapstar: normalized by "
-                            "the survey (default: apstar if there are any)")
-        parser.add_argument("--continuum-pixels", metavar="FILE", help="pixels for the continuum of apstar spectra: .npy of flags or pixel "
-                            "numbers, or text, a vacuum wavelength a line (default: the lab's 529)")
-        parser.add_argument("--order", type=int, default=2, metavar="N", help="of the polynomial in the labels")
-        parser.add_argument("--scatter", action="store_true", help="fit an intrinsic scatter per pixel, so that pixels that the labels do not "
-                            "explain weigh less (default: off, as in the lab)")
+        parser.add_argument(
+            "--model", required=True, metavar="FILE", help="where the model goes (.asdf)"
+        )
+        parser.add_argument(
+            "--labels",
+            type=_list,
+            metavar="LIST",
+            help="teff, logg, fe_h, mg_fe, si_fe, m_h, alpha_m, c_m, n_m (default: "
+            "the archive's own)",
+        )
+        parser.add_argument(
+            "--fields",
+            type=_fields,
+            metavar="LIST",
+            help="fields to learn from, or 'all' (default: the archive's own)",
+        )
+        parser.add_argument(
+            "--product",
+            type=str.lower,
+            choices=PRODUCT_NAMES,
+            help="apstar: raw flux, normalized here; aspcapstar: normalized by "
+            "the survey (default: apstar if there are any)",
+        )
+        parser.add_argument(
+            "--continuum-pixels",
+            metavar="FILE",
+            help="pixels for the continuum of apstar spectra: .npy of flags or pixel "
+            "numbers, or text, a vacuum wavelength a line (default: the lab's 529)",
+        )
+        parser.add_argument(
+            "--order", type=int, default=2, metavar="N", help="of the polynomial in the labels"
+        )
+        parser.add_argument(
+            "--scatter",
+            action="store_true",
+            help="fit an intrinsic scatter per pixel, so that pixels that the labels do not "
+            "explain weigh less (default: off, as in the lab)",
+        )
         split = parser.add_mutually_exclusive_group()
-        split.add_argument("--test-size", type=float, default=0.33, metavar="SHARE", help="share of the stars left out to judge the model, which "
-                           "learns from the others")
-        split.add_argument("--folds", type=int, metavar="K", help="judge in K folds instead: each star is left out once; the model itself "
-                           "learns from all")
-        parser.add_argument("--seed", type=int, default=42, metavar="S", help="of the split or the folds")
+        split.add_argument(
+            "--test-size",
+            type=float,
+            default=0.33,
+            metavar="SHARE",
+            help="share of the stars left out to judge the model, which learns from the others",
+        )
+        split.add_argument(
+            "--folds",
+            type=int,
+            metavar="K",
+            help="judge in K folds instead: each star is left out once; the model itself "
+            "learns from all",
+        )
+        parser.add_argument(
+            "--seed", type=int, default=42, metavar="S", help="of the split or the folds"
+        )
 
 
 def _add_label(commands):
-    with _command(commands, "label", _run_label, "labels of stars from their files", _LABEL, "nothing was written") as parser:
-        parser.add_argument("paths", nargs="+", metavar="PATH", help="files, folders, or the root of an archive")
-        parser.add_argument("--model", required=True, metavar="FILE", help="a model: what 'stellar-lab train' wrote (.asdf), or a network (.keras)")
-        parser.add_argument("--out", required=True, metavar="FILE", help="where the table goes: .fits, .ecsv or .parquet")
-        parser.add_argument("--any-product", action="store_true", help="take files of the other product, too, although their labels are biased")
+    with _command(
+        commands,
+        "label",
+        _run_label,
+        "labels of stars from their files",
+        _LABEL,
+        "nothing was written",
+    ) as parser:
+        parser.add_argument(
+            "paths", nargs="+", metavar="PATH", help="files, folders, or the root of an archive"
+        )
+        parser.add_argument(
+            "--model",
+            required=True,
+            metavar="FILE",
+            help="a model: what 'stellar-lab train' wrote (.asdf), or a network (.keras)",
+        )
+        parser.add_argument(
+            "--out",
+            required=True,
+            metavar="FILE",
+            help="where the table goes: .fits, .ecsv or .parquet",
+        )
+        parser.add_argument(
+            "--any-product",
+            action="store_true",
+            help="take files of the other product, too, although their labels are biased",
+        )
 
 
 def _add_report(commands):
-    with _command(commands, "report", _run_report, "what a model is, and how wrong", _REPORT, "nothing was lost") as parser:
-        parser.add_argument("--model", required=True, metavar="FILE", help="a model: what 'stellar-lab train' wrote (.asdf), or a network (.keras)")
+    with _command(
+        commands,
+        "report",
+        _run_report,
+        "what a model is, and how wrong",
+        _REPORT,
+        "nothing was lost",
+    ) as parser:
+        parser.add_argument(
+            "--model",
+            required=True,
+            metavar="FILE",
+            help="a model: what 'stellar-lab train' wrote (.asdf), or a network (.keras)",
+        )
 
 
 def make_parser() -> argparse.ArgumentParser:
     "The parser of all commands."
-    parser = argparse.ArgumentParser("stellar-lab", description=_OVERVIEW.strip(), epilog=_AFTERWORD.strip(), formatter_class=_Help,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "stellar-lab",
+        description=_OVERVIEW.strip(),
+        epilog=_AFTERWORD.strip(),
+        formatter_class=_Help,
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"stellar_lab {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="stellar-lab")
     for add in (_add_archive, _add_fetch, _add_train, _add_label, _add_report):
@@ -961,14 +1331,14 @@ def make_parser() -> argparse.ArgumentParser:
 # %%
 #| export
 def main(
-    argv: list = None,   # words after the command's name; those of the process by default
-) -> int:                # exit code: 0 all is well, 1 done but something is missing, 2 an error, 130 interrupted
+    argv: list = None,  # words after the command's name; those of the process by default
+) -> int:  # exit code: 0 all is well, 1 done but something is missing, 2 an error, 130 interrupted
     "The command `stellar-lab`."
     try:
         code = _main(argv)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:   # whoever read us has seen enough, as in `stellar-lab report … | head`
+    except BrokenPipeError:  # whoever read us has seen enough, as in `stellar-lab report … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -977,7 +1347,7 @@ def _main(argv):
     parser = make_parser()
     try:
         options = parser.parse_args(argv)
-    except SystemExit as stop:   # --help, --version, and words that argparse does not take
+    except SystemExit as stop:  # --help, --version, and words that argparse does not take
         return stop.code or 0
     if not hasattr(options, "run"):
         parser.print_help()
@@ -1029,7 +1399,9 @@ def shell(words):
 def show(words, lines=45):
     "The same, printed as a terminal shows it, cut after so many lines."
     code, out, err = shell(words)
-    print(f"$ stellar-lab {words}", *(out + err).splitlines()[:lines], f"[exit code {code}]", sep="\n")
+    print(
+        f"$ stellar-lab {words}", *(out + err).splitlines()[:lines], f"[exit code {code}]", sep="\n"
+    )
     return code
 
 
@@ -1041,7 +1413,9 @@ assert show("--help") == 0
 
 # %%
 question = "import sys, stellar_lab.cli as cli; cli.main(['--help']); print(*({'numpy', 'astropy', 'matplotlib'} & set(sys.modules)))"
-answer = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True, check=True).stdout
+answer = subprocess.run(
+    [sys.executable, "-c", question], capture_output=True, text=True, check=True
+).stdout
 assert answer.splitlines()[-1] == "" and "commands:" in answer
 
 # %% [markdown]
@@ -1051,10 +1425,15 @@ assert answer.splitlines()[-1] == "" and "commands:" in answer
 
 # %%
 assert show("archive clusters twelve --stars 12") == 0
-folders = sorted(path.name for path in HERE.glob("twelve/dr14/apogee/spectro/redux/r8/stars/apo25m/*"))
+folders = sorted(
+    path.name for path in HERE.glob("twelve/dr14/apogee/spectro/redux/r8/stars/apo25m/*")
+)
 
 # %%
-assert show(f"fetch copy --from twelve --fields {folders[0]} --product apstar,aspcapstar --dry-run") == 0
+assert (
+    show(f"fetch copy --from twelve --fields {folders[0]} --product apstar,aspcapstar --dry-run")
+    == 0
+)
 assert not (HERE / "copy").exists()
 
 # %%
@@ -1082,10 +1461,10 @@ assert show(f"train {PLACE} --model giants.asdf --scatter") == 0
 # same.
 
 # %%
-spectra, ledger = training_set(ROOT, progress=False)             # files -> normalized spectra with labels
+spectra, ledger = training_set(ROOT, progress=False)  # files -> normalized spectra with labels
 train_rows, test_rows = train_test_rows(len(spectra))
-model = Cannon(scatter=True).fit(spectra[train_rows])            # labels -> spectrum
-table = infer(model, spectra[test_rows])                         # spectrum -> labels
+model = Cannon(scatter=True).fit(spectra[train_rows])  # labels -> spectrum
+table = infer(model, spectra[test_rows])  # spectrum -> labels
 truth = spectra[test_rows].labels(model.label_names_)
 errors = error_table(table, truth, model.label_names_, model.scales_)
 with_error_model(model, table, truth).save(HERE / "model.asdf")  # honest errors
@@ -1096,8 +1475,12 @@ errors
 report, names = TrainingReport.load(HERE / "giants.json"), list(model.label_names_)
 difference = np.column_stack([table[name.lower()].value for name in names]) - truth
 assert list(report.errors["test stars"]["label"]) == names
-assert np.allclose(report.errors["test stars"]["rmse"], np.sqrt(np.mean(difference**2, axis=0)), rtol=1e-6)
-assert np.allclose(report.errors["test stars"]["bias"], difference.mean(axis=0), rtol=1e-6, atol=1e-9)
+assert np.allclose(
+    report.errors["test stars"]["rmse"], np.sqrt(np.mean(difference**2, axis=0)), rtol=1e-6
+)
+assert np.allclose(
+    report.errors["test stars"]["bias"], difference.mean(axis=0), rtol=1e-6, atol=1e-9
+)
 assert report.ledger == ledger and report.facts["model"]["digest"] == model.training_digest_
 
 # %% [markdown]
@@ -1113,7 +1496,14 @@ assert np.array_equal(again.model.theta_, Cannon.load(HERE / "giants.asdf").thet
 sets = report.facts["stars"]
 assert len(sets["training stars"]) + len(sets["test stars"]) == report.ledger.left
 assert not set(sets["training stars"]) & set(sets["test stars"])
-print(*(f"{step.stars[0]}: {report.ledger.why(step.stars[0])}" for step in report.ledger.steps if step.stars), sep="\n")
+print(
+    *(
+        f"{step.stars[0]}: {report.ledger.why(step.stars[0])}"
+        for step in report.ledger.steps
+        if step.stars
+    ),
+    sep="\n",
+)
 
 # %% [markdown]
 # ### Label
@@ -1121,7 +1511,10 @@ print(*(f"{step.stars[0]}: {report.ledger.why(step.stars[0])}" for step in repor
 # no catalogue.
 
 # %%
-assert show(f"label --model giants.asdf {PLACE} --out labels.fits", lines=7) in (0, 1)   # 1: an archive may hold damaged files
+assert show(f"label --model giants.asdf {PLACE} --out labels.fits", lines=7) in (
+    0,
+    1,
+)  # 1: an archive may hold damaged files
 
 # %%
 labels = QTable.read(HERE / "labels.fits")
@@ -1135,8 +1528,10 @@ labels["apogee_id", *columns, "n_good", "flags"].pprint(max_lines=12, max_width=
 # stars above were normalized all together. Star by star, both must agree far within the errors.
 
 # %%
-ids, first, count = np.unique(labels["apogee_id"].astype(str), return_index=True, return_counts=True)
-place = dict(zip(ids[count == 1], first[count == 1]))   # a star may have been observed in two fields
+ids, first, count = np.unique(
+    labels["apogee_id"].astype(str), return_index=True, return_counts=True
+)
+place = dict(zip(ids[count == 1], first[count == 1]))  # a star may have been observed in two fields
 here = [row for row, name in enumerate(table["apogee_id"]) if name in place]
 rows = [place[name] for name in table["apogee_id"][here]]
 for name in (name.lower() for name in names):
@@ -1150,22 +1545,38 @@ fig, ax = plt.subplots(figsize=(6.5, 4.2))
 good, (x, y, z) = labels["flags"] == 0, [name.lower() for name in names[:3]]
 doubtful = ~good & np.isfinite(labels[x])
 value = {name: labels[name].value for name in (x, y, z, f"{x}_err", f"{y}_err")}
-ax.errorbar(value[x][good], value[y][good], value[f"{y}_err"][good], value[f"{x}_err"][good], fmt="none", color="0.8", lw=0.5, zorder=0)
+ax.errorbar(
+    value[x][good],
+    value[y][good],
+    value[f"{y}_err"][good],
+    value[f"{x}_err"][good],
+    fmt="none",
+    color="0.8",
+    lw=0.5,
+    zorder=0,
+)
 points = ax.scatter(value[x][good], value[y][good], s=9, c=value[z][good], cmap="viridis")
 ax.plot(value[x][doubtful], value[y][doubtful], "x", color="C3", ms=4, mew=0.8, label="flagged")
 fig.colorbar(points, label=LABELS[names[2]].axis)
-ax.set(xlabel=LABELS[names[0]].axis, ylabel=LABELS[names[1]].axis, xlim=LABELS[names[0]].plot_range[::-1], ylim=LABELS[names[1]].plot_range[::-1])
+ax.set(
+    xlabel=LABELS[names[0]].axis,
+    ylabel=LABELS[names[1]].axis,
+    xlim=LABELS[names[0]].plot_range[::-1],
+    ylim=LABELS[names[1]].plot_range[::-1],
+)
 ax.legend(frameon=False);
 
 # %%
 #| echo: false
 unseen = set(map(str, labels["apogee_id"])) - set(map(str, spectra.stars["APOGEE_ID"]))
 strange = np.array([str(name) in unseen for name in labels["apogee_id"]]) & (good | doubtful)
-Markdown("**What to see.** Hot on the left, as astronomers draw it: the giant branch from the lower left to the upper right, metal-poor stars "
-         f"(dark) on its hot side. Of the {strange.sum()} labelled stars that were neither training nor test stars, {np.mean(~good[strange]):.0%} "
-         "carry a flag (crosses; also those outside the plot's range), and not all of the rest are strange: some only lack a label in the "
-         f"catalogue. Of the {len(spectra)} others {np.mean(~good[~strange & (good | doubtful)]):.1%} carry one. The model answers for a dwarf, "
-         "too, with the labels of some giant; without the column `flags` nobody would know.")
+Markdown(
+    "**What to see.** Hot on the left, as astronomers draw it: the giant branch from the lower left to the upper right, metal-poor stars "
+    f"(dark) on its hot side. Of the {strange.sum()} labelled stars that were neither training nor test stars, {np.mean(~good[strange]):.0%} "
+    "carry a flag (crosses; also those outside the plot's range), and not all of the rest are strange: some only lack a label in the "
+    f"catalogue. Of the {len(spectra)} others {np.mean(~good[~strange & (good | doubtful)]):.1%} carry one. The model answers for a dwarf, "
+    "too, with the labels of some giant; without the column `flags` nobody would know."
+)
 
 # %% [markdown]
 # ### What makes the labels repeatable
@@ -1178,10 +1589,20 @@ raw = raw[np.isin(raw.stars["APOGEE_ID"], spectra.stars["APOGEE_ID"][test_rows])
 same, without = infer(model, as_trained(model, raw)), infer(model, normalize(raw))
 
 # %%
-moved = np.array([np.nanmax(np.abs(same[name.lower()] - without[name.lower()]) / same[f"{name.lower()}_err"]) for name in names])
+moved = np.array(
+    [
+        np.nanmax(np.abs(same[name.lower()] - without[name.lower()]) / same[f"{name.lower()}_err"])
+        for name in names
+    ]
+)
 lonely = infer(model, as_trained(model, raw[3]))
-assert np.allclose(lonely[names[0].lower()], same[names[0].lower()][3], rtol=1e-7)   # whoever is labelled beside a star does not matter
-print("largest shift without the rule, in formal errors:", *(f"{name} {value:.2f}" for name, value in zip(names, moved)))
+assert np.allclose(
+    lonely[names[0].lower()], same[names[0].lower()][3], rtol=1e-7
+)  # whoever is labelled beside a star does not matter
+print(
+    "largest shift without the rule, in formal errors:",
+    *(f"{name} {value:.2f}" for name, value in zip(names, moved)),
+)
 
 # %% [markdown]
 # ### What can go wrong, and what it says
@@ -1210,7 +1631,9 @@ print(err)
 whole = next(path for path in map(Path, map(str, labels["file"][good])))
 (HERE / "mixed").mkdir()
 (HERE / "mixed" / whole.name).write_bytes(whole.read_bytes())
-(HERE / "mixed" / whole.name.replace("Star-", "Star-broken-")).write_bytes(whole.read_bytes()[:100_000])
+(HERE / "mixed" / whole.name.replace("Star-", "Star-broken-")).write_bytes(
+    whole.read_bytes()[:100_000]
+)
 assert show("label --model giants.asdf mixed --out mixed.ecsv") == 1
 assert len(QTable.read(HERE / "mixed.ecsv")) == 1
 

@@ -66,27 +66,36 @@ from stellar_lab.survey import archive_record, archive_root, real_data, use_styl
 
 # %%
 #| export
-PHASES = {0: "main sequence", 2: "red giant branch", 3: "core helium burning", 4: "early AGB", 5: "thermal pulses",
-          6: "post-AGB and white dwarf"}   # MIST's numbers
+PHASES = {
+    0: "main sequence",
+    2: "red giant branch",
+    3: "core helium burning",
+    4: "early AGB",
+    5: "thermal pulses",
+    6: "post-AGB and white dwarf",
+}  # MIST's numbers
 CUBES = ("log_teff", "logg", "mass", "phase")
 
 
 @dataclass(frozen=True)
 class Isochrones:
     "Isochrones on a grid of F metallicities, A ages and E evolutionary points; NaN (phase -1) where there is no such star."
-    feh: np.ndarray        # (F,) initial [Fe/H], increasing
-    log_age: np.ndarray    # (A,) log10 of the age in years, increasing
-    eep: np.ndarray        # (E,) equivalent evolutionary points, increasing
-    log_teff: np.ndarray   # (F, A, E) log10 of the effective temperature in kelvin
-    logg: np.ndarray       # (F, A, E) surface gravity [dex]
-    mass: np.ndarray       # (F, A, E) initial mass [solar masses]
-    phase: np.ndarray      # (F, A, E) int, a key of `PHASES`
-    source: str            # where they come from
+
+    feh: np.ndarray  # (F,) initial [Fe/H], increasing
+    log_age: np.ndarray  # (A,) log10 of the age in years, increasing
+    eep: np.ndarray  # (E,) equivalent evolutionary points, increasing
+    log_teff: np.ndarray  # (F, A, E) log10 of the effective temperature in kelvin
+    logg: np.ndarray  # (F, A, E) surface gravity [dex]
+    mass: np.ndarray  # (F, A, E) initial mass [solar masses]
+    phase: np.ndarray  # (F, A, E) int, a key of `PHASES`
+    source: str  # where they come from
 
     def __repr__(self):
         low, high = self.ages[[0, -1]]
-        return (f"<Isochrones: {len(self.log_age)} ages from {low:.3g} to {high:.3g} Gyr, {len(self.feh)} [Fe/H] from {self.feh[0]:g} "
-                f"to {self.feh[-1]:g}, EEP {self.eep[0]} to {self.eep[-1]}; {self.source}>")
+        return (
+            f"<Isochrones: {len(self.log_age)} ages from {low:.3g} to {high:.3g} Gyr, {len(self.feh)} [Fe/H] from {self.feh[0]:g} "
+            f"to {self.feh[-1]:g}, EEP {self.eep[0]} to {self.eep[-1]}; {self.source}>"
+        )
 
     @property
     def ages(self) -> np.ndarray:
@@ -106,12 +115,12 @@ class Isochrones:
 
 # %%
 #| export
-EXTRACT = "isochrones.fits"   # in stellar_lab.data
-GRID_FILE = "lachesis_grids/grids/mist_v2.5_vvcrit0.4.h5"                          # inside the wheel
-GRID_SHA256 = "357461d7cbe3df41ff86c76508c0eb1487cb6b823594c459cf6cc49a6f150d4b"   # of that file
+EXTRACT = "isochrones.fits"  # in stellar_lab.data
+GRID_FILE = "lachesis_grids/grids/mist_v2.5_vvcrit0.4.h5"  # inside the wheel
+GRID_SHA256 = "357461d7cbe3df41ff86c76508c0eb1487cb6b823594c459cf6cc49a6f150d4b"  # of that file
 SOURCE = "MIST 2.5, v/vcrit 0.4 (Choi et al. 2016, Dotter 2016), from lachesis-grids 0.0.9"
-EXTRACT_AGES, EXTRACT_EEP = (1.0, 14.2), (202, 807)   # Gyr; both ends included
-NO_PHASE = 255                                        # in the extract, where there is no star
+EXTRACT_AGES, EXTRACT_EEP = (1.0, 14.2), (202, 807)  # Gyr; both ends included
+NO_PHASE = 255  # in the extract, where there is no star
 
 
 def _grid_bytes(source):
@@ -123,43 +132,66 @@ def _grid_bytes(source):
             with zipfile.ZipFile(source) as wheel:
                 content = wheel.read(GRID_FILE)
     except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise LabError(f"cannot read {GRID_FILE} from {source} ({error}): give the wheel of lachesis-grids 0.0.9, or that file of it") from error
+        raise LabError(
+            f"cannot read {GRID_FILE} from {source} ({error}): give the wheel of lachesis-grids 0.0.9, or that file of it"
+        ) from error
     if (found := hashlib.sha256(content).hexdigest()) != GRID_SHA256:
-        raise LabError(f"{source} is not {Path(GRID_FILE).name} of lachesis-grids 0.0.9: its sha256 is {found}, not {GRID_SHA256}")
+        raise LabError(
+            f"{source} is not {Path(GRID_FILE).name} of lachesis-grids 0.0.9: its sha256 is {found}, not {GRID_SHA256}"
+        )
     return content
 
 
 def read_grid(
-    source,            # lachesis_grids-0.0.9-py3-none-any.whl, or mist_v2.5_vvcrit0.4.h5 of it
-) -> Isochrones:       # float32 as in the file
+    source,  # lachesis_grids-0.0.9-py3-none-any.whl, or mist_v2.5_vvcrit0.4.h5 of it
+) -> Isochrones:  # float32 as in the file
     "What the project needs of the package's MIST grid; takes h5py. LabError for any other file."
-    h5py = require("h5py", "network")   # TensorFlow brings it
+    h5py = require("h5py", "network")  # TensorFlow brings it
     with h5py.File(io.BytesIO(_grid_bytes(source))) as file:
-        feh, log_age, lengths, first_eep, values = (file[name][:] for name in ("feh_values", "age_values", "lengths", "offsets", "values"))
-        columns = [list(file.attrs["columns"]).index(name) for name in ("log_Teff", "log_g", "initial_mass", "phase")]
-    record = np.repeat(np.arange(len(lengths)), lengths)            # the isochrone that each row belongs to
-    start = np.cumsum(lengths) - lengths                            # its first row; `offsets` is its first EEP
+        feh, log_age, lengths, first_eep, values = (
+            file[name][:] for name in ("feh_values", "age_values", "lengths", "offsets", "values")
+        )
+        columns = [
+            list(file.attrs["columns"]).index(name)
+            for name in ("log_Teff", "log_g", "initial_mass", "phase")
+        ]
+    record = np.repeat(np.arange(len(lengths)), lengths)  # the isochrone that each row belongs to
+    start = np.cumsum(lengths) - lengths  # its first row; `offsets` is its first EEP
     eep = first_eep[record] + np.arange(len(record)) - start[record]
     low, high = np.log10(EXTRACT_AGES) + 9
     ages = np.flatnonzero((log_age > low - NODE) & (log_age < high))
     cube = np.full((4, len(lengths), eep.max() + 1), np.nan, dtype=np.float32)
     cube[:, record, eep] = values[:, columns].T
-    cube = cube.reshape(4, len(feh), len(log_age), -1)[:, :, ages, EXTRACT_EEP[0]:EXTRACT_EEP[1] + 1]
+    cube = cube.reshape(4, len(feh), len(log_age), -1)[
+        :, :, ages, EXTRACT_EEP[0] : EXTRACT_EEP[1] + 1
+    ]
     phase = np.where(np.isnan(cube[3]), -1, cube[3]).astype(np.int16)
-    return Isochrones(feh, log_age[ages], np.arange(EXTRACT_EEP[0], EXTRACT_EEP[1] + 1, dtype=np.int16), *cube[:3], phase, SOURCE)
+    return Isochrones(
+        feh,
+        log_age[ages],
+        np.arange(EXTRACT_EEP[0], EXTRACT_EEP[1] + 1, dtype=np.int16),
+        *cube[:3],
+        phase,
+        SOURCE,
+    )
 
 
 def make_isochrones(
-    source,        # as for `read_grid`
-    path,          # the FITS file to write
-) -> str:          # its sha256
+    source,  # as for `read_grid`
+    path,  # the FITS file to write
+) -> str:  # its sha256
     "Write the extract that `data/` ships; same source, same bytes."
     grid = read_grid(source)
-    header = fits.Header([
-        ("SOURCE", "MIST 2.5, v/vcrit = 0.4"), ("PACKAGE", "lachesis-grids 0.0.9"), ("GRIDSHA", GRID_SHA256[:16], "sha256 of its HDF5 file"),
-        ("CITE1", "Choi et al. 2016", "2016ApJ...823..102C"), ("CITE2", "Dotter 2016", "2016ApJS..222....8D"),
-        ("CITE3", "Paxton et al. 2011", "2011ApJS..192....3P"),
-    ])
+    header = fits.Header(
+        [
+            ("SOURCE", "MIST 2.5, v/vcrit = 0.4"),
+            ("PACKAGE", "lachesis-grids 0.0.9"),
+            ("GRIDSHA", GRID_SHA256[:16], "sha256 of its HDF5 file"),
+            ("CITE1", "Choi et al. 2016", "2016ApJ...823..102C"),
+            ("CITE2", "Dotter 2016", "2016ApJS..222....8D"),
+            ("CITE3", "Paxton et al. 2011", "2011ApJS..192....3P"),
+        ]
+    )
     parts = {name: getattr(grid, name) for name in ("feh", "log_age", "eep", *CUBES)}
     parts["phase"] = np.where(grid.phase < 0, NO_PHASE, grid.phase).astype(np.uint8)
     images = [fits.ImageHDU(array, name=name) for name, array in parts.items()]
@@ -177,10 +209,13 @@ def make_isochrones(
 def shipped_isochrones() -> Isochrones:
     "The isochrones that the package brings, read-only; LabError if its data file is missing."
     with data_file(EXTRACT) as path, fits.open(path) as hdus:
-        parts = {name: np.array(hdus[name].data, dtype=int if name in ("eep", "phase") else float) for name in ("feh", "log_age", "eep", *CUBES)}
+        parts = {
+            name: np.array(hdus[name].data, dtype=int if name in ("eep", "phase") else float)
+            for name in ("feh", "log_age", "eep", *CUBES)
+        }
     parts["phase"][parts["phase"] == NO_PHASE] = -1
     for array in parts.values():
-        array.flags.writeable = False   # one object for all callers
+        array.flags.writeable = False  # one object for all callers
     return Isochrones(**parts, source=SOURCE)
 
 
@@ -191,8 +226,13 @@ print("[Fe/H]", *grid.feh)
 print("ages  ", *grid.ages.round(2), "Gyr")
 
 # %%
-assert grid.logg.shape == (15, 24, 606) and np.isfinite(grid.logg[:, :, 454 - 202:]).all()   # every giant is there
-assert np.array_equal(grid.phase < 0, np.isnan(grid.logg)) and set(np.unique(grid.phase)) <= {-1, *PHASES}
+assert (
+    grid.logg.shape == (15, 24, 606) and np.isfinite(grid.logg[:, :, 454 - 202 :]).all()
+)  # every giant is there
+assert np.array_equal(grid.phase < 0, np.isnan(grid.logg)) and set(np.unique(grid.phase)) <= {
+    -1,
+    *PHASES,
+}
 
 # %% [markdown]
 # ## One isochrone
@@ -202,14 +242,14 @@ assert np.array_equal(grid.phase < 0, np.isnan(grid.logg)) and set(np.unique(gri
 
 # %%
 #| export
-NODE = 1e-4   # dex: closer to a node than this is on it
+NODE = 1e-4  # dex: closer to a node than this is on it
 
 
 def _number(value, unit, what):
     "A finite number in `unit`, from a number or a Quantity."
     try:
         number = float(value.to_value(unit) if isinstance(value, u.Quantity) else value)
-    except (TypeError, ValueError) as error:   # a wrong unit is a TypeError too
+    except (TypeError, ValueError) as error:  # a wrong unit is a TypeError too
         raise LabError(f"the {what} must be one number in {unit}, not {value!r}") from error
     if not np.isfinite(number):
         raise LabError(f"the {what} must be finite, not {value!r}")
@@ -229,34 +269,71 @@ def _around(x, nodes, message):
 
 
 def isochrone(
-    age,             # Gyr, or a Quantity
-    feh,             # initial [Fe/H] in dex
-    grid=None,       # `Isochrones`, or a table from `read_mist`; by default the shipped ones
-) -> QTable:         # a row a star, by EEP: EEP, AGE, FE_H, MASS, TEFF, LOGG, PHASE
+    age,  # Gyr, or a Quantity
+    feh,  # initial [Fe/H] in dex
+    grid=None,  # `Isochrones`, or a table from `read_mist`; by default the shipped ones
+) -> QTable:  # a row a star, by EEP: EEP, AGE, FE_H, MASS, TEFF, LOGG, PHASE
     "The isochrone of an age and metallicity: a node of the grid, or interpolated at fixed EEP. LabError outside the grid."
-    grid = shipped_isochrones() if grid is None else grid if isinstance(grid, Isochrones) else from_table(grid)
+    grid = (
+        shipped_isochrones()
+        if grid is None
+        else grid
+        if isinstance(grid, Isochrones)
+        else from_table(grid)
+    )
     age, feh = _number(age, u.Gyr, "age"), _number(feh, u.dex, "metallicity")
     low, high = grid.ages[[0, -1]]
-    ages = _around(np.log10(age) + 9 if age > 0 else -np.inf, grid.log_age,
-                   f"an age of {age:g} Gyr is outside the isochrones at hand, which reach from {low:.4g} to {high:.4g} Gyr")
-    metals = _around(feh, grid.feh, f"[Fe/H] = {feh:g} is outside the isochrones at hand, which reach from {grid.feh[0]:g} to {grid.feh[-1]:g}")
+    ages = _around(
+        np.log10(age) + 9 if age > 0 else -np.inf,
+        grid.log_age,
+        f"an age of {age:g} Gyr is outside the isochrones at hand, which reach from {low:.4g} to {high:.4g} Gyr",
+    )
+    metals = _around(
+        feh,
+        grid.feh,
+        f"[Fe/H] = {feh:g} is outside the isochrones at hand, which reach from {grid.feh[0]:g} to {grid.feh[-1]:g}",
+    )
     corners = [(i, j, a * b) for i, a in metals for j, b in ages]
-    log_teff, logg, mass = (sum(weight * cube[i, j] for i, j, weight in corners) for cube in (grid.log_teff, grid.logg, grid.mass))
+    log_teff, logg, mass = (
+        sum(weight * cube[i, j] for i, j, weight in corners)
+        for cube in (grid.log_teff, grid.logg, grid.mass)
+    )
     there = np.isfinite(log_teff)
     if not there.any():
-        known = [f"{grid.ages[j]:.4g} Gyr at {grid.feh[i]:g}" for i, j in np.argwhere((grid.phase >= 0).any(axis=2))]
-        raise LabError(f"{age:g} Gyr at [Fe/H] = {feh:g} lies beside a gap in the isochrones at hand: there are {', '.join(known)}")
+        known = [
+            f"{grid.ages[j]:.4g} Gyr at {grid.feh[i]:g}"
+            for i, j in np.argwhere((grid.phase >= 0).any(axis=2))
+        ]
+        raise LabError(
+            f"{age:g} Gyr at [Fe/H] = {feh:g} lies beside a gap in the isochrones at hand: there are {', '.join(known)}"
+        )
     i, j, _ = max(corners, key=lambda corner: corner[2])
     n = there.sum()
-    return _table(grid.eep[there], np.full(n, age), np.full(n, feh), mass[there], 10 ** log_teff[there], logg[there], grid.phase[i, j, there],
-                  grid.source)
+    return _table(
+        grid.eep[there],
+        np.full(n, age),
+        np.full(n, feh),
+        mass[there],
+        10 ** log_teff[there],
+        logg[there],
+        grid.phase[i, j, there],
+        grid.source,
+    )
 
 
 def _table(eep, age, feh, mass, teff, logg, phase, source):
-    columns = {"EEP": eep, "AGE": age * u.Gyr, "FE_H": feh * u.dex, "MASS": mass * u.Msun, "TEFF": teff * u.K, "LOGG": logg * u.dex, "PHASE": phase}
+    columns = {
+        "EEP": eep,
+        "AGE": age * u.Gyr,
+        "FE_H": feh * u.dex,
+        "MASS": mass * u.Msun,
+        "TEFF": teff * u.K,
+        "LOGG": logg * u.dex,
+        "PHASE": phase,
+    }
     table = QTable(columns, meta={"source": source})
     for name, digits in {"AGE": ".4g", "MASS": ".4f", "TEFF": ".1f", "LOGG": ".3f"}.items():
-        table[name].info.format = digits   # for reading; the numbers stay whole
+        table[name].info.format = digits  # for reading; the numbers stay whole
     return table
 
 
@@ -266,14 +343,18 @@ def _table(eep, age, feh, mass, teff, logg, phase, source):
 # %%
 #| export
 def from_table(
-    table: QTable,       # columns as `isochrone` gives them; any number of ages and metallicities
+    table: QTable,  # columns as `isochrone` gives them; any number of ages and metallicities
 ) -> Isochrones:
     "The isochrones of a table as a grid."
     feh, i = _nodes(table["FE_H"].to_value(u.dex))
     log_age, j = _nodes(np.log10(table["AGE"].to_value(u.yr)))
     eep, k = np.unique(np.asarray(table["EEP"], dtype=int), return_inverse=True)
     cubes = np.full((3, len(feh), len(log_age), len(eep)), np.nan)
-    cubes[:, i, j, k] = np.log10(table["TEFF"].to_value(u.K)), table["LOGG"].to_value(u.dex), table["MASS"].to_value(u.Msun)
+    cubes[:, i, j, k] = (
+        np.log10(table["TEFF"].to_value(u.K)),
+        table["LOGG"].to_value(u.dex),
+        table["MASS"].to_value(u.Msun),
+    )
     phase = np.full(cubes.shape[1:], -1)
     phase[i, j, k] = table["PHASE"]
     return Isochrones(feh, log_age, eep, *cubes, phase, str(table.meta.get("source", "a table")))
@@ -283,7 +364,9 @@ def _nodes(values):
     "The distinct values (within `NODE`), and which of them each value is."
     ordered = np.unique(values)
     nodes = ordered[np.insert(np.diff(ordered) > NODE, 0, True)]
-    return nodes, np.abs(nodes[:, None] - values).argmin(axis=0) if len(nodes) < 2 else np.searchsorted((nodes[1:] + nodes[:-1]) / 2, values)
+    return nodes, np.abs(nodes[:, None] - values).argmin(axis=0) if len(
+        nodes
+    ) < 2 else np.searchsorted((nodes[1:] + nodes[:-1]) / 2, values)
 
 
 # %%
@@ -292,7 +375,10 @@ isochrone(6, 0)[::100]
 # %%
 two = vstack([isochrone(grid.ages[j], feh) for j in (10, 12) for feh in (-1, 0)])
 again = isochrone(grid.ages[12], -1, grid=two)
-assert all(np.allclose(again[name], isochrone(grid.ages[12], -1)[name], rtol=1e-12) for name in again.colnames)
+assert all(
+    np.allclose(again[name], isochrone(grid.ages[12], -1)[name], rtol=1e-12)
+    for name in again.colnames
+)
 
 # %% [markdown]
 # Six gigayears at three metallicities, and solar metallicity at three ages:
@@ -304,7 +390,9 @@ for ax, lines in zip(axes, ([(6, -2), (6, -1), (6, 0)], [(2, 0), (6, 0), (12, 0)
     for age, feh in lines:
         line = isochrone(age, feh)
         ax.plot(line["TEFF"], line["LOGG"], label=f"{age} Gyr, [Fe/H] = {feh}")
-    ax.set(xlim=(8500, 2800), ylim=(5.3, -0.3), xlabel=LABELS["TEFF"].axis, ylabel=LABELS["LOGG"].axis)
+    ax.set(
+        xlim=(8500, 2800), ylim=(5.3, -0.3), xlabel=LABELS["TEFF"].axis, ylabel=LABELS["LOGG"].axis
+    )
     ax.legend(frameon=False)
     ax.label_outer()
 
@@ -347,8 +435,13 @@ def branch_teff(line, logg):
 # %%
 teff, logg = np.transpose([turn_off(isochrone(age, 0)) for age in (2, 4, 8, 12)])
 assert np.all(np.diff(teff) < 0) and np.all(np.diff(logg) > 0)
-assert np.all(np.diff([branch_teff(isochrone(12, feh), 2) for feh in (-2, -1.5, -1, -0.5, 0, 0.5)]) < -50)
-tips = [line["LOGG"][line["EEP"] == 604].value[0] for line in (isochrone(12, feh) for feh in (-2, -1, 0))]
+assert np.all(
+    np.diff([branch_teff(isochrone(12, feh), 2) for feh in (-2, -1.5, -1, -0.5, 0, 0.5)]) < -50
+)
+tips = [
+    line["LOGG"][line["EEP"] == 604].value[0]
+    for line in (isochrone(12, feh) for feh in (-2, -1, 0))
+]
 assert np.all(np.diff(tips) < 0) and abs(tips[2]) < 0.4
 quiet = isochrone(6, 0)[(isochrone(6, 0)["EEP"] >= 631) & (isochrone(6, 0)["PHASE"] == 3)]
 assert abs(np.median(quiet["LOGG"].value) - 2.4) < 0.1
@@ -358,10 +451,15 @@ assert abs(np.median(quiet["LOGG"].value) - 2.4) < 0.1
 
 # %%
 node, there = isochrone(grid.ages[16], grid.feh[12]), np.isfinite(grid.logg[12, 16])
-assert np.array_equal(node["LOGG"].value, grid.logg[12, 16, there]) and np.array_equal(node["TEFF"].value, 10 ** grid.log_teff[12, 16, there])
+assert np.array_equal(node["LOGG"].value, grid.logg[12, 16, there]) and np.array_equal(
+    node["TEFF"].value, 10 ** grid.log_teff[12, 16, there]
+)
 middle = isochrone(np.sqrt(grid.ages[16] * grid.ages[17]), (grid.feh[11] + grid.feh[12]) / 2)
 corners = 10 ** grid.log_teff[11:13, 16:18, np.searchsorted(grid.eep, middle["EEP"])].reshape(4, -1)
-assert np.all((middle["TEFF"].value > corners.min(axis=0) - 1e-6) & (middle["TEFF"].value < corners.max(axis=0) + 1e-6))
+assert np.all(
+    (middle["TEFF"].value > corners.min(axis=0) - 1e-6)
+    & (middle["TEFF"].value < corners.max(axis=0) + 1e-6)
+)
 
 
 # %% [markdown]
@@ -372,17 +470,29 @@ assert np.all((middle["TEFF"].value > corners.min(axis=0) - 1e-6) & (middle["TEF
 def left_out_errors(grid, axis):
     "Temperature errors [K] of giants where every second node of an axis (0: [Fe/H], 1: age) is interpolated from its neighbours."
     keep = (slice(None, None, 2), slice(None)) if axis == 0 else (slice(None), slice(None, None, 2))
-    coarse = replace(grid, feh=grid.feh[keep[0]], log_age=grid.log_age[keep[1]], **{name: getattr(grid, name)[keep] for name in CUBES})
+    coarse = replace(
+        grid,
+        feh=grid.feh[keep[0]],
+        log_age=grid.log_age[keep[1]],
+        **{name: getattr(grid, name)[keep] for name in CUBES},
+    )
     errors = []
     for i, j in np.argwhere((grid.feh[:, None] >= -2) & (grid.log_age < 10.12)):
         if (i, j)[axis] % 2 == 1:
             line = isochrone(grid.ages[j], grid.feh[i], coarse)
-            errors.append((line["TEFF"].value - 10 ** grid.log_teff[i, j, line["EEP"] - 202])[line["EEP"] >= 454])
+            errors.append(
+                (line["TEFF"].value - 10 ** grid.log_teff[i, j, line["EEP"] - 202])[
+                    line["EEP"] >= 454
+                ]
+            )
     return np.abs(np.concatenate(errors))
 
 
 errors = {"age": left_out_errors(grid, 1), "[Fe/H]": left_out_errors(grid, 0)}
-within = {f"{q} % within [K]": [f"{np.percentile(error, q):.0f}" for error in errors.values()] for q in (50, 90)}
+within = {
+    f"{q} % within [K]": [f"{np.percentile(error, q):.0f}" for error in errors.values()]
+    for q in (50, 90)
+}
 Table({"left out": [f"every second {name}" for name in errors], **within})
 
 # %%
@@ -398,13 +508,18 @@ assert all(np.median(error) < 12 and np.percentile(error, 90) < 50 for error in 
 # %%
 #| export
 _BLOCK = "# number of EEPs, cols"
-_AGES = {"log10_isochrone_age_yr": lambda x: 10 ** np.asarray(x, float) / 1e9, "isochrone_age_yr": lambda x: np.asarray(x, float) / 1e9}
+_AGES = {
+    "log10_isochrone_age_yr": lambda x: 10 ** np.asarray(x, float) / 1e9,
+    "isochrone_age_yr": lambda x: np.asarray(x, float) / 1e9,
+}
 _COLUMNS = ("EEP", "initial_mass", "log_Teff", "log_g")
 
 
 def read_mist(
-    *paths,        # `.iso` or `.iso.cmd` files
-) -> QTable:       # a row a star: EEP, AGE, FE_H (initial), MASS, TEFF, LOGG, PHASE (-1 where the file has none)
+    *paths,  # `.iso` or `.iso.cmd` files
+) -> (
+    QTable
+):  # a row a star: EEP, AGE, FE_H (initial), MASS, TEFF, LOGG, PHASE (-1 where the file has none)
     "MIST's isochrone files as one table with units. LabError for a file that is none, was cut short, or lacks a column, saying what was expected."
     if not paths:
         raise LabError("no file to read: give at least one .iso or .iso.cmd file of MIST")
@@ -418,45 +533,83 @@ def _read_mist(path):
     try:
         lines = path.read_text(encoding="ascii").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise LabError(f"cannot read {path} as text ({error}): give an .iso or .iso.cmd file of MIST") from error
+        raise LabError(
+            f"cannot read {path} as text ({error}): give an .iso or .iso.cmd file of MIST"
+        ) from error
     begin = [number for number, line in enumerate(lines) if line.startswith(_BLOCK)]
     if not begin:
-        raise LabError(f"{path} is not an isochrone file of MIST (.iso or .iso.cmd): no line starts with '{_BLOCK}'")
-    header = _mist_header(path, lines[:begin[0]])
+        raise LabError(
+            f"{path} is not an isochrone file of MIST (.iso or .iso.cmd): no line starts with '{_BLOCK}'"
+        )
+    header = _mist_header(path, lines[: begin[0]])
     if int(header["isochrones"]) != len(begin):
-        raise LabError(f"{path} announces {header['isochrones']} isochrones and holds {len(begin)}: download it again")
+        raise LabError(
+            f"{path} announces {header['isochrones']} isochrones and holds {len(begin)}: download it again"
+        )
     blocks = [lines[first:last] for first, last in zip(begin, [*begin[1:], len(lines)])]
     rows = [[line for line in block[3:] if line.strip()] for block in blocks]
     for number, (block, data) in enumerate(zip(blocks, rows), start=1):
         promised = int(re.findall(r"\d+", block[0])[0])
         if len(data) != promised:
-            raise LabError(f"{path}: isochrone {number} of {len(blocks)} announces {promised} rows and holds {len(data)}: download it again")
+            raise LabError(
+                f"{path}: isochrone {number} of {len(blocks)} announces {promised} rows and holds {len(data)}: download it again"
+            )
     names = blocks[0][2].lstrip("#").split()
     age = next((name for name in _AGES if name in names), None)
-    missing = [name for name in _COLUMNS if name not in names] + ([] if age else [" or ".join(_AGES)])
+    missing = [name for name in _COLUMNS if name not in names] + (
+        [] if age else [" or ".join(_AGES)]
+    )
     if missing:
         raise LabError(f"{path} lacks the column {', '.join(missing)}; it has {', '.join(names)}")
     wanted = [*_COLUMNS, age, *({"phase"} & set(names))]
     try:
-        table = ascii.read([line for data in rows for line in data], format="no_header", names=names, include_names=wanted, guess=False)
+        table = ascii.read(
+            [line for data in rows for line in data],
+            format="no_header",
+            names=names,
+            include_names=wanted,
+            guess=False,
+        )
         numbers = {name: np.asarray(table[name], dtype=float) for name in wanted}
     except (ascii.InconsistentTableError, ValueError) as error:
-        raise LabError(f"{path}: a row does not hold {len(names)} numbers ({str(error).splitlines()[0]}): download it again") from error
+        raise LabError(
+            f"{path}: a row does not hold {len(names)} numbers ({str(error).splitlines()[0]}): download it again"
+        ) from error
     phase = np.rint(numbers["phase"]).astype(int) if "phase" in names else np.full(len(table), -1)
     source = f"MIST {header['version']}, v/vcrit {header['v/vcrit']}, [a/Fe] {header['[a/Fe]']}"
-    return _table(numbers["EEP"].astype(int), _AGES[age](numbers[age]), np.full(len(table), float(header["[Fe/H]"])), numbers["initial_mass"],
-                  10 ** numbers["log_Teff"], numbers["log_g"], phase, source)
+    return _table(
+        numbers["EEP"].astype(int),
+        _AGES[age](numbers[age]),
+        np.full(len(table), float(header["[Fe/H]"])),
+        numbers["initial_mass"],
+        10 ** numbers["log_Teff"],
+        numbers["log_g"],
+        phase,
+        source,
+    )
 
 
 def _mist_header(path, lines):
     "What the header says: version, number of isochrones, composition and rotation; the two forms differ in the other lines."
-    values = dict(re.findall(r"# (MIST version|number of isochrones)[^=]*=\s*(\S+)", "\n".join(lines)))
+    values = dict(
+        re.findall(r"# (MIST version|number of isochrones)[^=]*=\s*(\S+)", "\n".join(lines))
+    )
     place = next((number for number, line in enumerate(lines[:-1]) if "Yinit" in line), None)
-    composition = {} if place is None else dict(zip(lines[place].lstrip("#").split(), lines[place + 1].lstrip("#").split()))
-    header = {"version": values.get("MIST version", "?"), "isochrones": values.get("number of isochrones"), **composition}
+    composition = (
+        {}
+        if place is None
+        else dict(zip(lines[place].lstrip("#").split(), lines[place + 1].lstrip("#").split()))
+    )
+    header = {
+        "version": values.get("MIST version", "?"),
+        "isochrones": values.get("number of isochrones"),
+        **composition,
+    }
     lacking = [name for name in ("isochrones", "[Fe/H]") if header.get(name) is None]
     if lacking:
-        raise LabError(f"{path} is not an isochrone file of MIST: its header lacks {' and '.join(lacking)}")
+        raise LabError(
+            f"{path} is not an isochrone file of MIST: its header lacks {' and '.join(lacking)}"
+        )
     return {"v/vcrit": "?", "[a/Fe]": "?"} | header
 
 
@@ -465,21 +618,54 @@ def _mist_header(path, lines):
 
 # %%
 RULE = "# " + "-" * 86
-HEADS = {".iso": ["# MIST version number  = 1.2", "# MESA revision number =     7503"],
-         ".iso.cmd": ["# MIST version number  = 1.2", "# MESA revision number =     7503", "# photometric system   = SDSS (AB)"]}
+HEADS = {
+    ".iso": ["# MIST version number  = 1.2", "# MESA revision number =     7503"],
+    ".iso.cmd": [
+        "# MIST version number  = 1.2",
+        "# MESA revision number =     7503",
+        "# photometric system   = SDSS (AB)",
+    ],
+}
 
 
 def mist_text(ages, feh, form, age_name):
     "An isochrone file of MIST, as text."
-    lines = [*HEADS[form], RULE, "#  Yinit        Zinit   [Fe/H]   [a/Fe]  v/vcrit", f"# 0.2703  1.42000E-02    {feh:5.2f}     0.00     0.40", RULE,
-             f"# number of isochrones = {len(ages):5d}", *(["# CCM89 extinction: Av =  0.000"] if form == ".iso.cmd" else []), RULE]
-    names = ["EEP", age_name, "initial_mass", "log_Teff", "log_g", *(["SDSS_g"] if form == ".iso.cmd" else []), "phase"]
+    lines = [
+        *HEADS[form],
+        RULE,
+        "#  Yinit        Zinit   [Fe/H]   [a/Fe]  v/vcrit",
+        f"# 0.2703  1.42000E-02    {feh:5.2f}     0.00     0.40",
+        RULE,
+        f"# number of isochrones = {len(ages):5d}",
+        *(["# CCM89 extinction: Av =  0.000"] if form == ".iso.cmd" else []),
+        RULE,
+    ]
+    names = [
+        "EEP",
+        age_name,
+        "initial_mass",
+        "log_Teff",
+        "log_g",
+        *(["SDSS_g"] if form == ".iso.cmd" else []),
+        "phase",
+    ]
     for age in ages:
         line = isochrone(age, feh)
         time = np.log10(age) + 9 if "log10" in age_name else age * 1e9
-        lines += [f"# number of EEPs, cols = {len(line):5d} {len(names):4d}", "# 1 2 3 and so on", "# " + " ".join(names)]
+        lines += [
+            f"# number of EEPs, cols = {len(line):5d} {len(names):4d}",
+            "# 1 2 3 and so on",
+            "# " + " ".join(names),
+        ]
         for row in line:
-            numbers = [time, row["MASS"].value, np.log10(row["TEFF"].value), row["LOGG"].value, *([17.0] if form == ".iso.cmd" else []), row["PHASE"]]
+            numbers = [
+                time,
+                row["MASS"].value,
+                np.log10(row["TEFF"].value),
+                row["LOGG"].value,
+                *([17.0] if form == ".iso.cmd" else []),
+                row["PHASE"],
+            ]
             lines.append(f"{row['EEP']:5d}" + "".join(f"{number:26.16E}" for number in numbers))
         lines += ["", ""]
     return "\n".join(lines)
@@ -500,7 +686,10 @@ for feh in (0, -1):
     ours, read = isochrone(6, feh), isochrone(6, feh, grid=files_table)
     assert all(np.allclose(read[name], ours[name], rtol=1e-9) for name in ours.colnames)
 assert np.all(isochrone(5.5, -0.4, grid=files_table)["PHASE"] >= 0)
-with pytest.raises(LabError, match=r"an age of 7 Gyr is outside the isochrones at hand, which reach from 5 to 6 Gyr"):
+with pytest.raises(
+    LabError,
+    match=r"an age of 7 Gyr is outside the isochrones at hand, which reach from 5 to 6 Gyr",
+):
     isochrone(7, 0, grid=files_table)
 
 # %% [markdown]
@@ -509,9 +698,15 @@ with pytest.raises(LabError, match=r"an age of 7 Gyr is outside the isochrones a
 # %%
 text = (folder / "solar.iso").read_text()
 BROKEN = {
-    "cut short": (text[:len(text) // 4], "announces 2 isochrones and holds 1"),
-    "a row lost": (text.replace(text.splitlines()[20] + "\n", ""), r"isochrone 1 of 2 announces \d+ rows and holds \d+: download it again"),
-    "no gravity": (text.replace("log_g", "log_h"), "lacks the column log_g; it has EEP, log10_isochrone_age_yr"),
+    "cut short": (text[: len(text) // 4], "announces 2 isochrones and holds 1"),
+    "a row lost": (
+        text.replace(text.splitlines()[20] + "\n", ""),
+        r"isochrone 1 of 2 announces \d+ rows and holds \d+: download it again",
+    ),
+    "no gravity": (
+        text.replace("log_g", "log_h"),
+        "lacks the column log_g; it has EEP, log10_isochrone_age_yr",
+    ),
     "a track": ("# initial_mass\n1.0 2.0\n", "no line starts with '# number of EEPs, cols'"),
     "a word": (text.replace("E+00", "E+0x", 1), "a row does not hold 6 numbers"),
 }
@@ -525,7 +720,9 @@ with pytest.raises(LabError, match="metallicity must be one number in dex, not '
     isochrone(6, "solar")
 with pytest.raises(LabError, match="age must be one number in Gyr, not <Quantity 6. K>"):
     isochrone(6 * u.K, 0)
-with pytest.raises(LabError, match=r"\[Fe/H\] = 0.7 is outside the isochrones at hand, which reach from -4 to 0.5"):
+with pytest.raises(
+    LabError, match=r"\[Fe/H\] = 0.7 is outside the isochrones at hand, which reach from -4 to 0.5"
+):
     isochrone(6, 0.7)
 assert np.array_equal(isochrone(6e9 * u.yr, 0)["TEFF"], isochrone(6, 0)["TEFF"])
 
@@ -541,12 +738,24 @@ def compare_versions(folder):
     lab = read_mist(folder / "SDSS_6Gyr_Fe0.cmd", folder / "SDSS_6Gyr_Fe-1.cmd")
     rows, axes = [], plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)[1]
     for ax, feh in zip(axes, (0, -1)):
-        lines = {"MIST 1.2, the lab's file": isochrone(6, feh, grid=lab), "MIST 2.5, our extract": isochrone(6, feh)}
+        lines = {
+            "MIST 1.2, the lab's file": isochrone(6, feh, grid=lab),
+            "MIST 2.5, our extract": isochrone(6, feh),
+        }
         for name, line in lines.items():
             line = line[line["EEP"] < 808]
             ax.plot(line["TEFF"], line["LOGG"], label=name)
-        ax.set(xlim=(7500, 2800), ylim=(5.3, -0.3), xlabel=LABELS["TEFF"].axis, ylabel=LABELS["LOGG"].axis, title=f"6 Gyr, [Fe/H] = {feh}")
-        rows += [(feh, logg, *(round(branch_teff(line, logg)) for line in lines.values())) for logg in (2, 1)]
+        ax.set(
+            xlim=(7500, 2800),
+            ylim=(5.3, -0.3),
+            xlabel=LABELS["TEFF"].axis,
+            ylabel=LABELS["LOGG"].axis,
+            title=f"6 Gyr, [Fe/H] = {feh}",
+        )
+        rows += [
+            (feh, logg, *(round(branch_teff(line, logg)) for line in lines.values()))
+            for logg in (2, 1)
+        ]
     axes[0].legend(frameon=False)
     axes[1].label_outer()
     return Table(rows=rows, names=["[Fe/H]", "log g", *lines])
@@ -560,9 +769,11 @@ versions if versions else "skipped: STELLAR_LAB_REAL_DATA is not set"
 text = "Skipped: it needs the lab's two files, in the folder that STELLAR_LAB_REAL_DATA names."
 if versions:
     hotter = [row[3] - row[2] for row in versions]
-    text = (f"**What to see.** At $\\log g = 2$ and solar metallicity the newer giants are {hotter[0]:.0f} K hotter, at [Fe/H] = -1 "
-            f"{hotter[2]:.0f} K. The dwarfs agree better, but for the metal-poor turn-off. A giant's temperature depends on how convection is "
-            "treated, which no theory gets from first principles: nobody should believe an isochrone to 50 K.")
+    text = (
+        f"**What to see.** At $\\log g = 2$ and solar metallicity the newer giants are {hotter[0]:.0f} K hotter, at [Fe/H] = -1 "
+        f"{hotter[2]:.0f} K. The dwarfs agree better, but for the metal-poor turn-off. A giant's temperature depends on how convection is "
+        "treated, which no theory gets from first principles: nobody should believe an isochrone to 50 K."
+    )
     assert 50 < hotter[0] < 150
 Markdown(text)
 
@@ -575,43 +786,62 @@ Markdown(text)
 
 # %%
 #| export
-LAB_LIMITS = ((6000, 3000), (6, -0.5))   # Teff [K] and log g [dex] of the lab's diagrams, left to right and bottom to top
-COLOR_RANGES = {"FE_H": (-0.8, 0.5)}     # of the lab; other labels: their plot range
-OUTLIER = 3.0                            # a star that moves by more than this many units of `SCALE` is an outlier
-SCALE = (100.0, 0.2)                     # K, dex: one unit of distance in the diagram
-FLASH = (604, 631)                       # EEPs between which a star falls from the tip of the branch to the clump
+LAB_LIMITS = (
+    (6000, 3000),
+    (6, -0.5),
+)  # Teff [K] and log g [dex] of the lab's diagrams, left to right and bottom to top
+COLOR_RANGES = {"FE_H": (-0.8, 0.5)}  # of the lab; other labels: their plot range
+OUTLIER = 3.0  # a star that moves by more than this many units of `SCALE` is an outlier
+SCALE = (100.0, 0.2)  # K, dex: one unit of distance in the diagram
+FLASH = (604, 631)  # EEPs between which a star falls from the tip of the branch to the clump
 
 
 def metallicity_label(
-    names: Sequence,     # of labels
+    names: Sequence,  # of labels
 ) -> str:
     "The label that colours the diagram: FE_H, else M_H. LabError where there is neither."
     found = [name for name in ("FE_H", "M_H") if name in names]
     if not found:
-        raise LabError(f"a Kiel diagram is coloured by metallicity, but the labels are {', '.join(names)}: FE_H or M_H is needed")
+        raise LabError(
+            f"a Kiel diagram is coloured by metallicity, but the labels are {', '.join(names)}: FE_H or M_H is needed"
+        )
     return found[0]
 
 
 def plot_kiel(
-    labels: np.ndarray,           # (N, 3) Teff [K], log g [dex], metallicity [dex]
-    metallicity: str = "FE_H",    # name of the third label
-    isochrones: Sequence = (),    # tables to draw below the stars
-    limits: tuple = LAB_LIMITS,   # of the axes; None fits the stars
-    color_range: tuple = None,    # of the metallicity
-    ax=None, **points,
+    labels: np.ndarray,  # (N, 3) Teff [K], log g [dex], metallicity [dex]
+    metallicity: str = "FE_H",  # name of the third label
+    isochrones: Sequence = (),  # tables to draw below the stars
+    limits: tuple = LAB_LIMITS,  # of the axes; None fits the stars
+    color_range: tuple = None,  # of the metallicity
+    ax=None,
+    **points,
 ):
     "Kiel diagram of stars; returns the Axes. The scatter, for a colour bar, is `ax.collections[-1]`."
     ax = plt.subplots(figsize=(4.5, 4.5))[1] if ax is None else ax
     teff, logg, metals = np.asarray(labels, dtype=float).T
-    low, high = color_range or COLOR_RANGES.get(metallicity, label_records(metallicity)[0].plot_range)
+    low, high = color_range or COLOR_RANGES.get(
+        metallicity, label_records(metallicity)[0].plot_range
+    )
     for line in isochrones:
         shade = plt.get_cmap("viridis")(np.clip((line["FE_H"][0].value - low) / (high - low), 0, 1))
-        shown = np.where((line["EEP"] > FLASH[0]) & (line["EEP"] < FLASH[1]), np.nan, line["TEFF"].value)
-        ax.plot(shown, line["LOGG"].value, color=shade, lw=1.2, path_effects=[patheffects.withStroke(linewidth=2, foreground="0.25")])
+        shown = np.where(
+            (line["EEP"] > FLASH[0]) & (line["EEP"] < FLASH[1]), np.nan, line["TEFF"].value
+        )
+        ax.plot(
+            shown,
+            line["LOGG"].value,
+            color=shade,
+            lw=1.2,
+            path_effects=[patheffects.withStroke(linewidth=2, foreground="0.25")],
+        )
     style = {"cmap": "viridis", "s": 14, "edgecolors": "k", "linewidths": 0.25, "zorder": 3}
     ax.scatter(teff, logg, c=metals, vmin=low, vmax=high, **(style | points))
     if limits is None:
-        limits = tuple((np.nanmax(x) + margin, np.nanmin(x) - margin) for x, margin in ((teff, 150), (logg, 0.3)))
+        limits = tuple(
+            (np.nanmax(x) + margin, np.nanmin(x) - margin)
+            for x, margin in ((teff, 150), (logg, 0.3))
+        )
     ax.set(xlim=limits[0], ylim=limits[1], xlabel=LABELS["TEFF"].axis, ylabel=LABELS["LOGG"].axis)
     return ax
 
@@ -624,16 +854,16 @@ def plot_kiel(
 # %%
 #| export
 def shift_length(
-    predicted: np.ndarray,   # (N, K) labels, the first two Teff [K] and log g [dex]
-    catalogue: np.ndarray,   # (N, K)
-) -> np.ndarray:             # (N,)
+    predicted: np.ndarray,  # (N, K) labels, the first two Teff [K] and log g [dex]
+    catalogue: np.ndarray,  # (N, K)
+) -> np.ndarray:  # (N,)
     "How far apart two sets of labels put each star in the diagram, in units of `SCALE`."
     return np.hypot(*((np.asarray(predicted, dtype=float) - catalogue)[:, :2] / SCALE).T)
 
 
 def plot_shifts(
-    predicted: np.ndarray,        # (N, 3) Teff [K], log g [dex], metallicity [dex]
-    catalogue: np.ndarray,        # (N, 3)
+    predicted: np.ndarray,  # (N, 3) Teff [K], log g [dex], metallicity [dex]
+    catalogue: np.ndarray,  # (N, 3)
     metallicity: str = "FE_H",
     isochrones: Sequence = (),
     color_range: tuple = None,
@@ -643,17 +873,35 @@ def plot_shifts(
     both = np.concatenate([predicted, catalogue])
     ax = plot_kiel(both, metallicity, isochrones, limits=None, color_range=color_range, ax=ax, s=0)
     far = shift_length(predicted, catalogue) > OUTLIER
-    (x, y, metals), (dx, dy, _) = np.transpose(predicted), np.transpose(np.asarray(catalogue) - predicted)
+    (x, y, metals), (dx, dy, _) = (
+        np.transpose(predicted),
+        np.transpose(np.asarray(catalogue) - predicted),
+    )
     low, high = ax.collections[-1].get_clim()
-    ax.quiver(x, y, dx, dy, metals, clim=(low, high), cmap="viridis", angles="xy", scale_units="xy", scale=1, width=0.003, zorder=3)
-    ax.scatter(x[far], y[far], s=45, facecolors="none", edgecolors="crimson", linewidths=1.2, zorder=4)
+    ax.quiver(
+        x,
+        y,
+        dx,
+        dy,
+        metals,
+        clim=(low, high),
+        cmap="viridis",
+        angles="xy",
+        scale_units="xy",
+        scale=1,
+        width=0.003,
+        zorder=3,
+    )
+    ax.scatter(
+        x[far], y[far], s=45, facecolors="none", edgecolors="crimson", linewidths=1.2, zorder=4
+    )
     ax.set_title(f"predicted → catalogue: {far.sum()} outliers of {len(x)}")
     return ax
 
 
 def kiel_diagrams(
-    predicted: np.ndarray,        # (N, 3) Teff [K], log g [dex], metallicity [dex]
-    catalogue: np.ndarray,        # (N, 3)
+    predicted: np.ndarray,  # (N, 3) Teff [K], log g [dex], metallicity [dex]
+    catalogue: np.ndarray,  # (N, 3)
     metallicity: str = "FE_H",
     isochrones: Sequence = (),
     limits: tuple = LAB_LIMITS,
@@ -664,10 +912,19 @@ def kiel_diagrams(
     for ax, (name, labels) in zip(axes, {"predicted": predicted, "catalogue": catalogue}.items()):
         plot_kiel(labels, metallicity, isochrones, limits, color_range, ax)
         (left, right), (bottom, top) = (sorted(pair) for pair in limits)
-        off = np.count_nonzero(~((labels[:, 0] > left) & (labels[:, 0] < right) & (labels[:, 1] > bottom) & (labels[:, 1] < top)))
+        off = np.count_nonzero(
+            ~(
+                (labels[:, 0] > left)
+                & (labels[:, 0] < right)
+                & (labels[:, 1] > bottom)
+                & (labels[:, 1] < top)
+            )
+        )
         ax.set_title(f"{name} labels" + (f", {off} off the axes" if off else ""))
     plot_shifts(predicted, catalogue, metallicity, isochrones, color_range, axes[2])
-    fig.colorbar(axes[1].collections[-1], ax=axes, label=label_records(metallicity)[0].axis, pad=0.01)
+    fig.colorbar(
+        axes[1].collections[-1], ax=axes, label=label_records(metallicity)[0].axis, pad=0.01
+    )
     return fig
 
 
@@ -683,7 +940,10 @@ table = infer(Cannon(scatter=True, labels=names).fit(spectra[train]), spectra[te
 
 # %%
 KIEL = ["TEFF", "LOGG", metal]
-predicted, catalogue = np.column_stack([table[name.lower()].value for name in KIEL]), spectra[test].labels(KIEL)
+predicted, catalogue = (
+    np.column_stack([table[name.lower()].value for name in KIEL]),
+    spectra[test].labels(KIEL),
+)
 lab_lines = [isochrone(6, 0), isochrone(6, -1)]
 kiel_diagrams(predicted, catalogue, metal, lab_lines);
 
@@ -691,15 +951,20 @@ kiel_diagrams(predicted, catalogue, metal, lab_lines);
 #| echo: false
 shift, moved = shift_length(predicted, catalogue), np.median(predicted - catalogue, axis=0)
 along = np.mean(np.prod((predicted - catalogue)[:, :2], axis=1) > 0)
-Markdown(f"**What to see.** The colours run sideways in both diagrams: metal-poor stars on the hot side. Half of the {len(test)} test stars move "
-         f"by less than {np.median(shift):.2f} units (of 100 K and 0.2 dex); {np.count_nonzero(shift > OUTLIER)} move by more than {OUTLIER:g} and "
-         f"count as outliers. The median difference (predicted - catalogue) is {moved[0]:+.0f} K and {moved[1]:+.2f} dex. {along:.0%} of "
-         "the arrows point along the branch: temperature and gravity err together, because both follow from the same lines, and an error along "
-         "the branch is the one that this diagram forgives.")
+Markdown(
+    f"**What to see.** The colours run sideways in both diagrams: metal-poor stars on the hot side. Half of the {len(test)} test stars move "
+    f"by less than {np.median(shift):.2f} units (of 100 K and 0.2 dex); {np.count_nonzero(shift > OUTLIER)} move by more than {OUTLIER:g} and "
+    f"count as outliers. The median difference (predicted - catalogue) is {moved[0]:+.0f} K and {moved[1]:+.2f} dex. {along:.0%} of "
+    "the arrows point along the branch: temperature and gravity err together, because both follow from the same lines, and an error along "
+    "the branch is the one that this diagram forgives."
+)
 
 # %%
 assert np.mean(shift > OUTLIER) < 0.05
-assert shift_length(catalogue, catalogue).max() == 0 and np.isclose(shift_length(catalogue + [100, 0, 0], catalogue), 1).all()
+assert (
+    shift_length(catalogue, catalogue).max() == 0
+    and np.isclose(shift_length(catalogue + [100, 0, 0], catalogue), 1).all()
+)
 
 # %% [markdown]
 # The same axes for both diagrams, the same colours, and an outlier that we plant is counted:
@@ -709,7 +974,10 @@ planted = predicted.copy()
 planted[0, 0] = catalogue[0, 0] + 1500
 fig = kiel_diagrams(planted, catalogue, metal, lab_lines)
 left, right, arrows = fig.axes[:3]
-assert left.get_xlim() == right.get_xlim() == (6000, 3000) and left.get_ylim() == right.get_ylim() == (6, -0.5)
+assert left.get_xlim() == right.get_xlim() == (
+    6000,
+    3000,
+) and left.get_ylim() == right.get_ylim() == (6, -0.5)
 assert left.collections[-1].get_clim() == right.collections[-1].get_clim()
 far = np.count_nonzero(shift[1:] > OUTLIER) + 1
 assert f"{far} outliers of {len(test)}" in arrows.get_title()
@@ -727,15 +995,18 @@ plt.close(fig)
 
 # %%
 #| export
-BRANCHES = ((454, FLASH[0]), (FLASH[1], 807))   # EEPs, both included: turn-off to tip; clump to the end of the early AGB
-STAR_BLOCK = 1024                               # stars a call
+BRANCHES = (
+    (454, FLASH[0]),
+    (FLASH[1], 807),
+)  # EEPs, both included: turn-off to tip; clump to the end of the early AGB
+STAR_BLOCK = 1024  # stars a call
 
 
 def giant_distance(
-    teff: np.ndarray,     # (N,) [K]
-    logg: np.ndarray,     # (N,) [dex]
-    line: QTable,         # an isochrone
-) -> QTable:              # a row a star: distance (units of `SCALE`), d_teff and d_logg (star minus nearest point), eep of that point
+    teff: np.ndarray,  # (N,) [K]
+    logg: np.ndarray,  # (N,) [dex]
+    line: QTable,  # an isochrone
+) -> QTable:  # a row a star: distance (units of `SCALE`), d_teff and d_logg (star minus nearest point), eep of that point
     "Distance of stars from the giant branch of an isochrone, red clump and AGB included; NaN for a star without labels."
     starts, ends, eep = [], [], []
     points = np.column_stack([line["TEFF"].to_value(u.K), line["LOGG"].to_value(u.dex)]) / SCALE
@@ -744,23 +1015,48 @@ def giant_distance(
         starts.append(points[rows[:-1]])
         ends.append(points[rows[1:]])
         eep.append(np.asarray(line["EEP"])[rows[:-1]])
-    start, step, eep = np.concatenate(starts), np.concatenate(ends) - np.concatenate(starts), np.concatenate(eep)
+    start, step, eep = (
+        np.concatenate(starts),
+        np.concatenate(ends) - np.concatenate(starts),
+        np.concatenate(eep),
+    )
     if not len(start):
         low, high = (function(line["EEP"], default="-") for function in (min, max))
-        raise LabError(f"the isochrone has no giants: it reaches from EEP {low} to {high}, giants from {BRANCHES[0][0]}")
-    stars = np.column_stack([u.Quantity(teff, u.K).value, u.Quantity(logg, u.dex).value]).astype(float) / SCALE
+        raise LabError(
+            f"the isochrone has no giants: it reaches from EEP {low} to {high}, giants from {BRANCHES[0][0]}"
+        )
+    stars = (
+        np.column_stack([u.Quantity(teff, u.K).value, u.Quantity(logg, u.dex).value]).astype(float)
+        / SCALE
+    )
 
     def work(rows):
         away = stars[rows, None] - start
-        along = np.clip(np.einsum("nsk,sk->ns", away, step) / np.maximum(np.einsum("sk,sk->s", step, step), 1e-30), 0, 1)
+        along = np.clip(
+            np.einsum("nsk,sk->ns", away, step)
+            / np.maximum(np.einsum("sk,sk->s", step, step), 1e-30),
+            0,
+            1,
+        )
         away -= along[..., None] * step
         length2 = np.einsum("nsk,nsk->ns", away, away)
         best = np.where(np.isnan(length2), np.inf, length2).argmin(axis=1)
         n = np.arange(len(best))
         return away[n, best], eep[best] + np.rint(np.nan_to_num(along[n, best])).astype(int)
 
-    away, nearest = map(np.concatenate, zip(*in_blocks(work, len(stars), STAR_BLOCK))) if len(stars) else (np.empty((0, 2)), np.empty(0, int))
-    return QTable({"distance": np.hypot(*away.T), "d_teff": away[:, 0] * SCALE[0] * u.K, "d_logg": away[:, 1] * SCALE[1] * u.dex, "eep": nearest})
+    away, nearest = (
+        map(np.concatenate, zip(*in_blocks(work, len(stars), STAR_BLOCK)))
+        if len(stars)
+        else (np.empty((0, 2)), np.empty(0, int))
+    )
+    return QTable(
+        {
+            "distance": np.hypot(*away.T),
+            "d_teff": away[:, 0] * SCALE[0] * u.K,
+            "d_logg": away[:, 1] * SCALE[1] * u.dex,
+            "eep": nearest,
+        }
+    )
 
 
 # %% [markdown]
@@ -787,12 +1083,22 @@ def slow_distance(teff, logg, line, steps=600):
     for first, last in BRANCHES:
         rows = line[(line["EEP"] >= first) & (line["EEP"] <= last)]
         at = np.linspace(0, len(rows) - 1, steps * len(rows))
-        strewn.append(np.column_stack([np.interp(at, np.arange(len(rows)), rows[name].value) for name in ("TEFF", "LOGG")]))
-    return [np.min(np.hypot(*((np.concatenate(strewn) - star) / SCALE).T)) for star in zip(teff, logg)]
+        strewn.append(
+            np.column_stack(
+                [np.interp(at, np.arange(len(rows)), rows[name].value) for name in ("TEFF", "LOGG")]
+            )
+        )
+    return [
+        np.min(np.hypot(*((np.concatenate(strewn) - star) / SCALE).T)) for star in zip(teff, logg)
+    ]
 
 
 some = catalogue[:30]
-assert np.allclose(giant_distance(some[:, 0], some[:, 1], line)["distance"], slow_distance(some[:, 0], some[:, 1], line), atol=1e-3)
+assert np.allclose(
+    giant_distance(some[:, 0], some[:, 1], line)["distance"],
+    slow_distance(some[:, 0], some[:, 1], line),
+    atol=1e-3,
+)
 
 
 # %% [markdown]
@@ -808,11 +1114,11 @@ assert np.allclose(giant_distance(some[:, 0], some[:, 1], line)["distance"], slo
 # %%
 #| export
 def total_metallicity(
-    feh,             # [Fe/H], number or array
-    alpha_fe,        # [α/Fe]
+    feh,  # [Fe/H], number or array
+    alpha_fe,  # [α/Fe]
 ):
     "[M/H] of the solar-scaled mixture that an α-enhanced star resembles (Salaris et al. 1993)."
-    return feh + np.log10(0.638 * 10**np.asarray(alpha_fe, dtype=float) + 0.362)
+    return feh + np.log10(0.638 * 10 ** np.asarray(alpha_fe, dtype=float) + 0.362)
 
 
 # %%
@@ -828,12 +1134,19 @@ assert total_metallicity(-1.5, 0) == -1.5 and abs(total_metallicity(-1.5, 0.3) +
 ALPHA = {"globular": 0.3, "open": 0.0}
 in_folds = None
 if record.name == "clusters":
-    in_folds = cross_label(Cannon(scatter=True, labels=names), spectra, fold_numbers(len(spectra)), progress=False)
-    field_cluster = {field: row["CLUSTER"] for row in clusters() for field in str(row["FIELDS"]).split()}
+    in_folds = cross_label(
+        Cannon(scatter=True, labels=names), spectra, fold_numbers(len(spectra)), progress=False
+    )
+    field_cluster = {
+        field: row["CLUSTER"] for row in clusters() for field in str(row["FIELDS"]).split()
+    }
     members = np.array([field_cluster[str(field).strip()] for field in spectra.stars["FIELD"]])
     rng = np.random.default_rng(6)
     shuffles = np.concatenate([rng.permutation(len(spectra)) for _ in range(20)])
-    choices = {"predicted": np.column_stack([in_folds[name.lower()].value for name in KIEL]), "catalogue": spectra.labels(KIEL)}
+    choices = {
+        "predicted": np.column_stack([in_folds[name.lower()].value for name in KIEL]),
+        "catalogue": spectra.labels(KIEL),
+    }
     choices["shuffled"] = choices["predicted"][shuffles]
 
 
@@ -852,7 +1165,13 @@ def cluster_distances(alpha):
             continue
         age, feh = cluster["AGE"].value, cluster["FE_H"].value
         line = isochrone(age, total_metallicity(feh, alpha[cluster["KIND"]]))
-        row = {"cluster": cluster["CLUSTER"], "age [Gyr]": age, "[Fe/H]": feh, "[M/H]": line["FE_H"][0].value, "stars": inside.sum()}
+        row = {
+            "cluster": cluster["CLUSTER"],
+            "age [Gyr]": age,
+            "[Fe/H]": feh,
+            "[M/H]": line["FE_H"][0].value,
+            "stars": inside.sum(),
+        }
         for name, labels in choices.items():
             labels = labels[np.resize(inside, len(labels))]
             away = giant_distance(labels[:, 0], labels[:, 1], line)
@@ -881,30 +1200,49 @@ tidy(distances) if in_folds else "this table needs the embedded archive of real 
 if in_folds:
     _, iron_alone = cluster_distances(dict.fromkeys(ALPHA, 0.0))
     _, more_alpha = cluster_distances({"globular": 0.4, "open": 0.0})
-    summary = Table(rows=[(name, *(np.median(p[kind]) for kind in choices)) for name, p in {
-        "[M/H] with [α/Fe] = 0.3 (used here)": pooled, "[M/H] with [α/Fe] = 0.4": more_alpha, "[Fe/H] alone": iron_alone}.items()],
-        names=["isochrones of globular clusters", *choices])
+    summary = Table(
+        rows=[
+            (name, *(np.median(p[kind]) for kind in choices))
+            for name, p in {
+                "[M/H] with [α/Fe] = 0.3 (used here)": pooled,
+                "[M/H] with [α/Fe] = 0.4": more_alpha,
+                "[Fe/H] alone": iron_alone,
+            }.items()
+        ],
+        names=["isochrones of globular clusters", *choices],
+    )
 tidy(summary) if in_folds else "this table needs the embedded archive of real stars"
 
 # %%
 #| echo: false
 text = "This archive has no clusters."
 if in_folds:
-    ours, theirs, chance = (np.median(pooled[name]) for name in ("predicted", "catalogue", "shuffled"))
-    closer, odds = np.mean(pooled["predicted"] < pooled["catalogue"]), wilcoxon(pooled["predicted"], pooled["catalogue"]).pvalue
+    ours, theirs, chance = (
+        np.median(pooled[name]) for name in ("predicted", "catalogue", "shuffled")
+    )
+    closer, odds = (
+        np.mean(pooled["predicted"] < pooled["catalogue"]),
+        wilcoxon(pooled["predicted"], pooled["catalogue"]).pvalue,
+    )
     order = distances["cluster"][np.argsort(distances["shuffled"])]
-    text = (f"**What to see.** Half of the predicted stars lie within {ours:.2f} units of the isochrone of their cluster, with the catalogue's "
-            f"labels within {theirs:.2f}, with shuffled labels within {chance:.2f}. So the line does judge, and what the model predicts stands as "
-            f"near to theory as what it learned from, even a little nearer: {closer:.0%} of the stars (a paired Wilcoxon test: p = {odds:.1g}). "
-            "A model averages over many stars and sheds part of the noise of their labels; it also cannot leave the branch as easily as noise can. "
-            f"With [Fe/H] alone the distance would be {np.median(iron_alone['predicted']):.2f}: the α elements are no detail. Shuffling hurts least "
-            f"where a cluster is like most others ({order[0]}, {order[1]}) and most where it is not ({order[-1]}, {order[-2]}).")
+    text = (
+        f"**What to see.** Half of the predicted stars lie within {ours:.2f} units of the isochrone of their cluster, with the catalogue's "
+        f"labels within {theirs:.2f}, with shuffled labels within {chance:.2f}. So the line does judge, and what the model predicts stands as "
+        f"near to theory as what it learned from, even a little nearer: {closer:.0%} of the stars (a paired Wilcoxon test: p = {odds:.1g}). "
+        "A model averages over many stars and sheds part of the noise of their labels; it also cannot leave the branch as easily as noise can. "
+        f"With [Fe/H] alone the distance would be {np.median(iron_alone['predicted']):.2f}: the α elements are no detail. Shuffling hurts least "
+        f"where a cluster is like most others ({order[0]}, {order[1]}) and most where it is not ({order[-1]}, {order[-2]})."
+    )
 Markdown(text)
 
 # %%
 if in_folds:
-    assert np.isclose(beside(giant_distance([branch_teff(line, 1.2) - 100], [1.2], line)), -100, rtol=0.05)
-    assert np.median(pooled["predicted"]) < 0.5 and np.median(pooled["predicted"]) < 1.1 * np.median(pooled["catalogue"])
+    assert np.isclose(
+        beside(giant_distance([branch_teff(line, 1.2) - 100], [1.2], line)), -100, rtol=0.05
+    )
+    assert np.median(pooled["predicted"]) < 0.5 and np.median(
+        pooled["predicted"]
+    ) < 1.1 * np.median(pooled["catalogue"])
     assert np.median(pooled["shuffled"]) > 2 * np.median(pooled["predicted"])
     assert np.mean(distances["shuffled"] > distances["predicted"]) > 0.9
     assert np.median(pooled["predicted"]) < np.median(iron_alone["predicted"])
@@ -922,7 +1260,9 @@ def plot_cluster(ax, row):
     for first, last in BRANCHES:
         part = line[(line["EEP"] >= first) & (line["EEP"] <= last)]
         ax.plot(part["TEFF"], part["LOGG"], color="k", lw=0.9)
-    ax.plot(*choices["catalogue"][inside, :2].T, "x", color="C1", ms=3.5, mew=0.7, label="catalogue")
+    ax.plot(
+        *choices["catalogue"][inside, :2].T, "x", color="C1", ms=3.5, mew=0.7, label="catalogue"
+    )
     ax.plot(*choices["predicted"][inside, :2].T, ".", color="C0", ms=4, label="predicted")
     ax.set_title(f"{row['cluster']}  {row['[Fe/H]']:+.2f}, {row['age [Gyr]']:.3g} Gyr", fontsize=8)
     ax.text(0.05, 0.93, f"{row['predicted']:.2f}", transform=ax.transAxes, va="top", fontsize=8)
@@ -943,12 +1283,14 @@ if in_folds:
 text = "This archive has no clusters."
 if in_folds:
     beside_all, cool = distances["beside [K]"], distances[np.argmin(distances["beside [K]"])]
-    text = ("**What to see.** From M92 to NGC 6791, 2.7 dex in metallicity, the lines march to the right and the stars with them. What is left is "
-            f"systematic: in {np.count_nonzero(beside_all < 0)} of {len(distances)} clusters the stars are cooler than the line at their own gravity "
-            f"(column *beside* of the table), at the median by {-np.median(beside_all):.0f} K, most in "
-            f"{cool['cluster']}, by {-cool['beside [K]']:.0f} K. "
-            "Two versions of MIST differ by as much (`data/README.md` records it). So this offset judges the theory as much as our labels, while "
-            "predicted, catalogue and shuffled labels on the same line are a fair race.")
+    text = (
+        "**What to see.** From M92 to NGC 6791, 2.7 dex in metallicity, the lines march to the right and the stars with them. What is left is "
+        f"systematic: in {np.count_nonzero(beside_all < 0)} of {len(distances)} clusters the stars are cooler than the line at their own gravity "
+        f"(column *beside* of the table), at the median by {-np.median(beside_all):.0f} K, most in "
+        f"{cool['cluster']}, by {-cool['beside [K]']:.0f} K. "
+        "Two versions of MIST differ by as much (`data/README.md` records it). So this offset judges the theory as much as our labels, while "
+        "predicted, catalogue and shuffled labels on the same line are a fair race."
+    )
 Markdown(text)
 
 # %% [markdown]
@@ -958,7 +1300,9 @@ Markdown(text)
 
 # %%
 (folder / "other.whl").write_bytes(b"not a wheel")
-with pytest.raises(LabError, match="other.whl is not mist_v2.5_vvcrit0.4.h5 of lachesis-grids 0.0.9"):
+with pytest.raises(
+    LabError, match="other.whl is not mist_v2.5_vvcrit0.4.h5 of lachesis-grids 0.0.9"
+):
     make_isochrones(folder / "other.whl", folder / "extract.fits")
 with pytest.raises(LabError, match="missing.whl .*give the wheel of lachesis-grids 0.0.9"):
     make_isochrones(folder / "missing.whl", folder / "extract.fits")

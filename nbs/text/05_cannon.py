@@ -67,15 +67,23 @@ from stellar_lab.survey import archive_record, archive_root, real_data, use_styl
 @dataclass(frozen=True)
 class Vectorizer:
     "Turns labels into the terms of a polynomial. The first term is the constant."
-    label_names: tuple      # K names
-    exponents: np.ndarray   # (T, K) integers; first row zero
+
+    label_names: tuple  # K names
+    exponents: np.ndarray  # (T, K) integers; first row zero
 
     @classmethod
     def of_order(cls, label_names: Sequence, order: int) -> "Vectorizer":
         "All products of the labels up to a total power of `order`."
         K = len(label_names)
-        factors = [combination for degree in range(order + 1) for combination in combinations_with_replacement(range(K), degree)]
-        return cls(tuple(label_names), np.array([np.bincount(np.array(f, dtype=int), minlength=K) for f in factors]))
+        factors = [
+            combination
+            for degree in range(order + 1)
+            for combination in combinations_with_replacement(range(K), degree)
+        ]
+        return cls(
+            tuple(label_names),
+            np.array([np.bincount(np.array(f, dtype=int), minlength=K) for f in factors]),
+        )
 
     @classmethod
     def of_terms(cls, label_names: Sequence, terms: Sequence) -> "Vectorizer":
@@ -87,9 +95,13 @@ class Vectorizer:
             for factor in str(term).replace("**", "^").split("*"):
                 name, _, power = factor.strip().partition("^")
                 if name not in label_names:
-                    raise LabError(f"term {term!r} names {name!r}, which is not among the labels {', '.join(label_names)}")
+                    raise LabError(
+                        f"term {term!r} names {name!r}, which is not among the labels {', '.join(label_names)}"
+                    )
                 if not (power or "1").isdigit() or int(power or 1) < 1:
-                    raise LabError(f"term {term!r} has the power {power!r}: powers are whole numbers from 1")
+                    raise LabError(
+                        f"term {term!r} has the power {power!r}: powers are whole numbers from 1"
+                    )
                 row[label_names.index(name)] += int(power or 1)
             rows.append(row)
         if len(np.unique(rows, axis=0)) < len(rows):
@@ -99,14 +111,19 @@ class Vectorizer:
     @property
     def terms(self) -> list:
         "The terms as text, the constant as `1`."
+
         def factor(name, power):
             return name if power == 1 else f"{name}^{power}"
-        return ["*".join(factor(n, p) for n, p in zip(self.label_names, row) if p) or "1" for row in self.exponents]
+
+        return [
+            "*".join(factor(n, p) for n, p in zip(self.label_names, row) if p) or "1"
+            for row in self.exponents
+        ]
 
     def __len__(self):
         return len(self.exponents)
 
-    def _powers(self, labels):   # K arrays (N, highest power + 1)
+    def _powers(self, labels):  # K arrays (N, highest power + 1)
         powers = [np.ones((len(labels.T), len(labels)))]
         for _ in range(self.exponents.max(initial=1)):
             powers.append(powers[-1] * labels.T)
@@ -114,31 +131,50 @@ class Vectorizer:
 
     def __call__(
         self,
-        labels: np.ndarray,   # (N, K) scaled labels
-    ) -> np.ndarray:          # (N, T)
+        labels: np.ndarray,  # (N, K) scaled labels
+    ) -> np.ndarray:  # (N, T)
         "The terms of each star."
-        return reduce(np.multiply, [power[:, e] for power, e in zip(self._powers(labels), self.exponents.T)])
+        return reduce(
+            np.multiply, [power[:, e] for power, e in zip(self._powers(labels), self.exponents.T)]
+        )
 
     def derivative(
         self,
-        labels: np.ndarray,   # (N, K) scaled labels
-    ) -> np.ndarray:          # (N, T, K)
+        labels: np.ndarray,  # (N, K) scaled labels
+    ) -> np.ndarray:  # (N, T, K)
         "Derivative of each term with respect to each label."
         powers = self._powers(labels)
         factors = [power[:, e] for power, e in zip(powers, self.exponents.T)]
         slopes = [e * power[:, np.maximum(e - 1, 0)] for power, e in zip(powers, self.exponents.T)]
-        return np.stack([reduce(np.multiply, [*factors[:k], slope, *factors[k + 1:]]) for k, slope in enumerate(slopes)], axis=-1)
+        return np.stack(
+            [
+                reduce(np.multiply, [*factors[:k], slope, *factors[k + 1 :]])
+                for k, slope in enumerate(slopes)
+            ],
+            axis=-1,
+        )
 
     def curvature(
         self,
-        labels: np.ndarray,   # (N, K) scaled labels
-        force: np.ndarray,    # (N, T)
-    ) -> np.ndarray:          # (N, K, K)
+        labels: np.ndarray,  # (N, K) scaled labels
+        force: np.ndarray,  # (N, T)
+    ) -> np.ndarray:  # (N, K, K)
         "Second derivatives of the terms, summed over the terms with `force`."
-        at = labels if self.exponents.sum(axis=1).max() > 2 else labels[:1]   # a quadratic bends the same everywhere
-        lowered = [Vectorizer(self.label_names, np.maximum(self.exponents - step, 0)) for step in np.eye(len(self.label_names), dtype=int)]
-        bend = np.stack([e[:, None] * term.derivative(at) for e, term in zip(self.exponents.T, lowered)], axis=2)   # (N or 1, T, K, K)
-        return np.einsum("nt,ntjk->njk", force, bend) if len(at) > 1 else np.tensordot(force, bend[0], axes=1)
+        at = (
+            labels if self.exponents.sum(axis=1).max() > 2 else labels[:1]
+        )  # a quadratic bends the same everywhere
+        lowered = [
+            Vectorizer(self.label_names, np.maximum(self.exponents - step, 0))
+            for step in np.eye(len(self.label_names), dtype=int)
+        ]
+        bend = np.stack(
+            [e[:, None] * term.derivative(at) for e, term in zip(self.exponents.T, lowered)], axis=2
+        )  # (N or 1, T, K, K)
+        return (
+            np.einsum("nt,ntjk->njk", force, bend)
+            if len(at) > 1
+            else np.tensordot(force, bend[0], axes=1)
+        )
 
 
 # %%
@@ -153,17 +189,30 @@ print(*lab.terms, sep="  ")
 two = Vectorizer.of_order("ab", 2)
 assert two.terms == ["1", "a", "b", "a^2", "a*b", "b^2"]
 assert two(np.array([[2.0, 3.0]])).tolist() == [[1, 2, 3, 4, 6, 9]]
-assert two.derivative(np.array([[2.0, 3.0]]))[0].T.tolist() == [[0, 1, 0, 4, 3, 0], [0, 0, 1, 0, 2, 6]]
+assert two.derivative(np.array([[2.0, 3.0]]))[0].T.tolist() == [
+    [0, 1, 0, 4, 3, 0],
+    [0, 0, 1, 0, 2, 6],
+]
 
 odd = Vectorizer.of_terms("abc", ["a^4", "a*c^2", "b", "b^3*c"])
 at, step = np.random.default_rng(0).normal(size=(5, 3)), 1e-5
-numeric = np.stack([(odd(at + step * e) - odd(at - step * e)) / (2 * step) for e in np.eye(3)], axis=-1)
+numeric = np.stack(
+    [(odd(at + step * e) - odd(at - step * e)) / (2 * step) for e in np.eye(3)], axis=-1
+)
 assert np.allclose(odd.derivative(at), numeric, atol=1e-8)
 force = np.random.default_rng(1).normal(size=(5, len(odd)))
-numeric = np.stack([np.einsum("nt,ntk->nk", force, odd.derivative(at + step * e) - odd.derivative(at - step * e)) for e in np.eye(3)], axis=-1) / (2 * step)
+numeric = np.stack(
+    [
+        np.einsum(
+            "nt,ntk->nk", force, odd.derivative(at + step * e) - odd.derivative(at - step * e)
+        )
+        for e in np.eye(3)
+    ],
+    axis=-1,
+) / (2 * step)
 assert np.allclose(odd.curvature(at, force), numeric, atol=1e-7)
 assert two.curvature(np.ones((3, 2)), np.ones((3, 6))).tolist() == [[[2, 1], [1, 2]]] * 3
-assert Vectorizer.of_terms("abc", odd.terms[1:]).terms == odd.terms   # text -> exponents -> text
+assert Vectorizer.of_terms("abc", odd.terms[1:]).terms == odd.terms  # text -> exponents -> text
 with pytest.raises(LabError, match="term 'a\\*z' names 'z', which is not among the labels a, b, c"):
     Vectorizer.of_terms("abc", ["a*z"])
 
@@ -186,14 +235,16 @@ def _blas():
 
 
 def in_blocks(
-    work,                # called with a slice; the result may be anything
-    size: int,           # rows in all
-    block: int = 520,    # rows a call, at most
-) -> list:               # the results in order
+    work,  # called with a slice; the result may be anything
+    size: int,  # rows in all
+    block: int = 520,  # rows a call, at most
+) -> list:  # the results in order
     "Run `work` on blocks of rows, in threads: numpy lets go of the interpreter, and BLAS is kept to one thread a block."
     cores = os.cpu_count()
     count = -(-size // block)
-    count = min(-(-count // cores) * cores, size) if count > 1 else count   # so that no core waits for the last block
+    count = (
+        min(-(-count // cores) * cores, size) if count > 1 else count
+    )  # so that no core waits for the last block
     edges = np.linspace(0, size, count + 1).astype(int) if count else []
     slices = [slice(int(start), int(stop)) for start, stop in zip(edges[:-1], edges[1:])]
     with _blas().limit(limits=1), ThreadPoolExecutor(cores) as pool:
@@ -202,7 +253,7 @@ def in_blocks(
 
 def pair_index(
     T: int,
-) -> tuple:   # two (T(T+1)/2,) arrays of term numbers, and the (T, T) place of each pair among them
+) -> tuple:  # two (T(T+1)/2,) arrays of term numbers, and the (T, T) place of each pair among them
     "The distinct products of two of T terms: which they are, and where each entry of a symmetric matrix finds its own."
     i, j = np.triu_indices(T)
     place = np.empty((T, T), dtype=int)
@@ -219,7 +270,10 @@ def pair_index(
 
 # %%
 #| export
-SCATTER_ROUNDS, SCATTER_TOLERANCE = 40, 1e-4   # at most this many fits a pixel; done when no scatter moves by more than this share
+SCATTER_ROUNDS, SCATTER_TOLERANCE = (
+    40,
+    1e-4,
+)  # at most this many fits a pixel; done when no scatter moves by more than this share
 
 
 def _solve(weight, flux, design, products, place):
@@ -287,7 +341,7 @@ def fold_numbers(n: int, folds: int = 5, seed: int = 0) -> np.ndarray:
 class LabelModel(BaseEstimator):
     "What all models of spectra and labels share: how training stars come in, and the scaling of labels. A subclass has `labels` among its parameters."
 
-    pivots, scales = None, None   # given by hand in a subclass that has them as parameters
+    pivots, scales = None, None  # given by hand in a subclass that has them as parameters
 
     def _begin(self, labels, flux, ivar, label_names, wavelength):
         "Check the training stars and learn their labels' scaling; returns flux and ivar (N, P)."
@@ -295,8 +349,17 @@ class LabelModel(BaseEstimator):
         if isinstance(labels, Spectra):
             spectra = labels
             label_names = spectra.label_names if self.labels is None else tuple(self.labels)
-            labels, flux, ivar, wavelength = spectra.labels(label_names), spectra.flux, spectra.ivar, spectra.wavelength
-            metadata = {key: value for key, value in spectra.stars.meta.items() if isinstance(value, (str, int, float, bool, list))}
+            labels, flux, ivar, wavelength = (
+                spectra.labels(label_names),
+                spectra.flux,
+                spectra.ivar,
+                spectra.wavelength,
+            )
+            metadata = {
+                key: value
+                for key, value in spectra.stars.meta.items()
+                if isinstance(value, (str, int, float, bool, list))
+            }
         labels, flux, ivar, names = self._check_training(labels, flux, ivar, label_names)
         scaler = StandardScaler().fit(labels)
         self.label_names_, self.metadata_ = names, metadata
@@ -310,14 +373,20 @@ class LabelModel(BaseEstimator):
         labels, flux = np.atleast_2d(np.asarray(labels, dtype=float)), np.asarray(flux)
         ivar = np.ones(flux.shape) if ivar is None else np.asarray(ivar)
         names = label_names if label_names is not None else self.labels
-        names = tuple(f"LABEL_{k}" for k in range(labels.shape[1])) if names is None else tuple(names)
+        names = (
+            tuple(f"LABEL_{k}" for k in range(labels.shape[1])) if names is None else tuple(names)
+        )
         if flux.ndim != 2 or flux.shape != ivar.shape or len(labels) != len(flux):
-            raise LabError(f"labels {labels.shape}, flux {flux.shape} and ivar {ivar.shape} must be (N, K), (N, P) and (N, P)")
+            raise LabError(
+                f"labels {labels.shape}, flux {flux.shape} and ivar {ivar.shape} must be (N, K), (N, P) and (N, P)"
+            )
         if len(names) != labels.shape[1]:
             raise LabError(f"{len(names)} names ({', '.join(names)}) for {labels.shape[1]} labels")
         without = ~np.isfinite(labels).all(axis=1)
         if without.any():
-            raise LabError(f"{without.sum()} of {len(labels)} training stars lack a label (first: row {np.argmax(without)}): leave them out (apply_cuts)")
+            raise LabError(
+                f"{without.sum()} of {len(labels)} training stars lack a label (first: row {np.argmax(without)}): leave them out (apply_cuts)"
+            )
         return labels, flux, ivar, names
 
     def _digest(self, *columns):
@@ -341,59 +410,76 @@ class Cannon(LabelModel):
 
     def __init__(
         self,
-        order: int = 2,             # highest total power, where `terms` does not say otherwise
-        terms: Sequence = None,     # terms beside the constant, such as "TEFF^4" or "TEFF*LOGG"
-        scatter: bool = False,      # fit an intrinsic scatter per pixel
-        labels: Sequence = None,    # names of the labels to learn from a `Spectra`; by default all that it holds
-        pivots: Sequence = None,    # (K,) subtracted from the labels; by default the training mean
-        scales: Sequence = None,    # (K,) divides them; by default the training standard deviation
-        min_stars: int = None,      # good stars that a pixel needs; by default twice the number of terms
+        order: int = 2,  # highest total power, where `terms` does not say otherwise
+        terms: Sequence = None,  # terms beside the constant, such as "TEFF^4" or "TEFF*LOGG"
+        scatter: bool = False,  # fit an intrinsic scatter per pixel
+        labels: Sequence = None,  # names of the labels to learn from a `Spectra`; by default all that it holds
+        pivots: Sequence = None,  # (K,) subtracted from the labels; by default the training mean
+        scales: Sequence = None,  # (K,) divides them; by default the training standard deviation
+        min_stars: int = None,  # good stars that a pixel needs; by default twice the number of terms
     ):
         self.order, self.terms, self.scatter, self.labels = order, terms, scatter, labels
         self.pivots, self.scales, self.min_stars = pivots, scales, min_stars
 
     def fit(
         self,
-        labels,                       # (N, K) physical units, or a `Spectra` that holds everything
-        flux: np.ndarray = None,      # (N, P) relative to the continuum
-        ivar: np.ndarray = None,      # (N, P) inverse variance, 0 where unusable; all 1 by default
+        labels,  # (N, K) physical units, or a `Spectra` that holds everything
+        flux: np.ndarray = None,  # (N, P) relative to the continuum
+        ivar: np.ndarray = None,  # (N, P) inverse variance, 0 where unusable; all 1 by default
         label_names: Sequence = None,
-        wavelength: np.ndarray = None,   # (P,) [Angstrom, vacuum]
+        wavelength: np.ndarray = None,  # (P,) [Angstrom, vacuum]
     ) -> "Cannon":
         "Learn the spectrum from stars with known labels."
         flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
         names = self.label_names_
-        self.vectorizer_ = Vectorizer.of_order(names, self.order) if self.terms is None else Vectorizer.of_terms(names, self.terms)
+        self.vectorizer_ = (
+            Vectorizer.of_order(names, self.order)
+            if self.terms is None
+            else Vectorizer.of_terms(names, self.terms)
+        )
         self._fit_pixels(flux, ivar)
         return self
 
     def _fit_pixels(self, flux, ivar):
         design = self.vectorizer_(self.scale(self.training_labels_))
         T, min_stars = len(self.vectorizer_), self._min_stars()
-        with _blas().limit(limits=1):   # threads of BLAS would go on spinning in the way of ours
+        with _blas().limit(limits=1):  # threads of BLAS would go on spinning in the way of ours
             rank = np.linalg.matrix_rank(design)
         if rank < T:
-            raise LabError(f"{len(design)} training stars determine only {rank} of {T} terms: take more stars, a lower order or fewer labels")
+            raise LabError(
+                f"{len(design)} training stars determine only {rank} of {T} terms: take more stars, a lower order or fewer labels"
+            )
         i, j, place = pair_index(T)
         products = design[:, i] * design[:, j]
 
         def work(pixels):
             f, w = flux[:, pixels].copy(), ivar[:, pixels]
             good = w > 0
-            f[~good] = 0   # whatever stands in an unusable pixel, NaN included
+            f[~good] = 0  # whatever stands in an unusable pixel, NaN included
             theta, scatter2 = np.full((f.shape[1], T), np.nan), np.full(f.shape[1], np.nan)
             usable = good.sum(axis=0, dtype=np.int32) >= min_stars
-            f, w, good = (f, w, good) if usable.all() else (f[:, usable], w[:, usable], good[:, usable])
-            theta[usable], scatter2[usable] = _fit_block(f.astype(float), w.astype(float), design, products, place, self.scatter)
+            f, w, good = (
+                (f, w, good) if usable.all() else (f[:, usable], w[:, usable], good[:, usable])
+            )
+            theta[usable], scatter2[usable] = _fit_block(
+                f.astype(float), w.astype(float), design, products, place, self.scatter
+            )
             if self.scatter:
                 w = w / (1 + w * scatter2[usable].astype(w.dtype))
             f -= (design @ theta[usable].T).astype(f.dtype)
-            return theta, np.sqrt(scatter2), good.sum(axis=1, dtype=np.int32), np.einsum("np,np,np->n", w, f, f)
+            return (
+                theta,
+                np.sqrt(scatter2),
+                good.sum(axis=1, dtype=np.int32),
+                np.einsum("np,np,np->n", w, f, f),
+            )
 
         theta, scatter, n_good, chi2 = zip(*in_blocks(work, flux.shape[1]))
         self.theta_, self.scatter_ = np.concatenate(theta), np.concatenate(scatter)
         n_good, chi2 = sum(n_good), sum(chi2)
-        self.training_chi2_ = chi2 / np.maximum(n_good, 1)   # a pixel, each training star at its own labels
+        self.training_chi2_ = chi2 / np.maximum(
+            n_good, 1
+        )  # a pixel, each training star at its own labels
         self.training_digest_ = self._digest(n_good, chi2)
 
     def _min_stars(self):
@@ -415,20 +501,22 @@ class Cannon(LabelModel):
         check_is_fitted(self, "theta_")
         labels = np.atleast_2d(np.asarray(labels, dtype=float))
         if labels.shape[1] != len(self.label_names_):
-            raise LabError(f"{labels.shape[1]} labels a star, but the model has {len(self.label_names_)}: {', '.join(self.label_names_)}")
+            raise LabError(
+                f"{labels.shape[1]} labels a star, but the model has {len(self.label_names_)}: {', '.join(self.label_names_)}"
+            )
         return self.scale(labels)
 
     def predict(
         self,
-        labels,           # (N, K) physical units
-    ) -> np.ndarray:      # (N, P) float64; NaN in pixels that could not be fitted
+        labels,  # (N, K) physical units
+    ) -> np.ndarray:  # (N, P) float64; NaN in pixels that could not be fitted
         "Spectra of stars with these labels."
         return self.vectorizer_(self._labels(labels)) @ self.theta_.T
 
     def derivative(
         self,
-        labels,           # (N, K) physical units
-    ) -> np.ndarray:      # (N, K, P) float64, flux per unit of the label
+        labels,  # (N, K) physical units
+    ) -> np.ndarray:  # (N, K, P) float64, flux per unit of the label
         "How the spectrum changes with each label."
         slopes = self.vectorizer_.derivative(self._labels(labels)) / self.scales_
         return np.swapaxes(slopes, 1, 2) @ self.theta_.T
@@ -436,12 +524,23 @@ class Cannon(LabelModel):
     def save(self, path):
         "Write the model as [ASDF](https://asdf.readthedocs.io), a documented format of text and plain arrays: no pickle."
         check_is_fitted(self, "theta_")
-        versions = {"stellar_lab": __version__, "numpy": np.__version__, "scikit-learn": sklearn.__version__}
-        learned = {name: value for name, value in vars(self).items() if name.endswith("_") and name != "vectorizer_"}
+        versions = {
+            "stellar_lab": __version__,
+            "numpy": np.__version__,
+            "scikit-learn": sklearn.__version__,
+        }
+        learned = {
+            name: value
+            for name, value in vars(self).items()
+            if name.endswith("_") and name != "vectorizer_"
+        }
         tree = {
-            "stellar_lab_model": "Cannon", "format_version": FORMAT_VERSION, "versions": versions,
+            "stellar_lab_model": "Cannon",
+            "format_version": FORMAT_VERSION,
+            "versions": versions,
             "parameters": {name: _plain(value) for name, value in self.get_params().items()},
-            "exponents": self.vectorizer_.exponents, **{name: _plain(value) for name, value in learned.items()},
+            "exponents": self.vectorizer_.exponents,
+            **{name: _plain(value) for name, value in learned.items()},
         }
         with atomic_path(path) as temporary:
             asdf.AsdfFile(tree).write_to(temporary)
@@ -453,12 +552,19 @@ class Cannon(LabelModel):
             with asdf.open(path, memmap=False, lazy_load=False) as file:
                 tree = dict(file.tree)
         except FileNotFoundError as error:
-            raise LabError(f"there is no model at {path}: train one with 'stellar-lab train'") from error
-        except Exception as error:   # whatever asdf makes of a foreign file
+            raise LabError(
+                f"there is no model at {path}: train one with 'stellar-lab train'"
+            ) from error
+        except Exception as error:  # whatever asdf makes of a foreign file
             raise LabError(f"{path} is not a model of stellar_lab ({error})") from error
-        if tree.get("stellar_lab_model") != "Cannon" or tree.get("format_version") != FORMAT_VERSION:
-            raise LabError(f"{path} holds {tree.get('stellar_lab_model')!r} in format {tree.get('format_version')!r}; "
-                           f"this version reads a Cannon in format {FORMAT_VERSION}: train the model again")
+        if (
+            tree.get("stellar_lab_model") != "Cannon"
+            or tree.get("format_version") != FORMAT_VERSION
+        ):
+            raise LabError(
+                f"{path} holds {tree.get('stellar_lab_model')!r} in format {tree.get('format_version')!r}; "
+                f"this version reads a Cannon in format {FORMAT_VERSION}: train the model again"
+            )
         model = cls(**tree["parameters"])
         for name, value in tree.items():
             if name.endswith("_"):
@@ -501,10 +607,14 @@ assert np.allclose(Cannon().fit(labels, flux, ivar).theta_, theta, atol=1e-10)
 scatter = np.where(np.arange(300) < 150, 0.02, 0.0)
 labels, flux, ivar, theta = made_up(scatter=scatter)
 model = Cannon(scatter=True).fit(labels, flux, ivar)
-print(f"scatter put in 0.02, found {model.scatter_[:150].mean():.4f} +- {model.scatter_[:150].std():.4f}; none put in, found {model.scatter_[150:].mean():.4f}")
+print(
+    f"scatter put in 0.02, found {model.scatter_[:150].mean():.4f} +- {model.scatter_[:150].std():.4f}; none put in, found {model.scatter_[150:].mean():.4f}"
+)
 
 # %%
-assert abs(model.scatter_[:150].mean() / 0.02 - 1) < 0.05           # maximum likelihood forgets its 10 fitted terms of 400 stars: 1.3 % low
+assert (
+    abs(model.scatter_[:150].mean() / 0.02 - 1) < 0.05
+)  # maximum likelihood forgets its 10 fitted terms of 400 stars: 1.3 % low
 assert np.all(np.abs(model.scatter_[:150] - 0.02) < 5 * 0.02 / np.sqrt(2 * 400) * 1.5)
 assert np.median(model.scatter_[150:]) < 0.004
 
@@ -517,15 +627,17 @@ assert np.median(model.scatter_[150:]) < 0.004
 # %%
 #| export
 def training_set(
-    root,                       # archive root
-    product: str = None,        # "apstar" or "aspcapstar"; by default the archive's first
-    fields: Sequence = None,    # fields to take; by default the archive's
-    labels: Sequence = None,    # labels that a star must have; by default the archive's
-    continuum_pixels: np.ndarray = None,   # (P,) bool; by default the lab's 529
+    root,  # archive root
+    product: str = None,  # "apstar" or "aspcapstar"; by default the archive's first
+    fields: Sequence = None,  # fields to take; by default the archive's
+    labels: Sequence = None,  # labels that a star must have; by default the archive's
+    continuum_pixels: np.ndarray = None,  # (P,) bool; by default the lab's 529
     progress: bool = True,
-) -> tuple:                     # Spectra of the stars that pass all cuts, and the ledger
+) -> tuple:  # Spectra of the stars that pass all cuts, and the ledger
     "Normalized spectra of the stars to learn from, and the account of those that fell."
-    spectra, ledger = read_archive(root, product=product, fields=fields, labels=labels, progress=progress)
+    spectra, ledger = read_archive(
+        root, product=product, fields=fields, labels=labels, progress=progress
+    )
     spectra, ledger = apply_cuts(spectra, ledger=ledger)
     spectra = normalize(spectra, continuum_pixels=continuum_pixels)
     return drop_masked(spectra, ledger=ledger)
@@ -545,7 +657,11 @@ spectra
 #| export
 def plot_labels(labels, names, axes=None, **histogram):
     "Histograms of labels (N, K), one panel each; returns the Axes."
-    axes = plt.subplots(1, len(names), figsize=(2 * len(names), 2), sharey=True)[1] if axes is None else axes
+    axes = (
+        plt.subplots(1, len(names), figsize=(2 * len(names), 2), sharey=True)[1]
+        if axes is None
+        else axes
+    )
     for ax, name, column in zip(np.atleast_1d(axes), names, np.asarray(labels).T):
         ax.hist(column, **({"bins": 25} | histogram))
         ax.set_xlabel(LABELS[name].axis if name in LABELS else name)
@@ -575,18 +691,24 @@ assert np.allclose(model.unscale(scaled), spectra[train].labels(names))
 # %%
 #| export
 def plot_fit(
-    spectra: Spectra, row: int,     # the star
-    model_flux: np.ndarray,         # (P,) what the model says
-    window: tuple = None,           # (low, high) [Angstrom]
-    ax=None, name: str = None,
+    spectra: Spectra,
+    row: int,  # the star
+    model_flux: np.ndarray,  # (P,) what the model says
+    window: tuple = None,  # (low, high) [Angstrom]
+    ax=None,
+    name: str = None,
 ):
     "A star, the model's spectrum over it, the error on a second axis; the title holds the rms over good pixels. Returns the Axes."
     flux, ivar = spectra.flux[row], spectra.ivar[row]
     good = (ivar > 0) & np.isfinite(model_flux)
     rms = np.sqrt(np.mean((flux - model_flux)[good] ** 2))
     name = spectra.stars["APOGEE_ID"][row] if name is None else name
-    ax = plot_spectrum(spectra.wavelength, flux, ivar, window, error=True, ax=ax, color="k", label="star")
-    plot_spectrum(spectra.wavelength, model_flux, good, window, ax=ax, color="C3", alpha=0.8, label="model")
+    ax = plot_spectrum(
+        spectra.wavelength, flux, ivar, window, error=True, ax=ax, color="k", label="star"
+    )
+    plot_spectrum(
+        spectra.wavelength, model_flux, good, window, ax=ax, color="C3", alpha=0.8, label="model"
+    )
     ax.set(title=f"{name}: rms {rms:.4f}", ylabel="flux / continuum", ylim=(0.4, 1.25))
     ax.legend(loc="lower right", ncols=2, frameon=False)
     return ax
@@ -601,14 +723,26 @@ for ax, row, flux in zip(axes, rows, model.predict(spectra[rows].labels(names)))
 
 # %%
 #| echo: false
-residual = (spectra[train].flux - model.predict(spectra[train].labels(names)))[(spectra[train].ivar > 0) & model.usable_]
-outside = (spectra[test].flux - model.predict(spectra[test].labels(names)))[(spectra[test].ivar > 0) & model.usable_]
-Markdown(f"**What to see.** The lines are where the model draws them, and as deep. Over all {len(train)} training stars the rms difference is "
-         f"{residual.std():.4f}, over the {len(test)} stars that it has never seen {outside.std():.4f}: it learned stars, not noise.")
+residual = (spectra[train].flux - model.predict(spectra[train].labels(names)))[
+    (spectra[train].ivar > 0) & model.usable_
+]
+outside = (spectra[test].flux - model.predict(spectra[test].labels(names)))[
+    (spectra[test].ivar > 0) & model.usable_
+]
+Markdown(
+    f"**What to see.** The lines are where the model draws them, and as deep. Over all {len(train)} training stars the rms difference is "
+    f"{residual.std():.4f}, over the {len(test)} stars that it has never seen {outside.std():.4f}: it learned stars, not noise."
+)
 
 # %%
-assert outside.std() < 1.2 * residual.std()   # no overfitting
-assert residual.std() < 0.7 * (spectra[train].flux - np.median(spectra[train].flux, axis=0))[(spectra[train].ivar > 0) & model.usable_].std()
+assert outside.std() < 1.2 * residual.std()  # no overfitting
+assert (
+    residual.std()
+    < 0.7
+    * (spectra[train].flux - np.median(spectra[train].flux, axis=0))[
+        (spectra[train].ivar > 0) & model.usable_
+    ].std()
+)
 
 # %% [markdown]
 # ## Witnesses
@@ -621,7 +755,9 @@ plain = Cannon(labels=names).fit(spectra[train])
 design = plain.vectorizer_(plain.scale(spectra[train].labels(names)))
 for pixel in np.flatnonzero(plain.usable_)[::140]:
     root_weight = np.sqrt(spectra[train].ivar[:, pixel].astype(float))
-    slow = np.linalg.lstsq(design * root_weight[:, None], spectra[train].flux[:, pixel] * root_weight)[0]
+    slow = np.linalg.lstsq(
+        design * root_weight[:, None], spectra[train].flux[:, pixel] * root_weight
+    )[0]
     assert np.allclose(design @ plain.theta_[pixel], design @ slow, rtol=1e-6)
 
 
@@ -634,9 +770,18 @@ def minus_log_likelihood(s, flux, variance):
 
 for pixel in np.flatnonzero(model.usable_ & (model.scatter_ > 0))[100::900]:
     good = spectra[train].ivar[:, pixel] > 0
-    flux, variance = spectra[train].flux[good, pixel].astype(float), 1 / spectra[train].ivar[good, pixel].astype(float)
+    flux, variance = (
+        spectra[train].flux[good, pixel].astype(float),
+        1 / spectra[train].ivar[good, pixel].astype(float),
+    )
     full_design, design = design, design[good]
-    slow = minimize_scalar(minus_log_likelihood, bounds=(0, 0.2), args=(flux, variance), method="bounded", options={"xatol": 1e-8}).x
+    slow = minimize_scalar(
+        minus_log_likelihood,
+        bounds=(0, 0.2),
+        args=(flux, variance),
+        method="bounded",
+        options={"xatol": 1e-8},
+    ).x
     design = full_design
     assert abs(model.scatter_[pixel] / slow - 1) < 1e-2, (pixel, model.scatter_[pixel], slow)
 
@@ -651,7 +796,9 @@ flux = np.where(ivar > 0, few.flux, np.nan)
 marked = Cannon(labels=names).fit(few.replace(flux=flux, ivar=ivar))
 others = np.delete(np.arange(len(few.wavelength)), 100)
 assert not marked.usable_[100] and np.isnan(marked.predict(few.labels(names)[:1])[0, 100])
-assert np.allclose(marked.theta_[others], plain.theta_[others], equal_nan=True, rtol=1e-9, atol=1e-12)
+assert np.allclose(
+    marked.theta_[others], plain.theta_[others], equal_nan=True, rtol=1e-9, atol=1e-12
+)
 
 # %% [markdown]
 # ## Where the polynomial is not enough
@@ -660,17 +807,32 @@ assert np.allclose(marked.theta_[others], plain.theta_[others], equal_nan=True, 
 
 # %%
 fig, axes = plt.subplots(2, 1, figsize=(9, 4), sharex=True)
-plot_spectrum(wavelength, model.theta_[:, 0], model.usable_, ax=axes[0], title="the spectrum at the mean labels").set_ylabel("flux")
-plot_spectrum(wavelength, model.scatter_, model.usable_, ax=axes[1], color="C3", title="the scatter that noise does not explain")
+plot_spectrum(
+    wavelength,
+    model.theta_[:, 0],
+    model.usable_,
+    ax=axes[0],
+    title="the spectrum at the mean labels",
+).set_ylabel("flux")
+plot_spectrum(
+    wavelength,
+    model.scatter_,
+    model.usable_,
+    ax=axes[1],
+    color="C3",
+    title="the scatter that noise does not explain",
+)
 axes[1].set(ylabel="$s$", ylim=(0, 0.06))
 axes[0].label_outer()
 
 # %%
 #| echo: false
 deep = model.theta_[:, 0] < 0.8
-Markdown(f"**What to see.** Half of the pixels have a scatter below {np.nanmedian(model.scatter_):.4f}, where the smallest error that the survey "
-         f"states for a pixel is 0.005; in the {np.nansum(deep)} pixels that are deeper than 0.8 at the mean labels it is "
-         f"{np.nanmedian(model.scatter_[deep]):.4f}.")
+Markdown(
+    f"**What to see.** Half of the pixels have a scatter below {np.nanmedian(model.scatter_):.4f}, where the smallest error that the survey "
+    f"states for a pixel is 0.005; in the {np.nansum(deep)} pixels that are deeper than 0.8 at the mean labels it is "
+    f"{np.nanmedian(model.scatter_[deep]):.4f}."
+)
 
 # %% [markdown]
 # ## What a label does to the spectrum
@@ -681,7 +843,9 @@ centre = model.pivots_[None]
 slopes = model.derivative(centre)[0] * model.scales_[:, None]
 fig, axes = plt.subplots(len(names), 1, figsize=(9, 1.2 * len(names)), sharex=True, sharey=True)
 for ax, name, slope in zip(axes, names, slopes):
-    plot_spectrum(wavelength, slope, model.usable_, (15990, 16210), ax=ax).set(ylabel=LABELS[name].symbol)
+    plot_spectrum(wavelength, slope, model.usable_, (15990, 16210), ax=ax).set(
+        ylabel=LABELS[name].symbol
+    )
     ax.axhline(0, color="0.8", zorder=0)
     ax.label_outer()
 
@@ -696,9 +860,11 @@ at = spectra[test].labels(names)[:1]
 for k, step in enumerate(1e-4 * model.scales_):
     shift = step * np.eye(len(names))[k]
     numeric = (model.predict(at + shift) - model.predict(at - shift)) / (2 * step)
-    assert np.allclose(model.derivative(at)[0, k], numeric[0], rtol=1e-5, atol=1e-7 / step * 1e-4, equal_nan=True)
+    assert np.allclose(
+        model.derivative(at)[0, k], numeric[0], rtol=1e-5, atol=1e-7 / step * 1e-4, equal_nan=True
+    )
 metallicity = slopes[[name in ("FE_H", "M_H") for name in names]][0]
-assert np.nanmean(metallicity < 0) > 0.7   # metals darken
+assert np.nanmean(metallicity < 0) > 0.7  # metals darken
 names
 
 # %% [markdown]
@@ -715,7 +881,9 @@ with tempfile.TemporaryDirectory() as folder:
     (Path(folder) / "notes.txt").write_text("not a model")
     with pytest.raises(LabError, match="notes.txt is not a model of stellar_lab"):
         Cannon.load(Path(folder) / "notes.txt")
-    with pytest.raises(LabError, match="there is no model at .*: train one with 'stellar-lab train'"):
+    with pytest.raises(
+        LabError, match="there is no model at .*: train one with 'stellar-lab train'"
+    ):
         Cannon.load(Path(folder) / "nowhere.asdf")
 assert np.array_equal(again.predict(at), model.predict(at), equal_nan=True)
 assert again.get_params() == model.get_params() and again.training_digest_ == model.training_digest_
@@ -740,7 +908,7 @@ NAIVE_RUN, NAIVE_QUANTILE = 100, 0.9
 
 
 def naive_normalize(
-    spectra: Spectra,     # raw flux
+    spectra: Spectra,  # raw flux
 ) -> Spectra:
     "Divide each chip by a parabola through the upper edge of the flux; masked pixels are left out."
     flux, ivar = spectra.flux.copy(), spectra.ivar.copy()
@@ -760,22 +928,34 @@ def _upper_edge(flux, chip):
     "High quantile of each run of pixels (N, R), where the runs are (R,), and where the pixels are (P,)."
     runs = flux.shape[1] // NAIVE_RUN
     if runs < 3:
-        raise LabError(f"the {chip} chip has {flux.shape[1]} pixels: a naive continuum needs {3 * NAIVE_RUN}")
+        raise LabError(
+            f"the {chip} chip has {flux.shape[1]} pixels: a naive continuum needs {3 * NAIVE_RUN}"
+        )
     place = np.linspace(-1, 1, flux.shape[1])
-    cut = np.sort(flux[:, :runs * NAIVE_RUN].reshape(len(flux), runs, NAIVE_RUN), axis=2)   # NaN last
+    cut = np.sort(
+        flux[:, : runs * NAIVE_RUN].reshape(len(flux), runs, NAIVE_RUN), axis=2
+    )  # NaN last
     good = np.isfinite(cut).sum(axis=2)
     rank = np.maximum(np.round(NAIVE_QUANTILE * (good - 1)), 0).astype(int)
     edge = np.take_along_axis(cut, rank[:, :, None], axis=2)[:, :, 0].astype(float)
-    level = np.nan_to_num(np.nanmedian(np.where((good > 0).any(axis=1, keepdims=True), edge, 0), axis=1, keepdims=True))
-    return np.where(good > NAIVE_RUN // 10, edge, level), place[:runs * NAIVE_RUN].reshape(runs, NAIVE_RUN).mean(axis=1), place
+    level = np.nan_to_num(
+        np.nanmedian(
+            np.where((good > 0).any(axis=1, keepdims=True), edge, 0), axis=1, keepdims=True
+        )
+    )
+    return (
+        np.where(good > NAIVE_RUN // 10, edge, level),
+        place[: runs * NAIVE_RUN].reshape(runs, NAIVE_RUN).mean(axis=1),
+        place,
+    )
 
 
 def find_continuum_pixels(
-    spectra: Spectra,            # raw flux, with labels
-    labels: Sequence = None,     # label names; all of the spectra's by default
-    share: float = 529 / 7214,   # of each chip's pixels to choose; the lab's list has this many
-    baseline: float = 0.15,      # largest distance of the flux at the mean labels from 1
-) -> np.ndarray:                 # (P,) bool
+    spectra: Spectra,  # raw flux, with labels
+    labels: Sequence = None,  # label names; all of the spectra's by default
+    share: float = 529 / 7214,  # of each chip's pixels to choose; the lab's list has this many
+    baseline: float = 0.15,  # largest distance of the flux at the mean labels from 1
+) -> np.ndarray:  # (P,) bool
     "Continuum pixels found from the data: near 1, and the least sensitive to any label (Ness et al. 2015)."
     model = Cannon(scatter=True, labels=labels).fit(naive_normalize(spectra))
     linear = model.vectorizer_.exponents.sum(axis=1) == 1
@@ -783,8 +963,12 @@ def find_continuum_pixels(
     chosen = np.zeros(len(near), dtype=bool)
     for chip in chip_slices(spectra.wavelength).values():
         candidates = chip.start + np.flatnonzero(near[chip])
-        worst_rank = slope[candidates].argsort(axis=0).argsort(axis=0).max(axis=1)   # the label that moves the pixel most, among its kind
-        chosen[candidates[worst_rank.argsort(kind="stable")[:round(share * (chip.stop - chip.start))]]] = True
+        worst_rank = (
+            slope[candidates].argsort(axis=0).argsort(axis=0).max(axis=1)
+        )  # the label that moves the pixel most, among its kind
+        chosen[
+            candidates[worst_rank.argsort(kind="stable")[: round(share * (chip.stop - chip.start))]]
+        ] = True
     return chosen
 
 
@@ -793,8 +977,19 @@ raw, _ = apply_cuts(read_archive(archive_root(), product="apstar", progress=Fals
 found, theirs = find_continuum_pixels(raw, names), lab_continuum_pixels()
 fig, ax = plt.subplots(figsize=(9, 2.5))
 window = (15990, 16210)
-plot_spectrum(wavelength, model.theta_[:, 0], model.usable_, window, ax=ax, color="0.5", title="the spectrum at the mean labels, and pixels for its continuum")
-for pixels, marker, height, label in ((theirs, "v", 1.06, "the lab's list"), (found, "^", 1.04, "found here")):
+plot_spectrum(
+    wavelength,
+    model.theta_[:, 0],
+    model.usable_,
+    window,
+    ax=ax,
+    color="0.5",
+    title="the spectrum at the mean labels, and pixels for its continuum",
+)
+for pixels, marker, height, label in (
+    (theirs, "v", 1.06, "the lab's list"),
+    (found, "^", 1.04, "found here"),
+):
     shown = pixels & (wavelength > window[0]) & (wavelength < window[1])
     ax.plot(wavelength[shown], np.full(shown.sum(), height), marker, ms=4, label=label)
 ax.legend(loc="lower right", frameon=False, ncols=2);
@@ -803,17 +998,27 @@ ax.legend(loc="lower right", frameon=False, ncols=2);
 #| echo: false
 chips = chip_slices(wavelength)
 chance = found.sum() * theirs.sum() / len(found)
-by_chip = ", ".join(f"{found[chip].sum()} and {theirs[chip].sum()} in the {name} chip" for name, chip in chips.items())
+by_chip = ", ".join(
+    f"{found[chip].sum()} and {theirs[chip].sum()} in the {name} chip"
+    for name, chip in chips.items()
+)
 depth = [1 - np.nanmean(model.theta_[pixels, 0]) for pixels in (found, theirs)]
-shift = [np.sqrt(np.nanmean((model.theta_[pixels, 1:1 + len(names)]) ** 2)) for pixels in (found, theirs)]
-Markdown(f"**What to see.** {(found & theirs).sum()} of our {found.sum()} pixels are among the lab's {theirs.sum()} ({chance:.0f} would be by chance): {by_chip}. "
-         f"At the mean labels they are {depth[0]:.4f} deep on average, the lab's {depth[1]:.4f}; one standard deviation of a label moves them by {shift[0]:.4f} (rms), "
-         f"the lab's by {shift[1]:.4f}. The lab's list was found on other stars, mostly of solar metallicity; what either costs in labels "
-         "stands in the next chapter.")
+shift = [
+    np.sqrt(np.nanmean((model.theta_[pixels, 1 : 1 + len(names)]) ** 2))
+    for pixels in (found, theirs)
+]
+Markdown(
+    f"**What to see.** {(found & theirs).sum()} of our {found.sum()} pixels are among the lab's {theirs.sum()} ({chance:.0f} would be by chance): {by_chip}. "
+    f"At the mean labels they are {depth[0]:.4f} deep on average, the lab's {depth[1]:.4f}; one standard deviation of a label moves them by {shift[0]:.4f} (rms), "
+    f"the lab's by {shift[1]:.4f}. The lab's list was found on other stars, mostly of solar metallicity; what either costs in labels "
+    "stands in the next chapter."
+)
 
 # %%
 assert (found & theirs).sum() > 2 * chance
-assert shift[0] < 0.5 * np.sqrt(np.nanmean(model.theta_[:, 1:1 + len(names)] ** 2))   # quieter than pixels at large
+assert shift[0] < 0.5 * np.sqrt(
+    np.nanmean(model.theta_[:, 1 : 1 + len(names)] ** 2)
+)  # quieter than pixels at large
 assert all(abs(found[chip].mean() - 529 / 7214) < 0.002 for chip in chips.values())
 
 # %% [markdown]
@@ -841,17 +1046,29 @@ def published_giants(folder):
     "The Cannon 2's test set of 671 giants: labels, flux, ivar, label names, and what its authors fitted."
     with np.load(Path(folder) / "apogee_671_stars_100_pixels.npz") as file:
         giants = dict(file)
-    return giants["labels"], giants["flux"], giants["flux_err"] ** -2.0, [str(name) for name in giants["label_names"]], giants
+    return (
+        giants["labels"],
+        giants["flux"],
+        giants["flux_err"] ** -2.0,
+        [str(name) for name in giants["label_names"]],
+        giants,
+    )
 
 
 # %%
 if real_data():
     labels, flux, ivar, published_names, published = published_giants(real_data())
-    ours = Cannon(terms=published["terms"], pivots=published["pivots"], scales=np.ones(3), scatter=True).fit(labels, flux, ivar, published_names)
+    ours = Cannon(
+        terms=published["terms"], pivots=published["pivots"], scales=np.ones(3), scatter=True
+    ).fit(labels, flux, ivar, published_names)
     theirs_flux = ours.vectorizer_(ours.scale(labels)) @ published["theta_first_50"].T
-    difference = np.std(ours.predict(labels)[:, :50] - theirs_flux, axis=0) / np.std(theirs_flux, axis=0)
+    difference = np.std(ours.predict(labels)[:, :50] - theirs_flux, axis=0) / np.std(
+        theirs_flux, axis=0
+    )
     ratio = ours.scatter_[:50] / published["scatter_first_50"]
-    print(f"largest rms difference of the predictions, in units of their spread: {difference.max():.1e}")
+    print(
+        f"largest rms difference of the predictions, in units of their spread: {difference.max():.1e}"
+    )
     print(f"scatter, ours / theirs: {ratio.min():.4f} to {ratio.max():.4f}")
     assert difference.max() < 1e-5 and np.all(np.abs(ratio - 1) < 0.01)
 else:
@@ -862,7 +1079,9 @@ else:
 
 # %%
 if real_data():
-    assert np.array_equal(read_continuum_pixels(real_data() / "pixels_cannon.npy"), lab_continuum_pixels())
+    assert np.array_equal(
+        read_continuum_pixels(real_data() / "pixels_cannon.npy"), lab_continuum_pixels()
+    )
     assert np.allclose(np.load(real_data() / "wavelength.npy"), wavelength, atol=1e-8, rtol=0)
 else:
     print("skipped: STELLAR_LAB_REAL_DATA is not set")

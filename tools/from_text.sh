@@ -1,0 +1,11 @@
+#!/bin/sh
+# Brings changes made in text twins into their notebooks; outputs of cells that did not change stay.
+#   from_text.sh [NAME ...]     such as 05_cannon; all by default
+set -eu
+cd "$(dirname "$0")/.."
+[ $# -gt 0 ] || set -- $(cd nbs/text && ls | sed 's/\.py$//')
+for name in "$@"; do
+    if [ -f "nbs/$name.ipynb" ]; then update=--update; else update=; fi
+    jupytext --quiet --to ipynb $update --output "nbs/$name.ipynb" "nbs/text/$name.py"
+done
+sh tools/sync.sh

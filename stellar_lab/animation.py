@@ -31,7 +31,7 @@ from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from tqdm import tqdm
 
 from .cannon import Cannon
-from .inversion import outside_training, label_box
+from .models import outside_training, label_box
 from .survey import LABELS, LOG10_STEP, LabError, atomic_path, plot_spectrum, require
 
 # %% ../nbs/12_animation.ipynb #9764b274

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FILE_NAME', 'FACTS', 'KEYS', 'BLOCK', 'Step', 'Ledger', 'plot_ledger', 'inverse_variance', 'product_of', 'Fact',
-           'Problem', 'read_files', 'find_files', 'find_catalogue', 'read_catalogue', 'match_catalogue', 'dark_pixels',
-           'drop_dark_pixels', 'read_archive', 'keep', 'apply_cuts', 'plot_corner', 'plot_raw']
+           'Problem', 'read_stars', 'read_files', 'find_files', 'find_catalogue', 'read_catalogue', 'match_catalogue',
+           'dark_pixels', 'drop_dark_pixels', 'read_archive', 'keep', 'apply_cuts', 'plot_corner', 'plot_raw']
 
 # %% ../nbs/02_clean.ipynb #04582bf0
 import os
@@ -358,7 +358,7 @@ def _reason(path, error):
     return str(error) or type(error).__name__
 
 # %% ../nbs/02_clean.ipynb #ed3af40a
-def _read_stars(paths, product, row, workers=None, keep=None, progress=True):
+def read_stars(paths, product, row, workers=None, keep=None, progress=True):
     "Spectra of the files where `keep`, their places in `paths`, and the problems of all."
     if not isinstance(row, (int, np.integer)) or row < 0:
         raise LabError(
@@ -431,7 +431,7 @@ def read_files(
         product = kinds.pop() if kinds else "apstar"
     if product not in PRODUCTS:
         raise LabError(f"unknown product {product!r}: choose from {', '.join(PRODUCTS)}")
-    spectra, _, problems = _read_stars(paths, PRODUCTS[product], row, workers, progress=progress)
+    spectra, _, problems = read_stars(paths, PRODUCTS[product], row, workers, progress=progress)
     if not len(spectra):
         raise LabError(f"none of {len(paths)} files is a good {product} file" + _first(problems))
     return spectra, problems
@@ -765,7 +765,7 @@ def read_archive(
         catalogue[rows],
         np.where(rows < 0, -1, np.arange(len(rows))),
     )  # one row a file; -1 takes any
-    spectra, places, problems = _read_stars(
+    spectra, places, problems = read_stars(
         list(files["path"]), PRODUCTS[product], row, workers, rows >= 0, progress
     )
 

@@ -26,7 +26,7 @@ from astropy.io import ascii, fits
 from astropy.table import QTable, vstack
 from matplotlib import patheffects
 
-from .cannon import in_blocks
+from .models import in_blocks
 from .survey import LABELS, LabError, atomic_path, data_file, label_records, require
 
 # %% ../nbs/10_kiel.ipynb #459c78f5

@@ -25,15 +25,10 @@ from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from .cannon import Cannon, Vectorizer, in_blocks
-from stellar_lab.inversion import (
-    Statistics,
-    _descend,
-    apply_error_model,
-    infer,
-    label_box,
-    statistics,
-)
+from .cannon import Cannon, Vectorizer
+from .models import in_blocks
+from .inversion import Statistics, descend, infer, statistics
+from .models import apply_error_model, label_box
 from .survey import LABELS, LabError, Spectra
 
 # %% ../nbs/11_mcmc.ipynb #053d05c3
@@ -349,7 +344,7 @@ def _valleys(model, stats, log_prob, best):
     "Distinct minima (V, K) of one star within VALLEY_DEPTH of the deepest, the deepest first, and their formal covariances."
     trials = model.scale(model.training_labels_)
     trials = trials[np.unique(np.linspace(0, len(trials) - 1, VALLEY_STARTS).astype(int))]
-    ends, _, resting = _descend(
+    ends, _, resting = descend(
         model, stats[np.zeros(len(trials), dtype=int)], trials, label_box(model), 60
     )
     ends = np.concatenate([best, ends[resting]])

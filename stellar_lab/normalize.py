@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['MAX_CONDITION', 'CHIP_BITS', 'MASKED_LIMIT', 'lab_continuum_pixels', 'read_continuum_pixels', 'inliers',
            'fit_polynomials', 'ContinuumFit', 'continuum', 'normalize', 'plot_continuum', 'count_mask_bits',
-           'unusable_pixels', 'drop_masked', 'plot_normalization']
+           'unusable_pixels', 'drop_masked', 'plot_normalization', 'continuum_steps', 'as_trained', 'training_set']
 
 # %% ../nbs/03_normalize.ipynb #25f32df2
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import numpy as np
 from astropy.table import Table
 from numpy.polynomial.polynomial import polyvander
 
-from .clean import Ledger, keep
+from .clean import Ledger, apply_cuts, keep, read_archive
 from stellar_lab.survey import (
     CHIP_COLORS,
     CHIPS,
@@ -272,6 +274,15 @@ def normalize(
         f"{bit} {name}" for name, bit in CHIP_BITS.items()
     )
     stars.meta["normalized"] = True
+    step = {
+        "step": "continuum",
+        "pixels": np.flatnonzero(_on_grid(continuum_pixels, spectra.wavelength)).tolist(),
+        "degree": int(degree),
+        "run": int(run),
+        "tolerance": float(tolerance),
+        "min_pixels": None if min_pixels is None else int(min_pixels),
+    }
+    stars.meta["recipe"] = [*stars.meta.get("recipe", []), step]
     return spectra.replace(flux=flux, ivar=ivar, stars=stars)
 
 
@@ -375,3 +386,119 @@ def plot_normalization(
         if n < len(raw) - 1:
             left.set_xlabel(""), right.set_xlabel("")
     return fig
+
+# %% ../nbs/03_normalize.ipynb #384fd6ae
+def continuum_steps(meta: dict) -> list:
+    """The divisions by a pseudo-continuum that spectra went through.
+
+    Parameters
+    ----------
+    meta : dict
+        of the stars of a `Spectra`, or ``metadata_`` of a model
+
+    Returns
+    -------
+    list of dict
+        in order: pixels, degree, run, tolerance, min_pixels; empty where the survey normalized
+    """
+    steps = [step for step in meta.get("recipe", []) if step["step"] == "continuum"]
+    if not steps and "continuum_pixels" in meta:  # written before recipes were
+        rule = {"degree": 2, "run": 20, "tolerance": 0.1, "min_pixels": None}
+        steps = [{"step": "continuum", "pixels": list(meta["continuum_pixels"]), **rule}]
+    return steps
+
+
+def _dark_beside(model, spectra, fraction):
+    "Pixels below `fraction` of a typical star's, each star relative to its own median: (N, P) bool."
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)  # a star without light has no median
+        seen = np.where(spectra.ivar > 0, spectra.flux, np.nan)
+        level = np.nanmedian(seen, axis=1, keepdims=True)
+        typical = model.typical_flux_ / np.nanmedian(model.typical_flux_)
+        return spectra.flux < fraction * np.where(level > 0, level, np.nan) * typical
+
+# %% ../nbs/03_normalize.ipynb #f9386437
+def as_trained(model, spectra: Spectra) -> Spectra:
+    """Spectra treated as the model's training spectra were, each star by itself.
+
+    Parameters
+    ----------
+    model : LabelModel
+        fitted on a `Spectra`, whose recipe it keeps
+    spectra : Spectra
+        as read, of the product that the model was trained on
+
+    Returns
+    -------
+    Spectra
+        ready for `infer`: dark pixels without weight, flux relative to the continuum; spectra that
+        are normalized already come back as they are
+
+    Raises
+    ------
+    LabError
+        where the spectra are on another grid than the recipe's pixels
+    """
+    if spectra.stars.meta.get("normalized", False):
+        return spectra
+    fraction = model.metadata_.get("dark", 0.05)
+    if fraction:
+        dark = _dark_beside(model, spectra, fraction)
+        spectra = spectra.replace(ivar=np.where(dark, np.float32(0), spectra.ivar))
+    for step in continuum_steps(model.metadata_) or [{"pixels": None}]:
+        rule = {name: value for name, value in step.items() if name not in ("step", "pixels")}
+        pixels = step["pixels"]
+        if pixels is not None:
+            pixels = np.isin(np.arange(len(spectra.wavelength)), pixels)
+        spectra = _normalize_again(spectra, continuum_pixels=pixels, **rule)
+    return spectra
+
+
+def _normalize_again(spectra, **rule):
+    "One more division by a pseudo-continuum, whatever the spectra went through before."
+    stars = spectra.stars.copy(copy_data=False)
+    stars.meta["normalized"] = False
+    return normalize(spectra.replace(stars=stars), **rule)
+
+# %% ../nbs/03_normalize.ipynb #eafaffbb
+def training_set(
+    root,
+    product: str = None,
+    fields: Sequence = None,
+    labels: Sequence = None,
+    continuum_pixels: np.ndarray = None,
+    progress: bool = True,
+) -> tuple:
+    """Normalized spectra of the stars to learn from, and the account of those that fell.
+
+    Parameters
+    ----------
+    root : str or Path
+        of an archive
+    product : {"apstar", "aspcapstar"}, optional
+        the archive's first that has files by default
+    fields : sequence of str or "all", optional
+        fields to take; the archive's by default
+    labels : sequence of str, optional
+        labels that a star must have; the archive's by default
+    continuum_pixels : (P,) bool array, optional
+        the 529 of the original lab by default
+    progress : bool, default True
+        show a bar
+
+    Returns
+    -------
+    tuple
+        `Spectra` of the stars that pass all cuts, and their `Ledger`
+
+    Raises
+    ------
+    LabError
+        where there is no archive, or no star is left
+    """
+    spectra, ledger = read_archive(
+        root, product=product, fields=fields, labels=labels, progress=progress
+    )
+    spectra, ledger = apply_cuts(spectra, ledger=ledger)
+    spectra = normalize(spectra, continuum_pixels=continuum_pixels)
+    return drop_masked(spectra, ledger=ledger)

@@ -25,8 +25,11 @@ from astropy.table import QTable, Table, vstack
 from scipy.stats import qmc
 
 from .archives import clusters, real_stars
-from .cannon import Cannon, Vectorizer, fold_numbers
-from .inversion import MIN_GOOD, Flag, check_spectra, error_table, infer, with_names
+from .cannon import Cannon, Vectorizer
+from .models import fold_numbers
+from .models import MIN_GOOD, Flag, check_spectra
+from .judging import error_table
+from .inversion import infer
 from .normalize import normalize
 from .survey import LabError, Spectra, on_band, plot_spectrum, write_table
 from .survey import wavelength as SURVEY_WAVELENGTH
@@ -207,13 +210,16 @@ def infer_sky(
     spectra: Spectra,  # from `redraw`
 ) -> QTable:
     "`infer`, with what is known beforehand."
-    check_spectra(model, spectra, None)
+    check_spectra(model, spectra)
     n = (len(spectra), len(KNOWN))
     flux, ivar = (
         np.column_stack([spectra.flux, np.zeros(n, "f4")]),
         np.column_stack([spectra.ivar, np.full(n, EVIDENCE, "f4")]),
     )
-    return with_names(infer(with_knowledge(model), flux, ivar), spectra)
+    table = infer(with_knowledge(model), flux, ivar)
+    if "APOGEE_ID" in spectra.stars.colnames:
+        table.add_column([str(name) for name in spectra.stars["APOGEE_ID"]], 0, name="apogee_id")
+    return table
 
 # %% ../nbs/E_physics.ipynb #0f1e5a97
 def sky_values(table) -> np.ndarray:  # (N, 10) in the order of SKY_LABELS

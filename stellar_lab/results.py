@@ -32,9 +32,13 @@ from tqdm import tqdm
 
 from . import __version__
 from .augmentation import AugmentedNetwork, ErrorAwareNetwork
-from .cannon import Cannon, LabelModel, fold_numbers, train_test_rows, training_set
-from .inversion import error_table, infer
-from .network import LAB_EPOCHS, LabNetwork, RidgeLabels, epochs_within, tf
+from .cannon import Cannon
+from .models import LabelModel, fold_numbers, train_test_rows
+from .normalize import training_set
+from .judging import error_table
+from .inversion import infer
+from .network import LAB_EPOCHS, LabNetwork, epochs_within, tf
+from .readers import RidgeLabels
 from stellar_lab.survey import (
     ARCHIVES,
     LABELS,

@@ -6,9 +6,9 @@
 __all__ = ['N_PIXELS', 'LOG10_START', 'LOG10_STEP', 'CHIPS', 'full_wavelength', 'on_band', 'wavelength', 'CHIP_SPLITS', 'PIXMASK',
            'PIXMASK_NAMES', 'MISSING', 'LABELS', 'APOGEE_ID', 'PRODUCTS', 'RELEASES', 'ARCHIVES', 'ARCHIVE_FILE',
            'TRUTH_FILE', 'TABLE_FORMATS', 'STYLE', 'CHIP_COLORS', 'LabError', 'MissingExtra', 'require', 'chip_slices',
-           'Label', 'label_records', 'Product', 'Release', 'Cut', 'Archive', 'archive_record', 'archive_root',
-           'real_data', 'profile', 'read_truth', 'true_labels', 'data_file', 'atomic_path', 'write_table', 'Spectra',
-           'use_style', 'plot_spectrum']
+           'Label', 'label_record', 'label_records', 'Product', 'Release', 'Cut', 'Archive', 'archive_record',
+           'archive_root', 'real_data', 'profile', 'read_truth', 'true_labels', 'data_file', 'atomic_path',
+           'write_table', 'Spectra', 'use_style', 'plot_spectrum']
 
 # %% ../nbs/00_survey.ipynb #95364aa8
 import json
@@ -157,6 +157,11 @@ LABELS = {
         _label("N_M", "[N/M]", u.dex, (-0.6, 1.1)),
     )
 }
+
+
+def label_record(name) -> Label:
+    known = LABELS.get(str(name).upper())
+    return known or Label(str(name), str(name), u.dimensionless_unscaled, (0, 1), (), ())
 
 
 def label_records(names) -> tuple:

@@ -7,7 +7,8 @@ from astropy.table import Table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stellar_lab.cannon import Cannon, Vectorizer, fold_numbers, train_test_rows
+from stellar_lab.cannon import Cannon, Vectorizer
+from stellar_lab.models import fold_numbers, train_test_rows
 from stellar_lab.survey import LabError, Spectra
 
 

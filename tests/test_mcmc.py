@@ -12,7 +12,8 @@ from astropy.table import Table
 from hypothesis import given, settings, strategies as st
 
 from stellar_lab.cannon import Cannon, Vectorizer
-from stellar_lab.inversion import infer, with_error_model
+from stellar_lab.inversion import infer
+from stellar_lab.judging import with_error_model
 from stellar_lab.mcmc import (
     NotConverged,
     TrainingPrior,

@@ -12,8 +12,11 @@ from astropy.table import Table
 pytest.importorskip("tensorflow")
 
 from stellar_lab import cli, network
-from stellar_lab.inversion import Flag, cross_label, infer, with_error_model
-from stellar_lab.network import LabNetwork, Network, RidgeLabels, keras
+from stellar_lab.models import Flag
+from stellar_lab.judging import cross_label, with_error_model
+from stellar_lab.inversion import infer
+from stellar_lab.network import LabNetwork, Network, keras
+from stellar_lab.readers import RidgeLabels
 from stellar_lab.survey import LabError, Spectra
 
 NAMES = ["TEFF", "LOGG", "M_H"]

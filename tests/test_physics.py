@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from stellar_lab import sky as rooms
 from stellar_lab.archives import real_stars
-from stellar_lab.inversion import Flag
+from stellar_lab.models import Flag
 from stellar_lab.physics import (
     KNOWN,
     SKY_LABELS,

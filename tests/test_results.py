@@ -11,7 +11,7 @@ pytest.importorskip("tensorflow")
 
 from stellar_lab import results
 from stellar_lab.cannon import Cannon
-from stellar_lab.network import RidgeLabels
+from stellar_lab.readers import RidgeLabels
 from stellar_lab.results import (
     Contest,
     against_truth,

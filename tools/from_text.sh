@@ -5,7 +5,7 @@ set -eu
 cd "$(dirname "$0")/.."
 [ $# -gt 0 ] || set -- $(cd nbs/text && ls | sed 's/\.py$//')
 for name in "$@"; do
-    if [ -f "nbs/$name.ipynb" ]; then update=--update; else update=; fi
-    jupytext --quiet --to ipynb $update --output "nbs/$name.ipynb" "nbs/text/$name.py"
+    if [ ! -f "nbs/$name.ipynb" ]; then jupytext --quiet --to ipynb --output "nbs/$name.ipynb" "nbs/text/$name.py"; fi
 done
+jupytext --quiet --from nbs/text//py:percent --to nbs//ipynb --update $(printf 'nbs/text/%s.py ' "$@")
 sh tools/sync.sh

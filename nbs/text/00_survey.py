@@ -252,6 +252,11 @@ LABELS = {
 }
 
 
+def label_record(name) -> Label:
+    known = LABELS.get(str(name).upper())
+    return known or Label(str(name), str(name), u.dimensionless_unscaled, (0, 1), (), ())
+
+
 def label_records(names) -> tuple:
     "The `Label` of each name, in any case; an unknown name is an error that lists the known ones."
     names = [names] if isinstance(names, str) else list(names)

@@ -20,6 +20,8 @@
 
 # %%
 #| export
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +30,7 @@ import numpy as np
 from astropy.table import Table
 from numpy.polynomial.polynomial import polyvander
 
-from stellar_lab.clean import Ledger, keep
+from stellar_lab.clean import Ledger, apply_cuts, keep, read_archive
 from stellar_lab.survey import (
     CHIP_COLORS,
     CHIPS,
@@ -55,9 +57,11 @@ import pytest
 from IPython.display import Markdown
 
 from stellar_lab.archives import MYSTERY_FILE, true_continuum
-from stellar_lab.cannon import Cannon, fold_numbers
+from stellar_lab.cannon import Cannon
+from stellar_lab.models import fold_numbers
 from stellar_lab.clean import apply_cuts, read_archive, read_files
-from stellar_lab.inversion import cross_label, error_table, infer
+from stellar_lab.judging import cross_label, error_table
+from stellar_lab.inversion import infer
 from stellar_lab.survey import LABELS, archive_root, read_truth, real_data, use_style
 
 
@@ -415,6 +419,15 @@ def normalize(
         f"{bit} {name}" for name, bit in CHIP_BITS.items()
     )
     stars.meta["normalized"] = True
+    step = {
+        "step": "continuum",
+        "pixels": np.flatnonzero(_on_grid(continuum_pixels, spectra.wavelength)).tolist(),
+        "degree": int(degree),
+        "run": int(run),
+        "tolerance": float(tolerance),
+        "min_pixels": None if min_pixels is None else int(min_pixels),
+    }
+    stars.meta["recipe"] = [*stars.meta.get("recipe", []), step]
     return spectra.replace(flux=flux, ivar=ivar, stars=stars)
 
 
@@ -1073,6 +1086,155 @@ if folder is not None:
     assert (
         dict(zip(found["star"], found["CHIPS_FAILED"]))["2M03290406+3117075"] == CHIP_BITS["blue"]
     )
+
+
+# %% [markdown]
+# ## The recipe travels
+# A star that is to be labelled must be treated exactly as the training stars were. So `normalize` writes down what it did: the pixels, the degree, the rule for outliers. The
+# note lies in the spectra's `stars.meta["recipe"]`, a model keeps it, and `as_trained` repeats it, step by step, on any new star.
+
+# %%
+#| export
+def continuum_steps(meta: dict) -> list:
+    """The divisions by a pseudo-continuum that spectra went through.
+
+    Parameters
+    ----------
+    meta : dict
+        of the stars of a `Spectra`, or ``metadata_`` of a model
+
+    Returns
+    -------
+    list of dict
+        in order: pixels, degree, run, tolerance, min_pixels; empty where the survey normalized
+    """
+    steps = [step for step in meta.get("recipe", []) if step["step"] == "continuum"]
+    if not steps and "continuum_pixels" in meta:  # written before recipes were
+        rule = {"degree": 2, "run": 20, "tolerance": 0.1, "min_pixels": None}
+        steps = [{"step": "continuum", "pixels": list(meta["continuum_pixels"]), **rule}]
+    return steps
+
+
+def _dark_beside(model, spectra, fraction):
+    "Pixels below `fraction` of a typical star's, each star relative to its own median: (N, P) bool."
+    with warnings.catch_warnings(), np.errstate(invalid="ignore"):
+        warnings.simplefilter("ignore", RuntimeWarning)  # a star without light has no median
+        seen = np.where(spectra.ivar > 0, spectra.flux, np.nan)
+        level = np.nanmedian(seen, axis=1, keepdims=True)
+        typical = model.typical_flux_ / np.nanmedian(model.typical_flux_)
+        return spectra.flux < fraction * np.where(level > 0, level, np.nan) * typical
+
+
+# %%
+#| export
+def as_trained(model, spectra: Spectra) -> Spectra:
+    """Spectra treated as the model's training spectra were, each star by itself.
+
+    Parameters
+    ----------
+    model : LabelModel
+        fitted on a `Spectra`, whose recipe it keeps
+    spectra : Spectra
+        as read, of the product that the model was trained on
+
+    Returns
+    -------
+    Spectra
+        ready for `infer`: dark pixels without weight, flux relative to the continuum; spectra that
+        are normalized already come back as they are
+
+    Raises
+    ------
+    LabError
+        where the spectra are on another grid than the recipe's pixels
+    """
+    if spectra.stars.meta.get("normalized", False):
+        return spectra
+    fraction = model.metadata_.get("dark", 0.05)
+    if fraction:
+        dark = _dark_beside(model, spectra, fraction)
+        spectra = spectra.replace(ivar=np.where(dark, np.float32(0), spectra.ivar))
+    for step in continuum_steps(model.metadata_) or [{"pixels": None}]:
+        rule = {name: value for name, value in step.items() if name not in ("step", "pixels")}
+        pixels = step["pixels"]
+        if pixels is not None:
+            pixels = np.isin(np.arange(len(spectra.wavelength)), pixels)
+        spectra = _normalize_again(spectra, continuum_pixels=pixels, **rule)
+    return spectra
+
+
+def _normalize_again(spectra, **rule):
+    "One more division by a pseudo-continuum, whatever the spectra went through before."
+    stars = spectra.stars.copy(copy_data=False)
+    stars.meta["normalized"] = False
+    return normalize(spectra.replace(stars=stars), **rule)
+
+
+# %% [markdown]
+# ## A training set
+# From a folder of files to stars that a model can learn from: read, join with the catalogue, cut, normalize, drop what is mostly masked. The ledger accounts for every star.
+
+# %%
+#| export
+def training_set(
+    root,
+    product: str = None,
+    fields: Sequence = None,
+    labels: Sequence = None,
+    continuum_pixels: np.ndarray = None,
+    progress: bool = True,
+) -> tuple:
+    """Normalized spectra of the stars to learn from, and the account of those that fell.
+
+    Parameters
+    ----------
+    root : str or Path
+        of an archive
+    product : {"apstar", "aspcapstar"}, optional
+        the archive's first that has files by default
+    fields : sequence of str or "all", optional
+        fields to take; the archive's by default
+    labels : sequence of str, optional
+        labels that a star must have; the archive's by default
+    continuum_pixels : (P,) bool array, optional
+        the 529 of the original lab by default
+    progress : bool, default True
+        show a bar
+
+    Returns
+    -------
+    tuple
+        `Spectra` of the stars that pass all cuts, and their `Ledger`
+
+    Raises
+    ------
+    LabError
+        where there is no archive, or no star is left
+    """
+    spectra, ledger = read_archive(
+        root, product=product, fields=fields, labels=labels, progress=progress
+    )
+    spectra, ledger = apply_cuts(spectra, ledger=ledger)
+    spectra = normalize(spectra, continuum_pixels=continuum_pixels)
+    return drop_masked(spectra, ledger=ledger)
+
+
+# %%
+own_pixels = np.roll(lab_continuum_pixels(), 1)
+mine, ledger = training_set(archive_root(), continuum_pixels=own_pixels, progress=False)
+again = continuum_steps(mine.stars.meta)
+print(f"{len(mine)} stars; recipe: {len(again)} step, degree {again[0]['degree']}, {len(again[0]['pixels'])} pixels")
+assert again[0]["pixels"] == np.flatnonzero(own_pixels).tolist()
+
+# %% [markdown]
+# A model trained on these must label a new star with the same pixels, not with those of the original lab.
+
+# %%
+model = Cannon(order=1).fit(mine)
+raw, _ = read_files([str(mine.stars["FILE"][0])], progress=False)
+treated = as_trained(model, raw)
+assert continuum_steps(treated.stars.meta) == continuum_steps(model.metadata_)
+assert np.abs(treated.flux - mine.flux[:1])[mine.ivar[:1] > 0].max() < 1e-5
 
 # %% [markdown]
 # **Exercise.** The level of our curve depends on nothing but the list of pixels. Take every second one of the 529, normalize again, and look at how

@@ -19,29 +19,20 @@
 
 # %%
 #| export
-import hashlib
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import reduce
 from itertools import combinations_with_replacement
+from math import comb
 from pathlib import Path
 
-import asdf
 import matplotlib.pyplot as plt
 import numpy as np
-import sklearn
-from sklearn.base import BaseEstimator
-from sklearn.model_selection import train_test_split
-from sklearn.preprocessing import StandardScaler
+from astropy.table import Table
 from sklearn.utils.validation import check_is_fitted
-from threadpoolctl import ThreadpoolController
 
-from stellar_lab import __version__
-from stellar_lab.clean import apply_cuts, read_archive
-from stellar_lab.normalize import drop_masked, normalize
-from stellar_lab.survey import LABELS, LabError, Spectra, atomic_path, chip_slices, plot_spectrum
+from stellar_lab.models import LabelModel, in_blocks, label_values, pair_index, single_threaded
+from stellar_lab.survey import LabError, Spectra, chip_slices, label_record, plot_spectrum
 
 # %%
 #| hide
@@ -53,8 +44,17 @@ from IPython.display import Markdown
 from scipy.optimize import minimize_scalar
 from sklearn.base import clone
 
-from stellar_lab.normalize import lab_continuum_pixels, read_continuum_pixels
-from stellar_lab.survey import archive_record, archive_root, real_data, use_style, wavelength
+from stellar_lab.clean import apply_cuts, read_archive
+from stellar_lab.models import train_test_rows
+from stellar_lab.normalize import lab_continuum_pixels, read_continuum_pixels, training_set
+from stellar_lab.survey import (
+    LABELS,
+    archive_record,
+    archive_root,
+    real_data,
+    use_style,
+    wavelength,
+)
 
 
 # %% [markdown]
@@ -216,7 +216,6 @@ assert Vectorizer.of_terms("abc", odd.terms[1:]).terms == odd.terms  # text -> e
 with pytest.raises(LabError, match="term 'a\\*z' names 'z', which is not among the labels a, b, c"):
     Vectorizer.of_terms("abc", ["a*z"])
 
-
 # %% [markdown]
 # ## All pixels at once
 # The weighted fit of pixel $p$ solves the normal equations $A_p\boldsymbol\theta_p = \mathbf b_p$ with
@@ -226,40 +225,6 @@ with pytest.raises(LabError, match="term 'a\\*z' names 'z', which is not among t
 # same sum in another order, some hundred times faster.
 #
 # Pixels are independent, so blocks of them run in threads side by side, each block small enough to stay in the processor's cache.
-
-# %%
-#| export
-@cache
-def _blas():
-    return ThreadpoolController()
-
-
-def in_blocks(
-    work,  # called with a slice; the result may be anything
-    size: int,  # rows in all
-    block: int = 520,  # rows a call, at most
-) -> list:  # the results in order
-    "Run `work` on blocks of rows, in threads: numpy lets go of the interpreter, and BLAS is kept to one thread a block."
-    cores = os.cpu_count()
-    count = -(-size // block)
-    count = (
-        min(-(-count // cores) * cores, size) if count > 1 else count
-    )  # so that no core waits for the last block
-    edges = np.linspace(0, size, count + 1).astype(int) if count else []
-    slices = [slice(int(start), int(stop)) for start, stop in zip(edges[:-1], edges[1:])]
-    with _blas().limit(limits=1), ThreadPoolExecutor(cores) as pool:
-        return list(pool.map(work, slices))
-
-
-def pair_index(
-    T: int,
-) -> tuple:  # two (T(T+1)/2,) arrays of term numbers, and the (T, T) place of each pair among them
-    "The distinct products of two of T terms: which they are, and where each entry of a symmetric matrix finds its own."
-    i, j = np.triu_indices(T)
-    place = np.empty((T, T), dtype=int)
-    place[i, j] = place[j, i] = np.arange(len(i))
-    return i, j, place
-
 
 # %% [markdown]
 # The scatter of a pixel maximizes its own likelihood $-\frac12\sum_n [\,r_{np}^2 w_{np} - \ln w_{np}]$ with $w = 1/(\sigma^2+s^2)$ and the residuals $r$.
@@ -321,90 +286,6 @@ def _fit_block(flux, ivar, design, products, place, scatter):
 
 # %%
 #| export
-FORMAT_VERSION = 1
-
-
-def train_test_rows(n: int, test_size: float = 0.33, seed: int = 42) -> tuple:
-    "Rows for training and for testing: the lab's split. Cannon and networks share it."
-    return train_test_split(np.arange(n), test_size=test_size, random_state=seed)
-
-
-def fold_numbers(n: int, folds: int = 5, seed: int = 0) -> np.ndarray:
-    "Fold of each of `n` rows: every fifth of a random order, so folds differ by at most one star."
-    if not 2 <= folds <= n:
-        raise LabError(f"{folds} folds of {n} stars: choose from 2 to {n}")
-    numbers = np.empty(n, dtype=int)
-    numbers[np.random.default_rng(seed).permutation(n)] = np.arange(n) % folds
-    return numbers
-
-
-class LabelModel(BaseEstimator):
-    "What all models of spectra and labels share: how training stars come in, and the scaling of labels. A subclass has `labels` among its parameters."
-
-    pivots, scales = None, None  # given by hand in a subclass that has them as parameters
-
-    def _begin(self, labels, flux, ivar, label_names, wavelength):
-        "Check the training stars and learn their labels' scaling; returns flux and ivar (N, P)."
-        metadata = {}
-        if isinstance(labels, Spectra):
-            spectra = labels
-            label_names = spectra.label_names if self.labels is None else tuple(self.labels)
-            labels, flux, ivar, wavelength = (
-                spectra.labels(label_names),
-                spectra.flux,
-                spectra.ivar,
-                spectra.wavelength,
-            )
-            metadata = {
-                key: value
-                for key, value in spectra.stars.meta.items()
-                if isinstance(value, (str, int, float, bool, list))
-            }
-        labels, flux, ivar, names = self._check_training(labels, flux, ivar, label_names)
-        scaler = StandardScaler().fit(labels)
-        self.label_names_, self.metadata_ = names, metadata
-        self.pivots_ = np.array(scaler.mean_ if self.pivots is None else self.pivots, dtype=float)
-        self.scales_ = np.array(scaler.scale_ if self.scales is None else self.scales, dtype=float)
-        self.wavelength_ = None if wavelength is None else np.array(wavelength, dtype=float)
-        self.training_labels_ = labels
-        return flux, ivar
-
-    def _check_training(self, labels, flux, ivar, label_names):
-        labels, flux = np.atleast_2d(np.asarray(labels, dtype=float)), np.asarray(flux)
-        ivar = np.ones(flux.shape) if ivar is None else np.asarray(ivar)
-        names = label_names if label_names is not None else self.labels
-        names = (
-            tuple(f"LABEL_{k}" for k in range(labels.shape[1])) if names is None else tuple(names)
-        )
-        if flux.ndim != 2 or flux.shape != ivar.shape or len(labels) != len(flux):
-            raise LabError(
-                f"labels {labels.shape}, flux {flux.shape} and ivar {ivar.shape} must be (N, K), (N, P) and (N, P)"
-            )
-        if len(names) != labels.shape[1]:
-            raise LabError(f"{len(names)} names ({', '.join(names)}) for {labels.shape[1]} labels")
-        without = ~np.isfinite(labels).all(axis=1)
-        if without.any():
-            raise LabError(
-                f"{without.sum()} of {len(labels)} training stars lack a label (first: row {np.argmax(without)}): leave them out (apply_cuts)"
-            )
-        return labels, flux, ivar, names
-
-    def _digest(self, *columns):
-        "Fingerprint of the training set: labels, and numbers (N,) that sum up each star's spectrum."
-        digest = hashlib.sha256(self.training_labels_.tobytes())
-        for column in columns:
-            digest.update(column.tobytes())
-        return digest.hexdigest()
-
-    def scale(self, labels) -> np.ndarray:
-        "Labels in physical units (N, K) -> scaled labels (N, K)."
-        return (np.asarray(labels, dtype=float) - self.pivots_) / self.scales_
-
-    def unscale(self, labels) -> np.ndarray:
-        "Scaled labels (N, K) -> labels in physical units (N, K)."
-        return np.asarray(labels, dtype=float) * self.scales_ + self.pivots_
-
-
 class Cannon(LabelModel):
     "Generative model of a spectrum: each pixel a polynomial of the labels (Ness et al. 2015)."
 
@@ -443,7 +324,7 @@ class Cannon(LabelModel):
     def _fit_pixels(self, flux, ivar):
         design = self.vectorizer_(self.scale(self.training_labels_))
         T, min_stars = len(self.vectorizer_), self._min_stars()
-        with _blas().limit(limits=1):  # threads of BLAS would go on spinning in the way of ours
+        with single_threaded():  # threads of BLAS would go on spinning in the way of ours
             rank = np.linalg.matrix_rank(design)
         if rank < T:
             raise LabError(
@@ -521,64 +402,16 @@ class Cannon(LabelModel):
         slopes = self.vectorizer_.derivative(self._labels(labels)) / self.scales_
         return np.swapaxes(slopes, 1, 2) @ self.theta_.T
 
-    def save(self, path):
-        "Write the model as [ASDF](https://asdf.readthedocs.io), a documented format of text and plain arrays: no pickle."
-        check_is_fitted(self, "theta_")
-        versions = {
-            "stellar_lab": __version__,
-            "numpy": np.__version__,
-            "scikit-learn": sklearn.__version__,
-        }
-        learned = {
-            name: value
-            for name, value in vars(self).items()
-            if name.endswith("_") and name != "vectorizer_"
-        }
-        tree = {
-            "stellar_lab_model": "Cannon",
-            "format_version": FORMAT_VERSION,
-            "versions": versions,
-            "parameters": {name: _plain(value) for name, value in self.get_params().items()},
-            "exponents": self.vectorizer_.exponents,
-            **{name: _plain(value) for name, value in learned.items()},
-        }
-        with atomic_path(path) as temporary:
-            asdf.AsdfFile(tree).write_to(temporary)
+    def _learned(self):
+        learned = super()._learned()
+        del learned["vectorizer_"]
+        return {"exponents": self.vectorizer_.exponents, **learned}
 
     @classmethod
-    def load(cls, path) -> "Cannon":
-        "Read a model that `save` wrote; LabError for any other file."
-        try:
-            with asdf.open(path, memmap=False, lazy_load=False) as file:
-                tree = dict(file.tree)
-        except FileNotFoundError as error:
-            raise LabError(
-                f"there is no model at {path}: train one with 'stellar-lab train'"
-            ) from error
-        except Exception as error:  # whatever asdf makes of a foreign file
-            raise LabError(f"{path} is not a model of stellar_lab ({error})") from error
-        if (
-            tree.get("stellar_lab_model") != "Cannon"
-            or tree.get("format_version") != FORMAT_VERSION
-        ):
-            raise LabError(
-                f"{path} holds {tree.get('stellar_lab_model')!r} in format {tree.get('format_version')!r}; "
-                f"this version reads a Cannon in format {FORMAT_VERSION}: train the model again"
-            )
-        model = cls(**tree["parameters"])
-        for name, value in tree.items():
-            if name.endswith("_"):
-                setattr(model, name, np.array(value) if isinstance(value, np.ndarray) else value)
-        model.label_names_ = tuple(model.label_names_)
+    def _from_tree(cls, tree):
+        model = super()._from_tree(tree)
         model.vectorizer_ = Vectorizer(model.label_names_, np.array(tree["exponents"]))
         return model
-
-
-def _plain(value):
-    "A value as ASDF takes it."
-    if isinstance(value, np.generic):
-        return value.item()
-    return list(value) if isinstance(value, tuple) else value
 
 
 # %% [markdown]
@@ -618,30 +451,10 @@ assert (
 assert np.all(np.abs(model.scatter_[:150] - 0.02) < 5 * 0.02 / np.sqrt(2 * 400) * 1.5)
 assert np.median(model.scatter_[150:]) < 0.004
 
-
 # %% [markdown]
 # ## Real stars
 # The training set: the stars of the archive at hand that pass its cuts, normalized. `training_set` is the way all later chapters, and the command line,
 # get it.
-
-# %%
-#| export
-def training_set(
-    root,  # archive root
-    product: str = None,  # "apstar" or "aspcapstar"; by default the archive's first
-    fields: Sequence = None,  # fields to take; by default the archive's
-    labels: Sequence = None,  # labels that a star must have; by default the archive's
-    continuum_pixels: np.ndarray = None,  # (P,) bool; by default the lab's 529
-    progress: bool = True,
-) -> tuple:  # Spectra of the stars that pass all cuts, and the ledger
-    "Normalized spectra of the stars to learn from, and the account of those that fell."
-    spectra, ledger = read_archive(
-        root, product=product, fields=fields, labels=labels, progress=progress
-    )
-    spectra, ledger = apply_cuts(spectra, ledger=ledger)
-    spectra = normalize(spectra, continuum_pixels=continuum_pixels)
-    return drop_masked(spectra, ledger=ledger)
-
 
 # %%
 use_style()

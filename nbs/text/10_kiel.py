@@ -40,7 +40,7 @@ from astropy.io import ascii, fits
 from astropy.table import QTable, vstack
 from matplotlib import patheffects
 
-from stellar_lab.cannon import in_blocks
+from stellar_lab.models import in_blocks
 from stellar_lab.survey import LABELS, LabError, atomic_path, data_file, label_records, require
 
 # %%
@@ -54,8 +54,11 @@ from IPython.display import Markdown
 from scipy.stats import wilcoxon
 
 from stellar_lab.archives import clusters
-from stellar_lab.cannon import Cannon, fold_numbers, train_test_rows, training_set
-from stellar_lab.inversion import cross_label, infer
+from stellar_lab.cannon import Cannon
+from stellar_lab.models import fold_numbers, train_test_rows
+from stellar_lab.normalize import training_set
+from stellar_lab.judging import cross_label
+from stellar_lab.inversion import infer
 from stellar_lab.survey import archive_record, archive_root, real_data, use_style
 
 # %% [markdown]

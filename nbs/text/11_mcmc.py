@@ -37,15 +37,10 @@ from sklearn.mixture import GaussianMixture
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from stellar_lab.cannon import Cannon, Vectorizer, in_blocks
-from stellar_lab.inversion import (
-    Statistics,
-    _descend,
-    apply_error_model,
-    infer,
-    label_box,
-    statistics,
-)
+from stellar_lab.cannon import Cannon, Vectorizer
+from stellar_lab.models import in_blocks
+from stellar_lab.inversion import Statistics, descend, infer, statistics
+from stellar_lab.models import apply_error_model, label_box
 from stellar_lab.survey import LABELS, LabError, Spectra
 
 # %%
@@ -58,9 +53,12 @@ from IPython.display import Markdown
 from scipy.stats import binom, kstest
 
 from stellar_lab.archives import MYSTERY_FILE, clusters
-from stellar_lab.cannon import plot_fit, train_test_rows, training_set
+from stellar_lab.cannon import plot_fit
+from stellar_lab.models import train_test_rows
+from stellar_lab.normalize import training_set
 from stellar_lab.clean import read_files
-from stellar_lab.inversion import flag_names, with_error_model
+from stellar_lab.models import flag_names
+from stellar_lab.judging import with_error_model
 from stellar_lab.normalize import normalize
 from stellar_lab.survey import (
     archive_record,
@@ -608,7 +606,7 @@ def _valleys(model, stats, log_prob, best):
     "Distinct minima (V, K) of one star within VALLEY_DEPTH of the deepest, the deepest first, and their formal covariances."
     trials = model.scale(model.training_labels_)
     trials = trials[np.unique(np.linspace(0, len(trials) - 1, VALLEY_STARTS).astype(int))]
-    ends, _, resting = _descend(
+    ends, _, resting = descend(
         model, stats[np.zeros(len(trials), dtype=int)], trials, label_box(model), 60
     )
     ends = np.concatenate([best, ends[resting]])

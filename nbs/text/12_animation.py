@@ -44,7 +44,7 @@ from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from tqdm import tqdm
 
 from stellar_lab.cannon import Cannon
-from stellar_lab.inversion import outside_training, label_box
+from stellar_lab.models import outside_training, label_box
 from stellar_lab.survey import LABELS, LOG10_STEP, LabError, atomic_path, plot_spectrum, require
 
 # %%
@@ -57,7 +57,8 @@ import matplotlib.pyplot as plt
 import pytest
 from IPython.display import Markdown
 
-from stellar_lab.cannon import train_test_rows, training_set
+from stellar_lab.models import train_test_rows
+from stellar_lab.normalize import training_set
 from stellar_lab.survey import archive_record, archive_root, use_style, wavelength
 
 # %% [markdown]

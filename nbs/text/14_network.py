@@ -33,23 +33,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from sklearn.linear_model import RidgeCV
 from sklearn.utils.validation import check_is_fitted
 from tqdm import tqdm
 
 from stellar_lab import __version__
-from stellar_lab.cannon import LabelModel, pair_index, train_test_rows
-from stellar_lab.inversion import (
-    MIN_GOOD,
-    Flag,
-    apply_error_model,
-    check_spectra,
-    finite_flux,
-    infer,
-    label_table,
-    outside_training,
-    with_names,
-)
+from stellar_lab.models import check_spectra, finite_flux, train_test_rows
+from stellar_lab.readers import LabelReader, photon_covariance
 from stellar_lab.survey import LabError, Spectra, atomic_path, require
 
 # %%
@@ -62,16 +51,14 @@ from IPython.display import Markdown
 from sklearn.base import clone
 
 from stellar_lab.archives import real_stars
-from stellar_lab.cannon import Cannon, fold_numbers, training_set
+from stellar_lab.cannon import Cannon
 from stellar_lab.clean import read_files
-from stellar_lab.cli import label
-from stellar_lab.inversion import (
-    as_trained,
-    cross_label,
-    error_table,
-    plot_comparison,
-    with_error_model,
-)
+from stellar_lab.labelling import label
+from stellar_lab.inversion import infer
+from stellar_lab.judging import cross_label, error_table, plot_comparison, with_error_model
+from stellar_lab.models import fold_numbers
+from stellar_lab.normalize import as_trained, training_set
+from stellar_lab.readers import RidgeLabels
 from stellar_lab.survey import (
     LABELS,
     archive_record,
@@ -81,156 +68,6 @@ from stellar_lab.survey import (
     use_style,
 )
 
-
-# %% [markdown]
-# ## Any model that reads
-# A model that goes from spectrum to labels needs no search, but everything around it is the same: how training stars come in, how labels are scaled, what a table of labels looks like, when to doubt one.
-# So `LabelReader` shares with the Cannon what can be shared (`LabelModel`), and registers itself with chapter 5's `infer`, which thereby labels with any model.
-#
-# **Bad pixels.** A sum over all pixels has no way to leave one out. A bad pixel therefore gets the value that says nothing: the mean that good pixels have there in the training stars. The lab fed the network whatever stood in the
-# spectrum; we measure below what that costs.
-#
-# **Errors.** A linear map carries the photon noise over exactly, $C = W\operatorname{diag}(\sigma^2)W^\mathsf T$. Other readers state no error of their own (NaN) unless a subclass knows better. Both become
-# honest as the Cannon's do, by `with_error_model` and stars left out.
-
-# %%
-#| export
-class LabelReader(LabelModel):
-    "A model from spectrum to labels. A subclass says in `fit` how it learns and in `_read` how it reads."
-
-    def _begin(self, labels, flux, ivar, label_names, wavelength):
-        "Training stars as the Cannon takes them; learns scaling and typical flux, returns flux and ivar (N, P) float32."
-        flux, ivar = super()._begin(labels, flux, ivar, label_names, wavelength)
-        flux, ivar = np.asarray(flux, np.float32), np.asarray(ivar, np.float32)
-        flux, good = finite_flux(flux, ivar), ivar > 0  # a copy, ours to change
-        flux[~good] = 0
-        count = good.sum(axis=0)
-        self.usable_ = count > 0  # (P,) some training star has the pixel
-        self.typical_flux_ = np.where(
-            self.usable_, flux.sum(axis=0, dtype=float) / np.maximum(count, 1), 1
-        )
-        self.training_digest_ = self._digest(
-            good.sum(axis=1, dtype=np.int32), flux.sum(axis=1, dtype=float)
-        )
-        return flux, ivar
-
-    def fill(self, flux: np.ndarray, ivar: np.ndarray) -> np.ndarray:  # (N, P)
-        "Flux with the training mean in pixels that are unusable in the star or were in all training stars."
-        return np.where((ivar > 0) & self.usable_, flux, self.typical_flux_.astype(np.float32))
-
-    def _read(self, flux, ivar):
-        "Labels (N, K) in physical units and their covariance (N, K, K), NaN where none is known."
-        raise NotImplementedError
-
-    def predict(
-        self,
-        flux,  # (N, P) relative to the continuum, or a `Spectra`
-        ivar: np.ndarray = None,  # (N, P) inverse variance, 0 where unusable
-    ) -> np.ndarray:  # (N, K) labels in physical units
-        "Labels alone; `infer` gives them with errors and flags."
-        return self._read(*check_spectra(self, flux, ivar))[0]
-
-
-READ_BLOCK = 512  # stars at a time
-
-
-@infer.register(LabelReader)
-def infer_by_reading(
-    model: LabelReader,
-    flux,  # (N, P) relative to the continuum, or a `Spectra`
-    ivar: np.ndarray = None,  # (N, P) inverse variance, 0 where unusable
-    min_good: float = MIN_GOOD,  # share of the model's pixels below which a star is flagged FEW_PIXELS
-    max_steps: int = None,  # of a search, which there is none
-):  # -> QTable as `infer`
-    "What `infer` does with a model that reads: no chi2 (NaN), no steps (0), the flags FEW_PIXELS and OUTSIDE_TRAINING."
-    check_is_fitted(model, "typical_flux_")
-    spectra, (flux, ivar) = flux, check_spectra(model, flux, ivar)
-    parts = []
-    for start in range(0, len(flux), READ_BLOCK):
-        f, w = flux[start : start + READ_BLOCK], ivar[start : start + READ_BLOCK]
-        if w.min() < 0:
-            raise LabError("ivar is negative somewhere: give 0 where a pixel is unusable")
-        parts.append(
-            (*model._read(finite_flux(f, w, start), w), ((w > 0) & model.usable_).sum(axis=1))
-        )
-    labels, covariance, n_good = map(np.concatenate, zip(*parts))
-    K = labels.shape[1]
-    blind, covariance = (
-        (n_good <= K) | ~np.isfinite(labels).all(axis=1),
-        apply_error_model(model, covariance),
-    )
-    labels[blind], covariance[blind] = np.nan, np.nan
-    flags = np.where(blind, Flag.NOT_CONVERGED, 0) | np.where(
-        n_good < max(min_good * model.usable_.sum(), K + 1), Flag.FEW_PIXELS, 0
-    )
-    flags[~blind] |= np.where(
-        outside_training(model, model.scale(labels[~blind])), Flag.OUTSIDE_TRAINING, 0
-    )
-    return with_names(
-        label_table(
-            model, labels, covariance, np.full(len(flux), np.nan), n_good, 0 * n_good, flags
-        ),
-        spectra,
-    )
-
-
-def photon_covariance(
-    weights: np.ndarray,  # (K, P) labels = weights @ flux + constant
-    ivar: np.ndarray,  # (N, P)
-) -> np.ndarray:  # (N, K, K)
-    "What photon noise does to labels that are a linear map of the flux; filled pixels bring none."
-    i, j, place = pair_index(len(weights))
-    variance = np.divide(1, ivar, out=np.zeros(ivar.shape), where=ivar > 0)
-    return (variance @ (weights[i] * weights[j]).T)[:, place]
-
-
-# %% [markdown]
-# ## Ridge regression
-# The simplest reader is the line itself. There are more pixels than stars, so many lines pass through all training stars; ridge regression takes the one that minimizes
-# $$ \sum_n \bigl|\,W\mathbf f_n+\mathbf b-\boldsymbol\ell_n\bigr|^2 + \alpha\,|W|^2 , $$
-# short weights, little noise passed on. How short, $\alpha$ decides, and leaving out one star at a time tells which is best. scikit-learn's `RidgeCV` does all of it with one singular value decomposition.
-
-# %%
-#| export
-class RidgeLabels(LabelReader):
-    "Ridge regression from flux to labels: the best that a linear map can do, in a second."
-
-    def __init__(
-        self,
-        labels: Sequence = None,  # names of the labels to learn from a `Spectra`; by default all that it holds
-        alphas: Sequence = tuple(
-            np.logspace(-3, 3, 19)
-        ),  # penalties to choose from, by leaving out one star at a time
-    ):
-        self.labels, self.alphas = labels, alphas
-
-    def fit(self, labels, flux=None, ivar=None, label_names=None, wavelength=None) -> "RidgeLabels":
-        "Learn from stars with known labels, given as to `Cannon.fit`."
-        flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
-        fitted = RidgeCV(np.array(self.alphas, dtype=float)).fit(
-            self.fill(flux, ivar) - self.typical_flux_, self.scale(self.training_labels_)
-        )
-        self.alpha_ = float(fitted.alpha_)
-        self.weights_ = fitted.coef_ * self.scales_[:, None]  # (K, P) physical units
-        self.constant_ = (
-            self.unscale(fitted.intercept_) - self.weights_ @ self.typical_flux_
-        )  # (K,)
-        return self
-
-    def affine_map(self) -> tuple:
-        "W (K, P) and b (K,) of labels = W flux + b, in physical units."
-        check_is_fitted(self, "weights_")
-        return self.weights_, self.constant_
-
-    def _read(self, flux, ivar):
-        weights, constant = self.affine_map()
-        return self.fill(flux, ivar) @ weights.T + constant, photon_covariance(
-            weights, np.where(self.usable_, ivar, 0)
-        )
-
-
-# %% [markdown]
-# A known truth first: made-up spectra of 60 pixels whose labels are exactly a linear map of the flux. The map must come back, and the errors must be the size of the noise that we add.
 
 # %%
 def made_up(n_stars=300, n_pixels=60, noise=0.0, seed=3):
@@ -248,19 +85,6 @@ def made_up(n_stars=300, n_pixels=60, noise=0.0, seed=3):
 
 # %%
 THREE = ["TEFF", "LOGG", "M_H"]
-labels, flux, ivar = made_up()
-ridge = RidgeLabels(alphas=(1e-9,)).fit(labels, flux, ivar, THREE)
-assert np.allclose(ridge.scale(ridge.predict(flux, ivar)), ridge.scale(labels), atol=1e-4)
-
-noisy = made_up(noise=0.01, seed=5)
-table = infer(ridge, *noisy[1:])
-pull = (table["teff"].value - noisy[0][:, 0]) / table["teff_err"].value
-print(f"pulls of the temperature: mean {pull.mean():.2f}, scatter {pull.std():.2f}")
-assert abs(pull.std() - 1) < 4 / np.sqrt(2 * len(pull))
-
-# %% [markdown]
-# ## What is in a bad pixel?
-# The stars of the archive at hand, split as in chapter 4 by the same function. Ridge regression is quick enough to try the three ways: flux as it stands, one (the continuum), and the training mean.
 
 # %%
 use_style()
@@ -271,39 +95,6 @@ spectra = training_set(archive_root(), progress=False)[0].replace(
 )  # its bits have become ivar = 0
 train, test = train_test_rows(len(spectra))
 truth = spectra[test].labels(names)
-
-# %%
-good, every = spectra.ivar > 0, np.ones_like(spectra.ivar)
-fillings = {
-    "as it stands": (np.nan_to_num(spectra.flux), every),
-    "one": (np.where(good, spectra.flux, 1), every),
-    "training mean": (spectra.flux, spectra.ivar),
-}
-rows, errors = [], {}
-for filling, (flux, ivar) in fillings.items():
-    ridge = RidgeLabels().fit(spectra[train].labels(names), flux[train], ivar[train], names)
-    table = infer(ridge, flux[test], ivar[test])
-    errors["ridge", filling] = error_table(table, truth, names, ridge.scales_)
-    rows.append(
-        {
-            "bad pixels": filling,
-            "alpha": f"{ridge.alpha_:.3g}",
-            **{n: f"{v:.3f}" for n, v in zip(names, errors["ridge", filling]["scaled_rmse"])},
-            "mean": f"{errors['ridge', filling]['scaled_rmse'].mean():.3f}",
-        }
-    )
-Table(rows)
-
-# %%
-#| echo: false
-scaled = {filling: errors["ridge", filling]["scaled_rmse"].mean() for filling in fillings}
-Markdown(
-    f"**What to see.** RMSE of {len(test)} test stars in scaled labels. {np.mean(~good):.0%} of the pixels are bad, and what stands in them decides: {scaled['as it stands']:.3f} with the flux as it stands, {scaled['one']:.3f} with ones, "
-    f"{scaled['training mean']:.3f} with the training mean. The mean is what all our networks put there. It stands inside the model, so nobody has to remember it."
-)
-
-# %%
-assert scaled["training mean"] < scaled["one"] and scaled["training mean"] < scaled["as it stands"]
 
 
 # %% [markdown]
@@ -554,7 +345,7 @@ class Network(LabelReader):
         "Stars to learn from and stars to follow the loss on (or None): tensors of flux, ivar and scaled labels."
         stars, held, rows = (flux, ivar, self.scale(self.training_labels_)), None, [slice(None)] * 2
         if isinstance(validation, Spectra):
-            held_flux, held_ivar = check_spectra(self, validation, None)
+            held_flux, held_ivar = check_spectra(self, validation)
             held = (
                 finite_flux(held_flux, held_ivar),
                 held_ivar,
@@ -889,7 +680,7 @@ assert small.history_["loss"][-1] < 0.05 and np.sqrt(np.mean(left**2)) < 0.2
 labels, flux, ivar = made_up()
 exact = OneLayer(epochs=300, learning_rate=0.02).fit(labels, flux, ivar, THREE, progress=False)
 fresh = made_up(seed=9)
-off = exact.scale(exact.predict(*fresh[1:])) - exact.scale(fresh[0])
+off = exact.scale(exact.read(*fresh[1:])) - exact.scale(fresh[0])
 print(f"largest error {np.abs(off).max():.4f}")
 assert np.abs(off).max() < 0.01
 
@@ -902,19 +693,19 @@ again, other = (
     for seed in (42, 43)
 )
 first = OneLayer(epochs=5).fit(labels, flux, ivar, THREE, progress=False)
-assert np.array_equal(first.predict(flux, ivar), again.predict(flux, ivar)) and not np.array_equal(
-    first.predict(flux, ivar), other.predict(flux, ivar)
+assert np.array_equal(first.read(flux, ivar), again.read(flux, ivar)) and not np.array_equal(
+    first.read(flux, ivar), other.read(flux, ivar)
 )
 
 holes = ivar.copy()
 holes[:, 7] = 0
 assert np.array_equal(
-    first.predict(np.where(holes > 0, flux, np.nan), holes),
-    first.predict(np.where(holes > 0, flux, 99), holes),
+    first.read(np.where(holes > 0, flux, np.nan), holes),
+    first.read(np.where(holes > 0, flux, 99), holes),
 )
 filled = flux.copy()
 filled[:, 7] = first.typical_flux_[7]
-assert np.allclose(first.predict(flux, holes), first.predict(filled, ivar), rtol=1e-6)
+assert np.allclose(first.read(flux, holes), first.read(filled, ivar), rtol=1e-6)
 
 # %% [markdown]
 # ### Interrupted
@@ -1095,7 +886,7 @@ assert network.history_["val_loss"][-1] < 0.5 and raw["loss"][0] > 10 * centred[
 # %%
 weights, constant = network.affine_map()
 by_map = network.fill(spectra[test].flux, spectra[test].ivar) @ weights.T + constant
-by_network = network.predict(spectra[test])
+by_network = network.read(spectra[test])
 difference = np.abs(network.scale(by_map) - network.scale(by_network)).max()
 print(f"network and map differ by {difference:.1e} scaled units at most")
 
@@ -1300,7 +1091,7 @@ assert (
     and loaded.training_digest_ == honest.training_digest_
 )
 assert np.array_equal(
-    loaded.predict(spectra[test]), honest.predict(spectra[test])
+    loaded.read(spectra[test]), honest.read(spectra[test])
 ) and np.array_equal(loaded.error_floor_, honest.error_floor_)
 assert np.array_equal(
     np.asarray(bare([spectra[test[:2]].flux, spectra[test[:2]].ivar])),

@@ -36,10 +36,14 @@ from astropy.table import Table
 from IPython.display import Markdown
 from scipy.optimize import minimize
 
-from stellar_lab.cannon import Cannon, train_test_rows, training_set
+from stellar_lab.cannon import Cannon
+from stellar_lab.models import train_test_rows
+from stellar_lab.normalize import training_set
 from stellar_lab.clean import apply_cuts, read_archive
-from stellar_lab.inversion import error_table, infer, plot_comparison
-from stellar_lab.network import LAB_EPOCHS, LAB_LAYERS, RidgeLabels, epochs_within, plot_history
+from stellar_lab.judging import error_table, plot_comparison
+from stellar_lab.inversion import infer
+from stellar_lab.network import LAB_EPOCHS, LAB_LAYERS, epochs_within, plot_history
+from stellar_lab.readers import RidgeLabels
 from stellar_lab.normalize import count_mask_bits, normalize
 from stellar_lab.survey import (
     Spectra,
@@ -249,7 +253,7 @@ def scaled_error(model, stars):
 def root_loss(model, stars):
     "Root of the mean squared error in scaled labels, which is what the loss is the square of."
     return np.sqrt(
-        np.mean((model.scale(model.predict(stars)) - model.scale(stars.labels(names))) ** 2)
+        np.mean((model.scale(model.read(stars)) - model.scale(stars.labels(names))) ** 2)
     )
 
 

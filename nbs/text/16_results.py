@@ -40,9 +40,13 @@ from tqdm import tqdm
 
 from stellar_lab import __version__
 from stellar_lab.augmentation import AugmentedNetwork, ErrorAwareNetwork
-from stellar_lab.cannon import Cannon, LabelModel, fold_numbers, train_test_rows, training_set
-from stellar_lab.inversion import error_table, infer
-from stellar_lab.network import LAB_EPOCHS, LabNetwork, RidgeLabels, epochs_within, tf
+from stellar_lab.cannon import Cannon
+from stellar_lab.models import LabelModel, fold_numbers, train_test_rows
+from stellar_lab.normalize import training_set
+from stellar_lab.judging import error_table
+from stellar_lab.inversion import infer
+from stellar_lab.network import LAB_EPOCHS, LabNetwork, epochs_within, tf
+from stellar_lab.readers import RidgeLabels
 from stellar_lab.survey import (
     ARCHIVES,
     LABELS,
@@ -61,7 +65,7 @@ import tempfile
 import pytest
 from IPython.display import Markdown
 
-from stellar_lab.network import LabelReader
+from stellar_lab.readers import LabelReader
 from stellar_lab.survey import TRUTH_FILE, archive_root, profile, use_style
 
 # %% [markdown]
@@ -403,7 +407,7 @@ few = spectra[::6].replace(
     mask=None,
 )
 parrot = Parrot().fit(few)
-assert np.allclose(parrot.predict(few), few.labels())  # it can speak
+assert np.allclose(parrot.read(few), few.labels())  # it can speak
 for contest in contests(few, "full"):
     silent = predictions(Parrot(), contest, progress=False)
     assert np.array_equal(silent["row"], contest.judged) and np.all(

@@ -26,8 +26,11 @@ from astropy.table import QTable, Table, vstack
 from scipy.stats import qmc
 
 from stellar_lab.archives import clusters, real_stars
-from stellar_lab.cannon import Cannon, Vectorizer, fold_numbers
-from stellar_lab.inversion import MIN_GOOD, Flag, check_spectra, error_table, infer, with_names
+from stellar_lab.cannon import Cannon, Vectorizer
+from stellar_lab.models import fold_numbers
+from stellar_lab.models import MIN_GOOD, Flag, check_spectra
+from stellar_lab.judging import error_table
+from stellar_lab.inversion import infer
 from stellar_lab.normalize import normalize
 from stellar_lab.survey import LabError, Spectra, on_band, plot_spectrum, write_table
 from stellar_lab.survey import wavelength as SURVEY_WAVELENGTH
@@ -49,7 +52,7 @@ from IPython.display import Markdown
 from scipy.stats import spearmanr
 
 from stellar_lab.clean import read_files
-from stellar_lab.inversion import flag_names
+from stellar_lab.models import flag_names
 from stellar_lab.survey import data_file, profile, real_data, use_style
 from stellar_lab.synthesis import RYDBERG_H
 
@@ -331,13 +334,16 @@ def infer_sky(
     spectra: Spectra,  # from `redraw`
 ) -> QTable:
     "`infer`, with what is known beforehand."
-    check_spectra(model, spectra, None)
+    check_spectra(model, spectra)
     n = (len(spectra), len(KNOWN))
     flux, ivar = (
         np.column_stack([spectra.flux, np.zeros(n, "f4")]),
         np.column_stack([spectra.ivar, np.full(n, EVIDENCE, "f4")]),
     )
-    return with_names(infer(with_knowledge(model), flux, ivar), spectra)
+    table = infer(with_knowledge(model), flux, ivar)
+    if "APOGEE_ID" in spectra.stars.colnames:
+        table.add_column([str(name) for name in spectra.stars["APOGEE_ID"]], 0, name="apogee_id")
+    return table
 
 
 # %% [markdown]

@@ -1,0 +1,1083 @@
+# %% [markdown]
+# # What does every model of labels owe?
+# > The contract between spectra, models and tables: who learns and who is asked, how labels are scaled, when an answer deserves doubt, and how a model is kept.
+#
+# **Question.** This book will meet many models: a polynomial for each pixel, a straight line, networks, physics. How can one set of tools train, judge, flag and keep
+# them all, so that a comparison of models compares nothing but the models?
+#
+# **Idea.** Whatever a model does inside, it meets the same five duties.
+# - It learns from stars with known labels, and refuses what it cannot learn from.
+# - It works with *scaled* labels, so that 100 K and 0.1 dex weigh alike.
+# - It gives for each star labels, a covariance, and the facts that tell when to doubt them.
+# - It says of what kind its errors are.
+# - It can be written to a file and read back, without running a stranger's code.
+#
+# What a model gives is an *answer*. One function, `infer`, turns the answer of any model into one table, and one function, `label_table`, decides the flags for all.
+#
+# You learn this contract by meeting it: the smallest model that fulfils it has a dozen lines.
+
+# %%
+#| default_exp models
+
+# %%
+#| export
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from enum import IntFlag
+from functools import cache, singledispatch
+
+import asdf
+import numpy as np
+import sklearn
+from astropy.table import QTable, Table
+from scipy.spatial import cKDTree
+from sklearn.base import BaseEstimator
+from sklearn.model_selection import train_test_split
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.validation import check_is_fitted
+from threadpoolctl import ThreadpoolController
+
+from stellar_lab import __version__
+from stellar_lab.normalize import MASKED_LIMIT, continuum_steps
+from stellar_lab.survey import LABELS, LabError, Spectra, atomic_path, label_record, on_band
+
+# %%
+#| hide
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+from sklearn.exceptions import NotFittedError
+
+from stellar_lab.normalize import training_set
+from stellar_lab.survey import archive_record, archive_root, use_style
+
+
+# %% [markdown]
+# ## Who learns, who is asked
+# A model that is judged on the stars it learned from looks better than it is. So some stars are left out. One split serves all models of this book, and it is the one
+# of the original lab: a third of the stars, drawn with the seed 42.
+
+# %%
+#| export
+def train_test_rows(n: int, test_size: float = 0.33, seed: int = 42) -> tuple:
+    """Rows for training and rows for testing: the split of the original lab, shared by all models.
+
+    Parameters
+    ----------
+    n : int
+        number of stars
+    test_size : float, default 0.33
+        share of the stars to leave out for testing
+    seed : int, default 42
+        of the draw
+
+    Returns
+    -------
+    tuple of two (n_train,) and (n_test,) int arrays
+    """
+    return train_test_split(np.arange(n), test_size=test_size, random_state=seed)
+
+
+# %% [markdown]
+# One split is one draw. In *folds* every star is left out once: the stars are dealt into five hands, and each hand is labelled by a model that learned from the other
+# four. A star observed in two fields has two rows. Both rows go into the same hand, or else the model would be asked about a star that it knows.
+
+# %%
+#| export
+def fold_numbers(n: int, folds: int = 5, seed: int = 0, stars: Sequence = None) -> np.ndarray:
+    """The fold of each of `n` rows: the rows in random order, dealt out one by one.
+
+    Parameters
+    ----------
+    n : int
+        number of rows
+    folds : int, default 5
+        from 2 to `n`
+    seed : int, default 0
+        of the random order
+    stars : (n,) sequence, optional
+        name of the star of each row; all rows of a star share the fold of its first row
+
+    Returns
+    -------
+    (n,) int array
+        from 0 to `folds` - 1; without repeated stars, folds differ by at most one row
+
+    Raises
+    ------
+    LabError
+        where there cannot be so many folds
+    """
+    if not 2 <= folds <= n:
+        raise LabError(f"{folds} folds of {n} stars: choose from 2 to {n}")
+    numbers = np.empty(n, dtype=int)
+    numbers[np.random.default_rng(seed).permutation(n)] = np.arange(n) % folds
+    if stars is None:
+        return numbers
+    _, first, star = np.unique(np.asarray(stars).astype(str), return_index=True, return_inverse=True)
+    return numbers[first][star]
+
+
+# %%
+train, test = train_test_rows(100)
+numbers = fold_numbers(11, folds=3)
+twice = fold_numbers(11, folds=3, stars=[*"abcdefghij", "a"])
+print(f"{len(train)} stars to learn from, {len(test)} to ask; folds {numbers}, with a star seen twice {twice}")
+assert not set(train) & set(test) and np.ptp(np.bincount(numbers)) <= 1
+assert twice[10] == twice[0] and np.array_equal(twice[:10], numbers[:10])
+
+
+# %% [markdown]
+# ## All stars at once
+# Thousands of stars and thousands of pixels are a job for matrix products. `in_blocks` cuts such a job into blocks of rows that fit into the processor's cache, and
+# gives each core a block at a time. The numerical library underneath (BLAS) would start threads of its own in each of ours, so it is kept to one.
+
+# %%
+#| export
+@cache
+def _blas():
+    "The thread pools of the numerical libraries that are loaded; looking for them takes a while."
+    return ThreadpoolController()
+
+
+def single_threaded():
+    "A context in which BLAS keeps to one thread: its own would go on spinning in the way of ours."
+    return _blas().limit(limits=1)
+
+
+def in_blocks(work, size: int, block: int = 520) -> list:
+    """Run `work` on blocks of rows, in as many threads as there are cores.
+
+    Parameters
+    ----------
+    work : callable
+        called with a slice of rows; the result may be anything
+    size : int
+        rows in all
+    block : int, default 520
+        rows of a call, at most
+
+    Returns
+    -------
+    list
+        the results, in the order of the rows
+    """
+    cores = os.cpu_count()
+    count = math.ceil(size / block)
+    if count > 1:  # a multiple of the cores, so that none waits for the last block
+        count = min(math.ceil(count / cores) * cores, size)
+    edges = np.linspace(0, size, count + 1).astype(int) if count else []
+    slices = [slice(int(start), int(stop)) for start, stop in zip(edges[:-1], edges[1:])]
+    with single_threaded(), ThreadPoolExecutor(cores) as pool:
+        return list(pool.map(work, slices))
+
+
+# %% [markdown]
+# A symmetric matrix holds each number twice. `pair_index` names the entries that differ, so that products compute, and memory holds, only these: the $T(T+1)/2$ pairs
+# of $T$ terms, and for each entry of the whole matrix its place among them.
+
+# %%
+#| export
+def pair_index(T: int) -> tuple:
+    """The distinct products of two of `T` terms.
+
+    Parameters
+    ----------
+    T : int
+        number of terms
+
+    Returns
+    -------
+    tuple
+        two (T(T+1)/2,) int arrays, the terms of each pair; and a (T, T) int array, where each
+        entry of a symmetric matrix finds its pair
+    """
+    i, j = np.triu_indices(T)
+    place = np.empty((T, T), dtype=int)
+    place[i, j] = np.arange(len(i))
+    place[j, i] = place[i, j]
+    return i, j, place
+
+
+# %%
+i, j, place = pair_index(3)
+terms = np.array([2, 3, 5])
+print("pairs", list(zip(i.tolist(), j.tolist())), "products", terms[i] * terms[j])
+assert np.array_equal((terms[i] * terms[j])[place], np.outer(terms, terms))
+squares = in_blocks(lambda rows: np.arange(2000)[rows] ** 2, 2000)
+assert np.array_equal(np.concatenate(squares), np.arange(2000) ** 2)
+
+
+# %% [markdown]
+# ## Labels, from any hand
+# Training labels come as an array, a `pandas` table or an astropy table, or inside a `Spectra`. Names are kept: the columns of a table name the labels, and a known
+# name in any case is the survey's own, with its unit. A mistake is answered before it costs time. The most frequent one is the order: scikit-learn's other
+# estimators read `fit(spectra, labels)`, ours `fit(labels, flux)`, for the labels are what the spectrum follows from.
+
+# %%
+#| export
+def label_values(table, names: Sequence) -> np.ndarray:
+    """Labels of a table as plain numbers.
+
+    Parameters
+    ----------
+    table : Table or QTable
+        with a column for each name in lower case, as `infer` gives it
+    names : sequence of str
+        K labels, or columns such as ``"teff_err"``, in any case
+
+    Returns
+    -------
+    (N, K) float array
+        in the units of the columns
+    """
+    columns = [table[name.lower()] for name in names]
+    return np.column_stack([np.asarray(getattr(c, "value", c), dtype=float) for c in columns])
+
+
+def _named_labels(labels, names):
+    "Labels as an array (N, K), and their names: those given, those of the table's columns, or numbers."
+    columns = getattr(labels, "colnames", getattr(labels, "columns", None))
+    if columns is not None:
+        names = list(columns) if names is None else names
+        labels = [np.asarray(getattr(labels[c], "value", labels[c])) for c in columns]
+        labels = np.column_stack(labels)
+    try:
+        labels = np.asarray(labels, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise LabError(f"labels must be numbers, a column for each label ({error})") from error
+    if labels.ndim == 1:
+        labels = labels[None]
+    if names is None:
+        names = [f"LABEL_{k}" for k in range(labels.shape[-1])]
+    return labels, tuple(label_record(name).name for name in names)
+
+
+# %%
+#| export
+def _check_training(labels, flux, ivar, names):
+    "LabError for training stars that no model could learn from."
+    if labels.ndim != 2 or flux.ndim != 2 or flux.shape != ivar.shape or len(labels) != len(flux):
+        raise LabError(
+            f"labels {labels.shape}, flux {flux.shape} and ivar {ivar.shape} "
+            "must be (N, K), (N, P) and (N, P)"
+        )
+    if labels.shape[1] > flux.shape[1]:
+        raise LabError(
+            f"labels come first, then flux: fit(labels, flux, ivar). You gave {labels.shape[1]} "
+            f"labels and {flux.shape[1]} pixels per star"
+        )
+    if len(names) != labels.shape[1]:
+        raise LabError(f"{len(names)} names ({', '.join(names)}) for {labels.shape[1]} labels")
+    without = ~np.isfinite(labels).all(axis=1)
+    if without.any():
+        raise LabError(
+            f"{without.sum()} of {len(labels)} training stars lack a label "
+            f"(first: row {np.argmax(without)}): leave them out (apply_cuts)"
+        )
+
+
+# %%
+frame = pd.DataFrame({"teff": [4500.0, 4800.0], "Age": [9.1, 2.3]})
+values, names = _named_labels(frame, None)
+print(names, values.tolist())
+assert names == ("TEFF", "Age")
+with pytest.raises(LabError, match="labels must be numbers"):
+    _named_labels(pd.DataFrame({"teff": ["hot", "cool"]}), None)
+with pytest.raises(LabError, match="labels come first"):
+    _check_training(np.ones((5, 300)), np.ones((5, 6)), np.ones((5, 6)), names)
+
+
+# %% [markdown]
+# ## Scaled labels
+# A temperature runs over a thousand kelvin, a metallicity over one dex. Every model works with the *scaled* label $(\ell - \text{pivot}) / \text{scale}$; pivot and
+# scale are the mean and the standard deviation of the training stars.
+
+# %%
+#| export
+class _Scaled:
+    "Physical units outside, scaled labels inside."
+
+    def scale(self, labels) -> np.ndarray:
+        "Labels in physical units (N, K) -> scaled labels (N, K)."
+        return (np.asarray(labels, dtype=float) - self.pivots_) / self.scales_
+
+    def unscale(self, labels) -> np.ndarray:
+        "Scaled labels (N, K) -> labels in physical units (N, K)."
+        return np.asarray(labels, dtype=float) * self.scales_ + self.pivots_
+
+
+# %% [markdown]
+# ## A file without a pickle
+# A model is kept as [ASDF](https://asdf.readthedocs.io): text that a person can read, and plain arrays. A pickle could run code when it is opened; this format cannot.
+# Each array carries a checksum, and reading verifies it. A file that is cut short, damaged or of another kind is refused.
+
+# %%
+#| export
+_FORMAT_VERSION = 1
+
+
+def plain_value(value):
+    "A numpy scalar or a tuple as ASDF takes it."
+    if isinstance(value, np.generic):
+        return value.item()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def read_model_file(path) -> dict:
+    """What a model's file holds, arrays and all.
+
+    Parameters
+    ----------
+    path : str or Path
+        .asdf file
+
+    Returns
+    -------
+    dict
+        with the key ``stellar_lab_model``, the name of the model's class
+
+    Raises
+    ------
+    LabError
+        where there is no such file, or it is damaged, or no model of this version
+    """
+    try:
+        with asdf.open(path, memmap=False, lazy_load=False, validate_checksums=True) as file:
+            tree = _in_memory(dict(file.tree))
+    except FileNotFoundError as error:
+        raise LabError(
+            f"there is no model at {path}: train one with 'stellar-lab train'"
+        ) from error
+    except Exception as error:  # whatever asdf makes of a foreign or damaged file
+        raise LabError(f"{path} is not a model of stellar_lab ({error})") from error
+    kind, version = tree.get("stellar_lab_model"), tree.get("format_version")
+    if not isinstance(kind, str) or version != _FORMAT_VERSION:
+        raise LabError(
+            f"{path} holds {kind!r} in format {version!r}; this version reads models in format "
+            f"{_FORMAT_VERSION}: train the model again"
+        )
+    return tree
+
+
+def _in_memory(value):
+    "Arrays of a file as numpy's own; a block that is cut short fails here and not later."
+    if isinstance(value, dict):
+        return {key: _in_memory(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_in_memory(part) for part in value]
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return np.array(value)
+    return value
+
+
+# %% [markdown]
+# What a model has learned are its attributes whose name ends with an underscore, as everywhere in scikit-learn. So writing and reading need no list of them.
+
+# %%
+#| export
+class _Kept:
+    "Writing a model to a file and reading it back."
+
+    def save(self, path):
+        """Write the model as ASDF, whole or not at all.
+
+        Parameters
+        ----------
+        path : str or Path
+            .asdf file; replaced if it exists
+
+        Raises
+        ------
+        NotFittedError
+            where there is nothing to write yet
+        """
+        check_is_fitted(self)
+        versions = {"stellar_lab": __version__, "numpy": np.__version__}
+        versions["scikit-learn"] = sklearn.__version__
+        tree = {
+            "stellar_lab_model": type(self).__name__,
+            "format_version": _FORMAT_VERSION,
+            "versions": versions,
+            "parameters": {name: plain_value(v) for name, v in self.get_params().items()},
+            **self._learned(),
+        }
+        with atomic_path(path) as temporary:
+            asdf.AsdfFile(tree).write_to(temporary)
+
+    def _learned(self):
+        "What the file holds beside the parameters."
+        learned = {name: value for name, value in vars(self).items() if name.endswith("_")}
+        return {name: plain_value(value) for name, value in learned.items()}
+
+    @classmethod
+    def load(cls, path):
+        """Read a model that `save` wrote.
+
+        Raises
+        ------
+        LabError
+            where the file is missing, damaged, or holds another kind of model
+        """
+        tree = read_model_file(path)
+        if tree["stellar_lab_model"] != cls.__name__:
+            raise LabError(
+                f"{path} holds a {tree['stellar_lab_model']}, not a {cls.__name__}: "
+                "stellar_lab.labelling.load_model reads either"
+            )
+        return cls._from_tree(tree)
+
+    @classmethod
+    def _from_tree(cls, tree):
+        "The model again, from what its file holds."
+        model = cls(**tree["parameters"])
+        for name, value in tree.items():
+            if name.endswith("_"):
+                setattr(model, name, value)
+        model.label_names_ = tuple(model.label_names_)
+        return model
+
+
+# %% [markdown]
+# ## The model
+# `LabelModel` is what all models inherit. A subclass has `labels` among its parameters, and its `fit` begins with `_begin`.
+#
+# Two facts make an answer doubtful whatever the model. *A star that is far from all training stars* cannot be known: its distance to the third nearest one, in scaled
+# labels, is compared with what the training stars have among themselves. And *a star with few usable pixels* says little.
+
+# %%
+#| export
+class LabelModel(_Kept, _Scaled, BaseEstimator):
+    """What all models of spectra and labels share.
+
+    A subclass has `labels` among its parameters, calls `_begin` in `fit`, and registers with
+    `answer` how it reads a spectrum. After `fit` it has ``typical_flux_`` (P,), ``usable_`` (P,)
+    and ``training_digest_``.
+    """
+
+    pivots, scales = None, None  # parameters of some subclasses
+
+    def _begin(self, labels, flux, ivar, label_names, wavelength):
+        "Check the training stars and learn their labels' scaling; returns flux and ivar (N, P)."
+        metadata = {}
+        names = self.labels if label_names is None else label_names
+        if isinstance(labels, Spectra):
+            spectra = labels
+            names = spectra.label_names if self.labels is None else tuple(self.labels)
+            labels = spectra.labels(names)
+            flux, ivar, wavelength = spectra.flux, spectra.ivar, spectra.wavelength
+            kept = (str, int, float, bool, list)
+            metadata = {k: v for k, v in spectra.stars.meta.items() if isinstance(v, kept)}
+        elif flux is None:
+            raise LabError("flux is missing: fit(labels, flux, ivar), or fit(spectra)")
+        labels, names = _named_labels(labels, names)
+        flux = np.asarray(flux)
+        ivar = np.ones(flux.shape) if ivar is None else np.asarray(ivar)
+        _check_training(labels, flux, ivar, names)
+        self._learn_scaling(labels)
+        self.label_names_ = names
+        self.metadata_ = metadata
+        self.wavelength_ = None if wavelength is None else np.array(wavelength, dtype=float)
+        self.training_labels_ = labels
+        return flux, ivar
+
+    def _learn_scaling(self, labels):
+        scaler = StandardScaler().fit(labels)
+        self.pivots_ = np.array(scaler.mean_ if self.pivots is None else self.pivots, dtype=float)
+        self.scales_ = np.array(scaler.scale_ if self.scales is None else self.scales, dtype=float)
+
+    def _digest(self, *columns):
+        "Fingerprint of the training set: labels, and numbers (N,) that sum up each spectrum."
+        digest = hashlib.sha256(self.training_labels_.tobytes())
+        for column in columns:
+            digest.update(column.tobytes())
+        return digest.hexdigest()
+
+    @property
+    def least_pixels_(self) -> int:
+        "Usable pixels without which a star has no labels."
+        return len(self.label_names_) + 1
+
+    @property
+    def poor_fit_limit_(self) -> float:
+        "chi2 per pixel from which a fit counts as poor; infinite where the model has no chi2."
+        return np.inf
+
+    @property
+    def errors_(self) -> str:
+        "Of what kind the errors are: ``calibrated`` on left-out stars, or ``formal``."
+        return "calibrated" if hasattr(self, "error_inflation_") else "formal"
+
+    def _outside(self, labels):
+        "Which labels (N, K) are far from all training stars, (N,) bool."
+        return outside_training(self, labels)
+
+
+# %%
+#| export
+_NEIGHBOURS = 3  # a star's distance from the training stars is that to the third nearest
+
+
+def outside_training(model: LabelModel, labels) -> np.ndarray:
+    """Which labels lie further from the training stars than any training star from the others.
+
+    Parameters
+    ----------
+    model : LabelModel
+        fitted
+    labels : (N, K) array
+        physical units
+
+    Returns
+    -------
+    (N,) bool array
+        the third nearest training star, in scaled labels, is further away than it is for any
+        training star
+    """
+    check_is_fitted(model)
+    training = model.scale(model.training_labels_)
+    tree = cKDTree(training)
+    k = max(1, min(_NEIGHBOURS, len(training) - 1))
+    nearest, _ = tree.query(training, k=[k + 1], workers=-1)  # the first is the star itself
+    distance, _ = tree.query(model.scale(labels), k=[k], workers=-1)
+    return distance[:, 0] > nearest.max()
+
+
+_MARGIN = 0.25  # the box reaches this share of the training labels' range beyond them
+
+
+def label_box(model: LabelModel) -> tuple:
+    """The box of labels that a search may not leave.
+
+    Returns
+    -------
+    tuple of two (K,) arrays
+        lower and upper bound of the scaled labels, a quarter of their range beyond the training stars
+    """
+    check_is_fitted(model)
+    scaled = model.scale(model.training_labels_)
+    low, high = scaled.min(axis=0), scaled.max(axis=0)
+    return low - _MARGIN * (high - low), high + _MARGIN * (high - low)
+
+
+# %% [markdown]
+# ## The smallest model
+# A star looks like the training star whose spectrum is nearest. That is a model: `fit` remembers the stars.
+
+# %%
+class NearestStar(LabelModel):
+    "The labels of the training star with the most similar spectrum."
+
+    def __init__(self, labels=None):
+        self.labels = labels
+
+    def fit(self, labels, flux=None, ivar=None, label_names=None, wavelength=None):
+        flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
+        self.flux_ = np.where(ivar > 0, flux, 1).astype("f4")
+        self.typical_flux_ = self.flux_.mean(axis=0)
+        self.usable_ = np.ones(flux.shape[1], dtype=bool)
+        self.training_digest_ = self._digest()
+        return self
+
+
+# %%
+use_style()
+names = list(archive_record(archive_root()).labels)
+spectra, ledger = training_set(archive_root(), progress=False)
+train, test = train_test_rows(len(spectra))
+model = NearestStar(names).fit(spectra[train])
+print(f"{len(train)} stars, labels {', '.join(model.label_names_)}; errors: {model.errors_}")
+assert np.allclose(model.scale(model.training_labels_).std(axis=0), 1)
+with pytest.raises(NotFittedError):
+    label_box(NearestStar(names))
+
+
+# %% [markdown]
+# ## When to doubt
+# A flag is a reason to doubt a star's labels. The column `flags` is their sum, so 0 means: no reason found.
+
+# %%
+#| export
+class Flag(IntFlag):
+    "Reasons to doubt a star's labels; `flags` is their sum."
+
+    NOT_CONVERGED = 1  # the search did not come to rest
+    AT_BOUND = 2  # a label stands at the edge of the box that the search may not leave
+    OUTSIDE_TRAINING = 4  # further from the training stars than any of them is from the others
+    POOR_FIT = 8  # chi2 per pixel larger than any training star's should be
+    FEW_PIXELS = 16  # fewer usable pixels than asked for
+
+
+def flag_names(flags) -> list:
+    """The names of the flags of each star.
+
+    Parameters
+    ----------
+    flags : int or (N,) int array
+
+    Returns
+    -------
+    list of str
+        empty text where there is nothing to doubt
+    """
+    values = [int(value) for value in np.atleast_1d(flags)]
+    return [" ".join(flag.name for flag in Flag if value & flag) for value in values]
+
+
+# %%
+assert flag_names([0, 5]) == ["", "NOT_CONVERGED OUTSIDE_TRAINING"]
+flag_names([0, 5, 16])
+
+
+# %% [markdown]
+# ## An answer
+# `answer` is the one thing that a model has to bring: spectra go in, labels and their facts come out. Each kind of model registers its own way.
+
+# %%
+#| export
+@dataclass
+class Answer:
+    """What a model says of N stars, before anyone judges it.
+
+    Attributes
+    ----------
+    labels : (N, K) float array
+        physical units; NaN where the model has none
+    covariance : (N, K, K) float array
+        formal, in the same units
+    n_good : (N,) int array
+        usable pixels
+    chi2 : (N,) float array
+        NaN where the model has none
+    steps : (N,) int array
+        of the search; 0 where nothing was searched
+    resting : (N,) bool array
+        the search came to rest
+    at_bound : (N,) bool array
+        a label stands at the edge of what the search may say
+    columns : dict
+        further columns of the table, name -> (N,) array
+    """
+
+    labels: np.ndarray
+    covariance: np.ndarray
+    n_good: np.ndarray
+    chi2: np.ndarray = None
+    steps: np.ndarray = None
+    resting: np.ndarray = None
+    at_bound: np.ndarray = None
+    columns: dict = None
+
+    def __post_init__(self):
+        n = len(self.labels)
+        self.chi2 = np.full(n, np.nan) if self.chi2 is None else self.chi2
+        self.steps = np.zeros(n, dtype=int) if self.steps is None else self.steps
+        self.resting = np.ones(n, dtype=bool) if self.resting is None else self.resting
+        self.at_bound = np.zeros(n, dtype=bool) if self.at_bound is None else self.at_bound
+        self.columns = {} if self.columns is None else self.columns
+
+
+@singledispatch
+def answer(model, spectra: Spectra, max_steps: int) -> Answer:
+    """What a model says of some stars; a kind of model registers its own way.
+
+    Parameters
+    ----------
+    model : LabelModel
+    spectra : Spectra
+        checked; flux relative to the continuum
+    max_steps : int
+        of a search, where there is one
+    """
+    raise LabError(
+        f"{type(model).__name__} has not said how it reads a spectrum: "
+        "import the module that teaches it (stellar_lab.inversion for a Cannon)"
+    )
+
+
+# %%
+@answer.register(NearestStar)
+def _(model, spectra, max_steps):
+    weight = np.where(spectra.ivar > 0, 1, 0).astype("f4")
+    flux = np.nan_to_num(spectra.flux) * weight
+    distance = weight @ (model.flux_**2).T - 2 * flux @ model.flux_.T  # but for a constant
+    labels = model.training_labels_[distance.argmin(axis=1)]
+    spread = np.tile(np.diag(model.scales_**2), (len(labels), 1, 1))
+    return Answer(labels, spread, n_good=weight.sum(axis=1).astype(int))
+
+
+# %% [markdown]
+# ## Spectra that the model can read
+# Flux on another grid, without errors, or not normalized as the training spectra were: each would give labels that look like labels. They are refused.
+
+# %%
+#| export
+def check_spectra(model: LabelModel, flux, ivar=None, any_recipe: bool = False) -> Spectra:
+    """Spectra that the model can read.
+
+    Parameters
+    ----------
+    model : LabelModel
+        fitted
+    flux : (N, P) array or Spectra
+        relative to the continuum
+    ivar : (N, P) array, optional
+        inverse variance, 0 where unusable; a `Spectra` has its own
+    any_recipe : bool, default False
+        take spectra that went through another normalization, too
+
+    Returns
+    -------
+    Spectra
+        flux and ivar float32
+
+    Raises
+    ------
+    LabError
+        where grid, shape or normalization are not those of the training spectra
+    """
+    check_is_fitted(model)
+    if isinstance(flux, Spectra):
+        _check_grid(model, flux)
+        if not any_recipe:
+            _check_recipe(model, flux.stars.meta)
+        stars = flux.stars
+        flux, ivar = flux.flux, flux.ivar
+    else:
+        stars = None
+    if ivar is None:
+        raise LabError(
+            "ivar is missing: give the inverse variance of each pixel, 0 where unusable, "
+            "or a Spectra"
+        )
+    flux = np.atleast_2d(np.asarray(flux, dtype=np.float32))
+    ivar = np.atleast_2d(np.asarray(ivar, dtype=np.float32))
+    pixels = len(model.typical_flux_)
+    if flux.shape != ivar.shape or flux.shape[1] != pixels:
+        raise LabError(f"flux {flux.shape} and ivar {ivar.shape} must both be (N, {pixels})")
+    if not len(flux):
+        raise LabError("there are no spectra to label")
+    if stars is None:
+        stars = Table({"ROW": np.arange(len(flux))})
+    grid = np.arange(pixels, dtype=float) if model.wavelength_ is None else model.wavelength_
+    return Spectra(grid, flux, ivar, stars)
+
+
+def _check_grid(model, spectra):
+    grid, known = spectra.wavelength, model.wavelength_
+    if known is None:
+        return
+    if len(grid) != len(known) or not np.allclose(grid, known, rtol=1e-8):
+        raise LabError(
+            f"the spectra have {len(grid)} pixels from {grid[0]:.2f} Angstrom, the model "
+            f"{len(known)} from {known[0]:.2f}: read the spectra on the model's grid"
+        )
+
+
+def _check_recipe(model, meta):
+    "Were the spectra normalized as the model's were, as far as both sides know?"
+    trained = model.metadata_
+    if not trained.get("normalized"):
+        return
+    if meta.get("normalized") is False:
+        raise LabError(
+            "these spectra are not normalized, the model's were: "
+            "treat them alike first, stellar_lab.normalize.as_trained(model, spectra)"
+        )
+    if "product" in meta and continuum_steps(meta) != continuum_steps(trained):
+        raise LabError(
+            "these spectra went through another normalization than the model's "
+            f"({meta['product']} here, {trained.get('product')} there, or another continuum): "
+            "read them anew and use stellar_lab.normalize.as_trained(model, spectra), "
+            "or insist with any_recipe=True, although the labels shift"
+        )
+
+
+# %%
+#| export
+def finite_flux(flux: np.ndarray, ivar: np.ndarray, first: int = 0) -> np.ndarray:
+    """Flux that can be multiplied.
+
+    Parameters
+    ----------
+    flux, ivar : (N, P) arrays
+    first : int, default 0
+        number of the first star, for the message
+
+    Returns
+    -------
+    (N, P) array
+        zero where the flux is not finite and not usable
+
+    Raises
+    ------
+    LabError
+        where a usable pixel has no finite flux or ivar
+    """
+    broken = ~np.isfinite(flux) & (ivar > 0) | ~np.isfinite(ivar)
+    if broken.any():
+        star = first + np.argmax(broken.any(axis=1))
+        raise LabError(
+            f"star {star} has a usable pixel without a finite flux or ivar: set ivar to 0 there"
+        )
+    return np.nan_to_num(flux, nan=0, posinf=0, neginf=0)
+
+
+# %%
+with pytest.raises(LabError, match="ivar is missing"):
+    check_spectra(model, spectra.flux[:2])
+with pytest.raises(LabError, match=r"must both be \(N, "):
+    check_spectra(model, spectra.flux[:2, :100], spectra.ivar[:2, :100])
+checked = check_spectra(model, spectra[test])
+print(f"{len(checked)} spectra of {checked.flux.shape[1]} pixels, {checked.flux.dtype}")
+
+
+# %% [markdown]
+# ## Formal and calibrated errors
+# A model's *formal* error knows the noise of the photons and nothing else. Left-out stars tell how large the errors really are
+# ([the chapter on judging](07_judging.ipynb) learns it); then each variance becomes $a\,\sigma^2 + b$, an inflation and a floor for each label. Such errors are *calibrated*.
+
+# %%
+#| export
+def apply_error_model(model: LabelModel, covariance: np.ndarray) -> np.ndarray:
+    """Formal covariance -> calibrated covariance, where the model carries an error model.
+
+    Parameters
+    ----------
+    model : LabelModel
+        with ``error_inflation_`` and ``error_floor_`` (K,), variances, if it is calibrated
+    covariance : (N, K, K) array
+        formal
+
+    Returns
+    -------
+    (N, K, K) array
+        inflation times the formal covariance, plus the floor on its diagonal
+    """
+    if not hasattr(model, "error_inflation_"):
+        return covariance
+    inflation = np.asarray(model.error_inflation_)
+    stretch = np.outer(np.sqrt(inflation), np.sqrt(inflation))
+    stretched = np.where(stretch > 0, covariance * stretch, 0)
+    return stretched + np.diag(model.error_floor_)
+
+
+# %% [markdown]
+# ## One table for all
+# The flags follow from the facts of the answer, by the same rules for every model.
+
+# %%
+#| export
+MIN_GOOD = 1 - MASKED_LIMIT / len(on_band)  # the original lab drops stars with fewer good pixels
+
+
+def _flags(model, found, min_good):
+    "The sum of each star's flags (N,)."
+    known = np.isfinite(found.labels).all(axis=1)
+    outside = np.zeros(len(known), dtype=bool)
+    outside[known] = model._outside(found.labels[known])
+    least = max(min_good * model.usable_.sum(), model.least_pixels_)
+    doubts = {
+        Flag.NOT_CONVERGED: ~found.resting,
+        Flag.AT_BOUND: found.at_bound & known,
+        Flag.OUTSIDE_TRAINING: outside,
+        Flag.POOR_FIT: found.chi2 > model.poor_fit_limit_ * found.n_good,  # False for NaN
+        Flag.FEW_PIXELS: found.n_good < least,
+    }
+    return sum(np.where(doubtful, int(flag), 0) for flag, doubtful in doubts.items())
+
+
+def label_table(model: LabelModel, found: Answer, min_good: float = MIN_GOOD) -> QTable:
+    """The table of an answer: labels with units and errors, and flags, by the same rules for all.
+
+    Parameters
+    ----------
+    model : LabelModel
+        that answered
+    found : Answer
+    min_good : float, default 0.584
+        share of the model's pixels below which a star is flagged FEW_PIXELS
+
+    Returns
+    -------
+    QTable
+        one row per star, columns as `infer` says
+    """
+    blind = (found.n_good < model.least_pixels_) | ~np.isfinite(found.labels).all(axis=1)
+    found.labels[blind] = np.nan
+    found.covariance[blind] = np.nan
+    found.resting[blind] = False
+    flags = _flags(model, found, min_good)
+    covariance = apply_error_model(model, found.covariance)
+    errors = np.sqrt(np.einsum("nkk->nk", covariance))
+    table = QTable()
+    for k, name in enumerate(model.label_names_):
+        unit = label_record(name).unit
+        table[name.lower()] = found.labels[:, k] * unit
+        table[f"{name.lower()}_err"] = errors[:, k] * unit
+    table["covariance"] = covariance
+    table["chi2"] = found.chi2
+    for name, column in {"n_good": found.n_good, "steps": found.steps, "flags": flags}.items():
+        table[name] = column.astype(np.int32)
+    for name, column in found.columns.items():
+        table[name] = column
+    table.meta = _table_meta(model)
+    return table
+
+
+def _table_meta(model):
+    return {
+        "labels": ",".join(model.label_names_),
+        "training": model.training_digest_[:16],
+        "errors": model.errors_,
+        "flags": ", ".join(f"{flag.value} {flag.name}" for flag in Flag),
+    }
+
+
+# %% [markdown]
+# ## `infer`
+# The one door: spectra in, table out, whatever the model.
+
+# %%
+#| export
+def infer(
+    model: LabelModel,
+    flux,
+    ivar: np.ndarray = None,
+    min_good: float = MIN_GOOD,
+    max_steps: int = 60,
+    any_recipe: bool = False,
+) -> QTable:
+    """Labels of stars from their spectra, by any model.
+
+    A Cannon is inverted: the labels minimize
+    chi2 = sum_p (f_p - theta_p . v(labels))^2 / (sigma_p^2 + s_p^2) (Ness et al. 2015, ApJ 808, 16).
+    Ridge regression and networks read the labels from the spectrum.
+
+    Parameters
+    ----------
+    model : LabelModel
+        fitted: a Cannon, RidgeLabels, a Network, a PhysicsModel
+    flux : (N, P) array or Spectra
+        relative to the continuum, as the training spectra were (`as_trained` sees to it)
+    ivar : (N, P) array, optional
+        inverse variance, 0 where a pixel is unusable; not needed with a `Spectra`
+    min_good : float, default 0.584
+        share of the model's pixels below which a star is flagged FEW_PIXELS
+    max_steps : int, default 60
+        of a search from one start, where the model searches
+    any_recipe : bool, default False
+        take spectra that went through another normalization than the model's, too
+
+    Returns
+    -------
+    QTable
+        one row per star: ``apogee_id`` where the spectra know it; each label in lower case with its
+        unit, and its 1-sigma error ``<label>_err``; ``covariance`` (K, K); ``chi2``; ``n_good``
+        (usable pixels); ``steps``; ``flags`` (sum of `Flag`). NaN where a star has no labels.
+        ``table.meta["errors"]`` says whether the errors are formal or calibrated.
+
+    Raises
+    ------
+    LabError
+        where the spectra are not such as the model can read
+    NotFittedError
+        where the model has not learned yet
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from stellar_lab import Cannon, infer
+    >>> rng = np.random.default_rng(0)
+    >>> labels = rng.normal(size=(200, 2))
+    >>> flux = 1 + labels @ rng.normal(scale=0.05, size=(2, 50)) + rng.normal(scale=0.01, size=(200, 50))
+    >>> model = Cannon(order=1).fit(labels, flux, np.full(flux.shape, 1e4), ["A", "B"])
+    >>> table = infer(model, flux[:3], np.full((3, 50), 1e4), min_good=0)
+    >>> bool(np.all(np.abs(table["a"].value - labels[:3, 0]) < 5 * table["a_err"].value))
+    True
+    >>> table.meta["errors"]
+    'formal'
+    """
+    spectra = check_spectra(model, flux, ivar, any_recipe)
+    if spectra.ivar.min() < 0:
+        raise LabError("ivar is negative somewhere: give 0 where a pixel is unusable")
+    table = label_table(model, answer(model, spectra, max_steps), min_good)
+    if "APOGEE_ID" in spectra.stars.colnames:
+        ids = [str(name) for name in spectra.stars["APOGEE_ID"]]
+        table.add_column(ids, index=0, name="apogee_id")
+    return table
+
+
+# %%
+table = infer(model, spectra[test])
+table[:3]
+
+# %%
+truth = spectra[test].labels(names)
+found = label_values(table, names)
+fig, axes = plt.subplots(1, 3, figsize=(9, 2.8))
+for ax, name, x, y in zip(axes, names, truth.T, found.T):
+    record = LABELS[name]
+    ax.plot(x, y, ".", ms=4, alpha=0.6)
+    ax.plot(record.plot_range, record.plot_range, color="0.3", lw=0.8)
+    ax.set(xlabel=f"catalogue {record.axis}", title=record.symbol, xlim=record.plot_range)
+axes[0].set_ylabel("the nearest star's label");
+
+# %% [markdown]
+# **What to see.** Even this model knows a cool star from a hot one and a rich one from a poor one. It can never say a label that no training star has. Every later
+# model has to do better than this cloud.
+
+# %%
+ratio = (found - truth).std(axis=0) / truth.std(axis=0)
+print("scatter over the labels' spread:", dict(zip(names, ratio.round(2).tolist())))
+assert np.all(ratio[:3] < 0.8) and list(table.colnames[:3]) == ["apogee_id", "teff", "teff_err"]
+assert table.meta["errors"] == "formal" and np.isnan(table["chi2"]).all()
+
+# %% [markdown]
+# ## The contract, tested
+# A star of which no pixel is usable has no labels and says so. A star beyond all training stars is flagged. A file brings back the same model, and one that is cut
+# short is refused.
+
+# %%
+blind = spectra[test][:2].replace(ivar=np.zeros_like(spectra.ivar[:2]))
+table = infer(model, blind)
+assert np.isnan(label_values(table, names)).all()
+assert flag_names(table["flags"]) == ["NOT_CONVERGED FEW_PIXELS"] * 2
+beyond = model.training_labels_.max(axis=0) + 3 * model.scales_
+assert outside_training(model, [beyond, model.training_labels_[0]]).tolist() == [True, False]
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "nearest.asdf"
+    model.save(path)
+    again = NearestStar.load(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(LabError, match=r"nearest.asdf is not a model of stellar_lab"):
+        NearestStar.load(path)
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(LabError, match="checksum"):
+        NearestStar.load(path)
+assert np.array_equal(again.training_labels_, model.training_labels_)
+assert infer(again, spectra[test])["flags"].tolist() == infer(model, spectra[test])["flags"].tolist()
+
+# %%
+raw = spectra[test]
+stars = raw.stars.copy()
+stars.meta["normalized"] = False
+with pytest.raises(LabError, match="these spectra are not normalized"):
+    infer(model, raw.replace(stars=stars))
+with pytest.raises(LabError, match="2 folds of 1 stars"):
+    fold_numbers(1, folds=2)
+
+# %% [markdown]
+# **Exercise.** Let the nearest *five* stars vote: the mean of their labels, and their scatter as the error. How much does the cloud shrink? Which flag should a star get whose five neighbours disagree?

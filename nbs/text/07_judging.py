@@ -1,0 +1,424 @@
+# %% [markdown]
+# # How wrong is a model?
+# > Left-out stars, tables of errors, calibrated errors, and the one picture that shows them all.
+#
+# **Question.** A model gives labels and says how sure it is. How do we find out how wrong it really is, and whether its errors can be believed?
+#
+# **Idea.** Ask it about stars that it has not seen. *Folds* leave out every star once; *groups* leave out all stars of a kind, such as a cluster, and so ask the harder question: what
+# about stars whose like was not in training? The differences between answer and catalogue give a table of errors. Divided by the stated errors they say whether these hold: of errors that are right, 68 % of
+# all stars lie within one.
+#
+# Nothing in this chapter knows what is inside a model. It uses `fit` and `infer`, as [the contract](04_models.ipynb) promises them.
+#
+# You learn to judge a model without flattering it, and to turn formal errors into calibrated ones.
+
+# %%
+#| default_exp judging
+
+# %%
+#| export
+import copy
+from collections.abc import Sequence
+
+import numpy as np
+from astropy.table import QTable
+from scipy.optimize import minimize
+from sklearn.base import clone
+from sklearn.utils.validation import has_fit_parameter
+from tqdm import tqdm
+
+from stellar_lab.inversion import infer
+from stellar_lab.models import LabelModel, label_values
+from stellar_lab.survey import LabError, Spectra, label_record
+
+# %%
+#| hide
+import matplotlib.pyplot as plt
+import pytest
+from IPython.display import Markdown
+
+from stellar_lab.cannon import Cannon
+from stellar_lab.models import fold_numbers, train_test_rows
+from stellar_lab.normalize import training_set
+from stellar_lab.survey import archive_record, archive_root, use_style
+
+
+# %% [markdown]
+# ## Answers of models that have not seen the star
+# `cross_label` trains once per group on all the others, and asks about the group.
+
+# %%
+#| export
+def cross_label(
+    model: LabelModel, spectra: Spectra, groups: Sequence, progress: bool = True
+) -> QTable:
+    """Label each star with a model that has not seen its group.
+
+    Parameters
+    ----------
+    model : LabelModel
+        its parameters count; it is cloned, not changed
+    spectra : Spectra
+        with labels, as `training_set` gives them
+    groups : (N,) sequence
+        number of the fold, or name of the group, of each star
+    progress : bool, default True
+        show a bar
+
+    Returns
+    -------
+    QTable
+        `infer` of every star by a model trained without its group, in the order of the stars
+
+    Raises
+    ------
+    LabError
+        where all stars are in one group
+
+    Examples
+    --------
+    >>> from stellar_lab import Cannon, cross_label, fold_numbers
+    >>> from stellar_lab.archives import real_stars
+    >>> spectra = real_stars()[:150]
+    >>> labels = ["TEFF", "LOGG", "M_H"]
+    >>> folds = fold_numbers(len(spectra), folds=2, stars=spectra.stars["APOGEE_ID"])
+    >>> table = cross_label(Cannon(order=1, labels=labels), spectra, folds, progress=False)
+    >>> len(table)
+    150
+    """
+    groups = np.asarray(groups)
+    names, place = np.unique(groups, return_inverse=True)
+    if len(names) < 2:
+        raise LabError("all stars are in one group: nothing is left to train on")
+    quiet = {"progress": progress} if has_fit_parameter(model, "progress") else {}
+    bar = tqdm(range(len(names)), desc="left out", unit="group", disable=not progress, leave=False)
+    table = None
+    for number in bar:
+        rows = place == number
+        part = infer(clone(model).fit(spectra[~rows], **quiet), spectra[rows])
+        if table is None:
+            table = QTable(part[np.zeros(len(spectra), dtype=int)])
+        table[rows] = part
+    return table
+
+
+# %%
+use_style()
+names = list(archive_record(archive_root()).labels)
+spectra, ledger = training_set(archive_root(), progress=False)
+truth = spectra.labels(names)
+cannon = Cannon(scatter=True, labels=names)
+folds = fold_numbers(len(spectra), stars=spectra.stars["APOGEE_ID"])
+table = cross_label(cannon, spectra, folds, progress=False)
+table[:3]
+
+
+# %% [markdown]
+# ## A table of errors
+# The root mean square of the differences (RMSE) counts every star, and a few wild ones decide it. The *robust scatter*, 1.48 times the median distance from the median, is
+# what most stars have; both agree where the differences follow a Gaussian. The *bias* is the mean difference. To average over labels with different units,
+# the RMSE is also given in units of the label's spread: at 1.0 a model is no better than saying "an average star".
+
+# %%
+#| export
+def robust_scatter(values) -> np.ndarray:
+    """The standard deviation that outliers do not move: 1.4826 median |x - median x|.
+
+    Parameters
+    ----------
+    values : (N,) or (N, K) array
+        NaN is left out
+
+    Returns
+    -------
+    float or (K,) array
+    """
+    return 1.4826 * np.nanmedian(np.abs(values - np.nanmedian(values, axis=0)), axis=0)
+
+
+def error_table(table: QTable, truth, names: Sequence, scales) -> QTable:
+    """How far predicted labels are from the catalogue's.
+
+    Parameters
+    ----------
+    table : QTable
+        from `infer`
+    truth : (N, K) array
+        catalogue labels, physical units
+    names : sequence of str
+        of the K labels
+    scales : (K,) array
+        standard deviation of each label
+
+    Returns
+    -------
+    QTable
+        one row per label: ``label``, ``unit``, ``n`` stars, ``rmse``, ``scaled_rmse``, ``mae`` (mean
+        absolute error), ``bias`` (mean of predicted - catalogue), ``robust`` (1.48 MAD)
+
+    Raises
+    ------
+    LabError
+        where the table lacks a label
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from astropy.table import QTable
+    >>> from stellar_lab import error_table
+    >>> errors = error_table(QTable({"teff": [4510.0, 4790.0]}), np.array([[4500.0], [4800.0]]), ["TEFF"], [100.0])
+    >>> float(errors["rmse"][0]), float(errors["bias"][0])
+    (10.0, 0.0)
+    """
+    missing = [name for name in names if name.lower() not in table.colnames]
+    if missing:
+        raise LabError(f"the table has no label {', '.join(missing)}: it has {table.meta.get('labels', ', '.join(table.colnames))}")
+    residual = label_values(table, names) - np.asarray(truth, dtype=float)
+    errors = QTable({"label": list(names), "unit": [str(label_record(n).unit) for n in names]})
+    errors["n"] = np.isfinite(residual).sum(axis=0)
+    with np.errstate(invalid="ignore"):
+        rmse = np.sqrt(np.nanmean(residual**2, axis=0))
+        columns = {
+            "rmse": rmse,
+            "scaled_rmse": rmse / np.asarray(scales),
+            "mae": np.nanmean(np.abs(residual), axis=0),
+            "bias": np.nanmean(residual, axis=0),
+            "robust": robust_scatter(residual),
+        }
+    for name, column in columns.items():
+        errors[name] = column
+        errors[name].info.format = ".4g"
+    return errors
+
+
+# %%
+errors = error_table(table, truth, names, truth.std(axis=0))
+errors
+
+# %%
+shuffled = error_table(table, np.random.default_rng(0).permutation(truth), names, truth.std(axis=0))
+assert np.all(shuffled["scaled_rmse"] > 1.5 * errors["scaled_rmse"])  # no luck
+moved = error_table(table, truth + 3 * truth.std(axis=0), names, truth.std(axis=0))
+assert np.allclose(moved["bias"] - errors["bias"], -3 * truth.std(axis=0))
+assert np.allclose(moved["robust"], errors["robust"])
+with pytest.raises(LabError, match="no label FE_H"):
+    error_table(table, truth[:, :1], ["FE_H"], [1])
+
+
+# %% [markdown]
+# ## One picture for all labels
+
+# %%
+#| export
+def plot_comparison(tables: dict, names: Sequence, difference: bool = False, axes=None):
+    """Predicted against catalogue labels, one panel per label, with the line of equality.
+
+    Parameters
+    ----------
+    tables : dict
+        name -> (table from `infer`, catalogue labels (N, K)), drawn over each other
+    names : sequence of str
+        of the K labels
+    difference : bool, default False
+        draw predicted - catalogue instead of predicted
+    axes : array of Axes, optional
+        K panels; made by default
+
+    Returns
+    -------
+    array of Axes
+    """
+    import matplotlib.pyplot as plt
+
+    if axes is None:
+        _, axes = plt.subplots(1, len(names), figsize=(2.4 * len(names), 2.6))
+    axes = np.atleast_1d(axes)
+    for k, (ax, name) in enumerate(zip(axes, names)):
+        record = label_record(name)
+        for title, (table, truth) in tables.items():
+            predicted = label_values(table, [name])[:, 0]
+            shown = predicted - truth[:, k] if difference else predicted
+            ax.plot(truth[:, k], shown, ".", ms=3, alpha=0.6, label=title)
+        ends = np.array(ax.get_xlim())
+        ax.plot(ends, 0 * ends if difference else ends, color="0.3", lw=0.8)
+        ax.set(xlabel=f"catalogue {record.axis}", title=record.symbol, xlim=ends)
+    axes[0].set_ylabel("predicted - catalogue" if difference else "predicted")
+    if len(tables) > 1:
+        axes[0].legend(markerscale=3, handletextpad=0, frameon=False)
+    return axes
+
+
+# %%
+plot_comparison({"folds": (table, truth)}, names)
+plot_comparison({"folds": (table, truth)}, names, difference=True);
+
+# %%
+#| echo: false
+slope = np.polyfit(truth[:, 0], label_values(table, ["teff"])[:, 0] - truth[:, 0], 1)[0]
+Markdown(
+    "**What to see.** The points lie along the line. The differences show more: they fall with temperature, "
+    f"by {-slope * 1000:.0f} K in 1,000 K. Hot stars are predicted too cool and cool stars too hot, as with any "
+    "estimate that learns from noisy labels."
+)
+
+
+# %% [markdown]
+# ## Do the stated errors hold?
+# The *pull* is the difference in units of the stated error. If the errors were right, 68 % of all pulls would lie between -1 and 1. The formal errors of The Cannon know the noise of the photons and
+# take the model as exact. They know neither the catalogue's own errors nor what the polynomial gets wrong.
+
+# %%
+def pulls(table, truth):
+    stated = label_values(table, [f"{name}_err" for name in names])
+    return (label_values(table, names) - truth) / stated
+
+
+within = np.mean(np.abs(pulls(table, truth)) < 1, axis=0)
+print("share of stars within one formal error:", dict(zip(names, within.round(2).tolist())))
+assert np.all(within < 0.4)
+
+# %% [markdown]
+# ## Calibrated errors
+# Left-out stars tell what to add to the formal errors. For each label
+# $$ \\sigma^2_\\mathrm{calibrated} = a\\,\\sigma^2_\\mathrm{formal} + b , $$
+# with an inflation $a$ (a noisy, metal-poor star is worse off than a bright one) and a floor $b$, found by maximum likelihood: the Gaussian that makes the differences most probable. Such errors hold
+# for the labels of the catalogue that the model was trained on, whose own errors are included. Wild outliers, beyond four robust standard deviations, take no part.
+
+# %%
+#| export
+_CLIP = 4  # residuals beyond this many robust standard deviations take no part
+_STARTS = ((-1, -1), (0, -6), (-6, 0))  # of the search for log inflation and log floor
+_LEAST_STARS = 10
+
+
+def _judged(residual, formal2):
+    "The stars of one label that shape its error model, (N,) bool."
+    use = np.isfinite(residual)
+    if np.isfinite(formal2).any():
+        use &= np.isfinite(formal2) & (formal2 > 0)
+    use[use] = np.abs(residual[use] - np.median(residual[use])) < _CLIP * robust_scatter(residual[use])
+    if use.sum() < _LEAST_STARS:
+        raise LabError(
+            f"{use.sum()} left-out stars are too few for an error model: {_LEAST_STARS} are needed"
+        )
+    return use
+
+
+def _inflation_and_floor(residual, formal2):
+    "Inflation and floor of one label's variance, by maximum likelihood."
+    use = _judged(residual, formal2)
+    unit2 = np.mean(residual[use] ** 2)
+    if not np.isfinite(formal2).any():
+        return 0, unit2
+    typical2 = np.median(formal2[use])
+    r2 = residual[use] ** 2 / unit2
+    f2 = formal2[use] / typical2
+
+    def cost(p):
+        variance = np.exp(p[0]) * f2 + np.exp(p[1])
+        return np.mean(r2 / variance + np.log(variance))
+
+    bounds = [(-12, 8)] * 2
+    fits = [minimize(cost, start, method="L-BFGS-B", bounds=bounds) for start in _STARTS]
+    best = min(fits, key=lambda fit: fit.fun)
+    inflation, floor = np.exp(best.x) * unit2
+    return inflation / typical2, floor
+
+
+# %%
+#| export
+def with_error_model(model: LabelModel, table: QTable, truth) -> LabelModel:
+    """Learn from left-out stars how large the errors really are.
+
+    Parameters
+    ----------
+    model : LabelModel
+        fitted
+    table : QTable
+        `infer` of stars left out of training, with formal errors; where the model has none (NaN),
+        the floor is all
+    truth : (N, K) array
+        their catalogue labels
+
+    Returns
+    -------
+    LabelModel
+        a copy whose errors are calibrated: variance = inflation * formal variance + floor
+
+    Raises
+    ------
+    LabError
+        where fewer than ten stars are left
+
+    Examples
+    --------
+    The errors that `stellar-lab train` gives a model come from here; see `stellar_lab.train`.
+    """
+    residual = label_values(table, model.label_names_) - np.asarray(truth, dtype=float)
+    formal2 = label_values(table, [f"{name}_err" for name in model.label_names_]) ** 2
+    fits = [_inflation_and_floor(r, f2) for r, f2 in zip(residual.T, formal2.T)]
+    model = copy.copy(model)
+    model.error_inflation_, model.error_floor_ = np.array(fits).T
+    return model
+
+
+# %% [markdown]
+# An error model learned on half of the test stars is judged on the other half, which had no part in it.
+
+# %%
+train, test = train_test_rows(len(spectra))
+model = Cannon(scatter=True, labels=names).fit(spectra[train])
+formal = infer(model, spectra[test])
+half = np.arange(len(test)) % 2 == 0
+calibrated = with_error_model(model, formal[half], truth[test][half])
+judged = infer(calibrated, spectra[test][~half])
+within = {
+    "formal": np.abs(pulls(formal[~half], truth[test][~half])) < 1,
+    "calibrated": np.abs(pulls(judged, truth[test][~half])) < 1,
+}
+shares = {name: [f"{w[:, k].mean():.0%}" for w in within.values()] for k, name in enumerate(names)}
+QTable({"errors": list(within), **shares})
+
+# %%
+#| echo: false
+factor = np.std(pulls(formal, truth[test]), axis=0)
+Markdown(
+    "**What to see.** Share of stars within one stated error. The formal errors are "
+    f"{factor.min():.0f} to {factor.max():.0f} times too small. The calibrated ones hold on stars that took no part in finding them."
+)
+
+# %%
+binomial = np.sqrt(0.68 * 0.32 / (~half).sum())
+assert np.all(within["formal"].mean(axis=0) < 0.4)
+share = within["calibrated"].mean(axis=0)
+assert np.all(np.abs(share - 0.68) < 4 * binomial)  # both halves are samples
+assert np.allclose(label_values(judged, ["teff"]), label_values(formal[~half], ["teff"]))
+assert (judged.meta["errors"], formal.meta["errors"]) == ("calibrated", "formal")
+
+# %% [markdown]
+# ## On made-up answers
+# Where the noise is known, the error model must find it: errors that are three times too small, on top of a scatter that no error knows.
+
+# %%
+rng = np.random.default_rng(1)
+stated = rng.uniform(0.5, 2, size=(4000, len(names))) * model.scales_ / 100
+floor = model.scales_ / 20
+noise = np.hypot(3 * stated, floor) * rng.standard_normal(stated.shape)
+answers = QTable()
+for k, name in enumerate(names):
+    answers[name.lower()] = truth[0, k] + noise[:, k]
+    answers[f"{name.lower()}_err"] = stated[:, k]
+learned = with_error_model(model, answers, np.tile(truth[0], (4000, 1)))
+print("inflation", learned.error_inflation_.round(1), "floor", (np.sqrt(learned.error_floor_) / floor).round(2))
+assert np.allclose(learned.error_inflation_, 9, rtol=0.3)
+assert np.allclose(np.sqrt(learned.error_floor_) / floor, 1, rtol=0.1)
+
+# %%
+with pytest.raises(LabError, match="all stars are in one group"):
+    cross_label(cannon, spectra, np.zeros(len(spectra)))
+with pytest.raises(LabError, match="too few for an error model"):
+    with_error_model(model, formal[:5], truth[test][:5])
+plt.close("all")
+
+# %% [markdown]
+# **Exercise.** Leave out whole clusters instead of folds (`groups=spectra.stars["FIELD"]`), and look at the share within one calibrated error that was learned in folds. Does it hold? Why should it not?

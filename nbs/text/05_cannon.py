@@ -286,6 +286,10 @@ def _fit_block(flux, ivar, design, products, place, scatter):
 
 # %%
 #| export
+_POOR_FIT_FACTOR = 1.5  # the limit of chi2 per pixel is this times …
+_POOR_FIT_QUANTILE = 0.99  # … this quantile of the training stars
+
+
 class Cannon(LabelModel):
     "Generative model of a spectrum: each pixel a polynomial of the labels (Ness et al. 2015)."
 
@@ -378,8 +382,20 @@ class Cannon(LabelModel):
         check_is_fitted(self, "theta_")
         return self.theta_[:, 0]
 
+    @property
+    def least_pixels_(self) -> int:
+        "Usable pixels without which a star has no labels: as many as there are terms."
+        return len(self.vectorizer_)
+
+    @property
+    def poor_fit_limit_(self) -> float:
+        "chi2 per pixel from which a fit counts as poor, from that of the training stars."
+        return _POOR_FIT_FACTOR * float(np.quantile(self.training_chi2_, _POOR_FIT_QUANTILE))
+
     def _labels(self, labels):
         check_is_fitted(self, "theta_")
+        if isinstance(labels, Table):
+            labels = label_values(labels, self.label_names_)
         labels = np.atleast_2d(np.asarray(labels, dtype=float))
         if labels.shape[1] != len(self.label_names_):
             raise LabError(

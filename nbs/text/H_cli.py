@@ -694,11 +694,11 @@ def _label_files(model, files, progress):
 def _label_batch(model, paths, product):
     import numpy as np
 
-    from stellar_lab.clean import Problem, _read_stars
+    from stellar_lab.clean import Problem, read_stars
     from stellar_lab.inversion import as_trained, infer
     from stellar_lab.survey import PRODUCTS
 
-    spectra, places, problems = _read_stars(paths, PRODUCTS[product], row=1, progress=False)
+    spectra, places, problems = read_stars(paths, PRODUCTS[product], progress=False)
     if not len(spectra):
         return None, problems
     table = infer(model, as_trained(model, spectra))

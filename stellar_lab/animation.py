@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['AIR_LINES', 'BRACKETT', 'LINE_LABELS', 'MIN_DIP', 'MIN_DEEPENING', 'DIP_PIXELS', 'SHOULDERS', 'BROAD', 'LAB_WINDOW',
-           'FILM_STYLE', 'COLORS', 'NAME_ROOM', 'GIF_COLORS', 'PLAYER', 'WRITERS', 'label_path', 'air_to_vacuum',
-           'brackett', 'strong_lines', 'check_lines', 'Film', 'film', 'Picture', 'write_film', 'Player', 'player']
+           'FILM_STYLE', 'COLORS', 'NAME_ROOM', 'GIF_COLORS', 'PLAYER', 'WRITERS', 'label_path', 'brackett',
+           'strong_lines', 'check_lines', 'Film', 'film', 'Picture', 'write_film', 'Player', 'player']
 
 # %% ../nbs/12_animation.ipynb #83b369a1
 import base64
@@ -32,7 +32,15 @@ from tqdm import tqdm
 
 from .cannon import Cannon
 from .models import outside_training, label_box
-from .survey import LABELS, LOG10_STEP, LabError, atomic_path, plot_spectrum, require
+from stellar_lab.survey import (
+    LABELS,
+    LOG10_STEP,
+    LabError,
+    air_to_vacuum,
+    atomic_path,
+    plot_spectrum,
+    require,
+)
 
 # %% ../nbs/12_animation.ipynb #9764b274
 def label_path(
@@ -209,14 +217,6 @@ AIR_LINES = {  # Angstrom in air; linemake (Placco et al. 2021)
 
 # %% ../nbs/12_animation.ipynb #fe0b2f50
 BRACKETT = range(11, 17)  # upper levels whose lines lie in the H band and stand apart
-
-
-def air_to_vacuum(
-    air,  # wavelength in air [Angstrom]
-):
-    "Vacuum wavelength [Angstrom], with the refractive index of standard air by Ciddor (1996)."
-    k2 = (1e4 / np.asarray(air, dtype=float)) ** 2
-    return air * (1 + 0.05792105 / (238.0185 - k2) + 0.00167917 / (57.362 - k2))
 
 
 def brackett(

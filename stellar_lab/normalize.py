@@ -18,7 +18,7 @@ import numpy as np
 from astropy.table import Table
 from numpy.polynomial.polynomial import polyvander
 
-from .clean import Ledger, apply_cuts, keep, read_archive
+from .clean import Ledger, apply_cuts, keep, nan_median, read_archive
 from stellar_lab.survey import (
     CHIP_COLORS,
     CHIPS,
@@ -114,19 +114,9 @@ def inliers(
     values = np.where(good, flux, np.nan)
     median = np.empty_like(values)
     runs = values[:, :head].reshape(n_stars, head // run, run)
-    median[:, :head] = np.repeat(_nan_median(runs), run, axis=1)
-    median[:, head:] = _nan_median(values[:, head:])[:, None]
+    median[:, :head] = np.repeat(nan_median(runs), run, axis=1)
+    median[:, head:] = nan_median(values[:, head:])[:, None]
     return np.abs(values - median) <= tolerance * np.abs(median)  # False where either is NaN
-
-
-def _nan_median(values):
-    "Median along the last axis without NaNs, NaN where nothing is left; a sort puts NaNs last (nanmedian does it 20 times slower)."
-    ordered = np.sort(values, axis=-1)
-    count = np.isfinite(values).sum(axis=-1, keepdims=True)
-    middle = [
-        np.take_along_axis(ordered, np.maximum(k, 0) // 2, axis=-1) for k in (count - 1, count)
-    ]
-    return 0.5 * (middle[0] + middle[1])[..., 0]
 
 # %% ../nbs/03_normalize.ipynb #4420c33f
 MAX_CONDITION = 1e12

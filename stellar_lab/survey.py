@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['N_PIXELS', 'LOG10_START', 'LOG10_STEP', 'CHIPS', 'full_wavelength', 'on_band', 'wavelength', 'CHIP_SPLITS', 'PIXMASK',
-           'PIXMASK_NAMES', 'MISSING', 'LABELS', 'APOGEE_ID', 'PRODUCTS', 'RELEASES', 'ARCHIVES', 'ARCHIVE_FILE',
-           'TRUTH_FILE', 'TABLE_FORMATS', 'STYLE', 'CHIP_COLORS', 'LabError', 'MissingExtra', 'require', 'chip_slices',
-           'Label', 'label_record', 'label_records', 'Product', 'Release', 'Cut', 'Archive', 'archive_record',
-           'archive_root', 'real_data', 'profile', 'read_truth', 'true_labels', 'data_file', 'atomic_path',
-           'write_table', 'Spectra', 'use_style', 'plot_spectrum']
+           'PIXMASK_NAMES', 'MISSING', 'LABELS', 'APOGEE_ID', 'PRODUCTS', 'RELEASES', 'STAR_FLAGS', 'ARCHIVES',
+           'ARCHIVE_FILE', 'TRUTH_FILE', 'TABLE_FORMATS', 'STYLE', 'CHIP_COLORS', 'LabError', 'MissingExtra', 'require',
+           'air_to_vacuum', 'chip_slices', 'Label', 'label_record', 'label_records', 'Product', 'Release', 'Cut',
+           'Archive', 'archive_record', 'archive_root', 'real_data', 'profile', 'read_truth', 'true_labels',
+           'data_file', 'atomic_path', 'write_table', 'Spectra', 'use_style', 'plot_spectrum']
 
 # %% ../nbs/00_survey.ipynb #95364aa8
 import json
@@ -61,6 +61,35 @@ on_band = np.concatenate(
 wavelength = full_wavelength[on_band]  # (7214,) Angstrom, vacuum: the grid of the lab
 for grid in (full_wavelength, on_band, wavelength):
     grid.flags.writeable = False
+
+# %% ../nbs/00_survey.ipynb #bb51e876
+def air_to_vacuum(air):
+    """Vacuum wavelength of light whose wavelength in standard air is known.
+
+    Parameters
+    ----------
+    air : float or array_like
+        Wavelengths in air [Angstrom].
+
+    Returns
+    -------
+    float or ndarray
+        Wavelengths in vacuum [Angstrom], of the same shape.
+
+    Notes
+    -----
+    Refractive index of air at 15 degrees Celsius and 101,325 Pa by Ciddor (1996), Applied Optics
+    35, 1566. The formula takes the wavenumber in vacuum; the one in air moves the answer by less
+    than a thousandth of an Angstrom in the H band.
+
+    Examples
+    --------
+    >>> float(air_to_vacuum(16718.957).round(2))  # aluminium
+    16723.52
+    """
+    air = np.asarray(air, dtype=float)
+    sigma2 = (1e4 / air) ** 2
+    return air * (1 + 0.05792105 / (238.0185 - sigma2) + 0.00167917 / (57.362 - sigma2))
 
 # %% ../nbs/00_survey.ipynb #24c7a5bb
 CHIP_SPLITS = (3450, 6200)  # full-grid pixels between the chips, where the lab cuts
@@ -122,7 +151,7 @@ class Label:
     name: str
     symbol: str
     unit: u.UnitBase
-    plot_range: tuple
+    plot_range: tuple | None
     columns: tuple  # names in the allStar tables, the first that exists counts
     errors: tuple  # names of the column with its 1-sigma error
 
@@ -159,9 +188,31 @@ LABELS = {
 }
 
 
-def label_record(name) -> Label:
+def label_record(name: str) -> Label:
+    """The `Label` of any name, in any case.
+
+    Parameters
+    ----------
+    name : str
+        Name of a label. A name that is not in `LABELS` is a plain number.
+
+    Returns
+    -------
+    Label
+        The record in `LABELS`; for another name a dimensionless one whose symbol is the name.
+
+    Examples
+    --------
+    >>> label_record("teff").unit
+    Unit("K")
+    >>> label_record("age").axis
+    'age'
+    """
     known = LABELS.get(str(name).upper())
-    return known or Label(str(name), str(name), u.dimensionless_unscaled, (0, 1), (), ())
+    if known is not None:
+        return known
+    name = str(name)
+    return Label(name, name, u.dimensionless_unscaled, None, (name,), (f"{name}_ERR",))
 
 
 def label_records(names) -> tuple:
@@ -219,6 +270,7 @@ class Release:
     other_layouts: dict = field(
         default_factory=dict
     )  # product or "allstar" -> further templates that a folder may follow
+    row: int = 1  # of an apStar file: the combination to use, with its flags
 
     def path(self, product: str, field: str, apogee_id: str, telescope: str = "apo25m") -> str:
         "Path of a star's file below the root."
@@ -242,6 +294,11 @@ class Release:
             if match:
                 return match.group(1)
         return None
+
+    @property
+    def reductions(self) -> frozenset:
+        "What the names of its files call the reduction: `r8` in `apStar-r8-….fits`."
+        return frozenset(PurePosixPath(path).name.split("-")[1] for path in self.paths.values())
 
     def templates(self, product: str) -> tuple:
         "All templates of a product (or of the catalogue, `allstar`), the survey's own first."
@@ -306,27 +363,168 @@ RELEASES = {
             "aspcap/dr17/synspec_rev1/allStar-dr17-synspec_rev1.fits",
             target_id="{telescope}.{field}.{id}",
             telescopes=("apo25m", "lco25m", "apo1m"),
+            row=0,  # row 1 of its masks is empty
         ),
     )
 }
 
 # %% ../nbs/00_survey.ipynb #4bfd7aac
+_STAR_BITS = {
+    "BAD_PIXELS": 0,
+    "COMMISSIONING": 1,
+    "BRIGHT_NEIGHBOR": 2,
+    "VERY_BRIGHT_NEIGHBOR": 3,
+    "LOW_SNR": 4,
+    "PERSIST_HIGH": 9,
+    "PERSIST_MED": 10,
+    "PERSIST_LOW": 11,
+    "PERSIST_JUMP_POS": 12,
+    "PERSIST_JUMP_NEG": 13,
+    "SUSPECT_RV_COMBINATION": 16,
+    "SUSPECT_BROAD_LINES": 17,
+    "BAD_RV_COMBINATION": 18,
+    "RV_REJECT": 19,
+    "RV_SUSPECT": 20,
+    "MULTIPLE_SUSPECT": 21,
+    "RV_FAIL": 22,
+    "SUSPECT_ROTATION": 23,
+    "MTPFLUX_LT_75": 24,
+    "MTPFLUX_LT_50": 25,
+}
+_DOUBTS = (  # bits 0 to 14 of ASPCAPFLAG as warnings, 16 to 30 as verdicts
+    *("TEFF", "LOGG", "VMICRO", "M_H", "ALPHA_M", "C_M", "N_M", "STAR"),
+    *("CHI2", "COLORTE", "ROTATION", "SN", "SPEC_HOLE", "ATMOS_HOLE", "VSINI"),
+)
+_ASPCAP_BITS = {
+    **{f"{name}_WARN": bit for bit, name in enumerate(_DOUBTS)},
+    **{f"{name}_BAD": bit for bit, name in enumerate(_DOUBTS, start=16)},
+    "NO_ASPCAP_RESULT": 31,
+    "MISSING_APSTAR": 32,
+    "NO_GRID": 33,
+    "BAD_FRAC_LOWSNR": 34,
+    "BAD_FRAC_BADPIX": 35,
+    "FERRE_FAIL": 36,
+    "PROBLEM_TARGET": 40,
+    "MULTIPLE_SUSPECT": 41,
+}
+STAR_FLAGS = {"STARFLAG": _STAR_BITS, "ANDFLAG": _STAR_BITS, "ASPCAPFLAG": _ASPCAP_BITS}
+
+# %% ../nbs/00_survey.ipynb #eb2b3a4f
 @dataclass(frozen=True)
 class Cut:
-    "Keep stars with low < column < high."
+    """A named rule that a star must pass: low < column < high, and none of some bits set.
+
+    Parameters
+    ----------
+    name : str
+        What the ledger calls the rule.
+    column : str
+        Column of the stars table, one number per star.
+    low, high : float, default no limit
+        Ends of the open interval, in the column's unit.
+    reason : str, optional
+        Why such stars go, for the ledger.
+    without_bits : int, str or sequence of these, default ()
+        Bits that must not be set, by number (0 is the lowest) or, for the columns in `STAR_FLAGS`,
+        by name.
+
+    Raises
+    ------
+    LabError
+        For the name of a bit that is not known, or a number outside 0 to 63.
+
+    Examples
+    --------
+    >>> cut = Cut("star flags", "STARFLAG", without_bits=("BAD_PIXELS", "VERY_BRIGHT_NEIGHBOR"))
+    >>> print(cut)
+    STARFLAG without BAD_PIXELS, VERY_BRIGHT_NEIGHBOR
+    >>> cut.keeps([0, 1, 4, 8])
+    array([ True, False,  True, False])
+    >>> print(Cut("giants", "LOGG", high=3.8))
+    LOGG < 3.8
+    """
 
     name: str
     column: str
     low: float = -np.inf
     high: float = np.inf
     reason: str = ""
+    without_bits: tuple = ()
+
+    def __post_init__(self):
+        bits = self.without_bits
+        bits = (bits,) if isinstance(bits, (str, int, np.integer)) else tuple(bits)
+        object.__setattr__(self, "without_bits", bits)
+        for bit in bits:
+            self._number(bit)
 
     def __str__(self):
         low = f"{self.low:g} < " if np.isfinite(self.low) else ""
         high = f" < {self.high:g}" if np.isfinite(self.high) else ""
-        return f"{low}{self.column}{high}"
+        names = ", ".join(bit if isinstance(bit, str) else f"bit {bit}" for bit in self.without_bits)
+        return f"{low}{self.column}{high}" + (f" without {names}" if names else "")
+
+    def keeps(self, column) -> np.ndarray:
+        """Which stars the cut keeps.
+
+        Parameters
+        ----------
+        column : array_like
+            (N,) values of the column, whole numbers where bits are tested; may be masked.
+
+        Returns
+        -------
+        ndarray
+            (N,) bool. False where the value is masked, NaN or missing.
+
+        Raises
+        ------
+        LabError
+            If the column does not hold one number per star.
+        """
+        values = np.ma.asarray(getattr(column, "value", column))
+        if values.ndim != 1 or values.dtype.kind not in "biuf":
+            raise LabError(
+                f"the cut {self.name!r} needs one number per star, but {self.column} holds "
+                f"{'text' if values.dtype.kind in 'SUO' else f'an array of shape {values.shape}'}"
+            )
+        numbers = np.ma.filled(np.ma.asarray(values, dtype=float), np.nan)
+        kept = (numbers > self.low) & (numbers < self.high)
+        if self.without_bits:
+            forbidden = sum(1 << bit for bit in {self._number(bit) for bit in self.without_bits})
+            bits, known = _as_bits(values)
+            kept &= known & ((bits & np.uint64(forbidden)) == 0)
+        return kept
+
+    def _number(self, bit):
+        "Number of a bit that was named; LabError if there is none."
+        names = STAR_FLAGS.get(self.column.upper(), {})
+        if isinstance(bit, str):
+            if bit.upper() not in names:
+                known = f"choose from {', '.join(names)}" if names else "give its number"
+                raise LabError(f"{self.column} has no bit with the name {bit!r}: {known}")
+            return names[bit.upper()]
+        if not 0 <= bit < 64:
+            raise LabError(f"a bit of {self.column} has a number from 0 to 63, not {bit}")
+        return int(bit)
 
 
+def _as_bits(values):
+    "Whole numbers as 64 bits each, (N,) uint64, and which of them are known, (N,) bool."
+    known = ~np.ma.getmaskarray(values)
+    values = np.ma.getdata(values)
+    if values.dtype.kind == "f":
+        known &= np.isfinite(values)
+        values = np.where(known, values, 0).astype(np.int64)
+    known &= values != _NO_FLAGS
+    if values.dtype.kind == "i":  # a sign is the highest bit of its own width, not of 64 bits
+        values = values.astype(f"u{values.dtype.itemsize}")
+    return values.astype(np.uint64), known
+
+
+_NO_FLAGS = -9999  # how the survey writes "no value" among whole numbers
+
+# %% ../nbs/00_survey.ipynb #538fdbc0
 @dataclass(frozen=True)
 class Archive:
     "What the lab has to know about an archive; `archive.json` at its root names the record."

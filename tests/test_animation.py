@@ -21,7 +21,6 @@ from stellar_lab.animation import (
     WRITERS,
     Picture,
     Player,
-    air_to_vacuum,
     brackett,
     check_lines,
     film,
@@ -31,7 +30,13 @@ from stellar_lab.animation import (
     write_film,
 )
 from stellar_lab.cannon import Cannon
-from stellar_lab.survey import LabError, full_wavelength, use_style, wavelength
+from stellar_lab.survey import (
+    LabError,
+    air_to_vacuum,
+    full_wavelength,
+    use_style,
+    wavelength,
+)
 
 NAMES = ("TEFF", "LOGG", "FE_H", "MG_FE", "SI_FE")  # the survey's five
 SMALL = {"size": (4, 3), "dpi": 50, "progress": False}

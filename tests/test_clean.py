@@ -222,6 +222,113 @@ def test_a_row_that_does_not_exist_is_that_files_problem(tmp_path):
         read_files(files, row=-1)
 
 
+# Which row is the combination --------------------------------------------------------------------
+
+
+def write_dr17(path, **header):
+    "A file as DR17 writes them: float64, int64, and no flags in row 1."
+    write_apstar(path, 3, 5, np.float64, np.int64, **header)
+    with fits.open(path, mode="update") as hdus:
+        hdus[1].data += 1  # so that row 0, too, has light
+        hdus[3].data[1] = 0
+    return path
+
+
+@pytest.mark.parametrize(
+    "name, header, row",
+    [
+        ("apStar-dr17-{}.fits", {}, 0),
+        ("asStar-dr17-{}.fits", {}, 0),
+        ("nameless.fits", {"SFILE1": "apVisit-dr17-5815-56396-212.fits"}, 0),
+        ("nameless.fits", {"SFILE1": "asVisit-dr17-5815-56396-212.fits"}, 0),
+        ("nameless.fits", {}, 1),
+        ("apStar-s3-{}.fits", {}, 1),
+        ("apStar-r5-{}.fits", {}, 1),
+        ("apStar-r6-{}.fits", {"SFILE1": "apVisit-r6-5815-56396-212.fits"}, 1),
+        ("apStar-r8-{}.fits", {}, 1),
+        ("apStar-r12-{}.fits", {}, 1),
+    ],
+)
+def test_a_loose_file_says_which_row_it_means(tmp_path, name, header, row):
+    file = write_dr17(tmp_path / name.format(A), **header)
+    spectra, _ = read_files(file, progress=False)
+    flux, _, mask = values(3)
+    np.testing.assert_allclose(spectra.flux[0], row * flux[on_band] + 1, rtol=1e-6)
+    np.testing.assert_array_equal(spectra.mask[0], 0 if row == 1 else mask[on_band])
+    assert spectra.stars.meta["row"] == row
+    for asked in (0, 1, 4):  # whoever names a row gets it
+        spectra, _ = read_files(file, row=asked, progress=False)
+        np.testing.assert_allclose(spectra.flux[0], asked * flux[on_band] + 1, rtol=1e-6)
+        assert spectra.stars.meta["row"] == asked
+
+
+def test_each_file_of_a_mixture_is_read_by_its_own_release(tmp_path):
+    files = [write_dr17(tmp_path / f"apStar-{tag}-{A}.fits") for tag in ("r8", "dr17", "r12")]
+    spectra, _ = read_files(files, progress=False)
+    assert [bool(mask.any()) for mask in spectra.mask] == [False, True, False]
+    assert spectra.stars.meta["row"] is None  # there is no row that all of them were read from
+    assert read_files(files, row=1, progress=False)[0].stars.meta["row"] == 1
+    assert read_files(files[::2], progress=False)[0].stars.meta["row"] == 1
+
+
+def test_products_without_rows_record_none(tmp_path):
+    file = write_aspcapstar(tmp_path / f"aspcapStar-dr17-{A}.fits")
+    assert read_files(file, progress=False)[0].stars.meta["row"] is None
+
+
+@pytest.mark.parametrize("release, row", [("dr10", 1), ("dr14", 1), ("dr16", 1), ("dr17", 0)])
+def test_an_archive_is_read_by_the_row_of_its_release(tmp_path, release, row):
+    rules = RELEASES[release]
+    write_dr17(tmp_path / rules.path("apstar", "4230", SOUTH))
+    write_allstar(
+        tmp_path / rules.allstar, [(4230, SOUTH, 80, 4500)], TARGET_ID=["?"], FIELD=["4230"]
+    )
+    spectra, _ = read_archive(tmp_path, "apstar", "all", release=release, progress=False, dark=0)
+    flux, _, mask = values(3)
+    np.testing.assert_allclose(spectra.flux[0], row * flux[on_band] + 1, rtol=1e-6)
+    np.testing.assert_array_equal(spectra.mask[0], 0 if row == 1 else mask[on_band])
+    assert spectra.stars.meta["row"] == row
+    asked, _ = read_archive(tmp_path, fields="all", release=release, row=3, progress=False, dark=0)
+    np.testing.assert_allclose(asked.flux[0], 3 * flux[on_band] + 1, rtol=1e-6)
+    assert asked.stars.meta["row"] == 3
+
+
+@pytest.mark.skipif(
+    not real_data(), reason="STELLAR_LAB_REAL_DATA names no folder with raw survey files"
+)
+def test_the_real_dr17_file_comes_with_its_flags(tmp_path):
+    file = real_data() / "apStar-dr17-2M17335483-2753043.fits"
+    spectra, _ = read_files(file, progress=False)
+    assert spectra.stars.meta["row"] == 0 and np.mean(spectra.mask != 0) > 0.05
+    nameless = tmp_path / "a.fits"
+    shutil.copy(file, nameless)
+    again, _ = read_files(nameless, progress=False)
+    np.testing.assert_array_equal(again.mask, spectra.mask)
+    assert not read_files(file, row=1, progress=False)[0].mask.any()
+
+
+# What the header says ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [write_apstar, write_aspcapstar])
+def test_every_product_brings_what_its_header_says(tmp_path, write):
+    kind = "aspcapStar" if write is write_aspcapstar else "apStar"
+    cards = {"RA": 12.5, "DEC": -3.25, "SNR": 88.5, "FIELD": "N188", "TELESCOP": "lco25m"}
+    stars = read_files(write(tmp_path / f"{kind}-r8-{A}.fits", **cards), progress=False)[0].stars
+    assert [stars[name][0] for name in ("RA", "DEC", "SNR", "FIELD", "TELESCOPE")] == list(
+        cards.values()
+    )
+    assert all(stars[name].dtype.kind == "f" for name in ("RA", "DEC", "SNR"))
+    without = read_files(
+        write(tmp_path / f"{kind}-r8-{B}.fits", SNR="?", FIELD=""), progress=False
+    )[0].stars
+    assert all(np.isnan(without[name][0]) for name in ("RA", "DEC", "SNR"))
+    assert [without[name][0] for name in ("FIELD", "TELESCOPE")] == ["", ""]
+
+
+# Kinds of file -----------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -707,6 +814,26 @@ def test_cuts_of_ones_own():
         apply_cuts(spectra, [Cut("impossible", "SNR", low=999)])
 
 
+def test_cuts_of_bits(archive):
+    path = archive / RELEASES["dr14"].allstar
+    table = Table.read(path)
+    ids = np.char.strip(np.asarray(table["APOGEE_ID"], str))
+    table["STARFLAG"] = np.where(ids == B, 1 << 3, 1 << 9).astype(np.int32)
+    table["ASPCAPFLAG"] = np.where(ids == C, -(1 << 31), 0).astype(np.int32)
+    table.write(path, overwrite=True)
+    spectra, ledger = read_archive(archive, progress=False)
+    assert spectra.stars["STARFLAG"].dtype.isnative
+    cuts = [
+        Cut("neighbour", "STARFLAG", without_bits="VERY_BRIGHT_NEIGHBOR"),
+        Cut("no labels", "ASPCAPFLAG", without_bits=31, reason="ASPCAP gave up"),
+    ]
+    good, ledger = apply_cuts(spectra, cuts, ledger)
+    assert (ledger.dropped[B], ledger.dropped[C]) == ("neighbour", "no labels")
+    assert not set(good.stars["APOGEE_ID"]) & {B, C} and A in good.stars["APOGEE_ID"]
+    assert "keep STARFLAG without VERY_BRIGHT_NEIGHBOR" in str(ledger)
+    assert ledger.why(C) == "no labels (keep ASPCAPFLAG without bit 31: ASPCAP gave up)"
+
+
 def test_a_later_step_goes_on_with_the_ledger():
     spectra, ledger = apply_cuts(some_spectra(), [Cut("faint", "SNR", low=50)])
     fewer, longer = keep(spectra, np.arange(len(spectra)) > 0, "too many masked pixels", ledger)
@@ -776,7 +903,7 @@ def test_every_real_file_is_read():
     assert len(spectra) == len(paths) and not problems
     for n, path in enumerate(paths):
         flux, error, mask = (np.atleast_2d(fits.getdata(path, k))[:, on_band] for k in (1, 2, 3))
-        row = min(1, len(flux) - 1)
+        row = min(0 if "dr17" in path.name else 1, len(flux) - 1)
         np.testing.assert_array_equal(spectra.flux[n], flux[row].astype("f4"))
         np.testing.assert_array_equal(spectra.mask[n], mask[row])
         np.testing.assert_array_equal(spectra.ivar[n] > 0, error[row] < 1e9)

@@ -128,6 +128,60 @@ assert len(wavelength) == 7214 and len(full_wavelength) == N_PIXELS
 assert 15100 < wavelength[0] < wavelength[-1] < 17000  # the H band
 pixel_width
 
+
+# %% [markdown]
+# Line lists and older instruments count in *air*, where light is slower and its wave shorter by a few parts in ten thousand: 4.4 Å here, twenty pixels.
+# A wavelength without that word is a trap. The refractive index of standard air follows from the wavenumber $\sigma=10^4\,\mathrm{Å}/\lambda$
+# ([Ciddor 1996](https://doi.org/10.1364/AO.35.001566)),
+# $$ \frac{\lambda_\mathrm{vac}}{\lambda_\mathrm{air}} = 1 + \frac{0.05792105}{238.0185-\sigma^2} + \frac{0.00167917}{57.362-\sigma^2} . $$
+
+# %%
+#| export
+def air_to_vacuum(air):
+    """Vacuum wavelength of light whose wavelength in standard air is known.
+
+    Parameters
+    ----------
+    air : float or array_like
+        Wavelengths in air [Angstrom].
+
+    Returns
+    -------
+    float or ndarray
+        Wavelengths in vacuum [Angstrom], of the same shape.
+
+    Notes
+    -----
+    Refractive index of air at 15 degrees Celsius and 101,325 Pa by Ciddor (1996), Applied Optics
+    35, 1566. The formula takes the wavenumber in vacuum; the one in air moves the answer by less
+    than a thousandth of an Angstrom in the H band.
+
+    Examples
+    --------
+    >>> float(air_to_vacuum(16718.957).round(2))  # aluminium
+    16723.52
+    """
+    air = np.asarray(air, dtype=float)
+    sigma2 = (1e4 / air) ** 2
+    return air * (1 + 0.05792105 / (238.0185 - sigma2) + 0.00167917 / (57.362 - sigma2))
+
+
+# %% [markdown]
+# The survey has published [pairs](https://www.sdss.org/dr7/products/spectra/vacwavelength.html) for lines of galaxies, computed by another formula (Morton's);
+# and APOGEE's own users give 15753.291 and 15770.150 Å for two magnesium lines that line lists have at 15748.988 and 15765.842 Å in air.
+
+# %%
+pairs = {
+    4861.363: 4862.721,  # hydrogen
+    5006.843: 5008.239,  # oxygen
+    6562.801: 6564.614,  # hydrogen
+    6730.820: 6732.680,  # sulphur
+    15748.988: 15753.291,  # magnesium
+    15765.842: 15770.150,  # magnesium
+}
+assert np.allclose(air_to_vacuum(list(pairs)), list(pairs.values()), rtol=0, atol=0.002)
+float(air_to_vacuum(wavelength[0]) - wavelength[0])  # how far off the first pixel would be [Å]
+
 # %% [markdown]
 # Whatever works chip by chip asks for the runs of neighbouring pixels in the grid that it was given: `chip_slices` finds the three slices of the on-band
 # grid, of the full grid, or of any grid cut from them. The split points are those of the lab, in the gaps between the chips.
@@ -215,7 +269,7 @@ class Label:
     name: str
     symbol: str
     unit: u.UnitBase
-    plot_range: tuple
+    plot_range: tuple | None
     columns: tuple  # names in the allStar tables, the first that exists counts
     errors: tuple  # names of the column with its 1-sigma error
 
@@ -252,9 +306,31 @@ LABELS = {
 }
 
 
-def label_record(name) -> Label:
+def label_record(name: str) -> Label:
+    """The `Label` of any name, in any case.
+
+    Parameters
+    ----------
+    name : str
+        Name of a label. A name that is not in `LABELS` is a plain number.
+
+    Returns
+    -------
+    Label
+        The record in `LABELS`; for another name a dimensionless one whose symbol is the name.
+
+    Examples
+    --------
+    >>> label_record("teff").unit
+    Unit("K")
+    >>> label_record("age").axis
+    'age'
+    """
     known = LABELS.get(str(name).upper())
-    return known or Label(str(name), str(name), u.dimensionless_unscaled, (0, 1), (), ())
+    if known is not None:
+        return known
+    name = str(name)
+    return Label(name, name, u.dimensionless_unscaled, None, (name,), (f"{name}_ERR",))
 
 
 def label_records(names) -> tuple:
@@ -282,6 +358,14 @@ Table(
 assert [label.name for label in label_records(["teff", "LOGG"])] == ["TEFF", "LOGG"]
 with pytest.raises(LabError, match="unknown label 'TEF': choose from TEFF, LOGG"):
     label_records(["TEF"])
+
+# %% [markdown]
+# A model may be taught labels that the survey never had, such as an age. `label_record` answers for those, too: a plain number under its own name.
+
+# %%
+assert label_record("m_h") is LABELS["M_H"]
+age = label_record("age")
+assert (age.name, age.axis, age.unit) == ("age", "age", u.dimensionless_unscaled)
 
 # %% [markdown]
 # ## Releases: where the files are
@@ -335,6 +419,7 @@ class Release:
     other_layouts: dict = field(
         default_factory=dict
     )  # product or "allstar" -> further templates that a folder may follow
+    row: int = 1  # of an apStar file: the combination to use, with its flags
 
     def path(self, product: str, field: str, apogee_id: str, telescope: str = "apo25m") -> str:
         "Path of a star's file below the root."
@@ -358,6 +443,11 @@ class Release:
             if match:
                 return match.group(1)
         return None
+
+    @property
+    def reductions(self) -> frozenset:
+        "What the names of its files call the reduction: `r8` in `apStar-r8-….fits`."
+        return frozenset(PurePosixPath(path).name.split("-")[1] for path in self.paths.values())
 
     def templates(self, product: str) -> tuple:
         "All templates of a product (or of the catalogue, `allstar`), the survey's own first."
@@ -427,9 +517,24 @@ RELEASES = {
             "aspcap/dr17/synspec_rev1/allStar-dr17-synspec_rev1.fits",
             target_id="{telescope}.{field}.{id}",
             telescopes=("apo25m", "lco25m", "apo1m"),
+            row=0,  # row 1 of its masks is empty
         ),
     )
 }
+
+# %% [markdown]
+# A star that was seen several times has several rows in its `apStar` file: row 0 combines the visits pixel by pixel, row 1 with one weight per visit,
+# and the visits follow. Which of the two is *the* spectrum is a fact of the release, too. Row 1 is it up to DR16; DR17 left the masks of row 1 empty,
+# so there row 0 is the one that knows its bad pixels.
+
+# %%
+assert {name: release.row for name, release in RELEASES.items()} == {
+    "dr10": 1,
+    "dr14": 1,
+    "dr16": 1,
+    "dr17": 0,
+}
+assert RELEASES["dr16"].reductions == {"r12"} and RELEASES["dr10"].reductions == {"s3", "v304"}
 
 # %% [markdown]
 # A southern star is a star, too. (The lab's own pattern, `apStar-r8-*-*.fits` means a visit, lost all of them.)
@@ -456,30 +561,212 @@ assert (
 with pytest.raises(LabError, match="DR14 has no product 'apvisit': choose from apstar, aspcapstar"):
     dr14.path("apvisit", "4230", "2M21334193-0048169")
 
-
 # %% [markdown]
 # ## Archives: who is in them
 # An *archive* is a root with stars in it, and what differs from one to the next is again a record: which release's tree it follows, which labels and
-# fields a command takes unless told otherwise, and which cuts a star must pass. A cut is a named open interval in a column of the catalogue.
+# fields a command takes unless told otherwise, and which cuts a star must pass.
+
+# %% [markdown]
+# The catalogue also has columns of *flags*, bitmasks like those of the pixels but for a whole star: `STARFLAG` says what the telescope met,
+# `ASPCAPFLAG` what the survey's pipeline thinks of its own labels. The numbers of the bits are the same in all releases; later ones added some.
+
+# %%
+#| export
+_STAR_BITS = {
+    "BAD_PIXELS": 0,
+    "COMMISSIONING": 1,
+    "BRIGHT_NEIGHBOR": 2,
+    "VERY_BRIGHT_NEIGHBOR": 3,
+    "LOW_SNR": 4,
+    "PERSIST_HIGH": 9,
+    "PERSIST_MED": 10,
+    "PERSIST_LOW": 11,
+    "PERSIST_JUMP_POS": 12,
+    "PERSIST_JUMP_NEG": 13,
+    "SUSPECT_RV_COMBINATION": 16,
+    "SUSPECT_BROAD_LINES": 17,
+    "BAD_RV_COMBINATION": 18,
+    "RV_REJECT": 19,
+    "RV_SUSPECT": 20,
+    "MULTIPLE_SUSPECT": 21,
+    "RV_FAIL": 22,
+    "SUSPECT_ROTATION": 23,
+    "MTPFLUX_LT_75": 24,
+    "MTPFLUX_LT_50": 25,
+}
+_DOUBTS = (  # bits 0 to 14 of ASPCAPFLAG as warnings, 16 to 30 as verdicts
+    *("TEFF", "LOGG", "VMICRO", "M_H", "ALPHA_M", "C_M", "N_M", "STAR"),
+    *("CHI2", "COLORTE", "ROTATION", "SN", "SPEC_HOLE", "ATMOS_HOLE", "VSINI"),
+)
+_ASPCAP_BITS = {
+    **{f"{name}_WARN": bit for bit, name in enumerate(_DOUBTS)},
+    **{f"{name}_BAD": bit for bit, name in enumerate(_DOUBTS, start=16)},
+    "NO_ASPCAP_RESULT": 31,
+    "MISSING_APSTAR": 32,
+    "NO_GRID": 33,
+    "BAD_FRAC_LOWSNR": 34,
+    "BAD_FRAC_BADPIX": 35,
+    "FERRE_FAIL": 36,
+    "PROBLEM_TARGET": 40,
+    "MULTIPLE_SUSPECT": 41,
+}
+STAR_FLAGS = {"STARFLAG": _STAR_BITS, "ANDFLAG": _STAR_BITS, "ASPCAPFLAG": _ASPCAP_BITS}
+
+# %%
+assert (STAR_FLAGS["ASPCAPFLAG"]["STAR_WARN"], STAR_FLAGS["ASPCAPFLAG"]["STAR_BAD"]) == (7, 23)
+assert STAR_FLAGS["STARFLAG"]["PERSIST_HIGH"] == 9
+
+
+# %% [markdown]
+# So a cut keeps an open interval of a column, or stars without certain bits. It answers for itself: `keeps` takes a column and says who stays. A value
+# that nobody knows passes no cut. (Bits are read as the column was written: the 31st of a 32-bit column is its sign.)
 
 # %%
 #| export
 @dataclass(frozen=True)
 class Cut:
-    "Keep stars with low < column < high."
+    """A named rule that a star must pass: low < column < high, and none of some bits set.
+
+    Parameters
+    ----------
+    name : str
+        What the ledger calls the rule.
+    column : str
+        Column of the stars table, one number per star.
+    low, high : float, default no limit
+        Ends of the open interval, in the column's unit.
+    reason : str, optional
+        Why such stars go, for the ledger.
+    without_bits : int, str or sequence of these, default ()
+        Bits that must not be set, by number (0 is the lowest) or, for the columns in `STAR_FLAGS`,
+        by name.
+
+    Raises
+    ------
+    LabError
+        For the name of a bit that is not known, or a number outside 0 to 63.
+
+    Examples
+    --------
+    >>> cut = Cut("star flags", "STARFLAG", without_bits=("BAD_PIXELS", "VERY_BRIGHT_NEIGHBOR"))
+    >>> print(cut)
+    STARFLAG without BAD_PIXELS, VERY_BRIGHT_NEIGHBOR
+    >>> cut.keeps([0, 1, 4, 8])
+    array([ True, False,  True, False])
+    >>> print(Cut("giants", "LOGG", high=3.8))
+    LOGG < 3.8
+    """
 
     name: str
     column: str
     low: float = -np.inf
     high: float = np.inf
     reason: str = ""
+    without_bits: tuple = ()
+
+    def __post_init__(self):
+        bits = self.without_bits
+        bits = (bits,) if isinstance(bits, (str, int, np.integer)) else tuple(bits)
+        object.__setattr__(self, "without_bits", bits)
+        for bit in bits:
+            self._number(bit)
 
     def __str__(self):
         low = f"{self.low:g} < " if np.isfinite(self.low) else ""
         high = f" < {self.high:g}" if np.isfinite(self.high) else ""
-        return f"{low}{self.column}{high}"
+        names = ", ".join(bit if isinstance(bit, str) else f"bit {bit}" for bit in self.without_bits)
+        return f"{low}{self.column}{high}" + (f" without {names}" if names else "")
+
+    def keeps(self, column) -> np.ndarray:
+        """Which stars the cut keeps.
+
+        Parameters
+        ----------
+        column : array_like
+            (N,) values of the column, whole numbers where bits are tested; may be masked.
+
+        Returns
+        -------
+        ndarray
+            (N,) bool. False where the value is masked, NaN or missing.
+
+        Raises
+        ------
+        LabError
+            If the column does not hold one number per star.
+        """
+        values = np.ma.asarray(getattr(column, "value", column))
+        if values.ndim != 1 or values.dtype.kind not in "biuf":
+            raise LabError(
+                f"the cut {self.name!r} needs one number per star, but {self.column} holds "
+                f"{'text' if values.dtype.kind in 'SUO' else f'an array of shape {values.shape}'}"
+            )
+        numbers = np.ma.filled(np.ma.asarray(values, dtype=float), np.nan)
+        kept = (numbers > self.low) & (numbers < self.high)
+        if self.without_bits:
+            forbidden = sum(1 << bit for bit in {self._number(bit) for bit in self.without_bits})
+            bits, known = _as_bits(values)
+            kept &= known & ((bits & np.uint64(forbidden)) == 0)
+        return kept
+
+    def _number(self, bit):
+        "Number of a bit that was named; LabError if there is none."
+        names = STAR_FLAGS.get(self.column.upper(), {})
+        if isinstance(bit, str):
+            if bit.upper() not in names:
+                known = f"choose from {', '.join(names)}" if names else "give its number"
+                raise LabError(f"{self.column} has no bit with the name {bit!r}: {known}")
+            return names[bit.upper()]
+        if not 0 <= bit < 64:
+            raise LabError(f"a bit of {self.column} has a number from 0 to 63, not {bit}")
+        return int(bit)
 
 
+def _as_bits(values):
+    "Whole numbers as 64 bits each, (N,) uint64, and which of them are known, (N,) bool."
+    known = ~np.ma.getmaskarray(values)
+    values = np.ma.getdata(values)
+    if values.dtype.kind == "f":
+        known &= np.isfinite(values)
+        values = np.where(known, values, 0).astype(np.int64)
+    known &= values != _NO_FLAGS
+    if values.dtype.kind == "i":  # a sign is the highest bit of its own width, not of 64 bits
+        values = values.astype(f"u{values.dtype.itemsize}")
+    return values.astype(np.uint64), known
+
+
+_NO_FLAGS = -9999  # how the survey writes "no value" among whole numbers
+
+# %% [markdown]
+# Three temperatures, of which one is unknown, and five flags: the last two have bit 31 of a 32-bit column and no value.
+
+# %%
+assert Cut("cool", "TEFF", high=5000).keeps([4000.0, 6000.0, np.nan]).tolist() == [True, False, False]
+flags = np.ma.array(np.array([0, 1 << 9, 1 << 7, -(1 << 31), 0], ">i4"), mask=[0, 0, 0, 0, 1])
+assert Cut("", "ASPCAPFLAG", without_bits="star_warn").keeps(flags).tolist() == [
+    True,
+    True,
+    False,
+    True,
+    False,
+]
+assert Cut("", "ASPCAPFLAG", without_bits=(9, 31)).keeps(flags).tolist() == [
+    True,
+    False,
+    True,
+    False,
+    False,
+]
+with pytest.raises(LabError, match="STARFLAG has no bit with the name 'DUST': choose from BAD_PIX"):
+    Cut("dusty", "STARFLAG", without_bits="DUST")
+print(Cut("flags", "ASPCAPFLAG", without_bits=("STAR_BAD", 31), reason="ASPCAP failed"))
+
+
+# %% [markdown]
+# Now the archives.
+
+# %%
+#| export
 @dataclass(frozen=True)
 class Archive:
     "What the lab has to know about an archive; `archive.json` at its root names the record."

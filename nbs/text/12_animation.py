@@ -45,7 +45,15 @@ from tqdm import tqdm
 
 from stellar_lab.cannon import Cannon
 from stellar_lab.models import outside_training, label_box
-from stellar_lab.survey import LABELS, LOG10_STEP, LabError, atomic_path, plot_spectrum, require
+from stellar_lab.survey import (
+    LABELS,
+    LOG10_STEP,
+    LabError,
+    air_to_vacuum,
+    atomic_path,
+    plot_spectrum,
+    require,
+)
 
 # %%
 #| hide
@@ -380,14 +388,6 @@ AIR_LINES = {  # Angstrom in air; linemake (Placco et al. 2021)
 # %%
 #| export
 BRACKETT = range(11, 17)  # upper levels whose lines lie in the H band and stand apart
-
-
-def air_to_vacuum(
-    air,  # wavelength in air [Angstrom]
-):
-    "Vacuum wavelength [Angstrom], with the refractive index of standard air by Ciddor (1996)."
-    k2 = (1e4 / np.asarray(air, dtype=float)) ** 2
-    return air * (1 + 0.05792105 / (238.0185 - k2) + 0.00167917 / (57.362 - k2))
 
 
 def brackett(

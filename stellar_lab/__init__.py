@@ -1,1 +1,44 @@
+"""Reading stars: labels from spectra, with errors that can be believed.
+
+The names below are the front door; each is loaded when it is first used. The rooms behind it are the modules
+of the package, one for each chapter of the book: ``stellar_lab.survey`` to ``stellar_lab.cli``.
+"""
+
 __version__ = "0.1.0"
+
+from importlib import import_module
+
+_FRONT_DOOR = {
+    "Cannon": "cannon",
+    "Flag": "models",
+    "RidgeLabels": "readers",
+    "Spectra": "survey",
+    "cross_label": "judging",
+    "error_table": "judging",
+    "fold_numbers": "models",
+    "infer": "inversion",
+    "label": "labelling",
+    "load_model": "training",
+    "normalize": "normalize",
+    "physics_model": "physics",
+    "plot_comparison": "judging",
+    "plot_fit": "cannon",
+    "read_archive": "clean",
+    "read_files": "clean",
+    "train": "training",
+    "training_set": "normalize",
+    "with_error_model": "judging",
+}
+__all__ = list(_FRONT_DOOR)
+
+
+def __getattr__(name):
+    if name not in _FRONT_DOOR:
+        raise AttributeError(f"module 'stellar_lab' has no attribute {name!r}")
+    value = getattr(import_module(f"stellar_lab.{_FRONT_DOOR[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return sorted([*globals(), *_FRONT_DOOR])

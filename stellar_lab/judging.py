@@ -125,7 +125,9 @@ def error_table(table: QTable, truth, names: Sequence, scales) -> QTable:
     """
     missing = [name for name in names if name.lower() not in table.colnames]
     if missing:
-        raise LabError(f"the table has no label {', '.join(missing)}: it has {table.meta.get('labels', ', '.join(table.colnames))}")
+        raise LabError(
+            f"the table has no label {', '.join(missing)}: it has {table.meta.get('labels', ', '.join(table.colnames))}"
+        )
     residual = label_values(table, names) - np.asarray(truth, dtype=float)
     errors = QTable({"label": list(names), "unit": [str(label_record(n).unit) for n in names]})
     errors["n"] = np.isfinite(residual).sum(axis=0)
@@ -192,7 +194,9 @@ def _judged(residual, formal2):
     use = np.isfinite(residual)
     if np.isfinite(formal2).any():
         use &= np.isfinite(formal2) & (formal2 > 0)
-    use[use] = np.abs(residual[use] - np.median(residual[use])) < _CLIP * robust_scatter(residual[use])
+    use[use] = np.abs(residual[use] - np.median(residual[use])) < _CLIP * robust_scatter(
+        residual[use]
+    )
     if use.sum() < _LEAST_STARS:
         raise LabError(
             f"{use.sum()} left-out stars are too few for an error model: {_LEAST_STARS} are needed"

@@ -82,7 +82,9 @@ def fold_numbers(n: int, folds: int = 5, seed: int = 0, stars: Sequence = None) 
     numbers[np.random.default_rng(seed).permutation(n)] = np.arange(n) % folds
     if stars is None:
         return numbers
-    _, first, star = np.unique(np.asarray(stars).astype(str), return_index=True, return_inverse=True)
+    _, first, star = np.unique(
+        np.asarray(stars).astype(str), return_index=True, return_inverse=True
+    )
     return numbers[first][star]
 
 # %% ../nbs/04_models.ipynb #56103bdd

@@ -9,23 +9,24 @@
 # and the star's lines are what is left: $f/c$ with the inverse variance $c^2/\sigma^2$. The curve is a polynomial of degree two on each of the
 # three chips, and the weighted least squares behind it need nothing but *moments of the weights*,
 # $$ \sum_k\Bigl(\sum_p w_p\,x_p^{\,j+k}\Bigr)a_k = \sum_p w_p\,x_p^{\,j}\,f_p ,\qquad w_p = 1/\sigma_p^2 , $$
-# which are two matrix products for all stars together, and then a 3 × 3 system a star. That is why there is no loop over stars in this chapter.
+# which are two matrix products for all stars together, and then a 3 × 3 system per star. That is why there is no loop over stars in this chapter.
 #
 # It is called *pseudo*-continuum because in a cool, metal-rich giant no pixel is free of lines: the curve is a convention, and what counts is that
 # it is the same for every star. You need the table of stars of the two chapters before; the rule is that of [Ness et al.
-# 2015](https://doi.org/10.1088/0004-637X/808/1/16) as the lab applied it.
+# 2015](https://doi.org/10.1088/0004-637X/808/1/16) as the original lab applied it.
 
 # %%
 #| default_exp normalize
 
 # %%
 #| export
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
-import matplotlib.pyplot as plt
 import numpy as np
 from astropy.table import Table
 from numpy.polynomial.polynomial import polyvander
@@ -53,28 +54,35 @@ from stellar_lab.survey import (
 #| hide
 import tempfile
 
+import matplotlib.pyplot as plt
 import pytest
 from IPython.display import Markdown
 
 from stellar_lab.archives import MYSTERY_FILE, true_continuum
 from stellar_lab.cannon import Cannon
-from stellar_lab.models import fold_numbers
-from stellar_lab.clean import apply_cuts, read_archive, read_files
-from stellar_lab.judging import cross_label, error_table
+from stellar_lab.clean import read_files
 from stellar_lab.inversion import infer
+from stellar_lab.judging import cross_label, error_table
+from stellar_lab.models import fold_numbers
 from stellar_lab.survey import LABELS, archive_root, read_truth, real_data, use_style
 
 
 # %% [markdown]
 # ## Pixels that lines hardly touch
-# The lab came with a ready list: 529 of the 7,214 pixels, chosen by [Ness et al. 2015](https://doi.org/10.1088/0004-637X/808/1/16) from the data
-# because their flux is close to one in all stars and depends least on the labels. (Chapter 4 finds such a list itself: one needs a model of the
+# The original lab came with a ready list: 529 of the 7,214 pixels, chosen by [Ness et al. 2015](https://doi.org/10.1088/0004-637X/808/1/16) from the data
+# because their flux is close to one in all stars and depends least on the labels. ([The Cannon](05_cannon.ipynb) finds such a list itself: one needs a model of the
 # stars for it.) They are spread unevenly, for the green chip has half as many as the blue one, and that will be seen in the results.
 
 # %%
 #| export
-def lab_continuum_pixels() -> np.ndarray:  # (7214,) bool, on-band grid
-    "The lab's 529 continuum pixels (Ness et al. 2015)."
+def lab_continuum_pixels() -> np.ndarray:
+    """The 529 continuum pixels of the original lab (Ness et al. 2015).
+
+    Returns
+    -------
+    (7214,) bool array
+        on-band grid
+    """
     with data_file("continuum_pixels.npy") as path:
         return np.load(path)
 
@@ -93,43 +101,69 @@ assert continuum_pixels.shape == wavelength.shape and continuum_pixels.sum() == 
 
 # %%
 #| export
-def read_continuum_pixels(
-    path,  # .npy: flags of the on-band or the full grid, or numbers of on-band pixels; else text: vacuum wavelengths [Angstrom], # comments
-) -> np.ndarray:  # (7214,) bool, on-band grid
-    "Read a list of continuum pixels; a `LabError` says what is wrong with it."
+def read_continuum_pixels(path) -> np.ndarray:
+    """Read a list of continuum pixels.
+
+    Parameters
+    ----------
+    path : str or Path
+        .npy: flags of the on-band or the full grid, or numbers of on-band pixels; else text:
+        vacuum wavelengths [Angstrom], # comments
+
+    Raises
+    ------
+    LabError
+        that says what is wrong with the file
+
+    Returns
+    -------
+    (7214,) bool array
+        on-band grid
+    """
     path = Path(path)
     try:
         values = np.load(path) if path.suffix == ".npy" else np.loadtxt(path, ndmin=1)
     except (OSError, ValueError, EOFError) as error:
         raise LabError(
-            f"cannot read continuum pixels from {path} ({error}): give a .npy file of flags, or text, a wavelength a line"
+            f"cannot read continuum pixels from {path} ({error}): give a .npy file of flags, or text, "
+            "one wavelength per line"
         ) from error
     if values.ndim != 1 or values.dtype.kind not in "biuf" or not len(values):
         raise LabError(
-            f"{path} holds an array of shape {values.shape} and type {values.dtype}: give one row of flags, pixel numbers or wavelengths"
+            f"{path} holds an array of shape {values.shape} and type {values.dtype}: give one row of "
+            "flags, pixel numbers or wavelengths"
         )
-    if len(values) in (len(wavelength), N_PIXELS) and np.isin(values, (0, 1)).all():
-        chosen = np.flatnonzero(values) if len(values) == N_PIXELS else on_band[values != 0]
-    elif values.dtype.kind == "b":
-        raise LabError(
-            f"{path} holds {len(values)} flags, but the grids have {len(wavelength)} (on the chips) or {N_PIXELS} (all) pixels"
-        )
-    elif path.suffix == ".npy" and values.dtype.kind in "iu":
-        wrong = (values < 0) | (values >= len(wavelength))
-        if wrong.any():
-            raise LabError(
-                f"{path} names pixel {values[wrong][0]}, but the on-band pixels are numbered 0 to {len(wavelength) - 1}"
-            )
-        chosen = on_band[values]
-    else:
-        chosen = _pixels_at(values, path)
+    chosen = _chosen_pixels(values, path)
     off = ~np.isin(chosen, on_band)
     if off.any():
+        first = full_wavelength[chosen[off][0]]
         raise LabError(
-            f"{path}: {off.sum()} of {len(chosen)} pixels lie beside the chips, the first at {full_wavelength[chosen[off][0]]:.2f} "
-            "Angstrom, where not every star has light: take them out"
+            f"{path}: {off.sum()} of {len(chosen)} pixels lie beside the chips, the first at "
+            f"{first:.2f} Angstrom, where not every star has light: take them out"
         )
     return np.isin(on_band, chosen)
+
+
+# %%
+#| export
+def _chosen_pixels(values, path):
+    "Full-grid pixels that a list of flags, pixel numbers or wavelengths means."
+    if len(values) in (len(wavelength), N_PIXELS) and np.isin(values, (0, 1)).all():
+        return np.flatnonzero(values) if len(values) == N_PIXELS else on_band[values != 0]
+    if values.dtype.kind == "b":
+        raise LabError(
+            f"{path} holds {len(values)} flags, but the grids have {len(wavelength)} (on the chips) "
+            f"or {N_PIXELS} (all) pixels"
+        )
+    if path.suffix != ".npy" or values.dtype.kind not in "iu":
+        return _pixels_at(values, path)
+    wrong = (values < 0) | (values >= len(wavelength))
+    if wrong.any():
+        raise LabError(
+            f"{path} names pixel {values[wrong][0]}, but the on-band pixels are numbered 0 to "
+            f"{len(wavelength) - 1}"
+        )
+    return on_band[values]
 
 
 def _position(wavelengths):
@@ -145,8 +179,9 @@ def _pixels_at(wavelengths, path):
     wrong = ~(np.abs(position - pixel) <= 0.25) | (pixel < 0) | (pixel >= N_PIXELS)
     if wrong.any():
         raise LabError(
-            f"{path}: {wrong.sum()} of {len(wavelengths)} wavelengths meet no pixel of the survey's grid, the first is "
-            f"{wavelengths[wrong][0]:.2f}: give vacuum wavelengths in Angstrom from survey.wavelength"
+            f"{path}: {wrong.sum()} of {len(wavelengths)} wavelengths meet no pixel of the survey's "
+            f"grid, the first is {wavelengths[wrong][0]:.2f}: give vacuum wavelengths in Angstrom "
+            "from survey.wavelength"
         )
     return pixel
 
@@ -167,18 +202,35 @@ with tempfile.TemporaryDirectory() as folder:
 # ## Outliers first
 # A cosmic ray on a continuum pixel would pull the curve up. So the chip's continuum pixels, taken in order, are cut into *runs* of 20 of the list,
 # whatever gaps lie between them; the last run takes what remains (20 to 39 pixels, for a run of one pixel would be its own median and could never
-# be doubted). The median of a run is that of its usable pixels, and whoever is further than 10 % from it is dropped. Cutting by the list and not by
+# be doubted). The median of a run is that of its usable pixels, and a pixel further than 10 % from it is dropped. Cutting by the list and not by
 # what is usable in this star makes the runs the same for all stars, and medians of all runs of all stars one sort of a three-dimensional array.
 
 # %%
 #| export
 def inliers(
-    flux: np.ndarray,  # (N, M) flux at the M continuum pixels of a chip, in order
-    good: np.ndarray,  # (N, M) bool, usable
-    run: int = 20,  # pixels of the list in a run; the last run takes the remainder
-    tolerance: float = 0.1,  # largest distance from the run's median, relative to it
-) -> np.ndarray:  # (N, M) bool: usable and within the tolerance
-    "Which continuum pixels are left when the outliers of each run are dropped."
+    flux: np.ndarray,
+    good: np.ndarray,
+    run: int = 20,
+    tolerance: float = 0.1,
+) -> np.ndarray:
+    """Which continuum pixels are left when the outliers of each run are dropped.
+
+    Parameters
+    ----------
+    flux : (N, M) array
+        at the M continuum pixels of a chip, in order
+    good : (N, M) bool array
+        usable
+    run : int, default 20
+        pixels of the list in a run; the last run takes the remainder
+    tolerance : float, default 0.1
+        largest distance from the run's median, relative to it
+
+    Returns
+    -------
+    (N, M) bool array
+        usable and within the tolerance
+    """
     n_stars, n_pixels = flux.shape
     head = max(n_pixels // run - 1, 0) * run  # pixels of all runs but the last
     values = np.where(good, flux, np.nan)
@@ -190,7 +242,7 @@ def inliers(
 
 
 # %% [markdown]
-# The witness is the plain loop over stars and runs, written as the rule is spoken. Random fluxes with a scatter of 7 % put about every seventh
+# The reference implementation is the plain loop over stars and runs, written as the rule is spoken. Random fluxes with a scatter of 7 % put about every seventh
 # pixel beyond the limit, and lists of 5 to 108 pixels try all shapes of the last run; three of the stars have no usable pixel at all.
 
 # %%
@@ -224,16 +276,34 @@ for n_pixels in (5, 20, 39, 40, 41, 108):
 
 # %%
 #| export
-MAX_CONDITION = 1e12
+_MAX_CONDITION = 1e12
 
 
 def fit_polynomials(
-    x: np.ndarray,  # (M,) abscissa, scaled to about -1 … 1
-    y: np.ndarray,  # (N, M), finite wherever it has a weight
-    weights: np.ndarray,  # (N, M) inverse variances, 0 leaves a point out
+    x: np.ndarray,
+    y: np.ndarray,
+    weights: np.ndarray,
     degree: int = 2,
-) -> tuple:  # (N, degree + 1) float64 coefficients of 1, x, x², …; (N,) bool: the points determine them. Zeros where they do not
-    "Weighted least squares of N polynomials at once, from the moments of the weights."
+) -> tuple:
+    """Weighted least squares of N polynomials at once, from the moments of the weights.
+
+    Parameters
+    ----------
+    x : (M,) array
+        abscissa, scaled to about -1 … 1
+    y : (N, M) array
+        finite wherever it has a weight
+    weights : (N, M) array
+        inverse variances, 0 leaves a point out
+    degree : int, default 2
+        of the polynomials
+
+    Returns
+    -------
+    tuple
+        (N, degree + 1) float64 coefficients of 1, x, x², …; (N,) bool: the points determine
+        them. Zeros where they do not
+    """
     powers = polyvander(x, 2 * degree)
     weights = np.asarray(weights, float)
     with np.errstate(invalid="ignore"):
@@ -241,13 +311,14 @@ def fit_polynomials(
     moments = weights @ powers
     matrix = moments[:, np.add.outer(np.arange(degree + 1), np.arange(degree + 1))]
     right = (weights * np.where(weights > 0, y, 0)) @ powers[:, : degree + 1]
-    solvable = np.linalg.cond(matrix) < MAX_CONDITION
-    matrix[~solvable], right[~solvable] = np.eye(degree + 1), 0
+    solvable = np.linalg.cond(matrix) < _MAX_CONDITION
+    matrix[~solvable] = np.eye(degree + 1)
+    right[~solvable] = 0
     return np.linalg.solve(matrix, right[..., None])[..., 0], solvable
 
 
 # %% [markdown]
-# Two witnesses: `np.polyfit` (its weights multiply the residuals, so it wants $1/\sigma$), and points that lie on a parabola.
+# Two checks: `np.polyfit` (its weights multiply the residuals, so it wants $1/\sigma$), and points that lie on a parabola.
 
 # %%
 x = np.linspace(-1, 1, 50)
@@ -266,10 +337,10 @@ assert not solvable[2] and np.all(coefficients[2] == 0)  # one point determines 
 
 # %% [markdown]
 # ## The continuum, chip by chip
-# Now the steps come together for each of the three chips, whose borders are those of the lab: take the listed pixels, drop the outliers, fit, and
+# Now the steps come together for each of the three chips, whose borders are those of the original lab: take the listed pixels, drop the outliers, fit, and
 # draw the curve over the whole chip.
 #
-# As in the lab every pixel with a valid error takes part in the fit, even if its bitmask warns of it: most bits do little harm to the level of the
+# As in the original lab every pixel with a valid error takes part in the fit, even if its bitmask warns of it: most bits do little harm to the level of the
 # light. But a chip on which nearly every pixel carries a warning has a level that nobody should believe. So a chip's fit **fails** when fewer than
 # `min_pixels` of its continuum pixels are usable, no outliers *and* free of bits. The default is four a coefficient, twelve: the curve's variance
 # is on average $(d+1)/n$ of a pixel's, so that its own error is then at most half of a pixel's. It also fails where the curve is not positive on a
@@ -292,28 +363,52 @@ class ContinuumFit:
 
 def continuum(
     spectra: Spectra,
-    continuum_pixels: np.ndarray = None,  # (P,) bool; the lab's 529 by default
-    degree: int = 2,  # of the polynomial in wavelength
-    run: int = 20,  # continuum pixels in a run
-    tolerance: float = 0.1,  # largest relative distance from the run's median
-    min_pixels: int = None,  # trustworthy continuum pixels that a chip needs; 4 (degree + 1) by default
+    continuum_pixels: np.ndarray = None,
+    degree: int = 2,
+    run: int = 20,
+    tolerance: float = 0.1,
+    min_pixels: int = None,
 ) -> ContinuumFit:
-    "Fit the pseudo-continuum of all stars: per chip a polynomial through the continuum pixels, weighted by 1/error (Ness et al. 2015)."
+    """Fit the pseudo-continuum of all stars.
+
+    On each chip it is a polynomial through the continuum pixels, weighted by 1/error (Ness et al.
+    2015, ApJ 808, 16).
+
+    Parameters
+    ----------
+    spectra : Spectra
+    continuum_pixels : (P,) bool array, optional
+        on the grid of the spectra; the 529 of the original lab by default
+    degree : int, default 2
+        of the polynomial in wavelength
+    run : int, default 20
+        continuum pixels in a run
+    tolerance : float, default 0.1
+        largest relative distance from the run's median
+    min_pixels : int, optional
+        trustworthy continuum pixels that a chip needs; 4 (degree + 1) by default
+
+    Returns
+    -------
+    ContinuumFit
+    """
     min_pixels = 4 * (degree + 1) if min_pixels is None else min_pixels
     _check(degree, run, tolerance, min_pixels)
-    listed, shape = _on_grid(continuum_pixels, spectra.wavelength), spectra.flux.shape
+    listed = _on_grid(continuum_pixels, spectra.wavelength)
+    shape = spectra.flux.shape
     fit = ContinuumFit(
-        np.ones(shape, np.float32),
-        np.zeros(shape, bool),
-        np.zeros(shape, bool),
-        np.zeros((len(spectra), len(CHIPS)), bool),
+        continuum=np.ones(shape, np.float32),
+        used=np.zeros(shape, bool),
+        rejected=np.zeros(shape, bool),
+        failed=np.zeros((len(spectra), len(CHIPS)), bool),
     )
     for number, (name, chip) in enumerate(chip_slices(spectra.wavelength).items()):
         if chip.stop > chip.start:
             pixels = chip.start + np.flatnonzero(listed[chip])
             if len(pixels) < min_pixels:
                 raise LabError(
-                    f"the list holds {len(pixels)} continuum pixels on the {name} chip, a fit needs {min_pixels}: give a longer list"
+                    f"the list holds {len(pixels)} continuum pixels on the {name} chip, a fit needs "
+                    f"{min_pixels}: give a longer list"
                 )
             fit.failed[:, number] = _fit_chip(
                 spectra, fit, chip, pixels, degree, run, tolerance, min_pixels
@@ -321,16 +416,22 @@ def continuum(
     return fit
 
 
+# %% [markdown]
+# One chip at a time, all stars together. A chip fails where too few trustworthy pixels are left, where these do not determine the polynomial, or where the curve sinks to zero.
+
+# %%
+#| export
 def _fit_chip(spectra, fit, chip, pixels, degree, run, tolerance, min_pixels):
     "Fill the chip's part of `fit`; which stars failed."
-    flux, ivar = spectra.flux[:, pixels].astype(float), spectra.ivar[:, pixels].astype(float)
+    flux = spectra.flux[:, pixels].astype(float)
+    ivar = spectra.ivar[:, pixels].astype(float)
     good = np.isfinite(flux) & np.isfinite(ivar) & (ivar > 0)
     keep = inliers(flux, good, run, tolerance)
-    fit.used[:, pixels], fit.rejected[:, pixels] = keep, good & ~keep
+    fit.used[:, pixels] = keep
+    fit.rejected[:, pixels] = good & ~keep
     grid = spectra.wavelength[chip]
-    x = (2 * spectra.wavelength - grid[0] - grid[-1]) / (
-        grid[-1] - grid[0]
-    )  # -1 to 1 over the chip
+    width = grid[-1] - grid[0]
+    x = (2 * spectra.wavelength - grid[0] - grid[-1]) / width  # -1 to 1 over the chip
     coefficients, solvable = fit_polynomials(x[pixels], flux, np.where(keep, ivar, 0), degree)
     curve = fit.continuum[:, chip]
     curve[:] = coefficients @ polyvander(x[chip], degree).T
@@ -342,11 +443,8 @@ def _fit_chip(spectra, fit, chip, pixels, degree, run, tolerance, min_pixels):
 
 
 def _check(degree, run, tolerance, min_pixels):
-    for name, value, low in (
-        ("degree", degree, 0),
-        ("run", run, 1),
-        ("min_pixels", min_pixels, degree + 1),
-    ):
+    rules = (("degree", degree, 0), ("run", run, 1), ("min_pixels", min_pixels, degree + 1))
+    for name, value, low in rules:
         if value != int(value) or value < low:
             raise LabError(f"{name} is {value!r}: it must be a whole number of at least {low}")
     if not tolerance > 0:
@@ -354,20 +452,22 @@ def _check(degree, run, tolerance, min_pixels):
 
 
 def _on_grid(continuum_pixels, grid):
-    "The continuum pixels as flags on `grid`; by default the lab's."
+    "The continuum pixels as flags on `grid`; by default the 529."
     if continuum_pixels is None:
         position = _position(grid)
         pixel = np.rint(position).astype(int)
         if np.abs(position - pixel).max(initial=0) > 0.01:
             raise LabError(
-                "the lab's continuum pixels are those of the survey's grid, and these spectra stand on another: give continuum_pixels"
+                "the 529 continuum pixels are those of the survey's grid, and these spectra have "
+                "another: give continuum_pixels"
             )
         return np.isin(pixel, on_band[lab_continuum_pixels()])
     continuum_pixels = np.asarray(continuum_pixels)
     if continuum_pixels.shape != grid.shape or continuum_pixels.dtype != bool:
         raise LabError(
-            f"continuum_pixels has the shape {continuum_pixels.shape} and type {continuum_pixels.dtype}: "
-            f"give one flag (bool) for each of the {len(grid)} pixels of the spectra"
+            f"continuum_pixels has the shape {continuum_pixels.shape} and type "
+            f"{continuum_pixels.dtype}: give one flag (bool) for each of the {len(grid)} pixels of "
+            "the spectra"
         )
     return continuum_pixels
 
@@ -383,19 +483,61 @@ def _on_grid(continuum_pixels, grid):
 #| export
 def normalize(
     spectra: Spectra,
-    continuum_pixels: np.ndarray = None,  # (P,) bool; the lab's 529 by default
-    degree: int = 2,  # of the polynomial in wavelength
-    run: int = 20,  # continuum pixels in a run
-    tolerance: float = 0.1,  # largest relative distance from the run's median
-    min_pixels: int = None,  # trustworthy continuum pixels that a chip needs; 4 (degree + 1) by default
-    block: int = 256,  # stars at a time
-) -> (
+    continuum_pixels: np.ndarray = None,
+    degree: int = 2,
+    run: int = 20,
+    tolerance: float = 0.1,
+    min_pixels: int = None,
+    block: int = 256,
+) -> Spectra:
+    """Flux relative to the pseudo-continuum; masked pixels become unusable.
+
+    On each chip the flux is divided by a polynomial through pixels that lines hardly touch (Ness et
+    al. 2015, ApJ 808, 16): flux / c and ivar * c^2.
+
+    Parameters
+    ----------
+    spectra : Spectra
+        raw flux; spectra that are normalized already come back unchanged
+    continuum_pixels : (P,) bool array, optional
+        on the grid of the spectra; the 529 of the original lab by default
+    degree : int, default 2
+        of the polynomial in wavelength
+    run : int, default 20
+        continuum pixels in a run, within which outliers are found
+    tolerance : float, default 0.1
+        largest relative distance from the run's median
+    min_pixels : int, optional
+        trustworthy continuum pixels that a chip needs; 4 (degree + 1) by default
+    block : int, default 256
+        stars at a time
+
+    Returns
+    -------
     Spectra
-):  # flux finite everywhere; ivar 0 at masked pixels and on failed chips; stars get CHIPS_FAILED
-    "Flux relative to the pseudo-continuum, masked pixels unusable; spectra already normalized come back unchanged."
+        flux finite everywhere; ivar 0 at masked pixels and on chips that failed. The stars get the
+        column ``CHIPS_FAILED``, and ``stars.meta["recipe"]`` says what was done.
+
+    Raises
+    ------
+    LabError
+        where the rule makes no sense, or the pixels do not fit the grid
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from astropy.table import Table
+    >>> from stellar_lab import Spectra, normalize
+    >>> from stellar_lab.survey import wavelength
+    >>> flux = np.full((1, 7214), 250.0, "f4")
+    >>> star = Spectra(wavelength, flux, 1e-2 * np.ones_like(flux), Table({"APOGEE_ID": ["a"]}))
+    >>> bool(np.allclose(normalize(star).flux, 1))
+    True
+    """
     if spectra.stars.meta.get("normalized", False):
         return spectra
-    flux, ivar = np.empty(spectra.flux.shape, np.float32), np.empty(spectra.flux.shape, np.float32)
+    flux = np.empty(spectra.flux.shape, np.float32)
+    ivar = np.empty(spectra.flux.shape, np.float32)
     failed = np.zeros((len(spectra), len(CHIPS)), bool)
     for start in range(0, len(spectra), block):
         rows = slice(start, start + block)
@@ -422,8 +564,10 @@ def normalize(
 
 
 def _divide(spectra, curve):
+    "Flux and ivar relative to the curve; masked pixels without weight."
     with np.errstate(all="ignore"):
-        flux, ivar = spectra.flux / curve, spectra.ivar * curve * curve
+        flux = spectra.flux / curve
+        ivar = spectra.ivar * curve * curve
     good = np.isfinite(flux) & np.isfinite(ivar) & (ivar > 0)
     if spectra.mask is not None:
         good &= spectra.mask == 0
@@ -561,22 +705,39 @@ with pytest.raises(LabError, match="degree is -1: it must be a whole number of a
 # %%
 #| export
 def plot_continuum(
-    spectra: Spectra,  # as they were before the division
+    spectra: Spectra,
     fit: ContinuumFit,
-    star: int = 0,  # row
-    chip: str = None,  # "blue", "green" or "red"; all three by default
+    star: int = 0,
+    chip: str = None,
     ax=None,
 ):
-    "The raw spectrum of one star, its continuum, and the pixels fitted and rejected; returns the Axes."
+    """The raw spectrum of one star, its continuum, and the pixels fitted and rejected.
+
+    Parameters
+    ----------
+    spectra : Spectra
+        as they were before the division
+    fit : ContinuumFit
+    star : int, default 0
+        row
+    chip : str, optional
+        "blue", "green" or "red"; all three by default
+    ax : Axes, optional
+
+    Returns
+    -------
+    Axes
+    """
+    import matplotlib.pyplot as plt
+
     ax = plt.subplots(figsize=(9, 2.8))[1] if ax is None else ax
     pieces = chip_slices(spectra.wavelength)
     for name in [chip] if chip else pieces:
-        grid, flux, good = (
-            spectra.wavelength[pieces[name]],
-            spectra.flux[star, pieces[name]],
-            spectra.ivar[star, pieces[name]] > 0,
-        )
-        used, rejected = fit.used[star, pieces[name]], fit.rejected[star, pieces[name]]
+        grid = spectra.wavelength[pieces[name]]
+        flux = spectra.flux[star, pieces[name]]
+        good = spectra.ivar[star, pieces[name]] > 0
+        used = fit.used[star, pieces[name]]
+        rejected = fit.rejected[star, pieces[name]]
         ax.plot(grid, np.where(good, flux, np.nan), color="0.7", lw=0.5)
         ax.plot(grid[used], flux[used], ".", ms=3, color=CHIP_COLORS[name])
         ax.plot(grid[rejected], flux[rejected], "x", ms=6, mew=1.5, color="red")
@@ -646,7 +807,7 @@ Markdown(
 )
 
 # %% [markdown]
-# The witnesses on real stars: twenty of them by the plain loop, to $10^{-6}$ again. And what the division is for must hold in each: at the pixels
+# The same on real stars: twenty of them by the plain loop, to $10^{-6}$ again. And what the division is for must hold in each: at the pixels
 # that were fitted the normalized flux is one, to 2 % in the median.
 
 # %%
@@ -661,25 +822,31 @@ assert np.all(np.abs(np.nanmedian(at_continuum, axis=1) - 1) < 0.02)
 # %% [markdown]
 # ## Which bits cost most?
 # Every set bit of the mask, counted over all stars and on-band pixels. A pixel may carry several, so the bars add up to more than the share of
-# masked pixels. The lab treats all bits alike. Some of them (a cosmic ray, a saturated pixel) spoil the flux beyond repair, others (a weak
-# persistence, the wing of a sky line) only warn; to choose among them was tried in the lab, without gain.
+# masked pixels. The original lab treats all bits alike. Some of them (a cosmic ray, a saturated pixel) spoil the flux beyond repair, others (a weak
+# persistence, the wing of a sky line) only warn; to choose among them was tried there, without gain.
 
 # %%
 #| export
-def count_mask_bits(spectra: Spectra) -> Table:  # bit, name, pixels, share of all pixels
-    "How often each bit of the survey's pixel mask is set."
+def count_mask_bits(spectra: Spectra) -> Table:
+    """How often each bit of the survey's pixel mask is set.
+
+    Parameters
+    ----------
+    spectra : Spectra
+        with a mask
+
+    Returns
+    -------
+    Table
+        bit, name, pixels, share of all pixels
+    """
     if spectra.mask is None:
         raise LabError("these spectra have no bitmask: only apStar files carry one")
-    pixels = [int(np.count_nonzero(spectra.mask & (1 << bit))) for bit in range(len(PIXMASK_NAMES))]
-    share = np.array(pixels) / max(spectra.mask.size, 1)
-    return Table(
-        {
-            "bit": np.arange(len(PIXMASK_NAMES)),
-            "name": PIXMASK_NAMES,
-            "pixels": pixels,
-            "share": share,
-        }
-    )
+    bits = np.arange(len(PIXMASK_NAMES))
+    table = Table({"bit": bits, "name": PIXMASK_NAMES})
+    table["pixels"] = [int(np.count_nonzero(spectra.mask & (1 << bit))) for bit in bits]
+    table["share"] = table["pixels"] / max(spectra.mask.size, 1)
+    return table
 
 
 # %%
@@ -700,35 +867,55 @@ with pytest.raises(LabError, match="no bitmask: only apStar"):
 
 # %% [markdown]
 # ## Stars with too few pixels left
-# The lab drops a star when more than 3,000 of its 7,214 on-band pixels, 41.6 %, are unusable after all this. The ledger keeps count. Few pixels are
+# The original lab drops a star when more than 3,000 of its 7,214 on-band pixels, 41.6 %, are unusable after all this. The ledger keeps count. Few pixels are
 # no harm by themselves, for a label is a mean over thousands. The harm is in what these stars have in common: a fibre or a detector in trouble,
 # whose good pixels are only the less bad ones.
 
 # %%
 #| export
-def unusable_pixels(spectra: Spectra) -> np.ndarray:  # (N,) int
-    "How many on-band pixels of each star have no weight."
+def unusable_pixels(spectra: Spectra) -> np.ndarray:
+    """How many on-band pixels of each star have no weight.
+
+    Parameters
+    ----------
+    spectra : Spectra
+        N stars, after `normalize`
+
+    Returns
+    -------
+    (N,) int array
+    """
     inside = np.isin(np.rint(_position(spectra.wavelength)), on_band)
     return np.sum(~(spectra.ivar[:, inside] > 0), axis=1)
 
 
-MASKED_LIMIT = 3000  # the lab's: 41.6 % of the 7,214 on-band pixels
+MASKED_LIMIT = 3000  # as in the original lab: 41.6 % of the 7,214 on-band pixels
 
 
 def drop_masked(
-    spectra: Spectra,  # after `normalize`
-    limit: int = MASKED_LIMIT,  # unusable on-band pixels that a star may have
-    ledger: Ledger = None,  # to go on with; a new one by default
-) -> tuple:  # Spectra, Ledger
-    "Drop stars with more than `limit` unusable on-band pixels."
+    spectra: Spectra,
+    limit: int = MASKED_LIMIT,
+    ledger: Ledger = None,
+) -> tuple:
+    """Drop stars with more than `limit` unusable on-band pixels.
+
+    Parameters
+    ----------
+    spectra : Spectra
+        after `normalize`
+    limit : int, default MASKED_LIMIT
+        unusable on-band pixels that a star may have
+    ledger : Ledger, optional
+        to go on with; a new one by default
+
+    Returns
+    -------
+    tuple
+        Spectra, Ledger
+    """
     good = unusable_pixels(spectra) <= limit
-    return keep(
-        spectra,
-        good,
-        "masked",
-        ledger,
-        f"more than {limit} of {len(on_band)} on-band pixels unusable",
-    )
+    reason = f"more than {limit} of {len(on_band)} on-band pixels unusable"
+    return keep(spectra, good, "masked", ledger, reason)
 
 
 # %%
@@ -762,7 +949,7 @@ for n, ax in enumerate(axes):
 
 # %% [markdown]
 # ## The star without a name
-# An archive may hold one more file: a star whose name was taken from it, to be identified from its light alone in a later chapter. The lab forgot
+# An archive may hold one more file: a star whose name was taken from it, to be identified from its light alone in a later chapter. The original lab forgot
 # its bitmask. Here it goes the way of all others.
 
 # %%
@@ -919,7 +1106,7 @@ degree_table() if known is not None else None
 
 # %% [markdown]
 # **What to see.** From a line to a parabola much is won, after it nothing: what a cubic gains in freedom it loses to noise and to lines, and with
-# degree four the ends of the green chip swing freely, since its list has no pixel near either end. The lab's choice was good.
+# degree four the ends of the green chip swing freely, since its list has no pixel near either end. The choice of the original lab was good.
 
 # %%
 if known is not None:
@@ -978,14 +1165,14 @@ cost if theirs is not None else None
 # %% [markdown]
 # A continuum of our own is not free: some labels get a little worse. What is worse is to *mix*: a model trained on the one normalization
 # and asked about spectra of the other answers with a bias that no error bar knows of. The second table shows the median shift of the same stars,
-# beside the error that the inversion gives for a single one. Hence a rule for every user of a model: normalize new spectra as the training spectra
+# compared with the error that the inversion gives for a single one. Hence a rule for every user of a model: normalize new spectra as the training spectra
 # were.
 
 # %%
 #| echo: false
 def mixing_table():
     model = Cannon(scatter=True).fit(theirs)
-    same, other = infer(model, theirs), infer(model, ours)
+    same, other = infer(model, theirs), infer(model, ours, any_recipe=True)
     names = [name.lower() for name in theirs.label_names]
     shift = [np.nanmedian(np.asarray(other[name]) - np.asarray(same[name])) for name in names]
     error = [np.nanmedian(np.asarray(other[f"{name}_err"])) for name in names]
@@ -1014,29 +1201,43 @@ if theirs is not None:
 
 # %%
 #| export
-def plot_normalization(
-    raw: Spectra,  # before the division
-    number: int = 8,  # stars at most, from the first
-    **rule,  # keywords of `continuum`
-):
-    "Raw spectra with their continuum on the left, what is left of them on the right; returns the Figure."
+def plot_normalization(raw: Spectra, number: int = 8, **rule):
+    """Raw spectra with their continuum on the left, what is left of them on the right.
+
+    Parameters
+    ----------
+    raw : Spectra
+        before the division
+    number : int, default 8
+        stars at most, from the first
+    **rule
+        keywords of `continuum`
+
+    Returns
+    -------
+    Figure
+    """
+    import matplotlib.pyplot as plt
+
     raw = raw[:number]
-    fit, result = continuum(raw, **rule), normalize(raw, **rule)
+    fit = continuum(raw, **rule)
+    result = normalize(raw, **rule)
+    lost = unusable_pixels(result)
     fig, axes = plt.subplots(len(raw), 2, figsize=(12, 2 * len(raw)), sharex=True, squeeze=False)
     for n, (left, right) in enumerate(axes):
         plot_continuum(raw, fit, n, ax=left)
-        left.set_ylim(0, 1.5 * np.nanpercentile(np.where(raw.ivar[n] > 0, raw.flux[n], np.nan), 95))
+        seen = np.where(raw.ivar[n] > 0, raw.flux[n], np.nan)
+        left.set_ylim(0, 1.5 * np.nanpercentile(seen, 95))
         failed = ", ".join(name for name, bad in zip(CHIPS, fit.failed[n]) if bad)
+        title = f"{raw.stars['APOGEE_ID'][n]}, SNR {raw.stars['SNR'][n]:.0f}"
+        left.set_title(f"{title}, failed: {failed}" if failed else title)
         plot_spectrum(raw.wavelength, result.flux[n], result.ivar[n], ax=right)
         right.axhline(1, color="black", lw=0.5)
         right.set(ylim=(0.3, 1.3), ylabel="flux / continuum")
-        left.set_title(
-            f"{raw.stars['APOGEE_ID'][n]}, SNR {raw.stars['SNR'][n]:.0f}"
-            + (f", failed: {failed}" if failed else "")
-        )
-        right.set_title(f"{unusable_pixels(result)[n]} of {raw.flux.shape[1]} pixels unusable")
+        right.set_title(f"{lost[n]} of {raw.flux.shape[1]} pixels unusable")
         if n < len(raw) - 1:
-            left.set_xlabel(""), right.set_xlabel("")
+            left.set_xlabel("")
+            right.set_xlabel("")
     return fig
 
 
@@ -1105,7 +1306,7 @@ def continuum_steps(meta: dict) -> list:
     return steps
 
 
-def _dark_beside(model, spectra, fraction):
+def _dark_as_trained(model, spectra, fraction):
     "Pixels below `fraction` of a typical star's, each star relative to its own median: (N, P) bool."
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)  # a star without light has no median
@@ -1142,7 +1343,7 @@ def as_trained(model, spectra: Spectra) -> Spectra:
         return spectra
     fraction = model.metadata_.get("dark", 0.05)
     if fraction:
-        dark = _dark_beside(model, spectra, fraction)
+        dark = _dark_as_trained(model, spectra, fraction)
         spectra = spectra.replace(ivar=np.where(dark, np.float32(0), spectra.ivar))
     for step in continuum_steps(model.metadata_) or [{"pixels": None}]:
         rule = {name: value for name, value in step.items() if name not in ("step", "pixels")}
@@ -1213,7 +1414,9 @@ def training_set(
 own_pixels = np.roll(lab_continuum_pixels(), 1)
 mine, ledger = training_set(archive_root(), continuum_pixels=own_pixels, progress=False)
 again = continuum_steps(mine.stars.meta)
-print(f"{len(mine)} stars; recipe: {len(again)} step, degree {again[0]['degree']}, {len(again[0]['pixels'])} pixels")
+print(
+    f"{len(mine)} stars; recipe: {len(again)} step, degree {again[0]['degree']}, {len(again[0]['pixels'])} pixels"
+)
 assert again[0]["pixels"] == np.flatnonzero(own_pixels).tolist()
 
 # %% [markdown]
@@ -1225,6 +1428,22 @@ raw, _ = read_files([str(mine.stars["FILE"][0])], progress=False)
 treated = as_trained(model, raw)
 assert continuum_steps(treated.stars.meta) == continuum_steps(model.metadata_)
 assert np.abs(treated.flux - mine.flux[:1])[mine.ivar[:1] > 0].max() < 1e-5
+
+
+# %% [markdown]
+# The front door of the package has the name `normalize` for the function, and so has this room. Whichever of the two `from stellar_lab import normalize` brings, it can be called.
+
+# %%
+#| export
+class _CallableRoom(ModuleType):
+    "This module; calling it calls its function `normalize`."
+
+    def __call__(self, *arguments, **rule):
+        return normalize(*arguments, **rule)
+
+
+if __name__ == "stellar_lab.normalize":
+    sys.modules[__name__].__class__ = _CallableRoom
 
 # %% [markdown]
 # **Exercise.** The level of our curve depends on nothing but the list of pixels. Take every second one of the 529, normalize again, and look at how

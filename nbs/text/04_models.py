@@ -121,7 +121,9 @@ def fold_numbers(n: int, folds: int = 5, seed: int = 0, stars: Sequence = None) 
     numbers[np.random.default_rng(seed).permutation(n)] = np.arange(n) % folds
     if stars is None:
         return numbers
-    _, first, star = np.unique(np.asarray(stars).astype(str), return_index=True, return_inverse=True)
+    _, first, star = np.unique(
+        np.asarray(stars).astype(str), return_index=True, return_inverse=True
+    )
     return numbers[first][star]
 
 
@@ -129,7 +131,9 @@ def fold_numbers(n: int, folds: int = 5, seed: int = 0, stars: Sequence = None) 
 train, test = train_test_rows(100)
 numbers = fold_numbers(11, folds=3)
 twice = fold_numbers(11, folds=3, stars=[*"abcdefghij", "a"])
-print(f"{len(train)} stars to learn from, {len(test)} to ask; folds {numbers}, with a star seen twice {twice}")
+print(
+    f"{len(train)} stars to learn from, {len(test)} to ask; folds {numbers}, with a star seen twice {twice}"
+)
 assert not set(train) & set(test) and np.ptp(np.bincount(numbers)) <= 1
 assert twice[10] == twice[0] and np.array_equal(twice[:10], numbers[:10])
 
@@ -1068,7 +1072,9 @@ with tempfile.TemporaryDirectory() as folder:
     with pytest.raises(LabError, match="checksum"):
         NearestStar.load(path)
 assert np.array_equal(again.training_labels_, model.training_labels_)
-assert infer(again, spectra[test])["flags"].tolist() == infer(model, spectra[test])["flags"].tolist()
+assert (
+    infer(again, spectra[test])["flags"].tolist() == infer(model, spectra[test])["flags"].tolist()
+)
 
 # %%
 raw = spectra[test]

@@ -26,23 +26,30 @@ from itertools import combinations_with_replacement
 from math import comb
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
-from astropy.table import Table
+from astropy.table import Row, Table
 from sklearn.utils.validation import check_is_fitted
 
-from stellar_lab.models import LabelModel, in_blocks, label_values, pair_index, single_threaded
+from stellar_lab.models import (
+    LabelModel,
+    in_blocks,
+    infer,
+    label_values,
+    pair_index,
+    single_threaded,
+)
 from stellar_lab.survey import LabError, Spectra, chip_slices, label_record, plot_spectrum
 
 # %%
 #| hide
 import tempfile
-from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 from IPython.display import Markdown
 from scipy.optimize import minimize_scalar
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 
 from stellar_lab.clean import apply_cuts, read_archive
 from stellar_lab.models import train_test_rows
@@ -65,116 +72,136 @@ from stellar_lab.survey import (
 # %%
 #| export
 @dataclass(frozen=True)
-class Vectorizer:
-    "Turns labels into the terms of a polynomial. The first term is the constant."
+class _Polynomial:
+    "Terms as rows of exponents: how they are named and written."
 
     label_names: tuple  # K names
     exponents: np.ndarray  # (T, K) integers; first row zero
+
+    def __len__(self):
+        return len(self.exponents)
+
+    @property
+    def terms(self) -> list:
+        "The terms as text, the constant as `1`."
+        return [self._text(row) for row in self.exponents]
+
+    def _text(self, row):
+        powers = [(name, power) for name, power in zip(self.label_names, row) if power]
+        return "*".join(n if power == 1 else f"{n}^{power}" for n, power in powers) or "1"
+
+
+def _exponents(term, label_names):
+    "The row of exponents of a term such as `TEFF*LOGG^2`."
+    row = np.zeros(len(label_names), dtype=int)
+    for factor in str(term).replace("**", "^").split("*"):
+        name, _, power = factor.strip().partition("^")
+        power = power or "1"
+        if name not in label_names:
+            raise LabError(
+                f"term {term!r} names {name!r}, which is not among the labels "
+                f"{', '.join(label_names)}"
+            )
+        if not power.isdigit() or int(power) < 1:
+            raise LabError(
+                f"term {term!r} has the power {power!r}: powers are whole numbers from 1"
+            )
+        row[label_names.index(name)] += int(power)
+    return row
+
+
+# %%
+assert _exponents("TEFF*LOGG^2", ("TEFF", "LOGG")).tolist() == [1, 2]
+_Polynomial(("TEFF", "LOGG"), np.array([[0, 0], [1, 0], [1, 2]])).terms
+
+
+# %% [markdown]
+# The value of a term is a product of powers, so all powers of all labels are computed once. The slope of a product follows from the rule of the school: the slope of one factor times the others, for each label in turn.
+
+# %%
+#| export
+class Vectorizer(_Polynomial):
+    """Turns labels into the terms of a polynomial; the first term is the constant.
+
+    Parameters
+    ----------
+    label_names : tuple of str
+        K names
+    exponents : (T, K) int array
+        a row per term; the first row is zero
+    """
 
     @classmethod
     def of_order(cls, label_names: Sequence, order: int) -> "Vectorizer":
         "All products of the labels up to a total power of `order`."
         K = len(label_names)
         factors = [
-            combination
+            np.array(factor, dtype=int)
             for degree in range(order + 1)
-            for combination in combinations_with_replacement(range(K), degree)
+            for factor in combinations_with_replacement(range(K), degree)
         ]
-        return cls(
-            tuple(label_names),
-            np.array([np.bincount(np.array(f, dtype=int), minlength=K) for f in factors]),
-        )
+        exponents = [np.bincount(factor, minlength=K) for factor in factors]
+        return cls(tuple(label_names), np.array(exponents))
 
     @classmethod
     def of_terms(cls, label_names: Sequence, terms: Sequence) -> "Vectorizer":
-        "The constant and the given terms, such as `TEFF^4` or `TEFF*LOGG`; unknown labels and powers are errors."
-        label_names = tuple(label_names)
-        rows = [np.zeros(len(label_names), dtype=int)]
-        for term in terms:
-            row = np.zeros(len(label_names), dtype=int)
-            for factor in str(term).replace("**", "^").split("*"):
-                name, _, power = factor.strip().partition("^")
-                if name not in label_names:
-                    raise LabError(
-                        f"term {term!r} names {name!r}, which is not among the labels {', '.join(label_names)}"
-                    )
-                if not (power or "1").isdigit() or int(power or 1) < 1:
-                    raise LabError(
-                        f"term {term!r} has the power {power!r}: powers are whole numbers from 1"
-                    )
-                row[label_names.index(name)] += int(power or 1)
-            rows.append(row)
+        "The constant and the given terms, such as `TEFF^4` or `TEFF*LOGG`; LabError for unknown ones."
+        names = tuple(label_names)
+        rows = [np.zeros(len(names), dtype=int), *(_exponents(term, names) for term in terms)]
         if len(np.unique(rows, axis=0)) < len(rows):
             raise LabError(f"a term occurs twice in {', '.join(map(str, terms))}")
-        return cls(label_names, np.array(rows))
+        return cls(names, np.array(rows))
 
-    @property
-    def terms(self) -> list:
-        "The terms as text, the constant as `1`."
+    def __call__(self, labels: np.ndarray) -> np.ndarray:
+        "The terms (N, T) of stars with scaled labels (N, K)."
+        factors = [power[:, e] for power, e in zip(_powers(self, labels), self.exponents.T)]
+        return reduce(np.multiply, factors)
 
-        def factor(name, power):
-            return name if power == 1 else f"{name}^{power}"
+    def derivative(self, labels: np.ndarray) -> np.ndarray:
+        "Derivative of each term with respect to each label, (N, T, K), at scaled labels (N, K)."
+        return _slopes(self, labels)
 
-        return [
-            "*".join(factor(n, p) for n, p in zip(self.label_names, row) if p) or "1"
-            for row in self.exponents
-        ]
+    def curvature(self, labels: np.ndarray, force: np.ndarray) -> np.ndarray:
+        "Second derivatives (N, K, K) of the terms, summed over the terms with `force` (N, T)."
+        return _curvature(self, labels, force)
 
-    def __len__(self):
-        return len(self.exponents)
 
-    def _powers(self, labels):  # K arrays (N, highest power + 1)
-        powers = [np.ones((len(labels.T), len(labels)))]
-        for _ in range(self.exponents.max(initial=1)):
-            powers.append(powers[-1] * labels.T)
-        return np.stack(powers, axis=-1)
+# %%
+#| export
+def _powers(vectorizer, labels):
+    "Powers of scaled labels (N, K): K arrays (N, highest power + 1)."
+    powers = [np.ones((len(labels.T), len(labels)))]
+    for _ in range(vectorizer.exponents.max(initial=1)):
+        powers.append(powers[-1] * labels.T)
+    return np.stack(powers, axis=-1)
 
-    def __call__(
-        self,
-        labels: np.ndarray,  # (N, K) scaled labels
-    ) -> np.ndarray:  # (N, T)
-        "The terms of each star."
-        return reduce(
-            np.multiply, [power[:, e] for power, e in zip(self._powers(labels), self.exponents.T)]
-        )
 
-    def derivative(
-        self,
-        labels: np.ndarray,  # (N, K) scaled labels
-    ) -> np.ndarray:  # (N, T, K)
-        "Derivative of each term with respect to each label."
-        powers = self._powers(labels)
-        factors = [power[:, e] for power, e in zip(powers, self.exponents.T)]
-        slopes = [e * power[:, np.maximum(e - 1, 0)] for power, e in zip(powers, self.exponents.T)]
-        return np.stack(
-            [
-                reduce(np.multiply, [*factors[:k], slope, *factors[k + 1 :]])
-                for k, slope in enumerate(slopes)
-            ],
-            axis=-1,
-        )
+def _slopes(vectorizer, labels):
+    "Derivative of each term with respect to each label, (N, T, K)."
+    powers = _powers(vectorizer, labels)
+    exponents = vectorizer.exponents.T
+    factors = [power[:, e] for power, e in zip(powers, exponents)]
+    slopes = [e * power[:, np.maximum(e - 1, 0)] for power, e in zip(powers, exponents)]
+    products = [
+        reduce(np.multiply, [*factors[:k], slope, *factors[k + 1 :]])
+        for k, slope in enumerate(slopes)
+    ]
+    return np.stack(products, axis=-1)
 
-    def curvature(
-        self,
-        labels: np.ndarray,  # (N, K) scaled labels
-        force: np.ndarray,  # (N, T)
-    ) -> np.ndarray:  # (N, K, K)
-        "Second derivatives of the terms, summed over the terms with `force`."
-        at = (
-            labels if self.exponents.sum(axis=1).max() > 2 else labels[:1]
-        )  # a quadratic bends the same everywhere
-        lowered = [
-            Vectorizer(self.label_names, np.maximum(self.exponents - step, 0))
-            for step in np.eye(len(self.label_names), dtype=int)
-        ]
-        bend = np.stack(
-            [e[:, None] * term.derivative(at) for e, term in zip(self.exponents.T, lowered)], axis=2
-        )  # (N or 1, T, K, K)
-        return (
-            np.einsum("nt,ntjk->njk", force, bend)
-            if len(at) > 1
-            else np.tensordot(force, bend[0], axes=1)
-        )
+
+def _curvature(vectorizer, labels, force):
+    "Second derivatives of the terms, summed over the terms with `force`: (N, K, K)."
+    exponents = vectorizer.exponents
+    quadratic = exponents.sum(axis=1).max() <= 2
+    at = labels[:1] if quadratic else labels  # a quadratic bends the same everywhere
+    bends = []
+    for e, step in zip(exponents.T, np.eye(exponents.shape[1], dtype=int)):
+        lowered = Vectorizer(vectorizer.label_names, np.maximum(exponents - step, 0))
+        bends.append(e[:, None] * lowered.derivative(at))
+    bend = np.stack(bends, axis=2)  # (N or 1, T, K, K)
+    if len(at) > 1:
+        return np.einsum("nt,ntjk->njk", force, bend)
+    return np.tensordot(force, bend[0], axes=1)
 
 
 # %%
@@ -221,7 +248,7 @@ with pytest.raises(LabError, match="term 'a\\*z' names 'z', which is not among t
 # The weighted fit of pixel $p$ solves the normal equations $A_p\boldsymbol\theta_p = \mathbf b_p$ with
 # $$ A_p = \sum_n w_{np}\,\mathbf v_n\mathbf v_n^\mathsf T ,\qquad \mathbf b_p = \sum_n w_{np} f_{np}\,\mathbf v_n . $$
 # The outer products $\mathbf v_n\mathbf v_n^\mathsf T$ do not depend on the pixel. Written out as the $T(T+1)/2$ distinct products of two terms, they are a matrix $Q$ of
-# one row a star, and *all* $A_p$ are one matrix product $W^\mathsf T Q$. The lab looped over pixels with a dense weight matrix each; this is the
+# one row per star, and *all* $A_p$ are one matrix product $W^\mathsf T Q$. The original lab looped over pixels with a dense weight matrix each; this is the
 # same sum in another order, some hundred times faster.
 #
 # Pixels are independent, so blocks of them run in threads side by side, each block small enough to stay in the processor's cache.
@@ -235,10 +262,8 @@ with pytest.raises(LabError, match="term 'a\\*z' names 'z', which is not among t
 
 # %%
 #| export
-SCATTER_ROUNDS, SCATTER_TOLERANCE = (
-    40,
-    1e-4,
-)  # at most this many fits a pixel; done when no scatter moves by more than this share
+_SCATTER_ROUNDS = 40  # fits per pixel at most
+_SCATTER_TOLERANCE = 1e-4  # done when no scatter moves by more than this share
 
 
 def _solve(weight, flux, design, products, place):
@@ -255,34 +280,89 @@ def _scatter_step(residual2, ivar, variance, scatter2):
 
 
 def _fit_block(flux, ivar, design, products, place, scatter):
-    "Coefficients (B, T) and scatter (B,) of a block of pixels that have enough stars; flux and ivar are (N, B) float64."
+    "Coefficients (B, T) and scatter (B,) of pixels that have enough stars; flux, ivar (N, B) float64."
     theta = _solve(ivar, flux, design, products, place)
     scatter2 = np.zeros(flux.shape[1])
     if not scatter:
         return theta, scatter2
     variance = 1 / np.where(ivar > 0, ivar, np.inf)
-    moving = np.arange(flux.shape[1])
-    for _ in range(SCATTER_ROUNDS):
-        f, w, var = flux[:, moving], ivar[:, moving], variance[:, moving]
+    moving = np.arange(flux.shape[1])  # pixels whose scatter has not settled
+    for _ in range(_SCATTER_ROUNDS):
+        f = flux[:, moving]
+        w = ivar[:, moving]
         residual2 = (f - design @ theta[moving].T) ** 2
-        before, now = scatter2[moving], scatter2[moving]
+        before = scatter2[moving]
+        now = before
         for _ in range(3):
-            now = _scatter_step(residual2, w, var, now)
+            now = _scatter_step(residual2, w, variance[:, moving], now)
         theta[moving] = _solve(w / (1 + w * now), f, design, products, place)
         scatter2[moving] = now
-        moving = moving[np.abs(np.sqrt(now) - np.sqrt(before)) > SCATTER_TOLERANCE * np.sqrt(now)]
+        change = np.abs(np.sqrt(now) - np.sqrt(before))
+        moving = moving[change > _SCATTER_TOLERANCE * np.sqrt(now)]
         if not len(moving):
             break
     return theta, scatter2
 
 
+# %%
+rng = np.random.default_rng(0)
+design = Vectorizer.of_order("a", 1)(rng.normal(size=(500, 1)))
+flux = design @ [[1.0], [0.2]] + rng.normal(scale=np.hypot(0.03, 0.04), size=(500, 1))
+i, j, place = pair_index(2)
+known_noise = np.full(flux.shape, 0.03**-2)
+theta, scatter2 = _fit_block(flux, known_noise, design, design[:, i] * design[:, j], place, True)
+print(f"coefficients {theta[0].round(3)}, scatter {np.sqrt(scatter2[0]):.4f} where 0.04 was put in")
+assert abs(np.sqrt(scatter2[0]) / 0.04 - 1) < 0.1 and np.allclose(theta[0], [1, 0.2], atol=0.01)
+
+
 # %% [markdown]
 # ## The estimator
-# `Cannon` is an estimator as scikit-learn means it: parameters in the constructor, `fit` returns the object, what was learned ends in an underscore.
-# Labels come and go in physical units; inside, they are standardized on the training set (mean 0, variance 1), so that a kelvin and a dex weigh alike.
-# A pixel with too few good stars is *marked*: its coefficients are NaN, and the inversion gives it no weight. What cannot be fitted must not look fitted.
-# How training stars come in and how labels are scaled is common to all models of this lab, so that stands in a class of its own, `LabelModel`, which the networks of
-# chapter 9 share.
+# `Cannon` is an estimator as scikit-learn means it: parameters in the constructor, `fit` returns the object, what was learned ends in an underscore. How training stars come in and how labels are scaled is
+# [common to all models](04_models.ipynb). Two rules are its own. A pixel with too few good stars is *marked*: its coefficients are NaN, and the inversion gives it no weight. What cannot be fitted must not look fitted.
+# And a polynomial with more terms than stars is refused before anything is computed.
+
+# %%
+#| export
+def _check_terms(n_terms, n_stars, n_labels):
+    "LabError where the stars cannot determine the terms, before these are written out."
+    if n_terms > n_stars:
+        raise LabError(
+            f"{n_stars} training stars cannot determine {n_terms} terms in {n_labels} labels: "
+            "take more stars, a lower order or fewer labels"
+        )
+
+
+def _fit_pixels(flux, ivar, design, min_stars, scatter):
+    """All pixels at once: coefficients (P, T), scatter (P,), and good pixels and chi2 (N,) of each star."""
+    T = design.shape[1]
+    i, j, place = pair_index(T)
+    products = design[:, i] * design[:, j]
+
+    def work(pixels):
+        f = flux[:, pixels].copy()
+        w = ivar[:, pixels]
+        good = w > 0
+        f[~good] = 0  # whatever is in an unusable pixel, NaN included
+        theta = np.full((f.shape[1], T), np.nan)
+        scatter2 = np.full(f.shape[1], np.nan)
+        usable = good.sum(axis=0, dtype=np.int32) >= min_stars
+        if not usable.all():
+            f, w, good = (part[:, usable] for part in (f, w, good))
+        theta[usable], scatter2[usable] = _fit_block(
+            f.astype(float), w.astype(float), design, products, place, scatter
+        )
+        if scatter:
+            w = w / (1 + w * scatter2[usable].astype(w.dtype))
+        f -= (design @ theta[usable].T).astype(f.dtype)
+        chi2 = np.einsum("np,np,np->n", w, f, f)
+        return theta, np.sqrt(scatter2), good.sum(axis=1, dtype=np.int32), chi2
+
+    theta, scatters, n_good, chi2 = zip(*in_blocks(work, flux.shape[1]))
+    return np.concatenate(theta), np.concatenate(scatters), sum(n_good), sum(chi2)
+
+
+# %% [markdown]
+# What a trained model knows of its pixels, and how it draws spectra, comes first; the class that is trained inherits it.
 
 # %%
 #| export
@@ -290,85 +370,8 @@ _POOR_FIT_FACTOR = 1.5  # the limit of chi2 per pixel is this times …
 _POOR_FIT_QUANTILE = 0.99  # … this quantile of the training stars
 
 
-class Cannon(LabelModel):
-    "Generative model of a spectrum: each pixel a polynomial of the labels (Ness et al. 2015)."
-
-    def __init__(
-        self,
-        order: int = 2,  # highest total power, where `terms` does not say otherwise
-        terms: Sequence = None,  # terms beside the constant, such as "TEFF^4" or "TEFF*LOGG"
-        scatter: bool = False,  # fit an intrinsic scatter per pixel
-        labels: Sequence = None,  # names of the labels to learn from a `Spectra`; by default all that it holds
-        pivots: Sequence = None,  # (K,) subtracted from the labels; by default the training mean
-        scales: Sequence = None,  # (K,) divides them; by default the training standard deviation
-        min_stars: int = None,  # good stars that a pixel needs; by default twice the number of terms
-    ):
-        self.order, self.terms, self.scatter, self.labels = order, terms, scatter, labels
-        self.pivots, self.scales, self.min_stars = pivots, scales, min_stars
-
-    def fit(
-        self,
-        labels,  # (N, K) physical units, or a `Spectra` that holds everything
-        flux: np.ndarray = None,  # (N, P) relative to the continuum
-        ivar: np.ndarray = None,  # (N, P) inverse variance, 0 where unusable; all 1 by default
-        label_names: Sequence = None,
-        wavelength: np.ndarray = None,  # (P,) [Angstrom, vacuum]
-    ) -> "Cannon":
-        "Learn the spectrum from stars with known labels."
-        flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
-        names = self.label_names_
-        self.vectorizer_ = (
-            Vectorizer.of_order(names, self.order)
-            if self.terms is None
-            else Vectorizer.of_terms(names, self.terms)
-        )
-        self._fit_pixels(flux, ivar)
-        return self
-
-    def _fit_pixels(self, flux, ivar):
-        design = self.vectorizer_(self.scale(self.training_labels_))
-        T, min_stars = len(self.vectorizer_), self._min_stars()
-        with single_threaded():  # threads of BLAS would go on spinning in the way of ours
-            rank = np.linalg.matrix_rank(design)
-        if rank < T:
-            raise LabError(
-                f"{len(design)} training stars determine only {rank} of {T} terms: take more stars, a lower order or fewer labels"
-            )
-        i, j, place = pair_index(T)
-        products = design[:, i] * design[:, j]
-
-        def work(pixels):
-            f, w = flux[:, pixels].copy(), ivar[:, pixels]
-            good = w > 0
-            f[~good] = 0  # whatever stands in an unusable pixel, NaN included
-            theta, scatter2 = np.full((f.shape[1], T), np.nan), np.full(f.shape[1], np.nan)
-            usable = good.sum(axis=0, dtype=np.int32) >= min_stars
-            f, w, good = (
-                (f, w, good) if usable.all() else (f[:, usable], w[:, usable], good[:, usable])
-            )
-            theta[usable], scatter2[usable] = _fit_block(
-                f.astype(float), w.astype(float), design, products, place, self.scatter
-            )
-            if self.scatter:
-                w = w / (1 + w * scatter2[usable].astype(w.dtype))
-            f -= (design @ theta[usable].T).astype(f.dtype)
-            return (
-                theta,
-                np.sqrt(scatter2),
-                good.sum(axis=1, dtype=np.int32),
-                np.einsum("np,np,np->n", w, f, f),
-            )
-
-        theta, scatter, n_good, chi2 = zip(*in_blocks(work, flux.shape[1]))
-        self.theta_, self.scatter_ = np.concatenate(theta), np.concatenate(scatter)
-        n_good, chi2 = sum(n_good), sum(chi2)
-        self.training_chi2_ = chi2 / np.maximum(
-            n_good, 1
-        )  # a pixel, each training star at its own labels
-        self.training_digest_ = self._digest(n_good, chi2)
-
-    def _min_stars(self):
-        return 2 * len(self.vectorizer_) if self.min_stars is None else self.min_stars
+class _PixelPolynomials(LabelModel):
+    "A trained Cannon: coefficients ``theta_`` (P, T) and ``scatter_`` (P,), and what follows from them."
 
     @property
     def usable_(self) -> np.ndarray:
@@ -392,31 +395,18 @@ class Cannon(LabelModel):
         "chi2 per pixel from which a fit counts as poor, from that of the training stars."
         return _POOR_FIT_FACTOR * float(np.quantile(self.training_chi2_, _POOR_FIT_QUANTILE))
 
-    def _labels(self, labels):
+    def _scaled_labels(self, labels):
+        "Scaled labels (N, K) from physical ones, an array or a table that `infer` gave."
         check_is_fitted(self, "theta_")
-        if isinstance(labels, Table):
-            labels = label_values(labels, self.label_names_)
+        if isinstance(labels, (Table, Row)):
+            labels = label_values(Table(labels), self.label_names_)
         labels = np.atleast_2d(np.asarray(labels, dtype=float))
         if labels.shape[1] != len(self.label_names_):
             raise LabError(
-                f"{labels.shape[1]} labels a star, but the model has {len(self.label_names_)}: {', '.join(self.label_names_)}"
+                f"{labels.shape[1]} labels per star, but the model has {len(self.label_names_)}: "
+                f"{', '.join(self.label_names_)}"
             )
         return self.scale(labels)
-
-    def predict(
-        self,
-        labels,  # (N, K) physical units
-    ) -> np.ndarray:  # (N, P) float64; NaN in pixels that could not be fitted
-        "Spectra of stars with these labels."
-        return self.vectorizer_(self._labels(labels)) @ self.theta_.T
-
-    def derivative(
-        self,
-        labels,  # (N, K) physical units
-    ) -> np.ndarray:  # (N, K, P) float64, flux per unit of the label
-        "How the spectrum changes with each label."
-        slopes = self.vectorizer_.derivative(self._labels(labels)) / self.scales_
-        return np.swapaxes(slopes, 1, 2) @ self.theta_.T
 
     def _learned(self):
         learned = super()._learned()
@@ -426,8 +416,200 @@ class Cannon(LabelModel):
     @classmethod
     def _from_tree(cls, tree):
         model = super()._from_tree(tree)
-        model.vectorizer_ = Vectorizer(model.label_names_, np.array(tree["exponents"]))
+        model.vectorizer_ = Vectorizer(model.label_names_, tree["exponents"])
         return model
+
+
+# %%
+#| export
+class Cannon(_PixelPolynomials):
+    """Generative model of a spectrum: each pixel a polynomial of the labels.
+
+    The flux of star n in pixel p is theta_p . v(labels_n) + noise, with the variance
+    sigma_np^2 + s_p^2 (Ness et al. 2015, ApJ 808, 16; arbitrary terms as in Casey et al. 2016).
+
+    Parameters
+    ----------
+    order : int, default 2
+        highest total power of the labels, where `terms` does not say otherwise
+    terms : sequence of str, optional
+        terms beside the constant, such as ``"TEFF^4"`` or ``"TEFF*LOGG"``
+    scatter : bool, default False
+        fit an intrinsic scatter s_p for each pixel, so that pixels which the labels do not explain
+        weigh less
+    labels : sequence of str, optional
+        names of the labels to learn from a `Spectra`, in any case; by default all that it holds
+    pivots, scales : (K,) sequences, optional
+        subtracted from, and divided into, the labels; by default mean and standard deviation of the
+        training stars
+    min_stars : int, optional
+        good stars that a pixel needs; by default twice the number of terms
+
+    Attributes
+    ----------
+    theta_ : (P, T) array
+        coefficients of the scaled labels' terms; NaN in pixels with too few stars
+    scatter_ : (P,) array
+        s_p, in units of the flux
+    label_names_ : tuple of str
+    vectorizer_ : Vectorizer
+    training_labels_ : (N, K) array
+    training_chi2_ : (N,) array
+        per pixel, of each training star at its catalogue labels
+
+    Notes
+    -----
+    The errors that `infer` gives with a freshly trained model are formal, ten times too small.
+    `with_error_model` calibrates them on left-out stars; `stellar_lab.train` does all of it.
+    In scikit-learn's words X are the labels and y is the flux: `cross_val_predict(Cannon(), labels,
+    flux)` gives left-out spectra, and `Pipeline`, `GridSearchCV`, `clone` work. To judge labels use
+    `cross_label`.
+
+    Examples
+    --------
+    >>> from stellar_lab import Cannon, infer
+    >>> from stellar_lab.archives import real_stars
+    >>> stars = real_stars()[:120]
+    >>> model = Cannon(order=1, scatter=True, labels=["TEFF", "LOGG", "M_H"]).fit(stars)
+    >>> model.predict([[4500, 2.0, -0.3]]).shape
+    (1, 7214)
+    >>> infer(model, stars[:2]).colnames[:3]
+    ['apogee_id', 'teff', 'teff_err']
+    """
+
+    def __init__(
+        self,
+        order: int = 2,
+        terms: Sequence = None,
+        scatter: bool = False,
+        labels: Sequence = None,
+        pivots: Sequence = None,
+        scales: Sequence = None,
+        min_stars: int = None,
+    ):
+        self.order = order
+        self.terms = terms
+        self.scatter = scatter
+        self.labels = labels
+        self.pivots = pivots
+        self.scales = scales
+        self.min_stars = min_stars
+
+    def fit(self, labels, flux=None, ivar=None, label_names=None, wavelength=None) -> "Cannon":
+        """Learn the spectrum from stars with known labels.
+
+        Parameters
+        ----------
+        labels : (N, K) array, DataFrame, Table or Spectra
+            physical units; a table's columns name the labels; a `Spectra` holds everything
+        flux : (N, P) array, optional
+            relative to the continuum
+        ivar : (N, P) array, optional
+            inverse variance, 0 where unusable; all 1 by default
+        label_names : sequence of str, optional
+            K names, in any case
+        wavelength : (P,) array, optional
+            Angstrom, vacuum
+
+        Returns
+        -------
+        Cannon
+            itself
+
+        Raises
+        ------
+        LabError
+            where shapes do not fit, a label is missing, or there are too few stars for the terms
+        """
+        flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
+        self.vectorizer_ = self._vectorizer()
+        design = self.vectorizer_(self.scale(self.training_labels_))
+        T = len(self.vectorizer_)
+        with single_threaded():
+            rank = np.linalg.matrix_rank(design)
+        if rank < T:
+            raise LabError(
+                f"{len(design)} training stars determine only {rank} of {T} terms: "
+                "take more stars, a lower order or fewer labels"
+            )
+        min_stars = 2 * T if self.min_stars is None else self.min_stars
+        self.theta_, self.scatter_, n_good, chi2 = _fit_pixels(
+            flux, ivar, design, min_stars, self.scatter
+        )
+        self.training_chi2_ = chi2 / np.maximum(n_good, 1)
+        self.training_digest_ = self._digest(n_good, chi2)
+        return self
+
+    def _vectorizer(self):
+        "The terms, unless there are too many for the stars."
+        names = self.label_names_
+        if self.terms is None:
+            if not isinstance(self.order, (int, np.integer)) or self.order < 0:
+                raise LabError(f"order is {self.order!r}: it must be 0, 1, 2, …")
+            n_terms = comb(len(names) + self.order, self.order)
+        else:
+            n_terms = len(self.terms) + 1
+        _check_terms(n_terms, len(self.training_labels_), len(names))
+        if self.terms is None:
+            return Vectorizer.of_order(names, self.order)
+        return Vectorizer.of_terms(names, self.terms)
+
+    def predict(self, labels) -> np.ndarray:
+        """Spectra of stars with these labels.
+
+        Parameters
+        ----------
+        labels : (N, K) array or Table
+            physical units; a table may be what `infer` gave
+
+        Returns
+        -------
+        (N, P) float64 array
+            relative to the continuum; NaN in pixels that could not be fitted
+        """
+        scaled = self._scaled_labels(labels)
+        return self.vectorizer_(scaled) @ self.theta_.T
+
+    def derivative(self, labels) -> np.ndarray:
+        """How the spectrum changes with each label.
+
+        Parameters
+        ----------
+        labels : (N, K) array or Table
+            physical units
+
+        Returns
+        -------
+        (N, K, P) float64 array
+            flux per unit of the label
+        """
+        scaled = self._scaled_labels(labels)
+        slopes = self.vectorizer_.derivative(scaled) / self.scales_
+        return np.swapaxes(slopes, 1, 2) @ self.theta_.T
+
+    def score(self, labels, flux, ivar=None) -> float:
+        """The share of the flux's variance that the model explains, R^2, as scikit-learn defines it.
+
+        Parameters
+        ----------
+        labels : (N, K) array or Table
+        flux : (N, P) array
+        ivar : (N, P) array, optional
+            weights, 0 where unusable; all 1 by default
+
+        Returns
+        -------
+        float
+            1 for a perfect model, 0 for the mean spectrum; over pixels that could be fitted
+        """
+        flux = np.asarray(flux, dtype=float)
+        weight = np.ones(flux.shape) if ivar is None else np.asarray(ivar, dtype=float)
+        weight = np.where(self.usable_ & np.isfinite(flux), weight, 0)
+        seen = np.where(weight > 0, flux, 0)
+        mean = (weight * seen).sum(axis=0) / np.maximum(weight.sum(axis=0), 1e-30)
+        model = np.nan_to_num(self.predict(labels))
+        explained = (weight * (seen - model) ** 2).sum() / (weight * (seen - mean) ** 2).sum()
+        return float(1 - explained)
 
 
 # %% [markdown]
@@ -468,6 +650,22 @@ assert np.all(np.abs(model.scatter_[:150] - 0.02) < 5 * 0.02 / np.sqrt(2 * 400) 
 assert np.median(model.scatter_[150:]) < 0.004
 
 # %% [markdown]
+# Mistakes are answered at once. Spectra given as labels would ask for millions of terms; too many terms for the stars are named before they are written out.
+
+# %%
+with pytest.raises(LabError, match="labels come first, then flux"):
+    Cannon().fit(flux, labels)
+with pytest.raises(LabError, match="400 training stars cannot determine 8008 terms in 6 labels"):
+    Cannon(order=10).fit(np.hstack([labels, labels]), flux)
+with pytest.raises(LabError, match="order is 2.5"):
+    Cannon(order=2.5).fit(labels, flux)
+with pytest.raises(NotFittedError):
+    Cannon().predict(labels)
+lower = Cannon(order=1).fit(labels, flux, ivar, ["teff", "logg", "age"])
+assert lower.label_names_ == ("TEFF", "LOGG", "age")
+assert 0.9 < model.score(labels, flux, ivar) < 1 and model.score(labels[::-1], flux) < 0.1
+
+# %% [markdown]
 # ## Real stars
 # The training set: the stars of the archive at hand that pass its cuts, normalized. `training_set` is the way all later chapters, and the command line,
 # get it.
@@ -484,17 +682,32 @@ spectra
 
 # %%
 #| export
-def plot_labels(labels, names, axes=None, **histogram):
-    "Histograms of labels (N, K), one panel each; returns the Axes."
-    axes = (
-        plt.subplots(1, len(names), figsize=(2 * len(names), 2), sharey=True)[1]
-        if axes is None
-        else axes
-    )
-    for ax, name, column in zip(np.atleast_1d(axes), names, np.asarray(labels).T):
+def plot_labels(labels, names: Sequence, axes=None, **histogram):
+    """Histograms of labels, one panel each.
+
+    Parameters
+    ----------
+    labels : (N, K) array
+    names : sequence of str
+        of the K labels
+    axes : array of Axes, optional
+        K panels; made by default
+    **histogram
+        for `Axes.hist`
+
+    Returns
+    -------
+    array of Axes
+    """
+    import matplotlib.pyplot as plt
+
+    if axes is None:
+        _, axes = plt.subplots(1, len(names), figsize=(2 * len(names), 2), sharey=True)
+    axes = np.atleast_1d(axes)
+    for ax, name, column in zip(axes, names, np.asarray(labels).T):
         ax.hist(column, **({"bins": 25} | histogram))
-        ax.set_xlabel(LABELS[name].axis if name in LABELS else name)
-    np.atleast_1d(axes)[0].set_ylabel("stars")
+        ax.set_xlabel(label_record(name).axis)
+    axes[0].set_ylabel("stars")
     return axes
 
 
@@ -513,42 +726,77 @@ assert np.allclose(model.unscale(scaled), spectra[train].labels(names))
 
 
 # %% [markdown]
-# ### Four stars and their models
-# The model draws each training star from its catalogue labels alone. The error stands on the second axis, and the rms difference in the title counts good
-# pixels only.
+# ### Three stars and their models
+# The model draws each training star from its catalogue labels alone. Below each star is what is left, over a grey band as wide as the survey's stated error; the rms
+# difference in the title counts good pixels only.
 
 # %%
 #| export
-def plot_fit(
-    spectra: Spectra,
-    row: int,  # the star
-    model_flux: np.ndarray,  # (P,) what the model says
-    window: tuple = None,  # (low, high) [Angstrom]
-    ax=None,
-    name: str = None,
-):
-    "A star, the model's spectrum over it, the error on a second axis; the title holds the rms over good pixels. Returns the Axes."
-    flux, ivar = spectra.flux[row], spectra.ivar[row]
-    good = (ivar > 0) & np.isfinite(model_flux)
-    rms = np.sqrt(np.mean((flux - model_flux)[good] ** 2))
-    name = spectra.stars["APOGEE_ID"][row] if name is None else name
-    ax = plot_spectrum(
-        spectra.wavelength, flux, ivar, window, error=True, ax=ax, color="k", label="star"
-    )
-    plot_spectrum(
-        spectra.wavelength, model_flux, good, window, ax=ax, color="C3", alpha=0.8, label="model"
-    )
-    ax.set(title=f"{name}: rms {rms:.4f}", ylabel="flux / continuum", ylim=(0.4, 1.25))
-    ax.legend(loc="lower right", ncols=2, frameon=False)
-    return ax
+def plot_fit(model, spectra: Spectra, row: int, labels=None, window=None, axes=None, name=None):
+    """A star, the model's spectrum over it, and below what is left: star - model.
+
+    Parameters
+    ----------
+    model : Cannon
+        or another fitted model with `predict`
+    spectra : Spectra
+        relative to the continuum
+    row : int
+        the star
+    labels : (K,) array or table of one row, optional
+        of the model's spectrum; by default those that `infer` finds
+    window : (low, high), optional
+        part of the spectrum [Angstrom]
+    axes : two Axes, optional
+        for the spectrum and for the residuals; made by default
+    name : str, optional
+        of the star, for the title
+
+    Returns
+    -------
+    array of two Axes
+
+    Examples
+    --------
+    >>> from stellar_lab import Cannon, plot_fit
+    >>> from stellar_lab.archives import real_stars
+    >>> stars = real_stars()[:120]
+    >>> model = Cannon(order=1, labels=["TEFF", "LOGG", "M_H"]).fit(stars)
+    >>> axes = plot_fit(model, stars, 3, window=(15990, 16210))
+    """
+    import matplotlib.pyplot as plt
+
+    star = spectra[[row]]
+    made = model.predict(infer(model, star) if labels is None else labels)[0]
+    if axes is None:
+        _, axes = plt.subplots(
+            2, 1, figsize=(9, 3.6), sharex=True, height_ratios=(3, 1), layout="constrained"
+        )
+    good = (star.ivar[0] > 0) & np.isfinite(made)
+    left = star.flux[0] - made
+    name = star.stars["APOGEE_ID"][0] if name is None else name
+    grid = star.wavelength
+    plot_spectrum(grid, star.flux[0], star.ivar[0], window, ax=axes[0], color="k", label="star")
+    plot_spectrum(grid, made, good, window, ax=axes[0], color="C3", alpha=0.8, label="model")
+    rms = np.sqrt(np.mean(left[good] ** 2))
+    axes[0].set(title=f"{name}: rms {rms:.4f}", xlabel=None, ylabel="flux / continuum")
+    axes[0].set(ylim=(0.4, 1.25))
+    axes[0].legend(loc="upper right", ncols=2, frameon=False)
+    plot_spectrum(grid, left, good, window, ax=axes[1], color="C3", lw=0.7)
+    sigma = 1 / np.sqrt(np.where(good, star.ivar[0], np.nan))
+    axes[1].fill_between(grid, -sigma, sigma, color="0.8", lw=0, zorder=0, label="1-sigma error")
+    axes[1].set(ylabel="star - model", ylim=(-0.06, 0.06))
+    return axes
 
 
 # %%
-rows = train[:4]
-fig, axes = plt.subplots(4, 1, figsize=(9, 9), sharex=True)
-for ax, row, flux in zip(axes, rows, model.predict(spectra[rows].labels(names))):
-    plot_fit(spectra, row, flux, (15990, 16210), ax)
-    ax.label_outer()
+rows = train[:3]
+fig, axes = plt.subplots(
+    6, 1, figsize=(9, 9), sharex=True, height_ratios=(3, 1) * 3, layout="constrained"
+)
+for pair, row in zip(axes.reshape(3, 2), rows):
+    plot_fit(model, spectra, row, spectra[[row]].labels(names), (15990, 16210), pair)
+    pair[1].label_outer()
 
 # %%
 #| echo: false
@@ -574,7 +822,7 @@ assert (
 )
 
 # %% [markdown]
-# ## Witnesses
+# ## Two reference implementations
 # The batched fit against the plain one, pixel by pixel, on fifty real pixels: `numpy.linalg.lstsq` on rows weighted by $1/\sigma$. The predicted spectra
 # must agree to a millionth. And the scatter against a general optimizer that knows nothing of scoring steps: it maximizes the likelihood over $s$, with the fit
 # redone inside.
@@ -591,28 +839,29 @@ for pixel in np.flatnonzero(plain.usable_)[::140]:
 
 
 # %%
-def minus_log_likelihood(s, flux, variance):
+def minus_log_likelihood(s, flux, variance, design):
     total = variance + s**2
     fit = np.linalg.lstsq(design / np.sqrt(total)[:, None], flux / np.sqrt(total))[0]
     return 0.5 * np.sum((flux - design @ fit) ** 2 / total + np.log(total))
 
 
-for pixel in np.flatnonzero(model.usable_ & (model.scatter_ > 0))[100::900]:
+def slow_scatter(pixel):
+    "The most likely scatter of a pixel, by a general optimizer."
     good = spectra[train].ivar[:, pixel] > 0
-    flux, variance = (
-        spectra[train].flux[good, pixel].astype(float),
-        1 / spectra[train].ivar[good, pixel].astype(float),
-    )
-    full_design, design = design, design[good]
-    slow = minimize_scalar(
+    flux = spectra[train].flux[good, pixel].astype(float)
+    variance = 1 / spectra[train].ivar[good, pixel].astype(float)
+    search = minimize_scalar(
         minus_log_likelihood,
         bounds=(0, 0.2),
-        args=(flux, variance),
+        args=(flux, variance, design[good]),
         method="bounded",
         options={"xatol": 1e-8},
-    ).x
-    design = full_design
-    assert abs(model.scatter_[pixel] / slow - 1) < 1e-2, (pixel, model.scatter_[pixel], slow)
+    )
+    return search.x
+
+
+for pixel in np.flatnonzero(model.usable_ & (model.scatter_ > 0))[100::900]:
+    assert abs(model.scatter_[pixel] / slow_scatter(pixel) - 1) < 1e-2, pixel
 
 # %% [markdown]
 # A pixel that almost no star has must be marked, and whatever stands in unusable pixels, NaN included, must not matter.
@@ -680,7 +929,7 @@ for ax, name, slope in zip(axes, names, slopes):
 
 # %% [markdown]
 # **What to see.** More metals, deeper lines: the slope of the metallicity is negative almost everywhere, and strongest in the lines. A hotter star has
-# weaker lines: there the temperature points up. Where two panels look alike, two labels are hard to tell apart; the next chapter's covariance says so.
+# weaker lines: there the temperature points up. Where two panels look alike, two labels are hard to tell apart; the covariance of [the inversion](06_inversion.ipynb) says so.
 #
 # Against finite differences, at a star that is not the mean:
 
@@ -719,28 +968,44 @@ assert again.get_params() == model.get_params() and again.training_digest_ == mo
 
 # %%
 assert clone(model).get_params() == model.get_params() and not hasattr(clone(model), "theta_")
-with pytest.raises(LabError, match="2 labels a star, but the model has"):
+with pytest.raises(LabError, match="2 labels per star, but the model has"):
     model.predict([[4500, 2.0]])
-with pytest.raises(LabError, match="10 training stars determine only 10 of"):
+with pytest.raises(LabError, match=r"10 training stars cannot determine \d+ terms"):
     Cannon(labels=names).fit(spectra[:10])
 
 # %% [markdown]
 # ## The pixels without lines
-# Normalization needs pixels that lines hardly touch (chapter 3), and the model knows which these are: the ones whose flux is near one at the mean labels and whose linear
+# [Normalization](03_normalize.ipynb) needs pixels that lines hardly touch, and the model knows which these are: the ones whose flux is near one at the mean labels and whose linear
 # coefficients are small. But the model needs normalized spectra first. [Ness et al. 2015](https://doi.org/10.1088/0004-637X/808/1/16) break the circle
 # with a *naive* continuum: in runs of 100 pixels the flux that nine tenths of the pixels stay below, and a parabola through these. It lies wrong by a
 # percent or two, smoothly, and that is good enough to find the quiet pixels.
 
 # %%
 #| export
-NAIVE_RUN, NAIVE_QUANTILE = 100, 0.9
+_NAIVE_RUN = 100  # pixels
+_NAIVE_QUANTILE = 0.9
 
 
-def naive_normalize(
-    spectra: Spectra,  # raw flux
-) -> Spectra:
-    "Divide each chip by a parabola through the upper edge of the flux; masked pixels are left out."
-    flux, ivar = spectra.flux.copy(), spectra.ivar.copy()
+def naive_normalize(spectra: Spectra) -> Spectra:
+    """Divide each chip by a parabola through the upper edge of the flux.
+
+    Parameters
+    ----------
+    spectra : Spectra
+        raw flux; masked pixels are left out
+
+    Returns
+    -------
+    Spectra
+        flux relative to a continuum that lies wrong by a percent or two, smoothly
+
+    Raises
+    ------
+    LabError
+        where a chip has fewer than 300 pixels
+    """
+    flux = spectra.flux.copy()
+    ivar = spectra.ivar.copy()
     if spectra.mask is not None:
         ivar[spectra.mask != 0] = 0
     for name, chip in chip_slices(spectra.wavelength).items():
@@ -754,56 +1019,79 @@ def naive_normalize(
 
 
 def _upper_edge(flux, chip):
-    "High quantile of each run of pixels (N, R), where the runs are (R,), and where the pixels are (P,)."
-    runs = flux.shape[1] // NAIVE_RUN
+    "High quantile of each run of pixels (N, R), places of the runs (R,) and of the pixels (P,)."
+    runs = flux.shape[1] // _NAIVE_RUN
     if runs < 3:
         raise LabError(
-            f"the {chip} chip has {flux.shape[1]} pixels: a naive continuum needs {3 * NAIVE_RUN}"
+            f"the {chip} chip has {flux.shape[1]} pixels: a naive continuum needs {3 * _NAIVE_RUN}"
         )
     place = np.linspace(-1, 1, flux.shape[1])
-    cut = np.sort(
-        flux[:, : runs * NAIVE_RUN].reshape(len(flux), runs, NAIVE_RUN), axis=2
-    )  # NaN last
-    good = np.isfinite(cut).sum(axis=2)
-    rank = np.maximum(np.round(NAIVE_QUANTILE * (good - 1)), 0).astype(int)
-    edge = np.take_along_axis(cut, rank[:, :, None], axis=2)[:, :, 0].astype(float)
-    level = np.nan_to_num(
-        np.nanmedian(
-            np.where((good > 0).any(axis=1, keepdims=True), edge, 0), axis=1, keepdims=True
-        )
-    )
-    return (
-        np.where(good > NAIVE_RUN // 10, edge, level),
-        place[: runs * NAIVE_RUN].reshape(runs, NAIVE_RUN).mean(axis=1),
-        place,
-    )
-
-
-def find_continuum_pixels(
-    spectra: Spectra,  # raw flux, with labels
-    labels: Sequence = None,  # label names; all of the spectra's by default
-    share: float = 529 / 7214,  # of each chip's pixels to choose; the lab's list has this many
-    baseline: float = 0.15,  # largest distance of the flux at the mean labels from 1
-) -> np.ndarray:  # (P,) bool
-    "Continuum pixels found from the data: near 1, and the least sensitive to any label (Ness et al. 2015)."
-    model = Cannon(scatter=True, labels=labels).fit(naive_normalize(spectra))
-    linear = model.vectorizer_.exponents.sum(axis=1) == 1
-    slope, near = np.abs(model.theta_[:, linear]), np.abs(model.theta_[:, 0] - 1) < baseline
-    chosen = np.zeros(len(near), dtype=bool)
-    for chip in chip_slices(spectra.wavelength).values():
-        candidates = chip.start + np.flatnonzero(near[chip])
-        worst_rank = (
-            slope[candidates].argsort(axis=0).argsort(axis=0).max(axis=1)
-        )  # the label that moves the pixel most, among its kind
-        chosen[
-            candidates[worst_rank.argsort(kind="stable")[: round(share * (chip.stop - chip.start))]]
-        ] = True
-    return chosen
+    whole = runs * _NAIVE_RUN
+    in_runs = np.sort(flux[:, :whole].reshape(len(flux), runs, _NAIVE_RUN), axis=2)  # NaN last
+    good = np.isfinite(in_runs).sum(axis=2)
+    rank = np.maximum(np.round(_NAIVE_QUANTILE * (good - 1)), 0).astype(int)
+    edge = np.take_along_axis(in_runs, rank[:, :, None], axis=2)[:, :, 0].astype(float)
+    lit = (good > 0).any(axis=1, keepdims=True)
+    level = np.nan_to_num(np.nanmedian(np.where(lit, edge, 0), axis=1, keepdims=True))
+    filled = np.where(good > _NAIVE_RUN // 10, edge, level)
+    return filled, place[:whole].reshape(runs, _NAIVE_RUN).mean(axis=1), place
 
 
 # %%
 raw, _ = apply_cuts(read_archive(archive_root(), product="apstar", progress=False)[0])
-found, theirs = find_continuum_pixels(raw, names), lab_continuum_pixels()
+fig, axes = plt.subplots(2, 1, figsize=(9, 3.6), sharex=True)
+for ax, stars, title in zip(
+    axes, (raw, naive_normalize(raw)), ("raw", "after the naive continuum")
+):
+    plot_spectrum(wavelength, stars.flux[3], stars.ivar[3], ax=ax, title=title)
+    ax.set_ylabel("flux")
+    ax.label_outer()
+
+
+# %% [markdown]
+# Then the quiet pixels: in each chip the ones that no label moves much.
+
+# %%
+#| export
+def find_continuum_pixels(
+    spectra: Spectra, labels: Sequence = None, share: float = 529 / 7214, baseline: float = 0.15
+) -> np.ndarray:
+    """Continuum pixels found from the data: near 1, and the least sensitive to any label.
+
+    The idea is that of Ness et al. 2015, ApJ 808, 16, section 2.3.
+
+    Parameters
+    ----------
+    spectra : Spectra
+        raw flux, with labels
+    labels : sequence of str, optional
+        label names; all of the spectra's by default
+    share : float, default 529 / 7214
+        of each chip's pixels to choose; the list of the original lab has this many
+    baseline : float, default 0.15
+        largest distance of the flux at the mean labels from 1
+
+    Returns
+    -------
+    (P,) bool array
+    """
+    model = Cannon(scatter=True, labels=labels).fit(naive_normalize(spectra))
+    linear = model.vectorizer_.exponents.sum(axis=1) == 1
+    slope = np.abs(model.theta_[:, linear])
+    near = np.abs(model.theta_[:, 0] - 1) < baseline
+    chosen = np.zeros(len(near), dtype=bool)
+    for chip in chip_slices(spectra.wavelength).values():
+        candidates = chip.start + np.flatnonzero(near[chip])
+        rank = slope[candidates].argsort(axis=0).argsort(axis=0)
+        worst_rank = rank.max(axis=1)  # that of the label which moves the pixel most
+        count = round(share * (chip.stop - chip.start))
+        chosen[candidates[worst_rank.argsort(kind="stable")[:count]]] = True
+    return chosen
+
+
+# %%
+found = find_continuum_pixels(raw, names)
+theirs = lab_continuum_pixels()
 fig, ax = plt.subplots(figsize=(9, 2.5))
 window = (15990, 16210)
 plot_spectrum(
@@ -816,7 +1104,7 @@ plot_spectrum(
     title="the spectrum at the mean labels, and pixels for its continuum",
 )
 for pixels, marker, height, label in (
-    (theirs, "v", 1.06, "the lab's list"),
+    (theirs, "v", 1.06, "the list of 529"),
     (found, "^", 1.04, "found here"),
 ):
     shown = pixels & (wavelength > window[0]) & (wavelength < window[1])
@@ -837,10 +1125,9 @@ shift = [
     for pixels in (found, theirs)
 ]
 Markdown(
-    f"**What to see.** {(found & theirs).sum()} of our {found.sum()} pixels are among the lab's {theirs.sum()} ({chance:.0f} would be by chance): {by_chip}. "
-    f"At the mean labels they are {depth[0]:.4f} deep on average, the lab's {depth[1]:.4f}; one standard deviation of a label moves them by {shift[0]:.4f} (rms), "
-    f"the lab's by {shift[1]:.4f}. The lab's list was found on other stars, mostly of solar metallicity; what either costs in labels "
-    "stands in the next chapter."
+    f"**What to see.** {(found & theirs).sum()} of our {found.sum()} pixels are among the list's {theirs.sum()}; {chance:.0f} would be by chance. "
+    f"One standard deviation of a label moves ours by {shift[0]:.4f} (rms), the list's by {shift[1]:.4f}: it was found on other stars, "
+    "mostly of solar metallicity. What either costs in labels is measured on [real giants](08_giants.ipynb)."
 )
 
 # %%
@@ -904,7 +1191,7 @@ else:
     print("skipped: STELLAR_LAB_REAL_DATA names no folder with the published model")
 
 # %% [markdown]
-# With the variable set, the lab's own list of continuum pixels goes through the same reader as a user's, and is the one that the project ships.
+# With the variable set, the original list of continuum pixels goes through the same reader as a user's, and is the one that the project ships.
 
 # %%
 if real_data():

@@ -1,6 +1,6 @@
 # %% [markdown]
 # # Which star is it?
-# > The Cannon turned round: the labels whose model spectrum fits best, for all stars at once, with errors that hold.
+# > The Cannon turned round: the labels whose model spectrum fits best, for all stars at once, with their formal errors.
 #
 # **Question.** We can say what a star of given labels looks like. Here is a star; what are its labels, and how sure are we?
 #
@@ -10,10 +10,10 @@
 # subtracted, and $\mathbf v$ without its constant,
 # $$ \chi^2 = \mathrm{const} - 2\,\mathbf b\cdot\mathbf v + \mathbf v^\mathsf T A\,\mathbf v,\qquad
 # A = \sum_p w_p\,\boldsymbol\theta_p\boldsymbol\theta_p^\mathsf T,\qquad \mathbf b = \sum_p w_p f_p\boldsymbol\theta_p . $$
-# $A$ and $\mathbf b$ are *sufficient statistics*: one matrix product gives them for all stars, and after that no step of the search sees a pixel again. What remains a
-# star is a smooth function of a few labels, with known derivatives.
+# $A$ and $\mathbf b$ are *sufficient statistics*: one matrix product gives them for all stars, and after that no step of the search sees a pixel again. What remains for
+# each star is a smooth function of a few labels, with known derivatives.
 #
-# You learn how to invert a generative model in a tenth of a millisecond a star, why its formal errors are ten times too small, and how to find out.
+# You learn how to invert a generative model in a tenth of a millisecond per star. How far its formal errors can be believed is a question of [judging](07_judging.ipynb).
 # The method is that of [Ness et al. 2015](https://doi.org/10.1088/0004-637X/808/1/16).
 
 # %%
@@ -24,7 +24,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-from sklearn.utils.validation import check_is_fitted
 
 from stellar_lab.cannon import Cannon
 from stellar_lab.models import (
@@ -40,6 +39,7 @@ from stellar_lab.survey import LabError
 
 # %%
 #| hide
+import matplotlib.pyplot as plt
 import pytest
 from IPython.display import Markdown
 from scipy.optimize import minimize
@@ -49,27 +49,47 @@ from stellar_lab.normalize import training_set
 from stellar_lab.survey import archive_record, archive_root, use_style
 
 # %% [markdown]
+# ## A model to invert
+# A quadratic model of the labels of the archive at hand, trained on two thirds of its stars.
+
+# %%
+use_style()
+record = archive_record(archive_root())
+names = list(record.labels)
+spectra, ledger = training_set(archive_root(), progress=False)
+train, test = train_test_rows(len(spectra))
+model = Cannon(scatter=True, labels=names).fit(spectra[train])
+truth = spectra[test].labels(names)
+print(
+    f"{len(train)} stars taught {len(model.vectorizer_)} terms in {len(names)} labels; {len(test)} to ask"
+)
+
+
+# %% [markdown]
 # ## Sufficient statistics
-# One product of the weights (stars × pixels) by the pairwise products of the coefficients (pixels × pairs). It runs in single precision, in blocks of
-# stars that fit the cache. That is twice as fast and accurate to a thousandth of an error bar; a last step on exact residuals takes care of the rest.
+# All $A$ are one product of the weights (stars × pixels) and the pairwise products of the coefficients (pixels × pairs). It runs in single precision, in blocks of
+# stars that fit the cache. That is twice as fast, and accurate to a thousandth of an error bar; a last step on exact residuals takes care of the rest.
 
 # %%
 #| export
-BLOCK, PASS = (
-    1024,
-    256,
-)  # stars a thread takes at a time, and of these a product: few enough to stay in the processor's cache
-
-
 @dataclass
 class Statistics:
-    "What N spectra say about their labels: chi2 = const - 2 b.v + v.A.v, with v the terms without the constant."
+    """What N spectra say about their labels.
 
-    A: (
-        np.ndarray
-    )  # (N, M) the distinct entries of the symmetric matrices, in the order of `pair_index`
-    b: np.ndarray  # (N, T-1)
-    n_good: np.ndarray  # (N,) pixels that carry weight
+    chi2 = const - 2 b . v + v . A v, with v the terms without the constant.
+
+    Attributes
+    ----------
+    A : (N, M) array
+        the distinct entries of the symmetric matrices, in the order of `pair_index`
+    b : (N, T-1) array
+    n_good : (N,) int array
+        pixels that carry weight
+    """
+
+    A: np.ndarray
+    b: np.ndarray
+    n_good: np.ndarray
 
     def __len__(self):
         return len(self.b)
@@ -77,52 +97,52 @@ class Statistics:
     def __getitem__(self, rows) -> "Statistics":
         return Statistics(self.A[rows], self.b[rows], self.n_good[rows])
 
-    def matrix(self) -> np.ndarray:  # (N, T-1, T-1) float64
-        "The matrices A written out."
+    def matrix(self) -> np.ndarray:
+        "The matrices A written out, (N, T-1, T-1) float64."
         return self.A.astype(float)[:, pair_index(self.b.shape[1])[2]]
 
-    def chi2(
-        self,
-        terms: np.ndarray,  # (S, T-1) the terms of S trial stars
-    ) -> np.ndarray:  # (N, S) chi2 of each star at each trial, above its value at the pivots
-        "All stars at all trials, as two products."
+    def chi2(self, terms: np.ndarray) -> np.ndarray:
+        """chi2 of each star at each of S trials, above its value at the pivots, as two products.
+
+        Parameters
+        ----------
+        terms : (S, T-1) array
+            the terms of S trial stars
+
+        Returns
+        -------
+        (N, S) array
+        """
         i, j, _ = pair_index(terms.shape[1])
         pairs = terms[:, i] * terms[:, j] * np.where(i == j, 1, 2)
-        return self.A @ pairs.T.astype(self.A.dtype) - 2 * (self.b @ terms.T.astype(self.b.dtype))
+        quadratic = self.A @ pairs.T.astype(self.A.dtype)
+        return quadratic - 2 * (self.b @ terms.T.astype(self.b.dtype))
 
     def own_chi2(self, terms: np.ndarray) -> np.ndarray:
         "chi2 (N,) of each star at its own trial (N, T-1), like `chi2`, in double precision."
-        return np.einsum("nt,nt->n", (self.matrix() @ terms[..., None])[..., 0] - 2 * self.b, terms)
+        product = (self.matrix() @ terms[..., None])[..., 0]
+        return np.einsum("nt,nt->n", product - 2 * self.b, terms)
 
 
-@dataclass
-class _Basis:
-    "A model as the products want it: pixels that it could not fit have coefficients of 0 and a scatter of NaN."
+# %% [markdown]
+# A pixel's weight is the inverse of its whole variance, the survey's and the model's own scatter. Where the model could not be fitted, the weight is zero.
 
-    reference: np.ndarray  # (P,) the spectrum at the pivots
-    theta: np.ndarray  # (T, P); the constant's row holds only what rounding took from the reference
-    products: np.ndarray  # (M, P) distinct products of two of the other rows
-    scatter2: np.ndarray  # (P,)
+# %%
+#| export
+def pixel_weights(ivar: np.ndarray, scatter2: np.ndarray) -> np.ndarray:
+    """1 / (sigma^2 + s^2): 0 where ivar is 0 and where the model has no coefficients.
 
-    @classmethod
-    def of(cls, model, dtype):
-        theta = np.where(model.usable_[:, None], model.theta_, 0).T
-        reference = theta[0].astype(dtype)
-        theta = np.vstack([theta[0] - reference, theta[1:]]).astype(dtype)
-        i, j, _ = pair_index(len(theta) - 1)
-        return cls(
-            reference,
-            theta,
-            theta[1:][i] * theta[1:][j],
-            np.where(model.usable_, model.scatter_**2, np.nan).astype(dtype),
-        )
+    Parameters
+    ----------
+    ivar : (N, P) array
+    scatter2 : (P,) array
+        variance that the model adds; NaN where it has nothing to say
 
-
-def pixel_weights(
-    ivar: np.ndarray,  # (N, P)
-    scatter2: np.ndarray,  # (P,) variance that the model adds; NaN where it has nothing to say
-) -> np.ndarray:  # (N, P); ivar itself where there is nothing to change
-    "1 / (sigma^2 + s^2): 0 where ivar is 0 and where the model has no coefficients."
+    Returns
+    -------
+    (N, P) array
+        `ivar` itself where there is nothing to change
+    """
     if not scatter2.any():
         return ivar
     weight = ivar * scatter2
@@ -134,42 +154,101 @@ def pixel_weights(
     return weight
 
 
+@dataclass
+class _Basis:
+    "A model as the products want it: unfitted pixels have coefficients 0 and a scatter of NaN."
+
+    reference: np.ndarray  # (P,) the spectrum at the pivots
+    theta: np.ndarray  # (T, P); the constant's row holds what rounding took from the reference
+    products: np.ndarray  # (M, P) distinct products of two of the other rows
+    scatter2: np.ndarray  # (P,)
+
+    @classmethod
+    def of(cls, model, dtype):
+        theta = np.where(model.usable_[:, None], model.theta_, 0).T
+        reference = theta[0].astype(dtype)
+        theta = np.vstack([theta[0] - reference, theta[1:]]).astype(dtype)
+        i, j, _ = pair_index(len(theta) - 1)
+        scatter2 = np.where(model.usable_, model.scatter_**2, np.nan).astype(dtype)
+        return cls(reference, theta, theta[1:][i] * theta[1:][j], scatter2)
+
+
+# %%
+weights = pixel_weights(np.array([[100.0, 0, 100, 100]]), np.array([0, 0.01, 0.01, np.nan]))
+print("weights", weights)
+assert np.allclose(weights, [[100, 0, 50, 0]])
+
+# %%
+#| export
+_BLOCK = 1024  # stars that a thread takes at a time
+_PASS = 256  # of these a product: few enough to stay in the processor's cache
+
+
 def _passes(work, size):
-    "Results of `work` on slices of PASS rows, each put together."
-    return map(
-        np.concatenate, zip(*(work(slice(start, start + PASS)) for start in range(0, size, PASS)))
-    )
+    "Results of `work` on slices of _PASS rows, each put together."
+    results = (work(slice(start, start + _PASS)) for start in range(0, size, _PASS))
+    return map(np.concatenate, zip(*results))
 
 
 def _statistics(basis, flux, ivar):
     "Statistics of a block of stars."
 
     def work(rows):
-        weight, difference = pixel_weights(ivar[rows], basis.scatter2), flux[rows] - basis.reference
+        weight = pixel_weights(ivar[rows], basis.scatter2)
+        difference = flux[rows] - basis.reference
         if weight.min() < 0:
             raise LabError("ivar is negative somewhere: give 0 where a pixel is unusable")
-        A, n_good = weight @ basis.products.T, (weight > 0).sum(axis=1, dtype=np.int32)
+        A = weight @ basis.products.T
+        n_good = (weight > 0).sum(axis=1, dtype=np.int32)
         difference *= weight
         return A, difference @ basis.theta[1:].T, n_good
 
     return Statistics(*_passes(work, len(flux)))
 
 
-def statistics(
-    model: Cannon,
-    flux: np.ndarray,  # (N, P); not looked at where ivar is 0, but finite
-    ivar: np.ndarray,  # (N, P)
-    dtype=np.float32,  # of the products
-) -> Statistics:
-    "Sufficient statistics of spectra under a model."
+def statistics(model: Cannon, flux: np.ndarray, ivar: np.ndarray, dtype=np.float32) -> Statistics:
+    """Sufficient statistics of spectra under a model.
+
+    Parameters
+    ----------
+    model : Cannon
+        fitted
+    flux : (N, P) array
+        not looked at where ivar is 0, but finite
+    ivar : (N, P) array
+    dtype : dtype, default float32
+        of the products
+    """
     basis = _Basis.of(model, dtype)
 
     def work(rows):
         part = _statistics(basis, flux[rows], ivar[rows])
         return part.A, part.b, part.n_good
 
-    return Statistics(*map(np.concatenate, zip(*in_blocks(work, len(flux), BLOCK))))
+    return Statistics(*map(np.concatenate, zip(*in_blocks(work, len(flux), _BLOCK))))
 
+
+# %% [markdown]
+# Do the two sums say the same as the 7,214 pixels? For three stars at the labels of three others:
+
+# %%
+three = spectra[test[:3]]
+stats = statistics(model, three.flux, three.ivar, np.float64)
+trial = model.scale(truth[3:6])
+scatter2 = np.where(model.usable_, model.scatter_**2, np.nan)
+
+
+def chi2_over_pixels(scaled):
+    made = np.nan_to_num(model.vectorizer_(scaled) @ model.theta_.T)
+    return (pixel_weights(three.ivar.astype(float), scatter2) * (three.flux - made) ** 2).sum(
+        axis=1
+    )
+
+
+slow = chi2_over_pixels(trial) - chi2_over_pixels(np.zeros_like(trial))
+fast = stats.own_chi2(model.vectorizer_(trial)[:, 1:])
+print("chi2 above the pivots', from pixels:", slow.round(2), "from the statistics:", fast.round(2))
+assert np.allclose(slow, fast, rtol=1e-6)
 
 # %% [markdown]
 # ## Downhill, safely
@@ -182,22 +261,23 @@ def statistics(
 
 # %%
 #| export
-DECREMENT = 0.1  # expected gain in chi2 at which a star is done: a third of an error bar, and the step itself comes closer
-RIDGE = 1e-10  # added to second derivatives: a star that says nothing about a label stays where it is, with a huge error
-TRIALS = 512  # training stars that the search may start from
-GAUSS_STEPS = 8  # steps after which a star that still moves gets the full second derivative
+_DECREMENT = 0.1  # expected gain in chi2 at which a star is done: a third of an error bar
+_RIDGE = 1e-10  # added to second derivatives: a label of which a star says nothing stays, with a huge error
+_TRIALS = 512  # training stars that the search may start from
+_GAUSS_STEPS = 8  # steps after which a star that still moves gets the full second derivative
 
 
 def _newton_step(hessian, gradient, labels, low, high, damping):
-    "The step (N, K) to the minimum of the quadratic; labels at a bound that would leave the box stay. Also which labels were free to move."
-    free = ~((labels <= low) & (gradient < 0) | (labels >= high) & (gradient > 0))
-    K = labels.shape[1]
+    "The step (N, K) to the quadratic's minimum, labels at a bound that would leave the box stay; which moved."
+    at_low = (labels <= low) & (gradient < 0)
+    at_high = (labels >= high) & (gradient > 0)
+    free = ~(at_low | at_high)
     diagonal = np.einsum("nkk->nk", hessian)
-    damped = np.where(free, damping[:, None] * diagonal + RIDGE, 1)[:, :, None] * np.eye(K)
+    identity = np.eye(labels.shape[1])
+    damped = np.where(free, damping[:, None] * diagonal + _RIDGE, 1)[:, :, None] * identity
     both = free[:, :, None] & free[:, None, :]
-    step = np.linalg.solve(
-        np.where(both, hessian, 0) + damped, np.where(free, gradient, 0)[..., None]
-    )[..., 0]
+    right = np.where(free, gradient, 0)[..., None]
+    step = np.linalg.solve(np.where(both, hessian, 0) + damped, right)[..., 0]
     return np.clip(labels + step, low, high) - labels, free
 
 
@@ -212,64 +292,126 @@ def _with_curvature(model, labels, hessian, force):
         return np.where(positive[:, None, None], full, hessian)
 
 
-def descend(model, stats, start, box, max_steps):
-    "Levenberg-Marquardt for all stars; returns scaled labels, steps taken and whether they came to rest."
+# %%
+#| export
+def descend(model: Cannon, stats: Statistics, start, box: tuple, max_steps: int) -> tuple:
+    """Levenberg-Marquardt for all stars at once.
+
+    Parameters
+    ----------
+    model : Cannon
+        fitted
+    stats : Statistics
+        of N spectra
+    start : (N, K) array
+        scaled labels
+    box : tuple of two (K,) arrays
+        bounds of the scaled labels, from `label_box`
+    max_steps : int
+
+    Returns
+    -------
+    tuple
+        scaled labels (N, K), steps taken (N,), and whether each star came to rest (N,)
+    """
     low, high = box
-    labels, steps, resting = (
-        np.clip(start, low, high),
-        np.zeros(len(start), dtype=int),
-        np.zeros(len(start), dtype=bool),
-    )
-    rows, here, A, b = np.arange(len(start)), labels.copy(), stats.matrix(), stats.b.astype(float)
+    labels = np.clip(start, low, high)
+    steps = np.zeros(len(start), dtype=int)
+    resting = np.zeros(len(start), dtype=bool)
+    rows = np.arange(len(start))  # stars that still move
+    here = labels.copy()
+    A = stats.matrix()
+    b = stats.b.astype(float)
     damping = np.full(len(start), 1e-3)
     v = model.vectorizer_(here)[:, 1:]
     Av = np.einsum("ntu,nu->nt", A, v)
     for count in range(max_steps):
         J = model.vectorizer_.derivative(here)[:, 1:]
         Jt = np.swapaxes(J, 1, 2)
-        hessian, gradient = Jt @ (A @ J), (Jt @ (b - Av)[..., None])[..., 0]
-        if count >= GAUSS_STEPS:
+        hessian = Jt @ (A @ J)
+        gradient = (Jt @ (b - Av)[..., None])[..., 0]
+        if count >= _GAUSS_STEPS:
             hessian = _with_curvature(model, here, hessian, b - Av)
         step, _ = _newton_step(hessian, gradient, here, low, high, damping)
         trial = model.vectorizer_(here + step)[:, 1:]
         A_trial = np.einsum("ntu,nu->nt", A, trial)
         gain = np.einsum("nt,nt->n", Av - 2 * b, v) - np.einsum("nt,nt->n", A_trial - 2 * b, trial)
         down = gain >= 0
-        here[down], v[down], Av[down] = (here + step)[down], trial[down], A_trial[down]
+        here[down] = (here + step)[down]
+        v[down] = trial[down]
+        Av[down] = A_trial[down]
         damping = np.where(down, damping * 0.1, np.maximum(damping, 1e-3) * 10)
         steps[rows] += 1
-        done = np.einsum("nk,nkl,nl->n", step, hessian, step) < DECREMENT
-        labels[rows], resting[rows] = here, done
+        done = np.einsum("nk,nkl,nl->n", step, hessian, step) < _DECREMENT
+        labels[rows] = here
+        resting[rows] = done
         if done.all():
             break
-        left = ~done
-        rows, here, A, b, damping, v, Av = (
-            part[left] for part in (rows, here, A, b, damping, v, Av)
-        )
+        moving = ~done
+        rows, here, A, b, damping, v, Av = (p[moving] for p in (rows, here, A, b, damping, v, Av))
     return labels, steps, resting
 
 
+# %% [markdown]
+# The path of one star downhill, seen from above: $\chi^2$ over two of its labels, the others at their best.
+
+# %%
+one = stats[:1]
+box = label_box(model)
+path = [np.zeros((1, len(names)))]
+for _ in range(6):
+    path.append(descend(model, one, path[-1], box, 1)[0])
+best = path[-1][0]
+grid = np.stack(np.meshgrid(np.linspace(-2.5, 2.5, 60), np.linspace(-2.5, 2.5, 60)), axis=-1)
+at = np.tile(best, (3600, 1))
+at[:, [0, 2]] = grid.reshape(-1, 2)
+height = one.chi2(model.vectorizer_(at)[:, 1:])[0].reshape(60, 60)
+fig, ax = plt.subplots(figsize=(4.5, 3.6))
+ax.contourf(grid[..., 0], grid[..., 1], np.log10(height - height.min() + 10), 20, cmap="Greys_r")
+ax.plot(*np.array(path)[:, 0, [0, 2]].T, "o-", color="C3", ms=4)
+ax.set(
+    xlabel=f"scaled {names[0]}", ylabel=f"scaled {names[2]}", title="steps of a star to its labels"
+);
+
+# %% [markdown]
+# **What to see.** Dark is a good fit. From the mean of all stars (the middle) the search is in the valley after two or three steps, and at its bottom after four.
+
+# %%
+assert one.own_chi2(model.vectorizer_(path[-1])[:, 1:])[0] <= height.min()
+assert np.abs(path[-1] - path[-2]).max() < 0.01
+
+
+# %% [markdown]
+# $\chi^2$ may have several valleys. So the search starts from the training star that fits best, and a doubtful star starts twice more: from the best training star far away, and from the mean, as in the original lab.
+
+# %%
+#| export
+def _starts(model):
+    "Scaled labels of training stars that a search may start from."
+    training = model.scale(model.training_labels_)
+    return training[np.unique(np.linspace(0, len(training) - 1, _TRIALS).astype(int))]
+
+
 def _search(model, stats, box, max_steps):
-    "Best scaled labels from several starts."
-    trials = model.scale(model.training_labels_)
-    trials = trials[np.unique(np.linspace(0, len(trials) - 1, TRIALS).astype(int))]
+    "Best scaled labels from several starts, and the steps they took."
+    trials = _starts(model)
     chi2 = stats.chi2(model.vectorizer_(trials)[:, 1:])
     labels, steps, resting = descend(model, stats, trials[chi2.argmin(axis=1)], box, max_steps)
-    doubtful = np.flatnonzero(~resting | np.any((labels <= box[0]) | (labels >= box[1]), axis=1))
-    if len(
-        doubtful
-    ):  # once more, from the best training star far from there, and from the mean as the lab does
-        far = np.linalg.norm(trials - labels[doubtful, None], axis=2) > 2
-        second = trials[np.where(far, chi2[doubtful], np.inf).argmin(axis=1)]
-        for start in (second, np.zeros_like(second)):
-            again, more, rest = descend(model, stats[doubtful], start, box, max_steps)
-            now, before = (
-                stats[doubtful].own_chi2(model.vectorizer_(at)[:, 1:])
-                for at in (again, labels[doubtful])
-            )
-            better = (now < before - DECREMENT) | (rest & ~resting[doubtful] & (now <= before))
-            labels[doubtful[better]], resting[doubtful[better]] = again[better], rest[better]
-            steps[doubtful] += more
+    at_edge = np.any((labels <= box[0]) | (labels >= box[1]), axis=1)
+    doubtful = np.flatnonzero(~resting | at_edge)
+    if not len(doubtful):
+        return labels, steps
+    far = np.linalg.norm(trials - labels[doubtful, None], axis=2) > 2
+    second = trials[np.where(far, chi2[doubtful], np.inf).argmin(axis=1)]
+    for start in (second, np.zeros_like(second)):
+        again, more, rest = descend(model, stats[doubtful], start, box, max_steps)
+        now = stats[doubtful].own_chi2(model.vectorizer_(again)[:, 1:])
+        before = stats[doubtful].own_chi2(model.vectorizer_(labels[doubtful])[:, 1:])
+        deeper = now < before - _DECREMENT
+        better = deeper | (rest & ~resting[doubtful] & (now <= before))
+        labels[doubtful[better]] = again[better]
+        resting[doubtful[better]] = rest[better]
+        steps[doubtful] += more
     return labels, steps
 
 
@@ -282,7 +424,8 @@ def _search(model, stats, box, max_steps):
 
 # %%
 #| export
-EXACT_STEPS, EXACT_ERROR = 6, 1e-4  # rounds at most; error that is left, in error bars
+_EXACT_STEPS = 6  # rounds at most
+_EXACT_ERROR = 1e-4  # error that is left, in error bars
 
 
 def _gradient(basis, terms, flux, ivar):
@@ -299,30 +442,29 @@ def _gradient(basis, terms, flux, ivar):
 
 
 def _finish(model, basis, labels, stats, flux, ivar, box):
-    "Exact Newton steps: returns scaled labels, chi2, the Hessian (half of chi2's second derivative) and whether they came to rest."
-    labels, chi2, resting = labels.copy(), np.empty(len(labels)), np.zeros(len(labels), dtype=bool)
+    "Exact Newton steps: scaled labels, chi2, the Hessian (half of chi2's second derivative), who rests."
+    labels = labels.copy()
+    chi2 = np.empty(len(labels))
+    resting = np.zeros(len(labels), dtype=bool)
     hessian = np.empty(labels.shape + labels.shape[1:])
     rows = slice(None)
-    for _ in range(EXACT_STEPS):
-        terms, jacobian = (
-            model.vectorizer_(labels[rows]),
-            model.vectorizer_.derivative(labels[rows])[:, 1:],
-        )
+    for _ in range(_EXACT_STEPS):
+        terms = model.vectorizer_(labels[rows])
+        jacobian = model.vectorizer_.derivative(labels[rows])[:, 1:]
         force, chi2_here = _gradient(basis, terms, flux[rows], ivar[rows])
         turned = np.swapaxes(jacobian, 1, 2)
-        gradient, H = (
-            (turned @ force[..., None].astype(float))[..., 0],
-            turned @ (stats[rows].matrix() @ jacobian),
-        )
-        hessian[rows] = H
-        H = _with_curvature(model, labels[rows], H, force)
+        gradient = (turned @ force[..., None].astype(float))[..., 0]
+        gauss = turned @ (stats[rows].matrix() @ jacobian)
+        hessian[rows] = gauss
+        H = _with_curvature(model, labels[rows], gauss, force)
         step, _ = _newton_step(H, gradient, labels[rows], *box, np.zeros(len(terms)))
-        gain = 2 * np.einsum("nk,nk->n", step, gradient) - np.einsum("nk,nkl,nl->n", step, H, step)
+        curved = np.einsum("nk,nkl,nl->n", step, H, step)
+        gain = 2 * np.einsum("nk,nk->n", step, gradient) - curved
         labels[rows] += step
-        left = np.sqrt(np.abs(gain)) * np.abs(step).max(
-            axis=1
-        )  # Newton's error after a step: the step in error bars times the step
-        chi2[rows], resting[rows] = chi2_here - gain, left < EXACT_ERROR
+        # Newton's error after a step: the step in error bars times the step
+        left = np.sqrt(np.abs(gain)) * np.abs(step).max(axis=1)
+        chi2[rows] = chi2_here - gain
+        resting[rows] = left < _EXACT_ERROR
         rows = np.flatnonzero(~resting)
         if not len(rows):
             break
@@ -339,7 +481,6 @@ def _finish(model, basis, labels, stats, flux, ivar, box):
 @answer.register(Cannon)
 def _invert(model, spectra, max_steps):
     "How a Cannon answers: the labels that minimize chi2."
-    check_is_fitted(model)
     basis = _Basis.of(model, np.float32)
     box = label_box(model)
 
@@ -347,7 +488,7 @@ def _invert(model, spectra, max_steps):
         flux, ivar = spectra.flux[rows], spectra.ivar[rows]
         return _invert_block(model, basis, box, flux, ivar, rows.start, max_steps)
 
-    parts = in_blocks(work, len(spectra), BLOCK)
+    parts = in_blocks(work, len(spectra), _BLOCK)
     return Answer(*map(np.concatenate, zip(*parts)))
 
 
@@ -360,89 +501,78 @@ def _invert_block(model, basis, box, flux, ivar, first, max_steps):
     scaled, steps = _search(model, stats, box, max_steps)
     scaled, chi2, hessian, resting = _finish(model, basis, scaled, stats, flux, ivar, box)
     units = np.outer(model.scales_, model.scales_)
-    covariance = np.linalg.inv(hessian + RIDGE * np.eye(len(units))) * units
+    covariance = np.linalg.inv(hessian + _RIDGE * np.eye(len(units))) * units
     at_bound = np.any((scaled <= box[0]) | (scaled >= box[1]), axis=1)
     return model.unscale(scaled), covariance, stats.n_good, chi2, steps, resting, at_bound
 
 
 # %% [markdown]
 # ## Does it come back?
-# Labels of noiseless spectra that the model itself made must come back, to a millionth of a standard deviation and from anywhere in the training set; here
-# with a quadratic model of six labels, learned from the stars of the archive at hand. The flux is kept in single precision; what its rounding does to the labels, $(JWJ^T)^{-1}JW\,\delta f$, is the spectrum's and not the inversion's, and is taken off first.
+# Labels of noiseless spectra that the model itself made must come back, to a millionth of a standard deviation and from anywhere in the training set.
 
 # %%
-use_style()
-record = archive_record(archive_root())
-names = list(record.labels)
-spectra, ledger = training_set(archive_root(), progress=False)
-train, test = train_test_rows(len(spectra))
-model = Cannon(scatter=True, labels=names).fit(spectra[train])
-
-# %%
-truth = spectra[test].labels(names)
 exact = np.nan_to_num(model.predict(truth))
 noiseless = exact.astype("f4")
 back = infer(model, noiseless, spectra[test].ivar)
 inside = np.all(np.abs(model.scale(truth)) < 3, axis=1)
-slopes, weight = (
-    np.nan_to_num(model.derivative(truth)) * model.scales_[:, None],
-    pixel_weights(spectra[test].ivar, np.where(model.usable_, model.scatter_**2, np.nan)),
-)
-rounding = np.linalg.solve(
-    (slopes * weight[:, None]) @ np.swapaxes(slopes, 1, 2),
-    slopes @ (weight * (noiseless - exact))[..., None],
-)[..., 0]
-error = np.abs(
-    model.scale(labellabel_values(back, names)) - model.scale(truth) - rounding
-)[inside]
-print(
-    f"largest error {error.max():.1e} scaled units, largest chi2 {back['chi2'][inside].max():.1e}"
-)
+difference = model.scale(label_values(back, names)) - model.scale(truth)
+print(f"largest difference {np.abs(difference[inside]).max():.1e} scaled units")
+
+# %% [markdown]
+# What is left is the rounding of the flux to single precision, carried over to the labels: $(JWJ^T)^{-1}JW\,\delta f$, with $J$ the slopes of the spectrum and $W$ the weights. It is the spectrum's error and not the
+# inversion's, so it is computed and taken off.
+
+# %%
+slopes = np.nan_to_num(model.derivative(truth)) * model.scales_[:, None]
+weight = pixel_weights(spectra[test].ivar, scatter2)
+hessian = (slopes * weight[:, None]) @ np.swapaxes(slopes, 1, 2)
+force = slopes @ (weight * (noiseless - exact))[..., None]
+rounding = np.linalg.solve(hessian, force)[..., 0]
+error = np.abs(difference - rounding)[inside]
+print(f"largest error {error.max():.1e}, largest chi2 {back['chi2'][inside].max():.1e}")
 
 # %%
 assert error.max() < 1e-6 and not np.any(back["flags"][inside] & ~Flag.OUTSIDE_TRAINING)
 
 
 # %% [markdown]
-# ## The slow witness
-# The lab's way: `scipy.optimize.minimize` (BFGS, numerical gradient) over all pixels, started from our answer's neighbourhood so that both look into the same
-# valley. On twenty real stars the two must agree to a thousandth of the formal error. The numerical gradient is the weak one of the two (the lab met "precision
+# ## A slow reference implementation
+# The way of the original lab: `scipy.optimize.minimize` (BFGS, numerical gradient) over all pixels, started from our answer's neighbourhood so that both look into the same
+# valley. On twenty real stars the two must agree to a thousandth of the formal error. The numerical gradient is the weak one of the two (the original lab met "precision
 # loss"), so its sum is shifted to begin at zero.
 
 # %%
 def slow_labels(model, flux, ivar, start):
     usable = (ivar > 0) & model.usable_
     weight = 1 / (1 / ivar[usable].astype(float) + model.scatter_[usable] ** 2)
-    theta, flux = model.theta_[usable], flux[usable].astype(float)
+    theta = model.theta_[usable]
+    flux = flux[usable].astype(float)
 
     def half_chi2(scaled):
         return 0.5 * np.sum(weight * (flux - theta @ model.vectorizer_(scaled[None])[0]) ** 2)
 
     shift = half_chi2(start)
-    return minimize(
-        lambda scaled: half_chi2(scaled) - shift, start, method="BFGS", options={"gtol": 1e-4}
-    ).x
+
+    def shifted(scaled):
+        return half_chi2(scaled) - shift
+
+    return minimize(shifted, start, method="BFGS", options={"gtol": 1e-4}).x
 
 
 # %%
 def formal_pull(table, truth):
     "Differences (N, K) in formal errors."
-    columns = [name.lower() for name in names]
-    return (label_values(table, columns) - truth) / label_values(
-        table, [f"{column}_err" for column in columns]
-    )
+    errors = label_values(table, [f"{name}_err" for name in names])
+    return (label_values(table, names) - truth) / errors
 
 
 table = infer(model, spectra[test])
-some = test[:20]
-starts = model.scale(labellabel_values(table[:20], names))
-slow = np.array(
-    [
-        slow_labels(model, spectra.flux[row], spectra.ivar[row], start + 0.02)
-        for row, start in zip(some, starts)
-    ]
-)
-difference = formal_pull(table[:20], model.unscale(slow))
+starts = model.scale(label_values(table[:20], names))
+slow = [
+    slow_labels(model, spectra.flux[row], spectra.ivar[row], start + 0.02)
+    for row, start in zip(test[:20], starts)
+]
+difference = formal_pull(table[:20], model.unscale(np.array(slow)))
 print(
     f"largest difference of {difference.size} labels: {np.abs(difference).max():.1e} formal errors"
 )
@@ -454,23 +584,22 @@ assert np.abs(difference).max() < 1e-3
 # The errors are those of the same sum: half its second derivative, by finite differences of the exact gradient, inverted.
 
 # %%
-row, at = test[0], starts[0]
+row = test[0]
+at = starts[0]
 
 
 def gradient(scaled):
-    v, slope = model.vectorizer_(scaled[None])[0], model.vectorizer_.derivative(scaled[None])[0]
-    weight = pixel_weights(spectra.ivar[[row]], np.where(model.usable_, model.scatter_**2, np.nan))[
-        0
-    ]
+    v = model.vectorizer_(scaled[None])[0]
+    slope = model.vectorizer_.derivative(scaled[None])[0]
+    weight = pixel_weights(spectra.ivar[[row]], scatter2)[0]
     theta = np.nan_to_num(model.theta_)
     return -2 * (weight * (spectra.flux[row] - theta @ v)) @ (theta @ slope)
 
 
-hessian = np.array(
-    [(gradient(at + step) - gradient(at - step)) / 2e-4 for step in 1e-4 * np.eye(len(names))]
-)
+steps = 1e-4 * np.eye(len(names))
+hessian = np.array([(gradient(at + step) - gradient(at - step)) / 2e-4 for step in steps])
 numeric_error = np.sqrt(np.diag(np.linalg.inv(hessian / 2))) * model.scales_
-ours = label_values(table[:1], [f"{name.lower()}_err" for name in names])[0]
+ours = label_values(table[:1], [f"{name}_err" for name in names])[0]
 print("formal errors, ours / numerical:", np.round(ours / numeric_error, 3))
 
 # %% [markdown]
@@ -486,7 +615,7 @@ assert np.allclose(ours, numeric_error, rtol=0.25)
 
 # %%
 rng = np.random.default_rng(8)
-fifty, box = spectra[test[:50]], label_box(model)
+fifty = spectra[test[:50]]
 stats = statistics(model, fifty.flux, fifty.ivar)
 best, _ = _search(model, stats, box, 60)
 lowest = stats.own_chi2(model.vectorizer_(best)[:, 1:])
@@ -502,7 +631,8 @@ others = np.array([stats.own_chi2(model.vectorizer_(scaled)[:, 1:]) for scaled i
 deeper = (others.min(axis=0) < lowest - 1).sum()
 stuck = (others > lowest + 1).mean()
 Markdown(
-    f"**What to see.** {stuck:.0%} of the random starts end in a worse minimum: starting well matters. A deeper one than ours has {deeper} of the 50 stars."
+    f"**What to see.** {stuck:.0%} of the random starts end in a worse minimum: starting well matters. "
+    f"{deeper} of the 50 stars have a deeper one than ours."
 )
 
 # %%
@@ -518,17 +648,16 @@ with pytest.raises(LabError, match=r"flux \(2, 100\) and ivar \(2, 100\) must bo
     infer(model, spectra.flux[:2, :100], spectra.ivar[:2, :100])
 with pytest.raises(LabError, match="star 1 has a usable pixel without a finite flux"):
     infer(model, np.array([spectra.flux[0], spectra.flux[1] * np.nan]), spectra.ivar[:2])
-with pytest.raises(LabError, match="all stars are in one group"):
-    cross_label(model, spectra, np.zeros(len(spectra)))
 
 # %% [markdown]
 # A star without a single usable pixel has no labels, and says so; the arrays that go in come out as they were.
 
 # %%
 two = spectra[test[:2]]
-flux, ivar = two.flux.copy(), two.ivar.copy()
+flux = two.flux.copy()
+ivar = two.ivar.copy()
 ivar[0] = 0
-before = flux.copy(), ivar.copy()
+before = (flux.copy(), ivar.copy())
 blind = infer(model, flux, ivar)
 assert np.isnan(blind["teff"][0]) and flag_names(blind["flags"])[0] == "NOT_CONVERGED FEW_PIXELS"
 assert np.allclose(blind["covariance"][1], infer(model, two)["covariance"][1], rtol=1e-3)

@@ -172,7 +172,9 @@ def error_table(table: QTable, truth, names: Sequence, scales) -> QTable:
     """
     missing = [name for name in names if name.lower() not in table.colnames]
     if missing:
-        raise LabError(f"the table has no label {', '.join(missing)}: it has {table.meta.get('labels', ', '.join(table.colnames))}")
+        raise LabError(
+            f"the table has no label {', '.join(missing)}: it has {table.meta.get('labels', ', '.join(table.colnames))}"
+        )
     residual = label_values(table, names) - np.asarray(truth, dtype=float)
     errors = QTable({"label": list(names), "unit": [str(label_record(n).unit) for n in names]})
     errors["n"] = np.isfinite(residual).sum(axis=0)
@@ -296,7 +298,9 @@ def _judged(residual, formal2):
     use = np.isfinite(residual)
     if np.isfinite(formal2).any():
         use &= np.isfinite(formal2) & (formal2 > 0)
-    use[use] = np.abs(residual[use] - np.median(residual[use])) < _CLIP * robust_scatter(residual[use])
+    use[use] = np.abs(residual[use] - np.median(residual[use])) < _CLIP * robust_scatter(
+        residual[use]
+    )
     if use.sum() < _LEAST_STARS:
         raise LabError(
             f"{use.sum()} left-out stars are too few for an error model: {_LEAST_STARS} are needed"
@@ -409,7 +413,12 @@ for k, name in enumerate(names):
     answers[name.lower()] = truth[0, k] + noise[:, k]
     answers[f"{name.lower()}_err"] = stated[:, k]
 learned = with_error_model(model, answers, np.tile(truth[0], (4000, 1)))
-print("inflation", learned.error_inflation_.round(1), "floor", (np.sqrt(learned.error_floor_) / floor).round(2))
+print(
+    "inflation",
+    learned.error_inflation_.round(1),
+    "floor",
+    (np.sqrt(learned.error_floor_) / floor).round(2),
+)
 assert np.allclose(learned.error_inflation_, 9, rtol=0.3)
 assert np.allclose(np.sqrt(learned.error_floor_) / floor, 1, rtol=0.1)
 

@@ -1,0 +1,128 @@
+"""What a user meets first: names, help, examples that run, errors for what cannot work."""
+
+import doctest
+import inspect
+import pydoc
+import subprocess
+import sys
+from importlib import import_module
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.estimator_checks import check_estimator
+
+import stellar_lab
+from stellar_lab.survey import LabError
+
+MODULES = sorted(
+    path.stem for path in (ROOT / "stellar_lab").glob("[a-z]*.py") if path.stem != "py"
+)
+
+
+def make_stars(n=120, pixels=40, seed=0):
+    rng = np.random.default_rng(seed)
+    labels = rng.normal(size=(n, 2))
+    flux = 1 + labels @ rng.normal(scale=0.05, size=(2, pixels))
+    return labels, flux + rng.normal(scale=0.01, size=(n, pixels))
+
+
+@pytest.mark.parametrize("name", stellar_lab.__all__)
+def test_help_shows_parameters_and_an_example(name):
+    thing = getattr(stellar_lab, name)
+    text = pydoc.render_doc(thing, renderer=pydoc.plaintext)
+    assert thing.__doc__ and len(thing.__doc__.splitlines()[0]) <= 100
+    if name != "Flag":
+        assert "Parameters" in text
+        assert ">>>" in text
+    if name == "normalize":
+        thing = thing.normalize if inspect.ismodule(thing) else thing
+    if inspect.isfunction(thing):
+        assert "Returns" in thing.__doc__
+        for parameter in inspect.signature(thing).parameters:
+            assert parameter in thing.__doc__
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_run(name):
+    module = import_module(f"stellar_lab.{name}")
+    options = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    failed, _ = doctest.testmod(module, optionflags=options)
+    assert failed == 0
+
+
+def test_the_front_door_is_lazy_and_complete():
+    code = (
+        "import sys, stellar_lab; assert 'numpy' not in sys.modules; "
+        "assert {'Cannon', 'infer', 'label'} <= set(dir(stellar_lab)); "
+        "from stellar_lab import normalize; import stellar_lab.normalize as room; "
+        "assert callable(normalize) and room.continuum"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    with pytest.raises(AttributeError, match="no attribute 'Canon'"):
+        stellar_lab.Canon  # noqa: B018
+
+
+@pytest.mark.parametrize("room", ["survey", "clean", "normalize", "models", "cannon", "judging"])
+def test_rooms_without_plots_load_no_plotting(room):
+    code = (
+        f"import sys, stellar_lab.{room}; "
+        "print({'matplotlib.pyplot', 'seaborn', 'corner', 'pandas', 'tensorflow'} & set(sys.modules))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert answer.stdout.strip() == "set()"
+
+
+def test_labels_and_flux_in_the_wrong_order_are_answered_at_once():
+    labels, flux = make_stars(pixels=7214)
+    with pytest.raises(LabError, match="labels come first"):
+        stellar_lab.Cannon().fit(flux, labels)
+    with pytest.raises(LabError, match="labels come first"):
+        cross_val_predict(stellar_lab.Cannon(), flux, labels, cv=3)
+
+
+def test_a_table_names_its_labels():
+    labels, flux = make_stars()
+    frame = pd.DataFrame(labels, columns=["teff", "age"])
+    model = stellar_lab.Cannon(order=1).fit(frame, flux)
+    assert model.label_names_ == ("TEFF", "age")
+    table = stellar_lab.infer(model, flux[:3], np.full((3, 40), 1e4), min_good=0)
+    assert table["teff"].unit == "K"
+    assert np.allclose(model.predict(table), model.predict(np.column_stack([
+        table["teff"].value, table["age"].value
+    ])))
+
+
+def test_what_has_not_learned_says_so():
+    labels, flux = make_stars()
+    model = stellar_lab.Cannon()
+    for question in (
+        lambda: model.predict(labels),
+        lambda: model.derivative(labels),
+        lambda: model.score(labels, flux),
+        lambda: model.usable_,
+        lambda: stellar_lab.infer(model, flux, flux),
+        lambda: model.save("nowhere.asdf"),
+        lambda: stellar_lab.infer(stellar_lab.RidgeLabels(), flux, flux),
+    ):
+        with pytest.raises(NotFittedError):
+            question()
+
+
+def test_scikit_learn_can_work_with_it():
+    labels, flux = make_stars()
+    left_out = cross_val_predict(stellar_lab.Cannon(order=1), labels, flux, cv=4)
+    assert np.std(left_out - flux) < 0.015
+    scores = cross_val_score(stellar_lab.Cannon(order=1), labels, flux, cv=4)
+    assert np.all(scores > 0.9)
+    search = GridSearchCV(stellar_lab.Cannon(), {"order": [0, 1]}, cv=3).fit(labels, flux)
+    assert search.best_params_ == {"order": 1}
+    pipeline = make_pipeline(StandardScaler(), stellar_lab.Cannon(order=1)).fit(labels, flux)
+    assert pipeline.predict(labels).shape == flux.shape
+    assert clone(stellar_lab.Cannon(order=3)).get_params()["order"] == 3

@@ -45,13 +45,14 @@ def _exact_statistics(model, flux, ivar):
         weight = np.asarray(ivar[rows], dtype=float)
         usable_flux = np.where(weight > 0, flux[rows], 0).astype(float)
         blocks.append(statistics(model, usable_flux, weight, dtype=float))
+    fields = ("A", "b", "n_good")
     return Statistics(
-        *(np.concatenate([getattr(block, name) for block in blocks]) for name in ("A", "b", "n_good"))
+        *(np.concatenate([getattr(block, name) for block in blocks]) for name in fields)
     )
 
 
 def _log_likelihood(vectorizer, A, b, labels):
-    "-chi2/2, above its value at the pivots (N, S), at S scaled trial labels (N, S, K) of each star."
+    "-chi2/2 above its value at the pivots (N, S), at S scaled trial labels (N, S, K) per star."
     v = vectorizer(labels.reshape(-1, labels.shape[-1]))[:, 1:].reshape(*labels.shape[:-1], -1)
     return np.einsum("nst,nst->ns", b[:, None] - 0.5 * (v @ A), v)
 
@@ -162,7 +163,7 @@ def _burn_in(chain):
 
 
 def _rhat_and_ess(chain):
-    "Rank-normalized split R-hat (K,), each ensemble one chain, and bulk effective sample size (K,)."
+    "Rank-normalized split R-hat (K,), each ensemble one chain, and bulk ESS (K,)."
     E, S, W, K = chain.shape
     compared = chain
     if E == 1:  # a single ensemble can only be compared with itself

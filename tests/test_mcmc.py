@@ -1,15 +1,13 @@
-"""The posterior: five labels of made-up models, shapes of the input, chains that must be refused, and properties of weighted draws."""
-
-import matplotlib
-
-matplotlib.use("Agg")
+"""The posterior: five labels of made-up models, shapes of the input, chains that must be refused,
+and properties of weighted draws."""
 
 import astropy.units as u
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from astropy.table import Table
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stellar_lab.cannon import Cannon, Vectorizer
 from stellar_lab.inversion import infer, with_error_model
@@ -40,7 +38,7 @@ PIXELS, NOISE = 400, 0.02
 
 @pytest.fixture(scope="module")
 def giants():
-    "A quadratic model of the survey's five labels, labels of twelve stars and their noisy spectra, with a tenth of the pixels unusable."
+    "A quadratic model of the survey's five labels; labels and noisy spectra with gaps of 12 stars."
     rng = np.random.default_rng(0)
     labels = rng.normal([4500, 2.0, -0.2, 0.1, 0.1], [300, 0.7, 0.3, 0.1, 0.1], (400, 5))
     vectorizer = Vectorizer.of_order(FIVE, 2)

@@ -51,7 +51,6 @@ from stellar_lab.survey import LABELS, LabError, Spectra
 # %%
 #| hide
 import math
-from pathlib import Path
 
 import pytest
 from astropy.table import Table
@@ -94,13 +93,14 @@ def _exact_statistics(model, flux, ivar):
         weight = np.asarray(ivar[rows], dtype=float)
         usable_flux = np.where(weight > 0, flux[rows], 0).astype(float)
         blocks.append(statistics(model, usable_flux, weight, dtype=float))
+    fields = ("A", "b", "n_good")
     return Statistics(
-        *(np.concatenate([getattr(block, name) for block in blocks]) for name in ("A", "b", "n_good"))
+        *(np.concatenate([getattr(block, name) for block in blocks]) for name in fields)
     )
 
 
 def _log_likelihood(vectorizer, A, b, labels):
-    "-chi2/2, above its value at the pivots (N, S), at S scaled trial labels (N, S, K) of each star."
+    "-chi2/2 above its value at the pivots (N, S), at S scaled trial labels (N, S, K) per star."
     v = vectorizer(labels.reshape(-1, labels.shape[-1]))[:, 1:].reshape(*labels.shape[:-1], -1)
     return np.einsum("nst,nst->ns", b[:, None] - 0.5 * (v @ A), v)
 
@@ -382,23 +382,24 @@ assert np.isclose(built_time(walks), _autocorrelation_time(toy)[0], rtol=1e-6)
 # How long must a chain be before its $\tau$ can be believed?
 
 # %%
-long_walk = autoregressive((1, 20_000, 16, 1), seed=30)[0, ..., 0].T
+long_walk = autoregressive((1, 20_000, 64, 1), seed=30)[0, ..., 0].T
 lengths = np.geomspace(50, 20_000, 14).astype(int)
 estimates = [built_time(long_walk[:, :length]) for length in lengths]
 fig, ax = plt.subplots(figsize=(6, 3.2))
-ax.loglog(lengths, estimates, "o-", ms=4, label="estimate")
+ax.semilogx(lengths, estimates, "o-", ms=4, label="estimate")
 ax.axhline(19, color="k", ls="--", lw=1, label="known: 19")
 ax.plot(lengths, lengths / 50, color="0.7", lw=1, label="steps / 50")
-ax.set(xlabel="steps", ylabel=r"$\tau$ [steps]", ylim=(3, 60), title="16 walkers")
+ax.set(xlabel="steps", ylabel=r"$\tau$ [steps]", ylim=(0, 30), title="64 walkers")
 ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5));
 
 # %% [markdown]
 # **What to see.** A short chain has a short memory: each walker's own mean is taken away, and with it whatever is slower than the chain. The estimate
-# grows until the chain is some fifty times as long as $\tau$, right of the grey line. So $\tau$ itself is only known from a chain of 50 $\tau$ or more.
+# grows and levels off where the chain is some fifty times as long as $\tau$, right of the grey line; from there it is good to a quarter, and soon to
+# a tenth. So a $\tau$ may only be believed from a chain of 50 $\tau$ or more.
 
 # %%
 trusted = lengths >= 50 * np.array(estimates)
-assert np.allclose(np.array(estimates)[trusted], 19, rtol=0.15)
+assert np.allclose(np.array(estimates)[trusted], 19, rtol=0.25)
 assert estimates[0] < 0.6 * 19 and not trusted[0]
 
 # %% [markdown]
@@ -432,7 +433,7 @@ def _burn_in(chain):
 
 
 def _rhat_and_ess(chain):
-    "Rank-normalized split R-hat (K,), each ensemble one chain, and bulk effective sample size (K,)."
+    "Rank-normalized split R-hat (K,), each ensemble one chain, and bulk ESS (K,)."
     E, S, W, K = chain.shape
     compared = chain
     if E == 1:  # a single ensemble can only be compared with itself
@@ -745,7 +746,12 @@ def _worth_judging(chain):
 
 
 # %%
-print("worth a diagnosis:", _worth_judging(toy), "and, cut to 200 steps,", _worth_judging(toy[:, :200]))
+print(
+    "worth a diagnosis:",
+    _worth_judging(toy),
+    "and, cut to 200 steps,",
+    _worth_judging(toy[:, :200]),
+)
 
 
 # %%
@@ -1616,9 +1622,7 @@ shares = {
 inside = {
     prior: np.mean((share > 0.16) & (share < 0.84), axis=0) for prior, share in shares.items()
 }
-columns = {
-    name: [f"{share[k]:.1%}" for share in inside.values()] for k, name in enumerate(names)
-}
+columns = {name: [f"{share[k]:.1%}" for share in inside.values()] for k, name in enumerate(names)}
 Table({"prior": list(inside)} | columns)
 
 # %%

@@ -260,6 +260,11 @@ def diagnose(chain: np.ndarray, names, burn_in: int | None = None) -> Diagnosis:
     return Diagnosis(int(burn_in), tau, rhat, ess, problems)
 
 # %% ../nbs/11_mcmc.ipynb #471bd749
+def _unit(name):
+    "The unit of a label; dimensionless for a name that the survey does not know."
+    return LABELS[name].unit if name in LABELS else u.dimensionless_unscaled
+
+
 @dataclass
 class _Walk:
     "A chain and whether it may be believed."
@@ -308,11 +313,6 @@ class _Walk:
         )
 
 # %% ../nbs/11_mcmc.ipynb #bd96070f
-def _unit(name):
-    "The unit of a label; dimensionless for a name that the survey does not know."
-    return LABELS[name].unit if name in LABELS else u.dimensionless_unscaled
-
-
 @dataclass(repr=False)
 class Posterior(_Walk):
     """Draws of a star's labels, and whether they may be believed.
@@ -551,6 +551,20 @@ def _arrays(spectra, ivar):
     return flux, None if ivar is None else np.atleast_2d(np.asarray(ivar))
 
 
+def _inferred(model, spectrum, ivar):
+    "`infer`'s table of one star and its best fit (1, K), scaled."
+    table = infer(model, spectrum, ivar)
+    if len(table) != 1:
+        raise LabError(
+            f"sample takes one star, not {len(table)}: "
+            "cut the spectra (spectra[row]), or use sample_many"
+        )
+    best = _scaled_best(model, table)
+    if not np.isfinite(best).all():
+        raise LabError("the star has no usable pixel: nothing can be said of its labels")
+    return table, best
+
+
 def _star_posterior(model, stats, prior, best, chi2_best):
     "ln of one star's posterior, its likelihood -chi2/2."
     at_best = _log_likelihood(model.vectorizer_, stats.matrix(), stats.b, best[None])[0, 0]
@@ -604,15 +618,7 @@ def sample(
     LabError
         For more than one star, or for one without usable pixels.
     """
-    table = infer(model, spectrum, ivar)
-    if len(table) != 1:
-        raise LabError(
-            f"sample takes one star, not {len(table)}: "
-            "cut the spectra (spectra[row]), or use sample_many"
-        )
-    best = _scaled_best(model, table)
-    if not np.isfinite(best).all():
-        raise LabError("the star has no usable pixel: nothing can be said of its labels")
+    table, best = _inferred(model, spectrum, ivar)
     stats = _exact_statistics(model, *_arrays(spectrum, ivar))
     log_prob = _star_posterior(model, stats, prior, best, float(table["chi2"][0]))
     shape = (ensembles, walkers, best.shape[1])

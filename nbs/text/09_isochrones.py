@@ -123,6 +123,22 @@ class Isochrones:
 
 
 # %% [markdown]
+# The smallest grid has one point, here the Sun:
+
+# %%
+one_point = np.ones((1, 1, 1))
+Isochrones(
+    feh=np.array([0.0]),
+    log_age=np.array([np.log10(4.57e9)]),
+    eep=np.array([350]),
+    log_teff=np.log10(5772) * one_point,
+    logg=4.438 * one_point,
+    mass=one_point,
+    phase=0 * one_point.astype(int),
+    source="by hand",
+)
+
+# %% [markdown]
 # The project ships a grid: MIST 2.5 for rotating stars ($v/v_\mathrm{crit} = 0.4$), with all 15 metallicities, the 24 ages from 1 to 14 Gyr, and the
 # life from birth to the first thermal pulse (pulses make loops that no interpolation follows). It is read from wherever the package is installed. How
 # the file was made is told at the end of this chapter.
@@ -353,9 +369,9 @@ axes[0].set_title("one age, three metallicities")
 axes[1].set_title("one metallicity, three ages");
 
 # %% [markdown]
-# **What to see.** Metallicity moves the giants sideways, by hundreds of kelvin per dex. Age hardly moves them, but it eats the main sequence from
-# above: the turn-off, its hottest point, gets cooler and fainter. The stub at the giant branch near $\log g=2.4$ is the red clump, where helium burns
-# in the core. So a giant's place tells its metallicity well and its age badly.
+# **What to see.** Metallicity moves the giants sideways. Age hardly moves them, but it eats the main sequence from above: the turn-off, its hottest
+# point, gets cooler and fainter. The stub at the giant branch is the red clump, where helium burns in the core. So a giant's place tells its
+# metallicity well and its age badly.
 #
 # ## Is it right?
 # We begin with a star that we know. A star of one solar mass and metallicity that is 4.57 Gyr old is the Sun: 5772 K and 4.438. Theory is good to some

@@ -272,6 +272,10 @@ def plot_shifts(
     return ax
 
 
+# %%
+plot_shifts(predicted, catalogue, metal);
+
+
 # %% [markdown]
 # ## Side by side
 # Predicted and catalogue labels of the same stars on the same axes, and the arrows between them.

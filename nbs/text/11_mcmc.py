@@ -393,9 +393,9 @@ ax.set(xlabel="steps", ylabel=r"$\tau$ [steps]", ylim=(0, 30), title="64 walkers
 ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5));
 
 # %% [markdown]
-# **What to see.** A short chain has a short memory: each walker's own mean is taken away, and with it whatever is slower than the chain. The estimate
-# grows and levels off where the chain is some fifty times as long as $\tau$, right of the grey line; from there it is good to a quarter, and soon to
-# a tenth. So a $\tau$ may only be believed from a chain of 50 $\tau$ or more.
+# **What to see.** A short chain has a short memory: each walker's own mean is taken away, and with it whatever is slower than the chain. Right of the
+# grey line the chain is more than fifty times as long as $\tau$, and the estimate levels off. So a $\tau$ may only be believed from a chain of 50
+# $\tau$ or more.
 
 # %%
 trusted = lengths >= 50 * np.array(estimates)
@@ -579,6 +579,11 @@ assert stuck.problems
 
 # %%
 #| export
+def _unit(name):
+    "The unit of a label; dimensionless for a name that the survey does not know."
+    return LABELS[name].unit if name in LABELS else u.dimensionless_unscaled
+
+
 @dataclass
 class _Walk:
     "A chain and whether it may be believed."
@@ -640,11 +645,6 @@ with pytest.raises(NotConverged, match="the ensembles disagree"):
 
 # %%
 #| export
-def _unit(name):
-    "The unit of a label; dimensionless for a name that the survey does not know."
-    return LABELS[name].unit if name in LABELS else u.dimensionless_unscaled
-
-
 @dataclass(repr=False)
 class Posterior(_Walk):
     """Draws of a star's labels, and whether they may be believed.
@@ -987,6 +987,20 @@ def _arrays(spectra, ivar):
     return flux, None if ivar is None else np.atleast_2d(np.asarray(ivar))
 
 
+def _inferred(model, spectrum, ivar):
+    "`infer`'s table of one star and its best fit (1, K), scaled."
+    table = infer(model, spectrum, ivar)
+    if len(table) != 1:
+        raise LabError(
+            f"sample takes one star, not {len(table)}: "
+            "cut the spectra (spectra[row]), or use sample_many"
+        )
+    best = _scaled_best(model, table)
+    if not np.isfinite(best).all():
+        raise LabError("the star has no usable pixel: nothing can be said of its labels")
+    return table, best
+
+
 def _star_posterior(model, stats, prior, best, chi2_best):
     "ln of one star's posterior, its likelihood -chi2/2."
     at_best = _log_likelihood(model.vectorizer_, stats.matrix(), stats.b, best[None])[0, 0]
@@ -997,7 +1011,7 @@ def _star_posterior(model, stats, prior, best, chi2_best):
 
 
 # %%
-table = infer(model, star)
+table, best = _inferred(model, star, None)
 log_prob = _star_posterior(model, stats, None, best, float(table["chi2"][0]))
 prior_density = UniformPrior()(best)
 print(f"-chi2/2 of the best fit {(log_prob(best) - prior_density)[0]:.2f}")
@@ -1050,15 +1064,7 @@ def sample(
     LabError
         For more than one star, or for one without usable pixels.
     """
-    table = infer(model, spectrum, ivar)
-    if len(table) != 1:
-        raise LabError(
-            f"sample takes one star, not {len(table)}: "
-            "cut the spectra (spectra[row]), or use sample_many"
-        )
-    best = _scaled_best(model, table)
-    if not np.isfinite(best).all():
-        raise LabError("the star has no usable pixel: nothing can be said of its labels")
+    table, best = _inferred(model, spectrum, ivar)
     stats = _exact_statistics(model, *_arrays(spectrum, ivar))
     log_prob = _star_posterior(model, stats, prior, best, float(table["chi2"][0]))
     shape = (ensembles, walkers, best.shape[1])
@@ -1689,8 +1695,8 @@ Table({"width of the posterior": list(widths)} | columns | {"effective draws": c
 
 # %% [markdown]
 # **What to see.** So few pixels leave a long band, from cool giants of low gravity to warmer ones of higher. The training set's prior narrows it.
-# Neither prior is the truth: the first knows too little, the second only the stars of this archive. The few effective draws say that the proposal fits
-# such a posterior badly; a star like this one is for `sample`.
+# Neither prior is the truth: the first knows too little, the second only the stars of this archive. Few draws are effective, so the proposal fits
+# badly: such a star is for `sample`.
 
 # %% [markdown]
 # ## The seal is broken

@@ -78,7 +78,7 @@ def test_remade_extract_is_the_shipped_one(tmp_path):
 
 
 def tiny_grid(path):
-    "Like the package's file: 2 metallicities, 3 ages, first EEPs and lengths that differ, a NaN row."
+    "Like the package's file: 2 metallicities, 3 ages, unequal first EEPs and lengths, a NaN row."
     h5py = pytest.importorskip("h5py")
     rng = np.random.default_rng(0)
     lengths, first = np.array([5, 3, 6, 4, 5, 2]), np.array([200, 203, 201, 205, 199, 204])

@@ -22,7 +22,7 @@ from scipy.ndimage import map_coordinates
 from scipy.stats import truncnorm
 
 from .archives import ArchiveSummary, black_body, write_archive
-from .kiel import shipped_isochrones, total_metallicity
+from .isochrones import shipped_isochrones, total_metallicity
 from stellar_lab.survey import (
     CHIPS,
     LABELS,

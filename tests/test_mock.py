@@ -95,7 +95,7 @@ def test_same_seed_same_stars(people):
 
 def test_a_star_stands_on_its_isochrone():
     "All of one age and metallicity, none selected: they lie on the line that the isochrones' own reader draws."
-    from stellar_lab.kiel import isochrone
+    from stellar_lab.isochrones import isochrone
 
     n = 300
     stars = place_on_isochrones(

@@ -66,6 +66,7 @@ from stellar_lab.judging import cross_label, error_table
 from stellar_lab.models import fold_numbers
 from stellar_lab.survey import LABELS, archive_root, read_truth, real_data, use_style
 
+
 # %% [markdown]
 # ## Pixels that lines hardly touch
 # The original lab came with a ready list: 529 of the 7,214 pixels, chosen by [Ness et al. 2015](https://doi.org/10.1088/0004-637X/808/1/16) from the data
@@ -85,11 +86,13 @@ def lab_continuum_pixels() -> np.ndarray:
     with data_file("continuum_pixels.npy") as path:
         return np.load(path)
 
+
 # %%
 continuum_pixels = lab_continuum_pixels()
 chips = chip_slices(wavelength)
 assert continuum_pixels.shape == wavelength.shape and continuum_pixels.sum() == 529
 {name: int(continuum_pixels[chip].sum()) for name, chip in chips.items()}
+
 
 # %% [markdown]
 # Your own list may come as a file: flags or pixel numbers saved by numpy, or plain text with a wavelength a line. A wavelength has to meet a pixel
@@ -122,14 +125,12 @@ def read_continuum_pixels(path) -> np.ndarray:
         values = np.load(path) if path.suffix == ".npy" else np.loadtxt(path, ndmin=1)
     except (OSError, ValueError, EOFError) as error:
         raise LabError(
-            f"cannot read continuum pixels from {path} ({error}): give a .npy file of flags, or "
-            f"text, "
+            f"cannot read continuum pixels from {path} ({error}): give a .npy file of flags, or text, "
             "one wavelength per line"
         ) from error
     if values.ndim != 1 or values.dtype.kind not in "biuf" or not len(values):
         raise LabError(
-            f"{path} holds an array of shape {values.shape} and type {values.dtype}: give one row "
-            f"of "
+            f"{path} holds an array of shape {values.shape} and type {values.dtype}: give one row of "
             "flags, pixel numbers or wavelengths"
         )
     chosen = _chosen_pixels(values, path)
@@ -142,6 +143,7 @@ def read_continuum_pixels(path) -> np.ndarray:
         )
     return np.isin(on_band, chosen)
 
+
 # %%
 #| export
 def _chosen_pixels(values, path):
@@ -150,8 +152,7 @@ def _chosen_pixels(values, path):
         return np.flatnonzero(values) if len(values) == N_PIXELS else on_band[values != 0]
     if values.dtype.kind == "b":
         raise LabError(
-            f"{path} holds {len(values)} flags, but the grids have {len(wavelength)} (on the "
-            f"chips) "
+            f"{path} holds {len(values)} flags, but the grids have {len(wavelength)} (on the chips) "
             f"or {N_PIXELS} (all) pixels"
         )
     if path.suffix != ".npy" or values.dtype.kind not in "iu":
@@ -178,12 +179,12 @@ def _pixels_at(wavelengths, path):
     wrong = ~(np.abs(position - pixel) <= 0.25) | (pixel < 0) | (pixel >= N_PIXELS)
     if wrong.any():
         raise LabError(
-            f"{path}: {wrong.sum()} of {len(wavelengths)} wavelengths meet no pixel of the "
-            f"survey's "
+            f"{path}: {wrong.sum()} of {len(wavelengths)} wavelengths meet no pixel of the survey's "
             f"grid, the first is {wavelengths[wrong][0]:.2f}: give vacuum wavelengths in Angstrom "
             "from survey.wavelength"
         )
     return pixel
+
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -195,6 +196,7 @@ with tempfile.TemporaryDirectory() as folder:
     np.savetxt(text, wavelength[continuum_pixels] - 4.4)  # air
     with pytest.raises(LabError, match="wavelengths meet no pixel.*give vacuum wavelengths"):
         read_continuum_pixels(text)
+
 
 # %% [markdown]
 # ## Outliers first
@@ -238,6 +240,7 @@ def inliers(
     median[:, head:] = nan_median(values[:, head:])[:, None]
     return np.abs(values - median) <= tolerance * np.abs(median)  # False where either is NaN
 
+
 # %% [markdown]
 # The reference implementation is the plain loop over stars and runs, written as the rule is spoken. Random fluxes with a scatter of 7 % put about every seventh
 # pixel beyond the limit, and lists of 5 to 108 pixels try all shapes of the last run; three of the stars have no usable pixel at all.
@@ -255,6 +258,7 @@ def inliers_loop(flux, good, run=20, tolerance=0.1):
                     True
                 )
     return keep
+
 
 # %%
 rng = np.random.default_rng(3)
@@ -311,6 +315,7 @@ def fit_polynomials(
     matrix[~solvable] = np.eye(degree + 1)
     right[~solvable] = 0
     return np.linalg.solve(matrix, right[..., None])[..., 0], solvable
+
 
 # %% [markdown]
 # Two checks: `np.polyfit` (its weights multiply the residuals, so it wants $1/\sigma$), and points that lie on a parabola.
@@ -402,14 +407,14 @@ def continuum(
             pixels = chip.start + np.flatnonzero(listed[chip])
             if len(pixels) < min_pixels:
                 raise LabError(
-                    f"the list holds {len(pixels)} continuum pixels on the {name} chip, a fit "
-                    f"needs "
+                    f"the list holds {len(pixels)} continuum pixels on the {name} chip, a fit needs "
                     f"{min_pixels}: give a longer list"
                 )
             fit.failed[:, number] = _fit_chip(
                 spectra, fit, chip, pixels, degree, run, tolerance, min_pixels
             )
     return fit
+
 
 # %% [markdown]
 # One chip at a time, all stars together. A chip fails where too few trustworthy pixels are left, where these do not determine the polynomial, or where the curve sinks to zero.
@@ -465,6 +470,7 @@ def _on_grid(continuum_pixels, grid):
             "the spectra"
         )
     return continuum_pixels
+
 
 # %% [markdown]
 # ## Divide, then mask
@@ -567,6 +573,7 @@ def _divide(spectra, curve):
         good &= spectra.mask == 0
     return np.where(np.isfinite(flux), flux, 1), np.where(good, ivar, 0)
 
+
 # %% [markdown]
 # For a test we need stars whose answer is known: lines everywhere but at the continuum pixels, on parabolas of very different heights. Without
 # noise, these must come out as the lines alone, to the last digit of float32 but one. Brightness must not matter, and neither may the number of
@@ -574,8 +581,7 @@ def _divide(spectra, curve):
 
 # %%
 def made_up(n_stars=6, seed=0, noise=0.01):
-    """Stars with lines everywhere but at the continuum pixels, on parabolas of very different
-    heights; and these parabolas."""
+    "Stars with lines everywhere but at the continuum pixels, on parabolas of very different heights; and these parabolas."
     rng = np.random.default_rng(seed)
     curve, x = np.empty((n_stars, len(wavelength))), (wavelength - 16_000) / 1_000
     for chip in chips.values():
@@ -588,6 +594,7 @@ def made_up(n_stars=6, seed=0, noise=0.01):
     stars = Table({"APOGEE_ID": [f"star {n}" for n in range(n_stars)]}, meta={"normalized": False})
     mask = np.zeros(curve.shape, np.int16)
     return Spectra(wavelength, flux.astype("f4"), ivar.astype("f4"), stars, mask), curve, depth
+
 
 # %%
 spectra, curve, depth = made_up(noise=0)
@@ -607,6 +614,7 @@ assert np.allclose(thousand.flux, result.flux, rtol=1e-6) and np.allclose(
     thousand.ivar, result.ivar, rtol=1e-5
 )
 assert np.allclose(result.flux, normalize(spectra).flux, rtol=1e-6)
+
 
 # %% [markdown]
 # The whole fit once more by a plain loop over stars and chips, with `np.polyfit` in Ångström from the chip's middle. Now the stars have noise, a
@@ -629,6 +637,7 @@ def continuum_loop(spectra, listed):
                 np.polyfit(x[p] - x.mean(), f[p], 2, w=np.sqrt(w[p])), x - x.mean()
             )
     return curve
+
 
 # %%
 spectra.ivar[np.random.default_rng(1).random(spectra.ivar.shape) < 0.1] = 0
@@ -688,6 +697,7 @@ with pytest.raises(
 with pytest.raises(LabError, match="degree is -1: it must be a whole number of at least 0"):
     normalize(spectra, degree=-1)
 
+
 # %% [markdown]
 # ## What the fit looks like
 # A picture of one chip: the spectrum as it came, the curve, the pixels it was drawn through, and in red those that were dropped.
@@ -736,6 +746,7 @@ def plot_continuum(
     ax.margins(x=0.01)
     return ax
 
+
 # %% [markdown]
 # Now real stars. The first picture is of a star of middling signal-to-noise. `raw` are the apStar spectra of the archive at hand, light as it was
 # counted; the ledger of the chapter before goes on with them.
@@ -748,8 +759,7 @@ whole = ~fit.failed.any(axis=1) & (raw.stars["SNR"] > 50)
 typical = np.flatnonzero(whole)[np.argsort(raw.stars["SNR"][whole])[whole.sum() // 2]]
 ax = plot_continuum(raw, fit, typical)
 ax.set_title(
-    f"{raw.stars['APOGEE_ID'][typical]}: flux, continuum (black) and the pixels it was drawn "
-    f"through"
+    f"{raw.stars['APOGEE_ID'][typical]}: flux, continuum (black) and the pixels it was drawn through"
 );
 
 # %% [markdown]
@@ -792,8 +802,7 @@ ax.set_ylabel("flux / continuum");
 rejected, listed = fit.rejected.sum(), (fit.used | fit.rejected).sum()
 failed = ", ".join(f"{number} on the {name}" for name, number in zip(CHIPS, fit.failed.sum(axis=0)))
 Markdown(
-    f"Of {len(raw)} stars and {listed:,} usable continuum pixels the rule drops {rejected:,} "
-    f"({rejected / listed:.2%}). "
+    f"Of {len(raw)} stars and {listed:,} usable continuum pixels the rule drops {rejected:,} ({rejected / listed:.2%}). "
     f"Chips whose fit failed: {failed}."
 )
 
@@ -808,6 +817,7 @@ assert np.allclose(
 )
 at_continuum = np.where(fit.used[some] & (spectra.ivar[some] > 0), spectra.flux[some], np.nan)
 assert np.all(np.abs(np.nanmedian(at_continuum, axis=1) - 1) < 0.02)
+
 
 # %% [markdown]
 # ## Which bits cost most?
@@ -838,6 +848,7 @@ def count_mask_bits(spectra: Spectra) -> Table:
     table["share"] = table["pixels"] / max(spectra.mask.size, 1)
     return table
 
+
 # %%
 bits = count_mask_bits(raw)
 fig, ax = plt.subplots(figsize=(8, 3.2))
@@ -852,6 +863,7 @@ assert bits["pixels"].sum() >= np.count_nonzero(raw.mask) and np.all(
 assert bits["pixels"][PIXMASK_NAMES.index("BADPIX")] == sum((row & 1).sum() for row in raw.mask)
 with pytest.raises(LabError, match="no bitmask: only apStar"):
     count_mask_bits(raw.replace(mask=None))
+
 
 # %% [markdown]
 # ## Stars with too few pixels left
@@ -905,6 +917,7 @@ def drop_masked(
     reason = f"more than {limit} of {len(on_band)} on-band pixels unusable"
     return keep(spectra, good, "masked", ledger, reason)
 
+
 # %%
 lost = unusable_pixels(spectra)
 kept, ledger = drop_masked(spectra, ledger=ledger)
@@ -930,9 +943,7 @@ ranked = np.argsort(values)[: np.isfinite(values).sum()]
 nine = kept[ranked[np.linspace(0, len(ranked) - 1, 9).astype(int)]]
 fig, axes = plt.subplots(9, 1, figsize=(10, 13), sharex=True, sharey=True)
 for n, ax in enumerate(axes):
-    value = nine.labels([metal])[n, 0]
-    name = nine.stars["APOGEE_ID"][n]
-    title = f"{name}, {LABELS[metal].symbol} {value:.2f}, SNR {nine.stars['SNR'][n]:.0f}"
+    title = f"{nine.stars['APOGEE_ID'][n]}, {LABELS[metal].symbol} {nine.labels([metal])[n, 0]:.2f}, SNR {nine.stars['SNR'][n]:.0f}"
     plot_spectrum(wavelength, nine.flux[n], nine.ivar[n], error=True, ax=ax, title=title)
     ax.set(ylim=(0.3, 1.2), xlabel="" if n < 8 else "vacuum wavelength [Å]")
 
@@ -957,6 +968,7 @@ if mystery_file.exists():
 else:
     print("Skipped: this archive has no mystery star.")
 
+
 # %% [markdown]
 # ## How far from the known curve?
 # The archives written here know their curves: each star's normalized spectrum was multiplied by one. The ratio of fitted to known curve tells two
@@ -970,6 +982,7 @@ def distance(fitted, known, usable):
     shape = [np.nanstd(ratio[:, chip], axis=1) for chip in chips.values()]
     return np.transpose(level), np.transpose(shape)
 
+
 # %%
 known = None
 if read_truth(archive_root()) is not None:
@@ -979,6 +992,7 @@ if read_truth(archive_root()) is not None:
     level, shape = distance(fit.continuum[whole], known, spectra.ivar[whole] > 0)
 else:
     print("Skipped: only the archives written here know their continua.")
+
 
 # %%
 def plot_distance(level, shape, stars, metallicity):
@@ -995,6 +1009,7 @@ def plot_distance(level, shape, stars, metallicity):
 if known is not None:
     metallicity = raw.labels([metal])[whole, 0]
     plot_distance(level, shape, raw.stars[whole], metallicity)
+
 
 # %%
 #| echo: false
@@ -1039,6 +1054,7 @@ def distance_groups():
 
 distance_table(level, shape, distance_groups()) if known is not None else None
 
+
 # %%
 #| echo: false
 def distance_text():
@@ -1051,17 +1067,15 @@ def distance_text():
         spectra.ivar[whole] > 0,
     )
     return Markdown(
-        f"Median distance (noisy: SNR < 150; metal-poor: below -1 dex). A straight line through "
-        f"all levels says {per_noise:+.2f} times a pixel's "
-        f"relative noise, and {100 * per_dex:+.2f} % a dex of metallicity. The shape that a "
-        f"parabola cannot follow, from a fit to the known curves "
-        f"themselves without lines or noise, has an rms of {100 * np.median(parabola[1]):.2f} %; "
-        f"what was found with lines and noise is "
+        f"Median distance (noisy: SNR < 150; metal-poor: below -1 dex). A straight line through all levels says {per_noise:+.2f} times a pixel's "
+        f"relative noise, and {100 * per_dex:+.2f} % a dex of metallicity. The shape that a parabola cannot follow, from a fit to the known curves "
+        f"themselves without lines or noise, has an rms of {100 * np.median(parabola[1]):.2f} %; what was found with lines and noise is "
         f"{100 * np.median(shape):.2f} %."
     )
 
 
 distance_text() if known is not None else None
+
 
 # %% [markdown]
 # **What to see** on the archive of real stars. In bright stars the two curves agree. The noisier the star, the lower is ours, by the part of a
@@ -1126,6 +1140,7 @@ try:
 except LabError as error:
     print(f"Skipped: {error}")
 
+
 # %%
 def errors_of(spectra, folds=3):
     table = cross_label(
@@ -1145,6 +1160,7 @@ if theirs is not None:
 # %%
 #| echo: false
 cost if theirs is not None else None
+
 
 # %% [markdown]
 # A continuum of our own is not free: some labels get a little worse. What is worse is to *mix*: a model trained on the one normalization
@@ -1176,6 +1192,7 @@ mixed
 if theirs is not None:
     assert len(theirs) == len(ours) and np.array_equal(theirs.labels(), ours.labels())
     assert 0.8 < np.mean(cost["ratio"]) < 1.5
+
 
 # %% [markdown]
 # ## Raw files from the sky
@@ -1223,6 +1240,7 @@ def plot_normalization(raw: Spectra, number: int = 8, **rule):
             right.set_xlabel("")
     return fig
 
+
 # %%
 folder = real_data()
 if folder is None:
@@ -1260,6 +1278,7 @@ if folder is not None:
         dict(zip(found["star"], found["CHIPS_FAILED"]))["2M03290406+3117075"] == CHIP_BITS["blue"]
     )
 
+
 # %% [markdown]
 # ## The recipe travels
 # A star that is to be labelled must be treated exactly as the training stars were. So `normalize` writes down what it did: the pixels, the degree, the rule for outliers. The
@@ -1288,14 +1307,14 @@ def continuum_steps(meta: dict) -> list:
 
 
 def _dark_as_trained(model, spectra, fraction):
-    """Pixels below `fraction` of a typical star's, each star relative to its own median: (N, P)
-    bool."""
+    "Pixels below `fraction` of a typical star's, each star relative to its own median: (N, P) bool."
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)  # a star without light has no median
         seen = np.where(spectra.ivar > 0, spectra.flux, np.nan)
         level = np.nanmedian(seen, axis=1, keepdims=True)
         typical = model.typical_flux_ / np.nanmedian(model.typical_flux_)
         return spectra.flux < fraction * np.where(level > 0, level, np.nan) * typical
+
 
 # %%
 #| export
@@ -1340,6 +1359,7 @@ def _normalize_again(spectra, **rule):
     stars = spectra.stars.copy(copy_data=False)
     stars.meta["normalized"] = False
     return normalize(spectra.replace(stars=stars), **rule)
+
 
 # %% [markdown]
 # ## A training set
@@ -1389,13 +1409,13 @@ def training_set(
     spectra = normalize(spectra, continuum_pixels=continuum_pixels)
     return drop_masked(spectra, ledger=ledger)
 
+
 # %%
 own_pixels = np.roll(lab_continuum_pixels(), 1)
 mine, ledger = training_set(archive_root(), continuum_pixels=own_pixels, progress=False)
 again = continuum_steps(mine.stars.meta)
 print(
-    f"{len(mine)} stars; recipe: {len(again)} step, degree {again[0]['degree']}, "
-    f"{len(again[0]['pixels'])} pixels"
+    f"{len(mine)} stars; recipe: {len(again)} step, degree {again[0]['degree']}, {len(again[0]['pixels'])} pixels"
 )
 assert again[0]["pixels"] == np.flatnonzero(own_pixels).tolist()
 
@@ -1408,6 +1428,7 @@ raw, _ = read_files([str(mine.stars["FILE"][0])], progress=False)
 treated = as_trained(model, raw)
 assert continuum_steps(treated.stars.meta) == continuum_steps(model.metadata_)
 assert np.abs(treated.flux - mine.flux[:1])[mine.ivar[:1] > 0].max() < 1e-5
+
 
 # %% [markdown]
 # The front door of the package has the name `normalize` for the function, and so has this room. Whichever of the two `from stellar_lab import normalize` brings, it can be called.

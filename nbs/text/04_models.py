@@ -58,6 +58,7 @@ from sklearn.exceptions import NotFittedError
 from stellar_lab.normalize import training_set
 from stellar_lab.survey import archive_record, archive_root, use_style
 
+
 # %% [markdown]
 # ## Who learns, who is asked
 # A model that is judged on the stars it learned from looks better than it is. So some stars are left out. One split serves all models of this book, and it is the one
@@ -82,6 +83,7 @@ def train_test_rows(n: int, test_size: float = 0.33, seed: int = 42) -> tuple:
     tuple of two (n_train,) and (n_test,) int arrays
     """
     return train_test_split(np.arange(n), test_size=test_size, random_state=seed)
+
 
 # %% [markdown]
 # One split is one draw. In *folds* every star is left out once: the stars are dealt into five hands, and each hand is labelled by a model that learned from the other
@@ -124,16 +126,17 @@ def fold_numbers(n: int, folds: int = 5, seed: int = 0, stars: Sequence = None) 
     )
     return numbers[first][star]
 
+
 # %%
 train, test = train_test_rows(100)
 numbers = fold_numbers(11, folds=3)
 twice = fold_numbers(11, folds=3, stars=[*"abcdefghij", "a"])
 print(
-    f"{len(train)} stars to learn from, {len(test)} to ask; folds {numbers}, with a star seen "
-    f"twice {twice}"
+    f"{len(train)} stars to learn from, {len(test)} to ask; folds {numbers}, with a star seen twice {twice}"
 )
 assert not set(train) & set(test) and np.ptp(np.bincount(numbers)) <= 1
 assert twice[10] == twice[0] and np.array_equal(twice[:10], numbers[:10])
+
 
 # %% [markdown]
 # ## All stars at once
@@ -179,6 +182,7 @@ def in_blocks(work, size: int, block: int = 520) -> list:
     with single_threaded(), ThreadPoolExecutor(cores) as pool:
         return list(pool.map(work, slices))
 
+
 # %% [markdown]
 # A symmetric matrix holds each number twice. `pair_index` names the entries that differ, so that products compute, and memory holds, only these: the $T(T+1)/2$ pairs
 # of $T$ terms, and for each entry of the whole matrix its place among them.
@@ -205,6 +209,7 @@ def pair_index(T: int) -> tuple:
     place[j, i] = place[i, j]
     return i, j, place
 
+
 # %%
 i, j, place = pair_index(3)
 terms = np.array([2, 3, 5])
@@ -212,6 +217,7 @@ print("pairs", list(zip(i.tolist(), j.tolist())), "products", terms[i] * terms[j
 assert np.array_equal((terms[i] * terms[j])[place], np.outer(terms, terms))
 squares = in_blocks(lambda rows: np.arange(2000)[rows] ** 2, 2000)
 assert np.array_equal(np.concatenate(squares), np.arange(2000) ** 2)
+
 
 # %% [markdown]
 # ## Labels, from any hand
@@ -241,8 +247,7 @@ def label_values(table, names: Sequence) -> np.ndarray:
 
 
 def _named_labels(labels, names):
-    """Labels as an array (N, K), and their names: those given, those of the table's columns, or
-    numbers."""
+    "Labels as an array (N, K), and their names: those given, those of the table's columns, or numbers."
     columns = getattr(labels, "colnames", getattr(labels, "columns", None))
     if columns is not None:
         names = list(columns) if names is None else names
@@ -257,6 +262,7 @@ def _named_labels(labels, names):
     if names is None:
         names = [f"LABEL_{k}" for k in range(labels.shape[-1])]
     return labels, tuple(label_record(name).name for name in names)
+
 
 # %%
 #| export
@@ -281,6 +287,7 @@ def _check_training(labels, flux, ivar, names):
             f"(first: row {np.argmax(without)}): leave them out (apply_cuts)"
         )
 
+
 # %%
 frame = pd.DataFrame({"teff": [4500.0, 4800.0], "Age": [9.1, 2.3]})
 values, names = _named_labels(frame, None)
@@ -290,6 +297,7 @@ with pytest.raises(LabError, match="labels must be numbers"):
     _named_labels(pd.DataFrame({"teff": ["hot", "cool"]}), None)
 with pytest.raises(LabError, match="labels come first"):
     _check_training(np.ones((5, 300)), np.ones((5, 6)), np.ones((5, 6)), names)
+
 
 # %% [markdown]
 # ## Scaled labels
@@ -308,6 +316,7 @@ class _Scaled:
     def unscale(self, labels) -> np.ndarray:
         "Scaled labels (N, K) -> labels in physical units (N, K)."
         return np.asarray(labels, dtype=float) * self.scales_ + self.pivots_
+
 
 # %% [markdown]
 # ## A file without a pickle
@@ -371,6 +380,7 @@ def _in_memory(value):
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return np.array(value)
     return value
+
 
 # %% [markdown]
 # What a model has learned are its attributes whose name ends with an underscore, as everywhere in scikit-learn. So writing and reading need no list of them.
@@ -437,6 +447,7 @@ class _Kept:
                 setattr(model, name, value)
         model.label_names_ = tuple(model.label_names_)
         return model
+
 
 # %% [markdown]
 # ## The model
@@ -512,6 +523,7 @@ class LabelModel(_Kept, _Scaled, BaseEstimator):
         "Which labels (N, K) are far from all training stars, (N,) bool."
         return outside_training(self, labels)
 
+
 # %%
 #| export
 _NEIGHBOURS = 3  # a star's distance from the training stars is that to the third nearest
@@ -551,13 +563,13 @@ def label_box(model: LabelModel) -> tuple:
     Returns
     -------
     tuple of two (K,) arrays
-        lower and upper bound of the scaled labels, a quarter of their range beyond the
-        training stars
+        lower and upper bound of the scaled labels, a quarter of their range beyond the training stars
     """
     check_is_fitted(model)
     scaled = model.scale(model.training_labels_)
     low, high = scaled.min(axis=0), scaled.max(axis=0)
     return low - _MARGIN * (high - low), high + _MARGIN * (high - low)
+
 
 # %% [markdown]
 # ## The smallest model
@@ -578,6 +590,7 @@ class NearestStar(LabelModel):
         self.training_digest_ = self._digest()
         return self
 
+
 # %%
 use_style()
 names = list(archive_record(archive_root()).labels)
@@ -588,6 +601,7 @@ print(f"{len(train)} stars, labels {', '.join(model.label_names_)}; errors: {mod
 assert np.allclose(model.scale(model.training_labels_).std(axis=0), 1)
 with pytest.raises(NotFittedError):
     label_box(NearestStar(names))
+
 
 # %% [markdown]
 # ## When to doubt
@@ -620,9 +634,11 @@ def flag_names(flags) -> list:
     values = [int(value) for value in np.atleast_1d(flags)]
     return [" ".join(flag.name for flag in Flag if value & flag) for value in values]
 
+
 # %%
 assert flag_names([0, 5]) == ["", "NOT_CONVERGED OUTSIDE_TRAINING"]
 flag_names([0, 5, 16])
+
 
 # %% [markdown]
 # ## An answer
@@ -689,6 +705,7 @@ def answer(model, spectra: Spectra, max_steps: int) -> Answer:
         "import the module that teaches it (stellar_lab.inversion for a Cannon)"
     )
 
+
 # %%
 @answer.register(NearestStar)
 def _(model, spectra, max_steps):
@@ -698,6 +715,7 @@ def _(model, spectra, max_steps):
     labels = model.training_labels_[distance.argmin(axis=1)]
     spread = np.tile(np.diag(model.scales_**2), (len(labels), 1, 1))
     return Answer(labels, spread, n_good=weight.sum(axis=1).astype(int))
+
 
 # %% [markdown]
 # ## Spectra that the model can read
@@ -785,6 +803,7 @@ def _check_recipe(model, meta):
             "or insist with any_recipe=True, although the labels shift"
         )
 
+
 # %%
 #| export
 def finite_flux(flux: np.ndarray, ivar: np.ndarray, first: int = 0) -> np.ndarray:
@@ -814,6 +833,7 @@ def finite_flux(flux: np.ndarray, ivar: np.ndarray, first: int = 0) -> np.ndarra
         )
     return np.nan_to_num(flux, nan=0, posinf=0, neginf=0)
 
+
 # %%
 with pytest.raises(LabError, match="ivar is missing"):
     check_spectra(model, spectra.flux[:2])
@@ -821,6 +841,7 @@ with pytest.raises(LabError, match=r"must both be \(N, "):
     check_spectra(model, spectra.flux[:2, :100], spectra.ivar[:2, :100])
 checked = check_spectra(model, spectra[test])
 print(f"{len(checked)} spectra of {checked.flux.shape[1]} pixels, {checked.flux.dtype}")
+
 
 # %% [markdown]
 # ## Formal and calibrated errors
@@ -850,6 +871,7 @@ def apply_error_model(model: LabelModel, covariance: np.ndarray) -> np.ndarray:
     stretch = np.outer(np.sqrt(inflation), np.sqrt(inflation))
     stretched = np.where(stretch > 0, covariance * stretch, 0)
     return stretched + np.diag(model.error_floor_)
+
 
 # %% [markdown]
 # ## One table for all
@@ -922,6 +944,7 @@ def _table_meta(model):
         "flags": ", ".join(f"{flag.value} {flag.name}" for flag in Flag),
     }
 
+
 # %% [markdown]
 # ## `infer`
 # The one door: spectra in, table out, whatever the model.
@@ -939,8 +962,7 @@ def infer(
     """Labels of stars from their spectra, by any model.
 
     A Cannon is inverted: the labels minimize
-    chi2 = sum_p (f_p - theta_p . v(labels))^2 / (sigma_p^2 + s_p^2) (Ness et al. 2015, ApJ 808,
-    16).
+    chi2 = sum_p (f_p - theta_p . v(labels))^2 / (sigma_p^2 + s_p^2) (Ness et al. 2015, ApJ 808, 16).
     Ridge regression and networks read the labels from the spectrum.
 
     Parameters
@@ -979,8 +1001,7 @@ def infer(
     >>> from stellar_lab import Cannon, infer
     >>> rng = np.random.default_rng(0)
     >>> labels = rng.normal(size=(200, 2))
-    >>> flux = 1 + labels @ rng.normal(scale=0.05, size=(2, 50))
-    >>> flux += rng.normal(scale=0.01, size=(200, 50))
+    >>> flux = 1 + labels @ rng.normal(scale=0.05, size=(2, 50)) + rng.normal(scale=0.01, size=(200, 50))
     >>> model = Cannon(order=1).fit(labels, flux, np.full(flux.shape, 1e4), ["A", "B"])
     >>> table = infer(model, flux[:3], np.full((3, 50), 1e4), min_good=0)
     >>> bool(np.all(np.abs(table["a"].value - labels[:3, 0]) < 5 * table["a_err"].value))
@@ -996,6 +1017,7 @@ def infer(
         ids = [str(name) for name in spectra.stars["APOGEE_ID"]]
         table.add_column(ids, index=0, name="apogee_id")
     return table
+
 
 # %%
 table = infer(model, spectra[test])

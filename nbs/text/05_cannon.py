@@ -63,6 +63,7 @@ from stellar_lab.survey import (
     wavelength,
 )
 
+
 # %% [markdown]
 # ## The vectorizer
 # A term is a product of powers of labels, `TEFF^2*LOGG` for example, so it is a row of exponents. With all rows as one matrix, any list of terms and its
@@ -108,9 +109,11 @@ def _exponents(term, label_names):
         row[label_names.index(name)] += int(power)
     return row
 
+
 # %%
 assert _exponents("TEFF*LOGG^2", ("TEFF", "LOGG")).tolist() == [1, 2]
 _Polynomial(("TEFF", "LOGG"), np.array([[0, 0], [1, 0], [1, 2]])).terms
+
 
 # %% [markdown]
 # The value of a term is a product of powers, so all powers of all labels are computed once. The slope of a product follows from the rule of the school: the slope of one factor times the others, for each label in turn.
@@ -142,8 +145,7 @@ class Vectorizer(_Polynomial):
 
     @classmethod
     def of_terms(cls, label_names: Sequence, terms: Sequence) -> "Vectorizer":
-        """The constant and the given terms, such as `TEFF^4` or `TEFF*LOGG`; LabError for unknown
-        ones."""
+        "The constant and the given terms, such as `TEFF^4` or `TEFF*LOGG`; LabError for unknown ones."
         names = tuple(label_names)
         rows = [np.zeros(len(names), dtype=int), *(_exponents(term, names) for term in terms)]
         if len(np.unique(rows, axis=0)) < len(rows):
@@ -162,6 +164,7 @@ class Vectorizer(_Polynomial):
     def curvature(self, labels: np.ndarray, force: np.ndarray) -> np.ndarray:
         "Second derivatives (N, K, K) of the terms, summed over the terms with `force` (N, T)."
         return _curvature(self, labels, force)
+
 
 # %%
 #| export
@@ -199,6 +202,7 @@ def _curvature(vectorizer, labels, force):
     if len(at) > 1:
         return np.einsum("nt,ntjk->njk", force, bend)
     return np.tensordot(force, bend[0], axes=1)
+
 
 # %%
 lab = Vectorizer.of_order(["TEFF", "LOGG", "FE_H", "MG_FE", "SI_FE"], 2)
@@ -276,8 +280,7 @@ def _scatter_step(residual2, ivar, variance, scatter2):
 
 
 def _fit_block(flux, ivar, design, products, place, scatter):
-    """Coefficients (B, T) and scatter (B,) of pixels that have enough stars; flux, ivar (N, B)
-    float64."""
+    "Coefficients (B, T) and scatter (B,) of pixels that have enough stars; flux, ivar (N, B) float64."
     theta = _solve(ivar, flux, design, products, place)
     scatter2 = np.zeros(flux.shape[1])
     if not scatter:
@@ -300,6 +303,7 @@ def _fit_block(flux, ivar, design, products, place, scatter):
             break
     return theta, scatter2
 
+
 # %%
 rng = np.random.default_rng(0)
 design = Vectorizer.of_order("a", 1)(rng.normal(size=(500, 1)))
@@ -309,6 +313,7 @@ known_noise = np.full(flux.shape, 0.03**-2)
 theta, scatter2 = _fit_block(flux, known_noise, design, design[:, i] * design[:, j], place, True)
 print(f"coefficients {theta[0].round(3)}, scatter {np.sqrt(scatter2[0]):.4f} where 0.04 was put in")
 assert abs(np.sqrt(scatter2[0]) / 0.04 - 1) < 0.1 and np.allclose(theta[0], [1, 0.2], atol=0.01)
+
 
 # %% [markdown]
 # ## The estimator
@@ -328,7 +333,7 @@ def _check_terms(n_terms, n_stars, n_labels):
 
 
 def _fit_pixels(flux, ivar, design, min_stars, scatter):
-    "All pixels at once: coefficients (P, T), scatter (P,), good pixels and chi2 (N,) of each star."
+    """All pixels at once: coefficients (P, T), scatter (P,), and good pixels and chi2 (N,) of each star."""
     T = design.shape[1]
     i, j, place = pair_index(T)
     products = design[:, i] * design[:, j]
@@ -355,6 +360,7 @@ def _fit_pixels(flux, ivar, design, min_stars, scatter):
     theta, scatters, n_good, chi2 = zip(*in_blocks(work, flux.shape[1]))
     return np.concatenate(theta), np.concatenate(scatters), sum(n_good), sum(chi2)
 
+
 # %% [markdown]
 # What a trained model knows of its pixels, and how it draws spectra, comes first; the class that is trained inherits it.
 
@@ -365,8 +371,7 @@ _POOR_FIT_QUANTILE = 0.99  # … this quantile of the training stars
 
 
 class _PixelPolynomials(LabelModel):
-    """A trained Cannon: coefficients ``theta_`` (P, T) and ``scatter_`` (P,), and what follows from
-    them."""
+    "A trained Cannon: coefficients ``theta_`` (P, T) and ``scatter_`` (P,), and what follows from them."
 
     @property
     def usable_(self) -> np.ndarray:
@@ -413,6 +418,7 @@ class _PixelPolynomials(LabelModel):
         model = super()._from_tree(tree)
         model.vectorizer_ = Vectorizer(model.label_names_, tree["exponents"])
         return model
+
 
 # %%
 #| export
@@ -582,7 +588,7 @@ class Cannon(_PixelPolynomials):
         return np.swapaxes(slopes, 1, 2) @ self.theta_.T
 
     def score(self, labels, flux, ivar=None) -> float:
-        """The share of the flux's variance that the model explains: scikit-learn's R^2.
+        """The share of the flux's variance that the model explains, R^2, as scikit-learn defines it.
 
         Parameters
         ----------
@@ -605,6 +611,7 @@ class Cannon(_PixelPolynomials):
         explained = (weight * (seen - model) ** 2).sum() / (weight * (seen - mean) ** 2).sum()
         return float(1 - explained)
 
+
 # %% [markdown]
 # ## Does it find what we put in?
 # A made-up spectrum of 300 pixels, exactly quadratic in three labels, without noise: the coefficients must come back to rounding, in whatever units the
@@ -613,8 +620,7 @@ class Cannon(_PixelPolynomials):
 
 # %%
 def made_up(n_stars=400, n_pixels=300, noise=0.01, scatter=0.0, seed=1):
-    """A model that is right by construction: labels, flux, ivar and the true coefficients in scaled
-    labels."""
+    "A model that is right by construction: labels, flux, ivar and the true coefficients in scaled labels."
     rng = np.random.default_rng(seed)
     labels = rng.normal([4500, 2.0, -0.3], [400, 0.8, 0.3], size=(n_stars, 3))
     theta = rng.normal(size=(n_pixels, 10)) * 0.03 + np.eye(10)[0]
@@ -624,6 +630,7 @@ def made_up(n_stars=400, n_pixels=300, noise=0.01, scatter=0.0, seed=1):
     flux += np.hypot(sigma, scatter) * rng.standard_normal(flux.shape) if noise else 0
     return labels, flux, 1 / sigma**2 if noise else np.ones_like(flux), theta
 
+
 # %%
 labels, flux, ivar, theta = made_up(noise=0)
 assert np.allclose(Cannon().fit(labels, flux, ivar).theta_, theta, atol=1e-10)
@@ -632,8 +639,7 @@ scatter = np.where(np.arange(300) < 150, 0.02, 0.0)
 labels, flux, ivar, theta = made_up(scatter=scatter)
 model = Cannon(scatter=True).fit(labels, flux, ivar)
 print(
-    f"scatter put in 0.02, found {model.scatter_[:150].mean():.4f} +- "
-    f"{model.scatter_[:150].std():.4f}; none put in, found {model.scatter_[150:].mean():.4f}"
+    f"scatter put in 0.02, found {model.scatter_[:150].mean():.4f} +- {model.scatter_[:150].std():.4f}; none put in, found {model.scatter_[150:].mean():.4f}"
 )
 
 # %%
@@ -670,6 +676,7 @@ spectra, ledger = training_set(archive_root(), progress=False)
 train, test = train_test_rows(len(spectra))
 spectra
 
+
 # %% [markdown]
 # Two thirds of them are for training. A kelvin is not a dex, so labels are standardized on the training stars: the same shape, around zero, one wide.
 
@@ -703,6 +710,7 @@ def plot_labels(labels, names: Sequence, axes=None, **histogram):
     axes[0].set_ylabel("stars")
     return axes
 
+
 # %%
 names = list(archive_record(archive_root()).labels)
 model = Cannon(scatter=True, labels=names).fit(spectra[train])
@@ -715,6 +723,7 @@ for ax, name in zip(axes, names):
 scaled = model.scale(spectra[train].labels(names))
 assert np.allclose(scaled.mean(axis=0), 0, atol=1e-9) and np.allclose(scaled.std(axis=0), 1)
 assert np.allclose(model.unscale(scaled), spectra[train].labels(names))
+
 
 # %% [markdown]
 # ### Three stars and their models
@@ -779,6 +788,7 @@ def plot_fit(model, spectra: Spectra, row: int, labels=None, window=None, axes=N
     axes[1].set(ylabel="star - model", ylim=(-0.06, 0.06))
     return axes
 
+
 # %%
 rows = train[:3]
 fig, axes = plt.subplots(
@@ -797,10 +807,8 @@ outside = (spectra[test].flux - model.predict(spectra[test].labels(names)))[
     (spectra[test].ivar > 0) & model.usable_
 ]
 Markdown(
-    f"**What to see.** The lines are where the model draws them, and as deep. Over all "
-    f"{len(train)} training stars the rms difference is "
-    f"{residual.std():.4f}, over the {len(test)} stars that it has never seen "
-    f"{outside.std():.4f}: it learned stars, not noise."
+    f"**What to see.** The lines are where the model draws them, and as deep. Over all {len(train)} training stars the rms difference is "
+    f"{residual.std():.4f}, over the {len(test)} stars that it has never seen {outside.std():.4f}: it learned stars, not noise."
 )
 
 # %%
@@ -828,6 +836,7 @@ for pixel in np.flatnonzero(plain.usable_)[::140]:
         design * root_weight[:, None], spectra[train].flux[:, pixel] * root_weight
     )[0]
     assert np.allclose(design @ plain.theta_[pixel], design @ slow, rtol=1e-6)
+
 
 # %%
 def minus_log_likelihood(s, flux, variance, design):
@@ -898,10 +907,8 @@ axes[0].label_outer()
 #| echo: false
 deep = model.theta_[:, 0] < 0.8
 Markdown(
-    f"**What to see.** Half of the pixels have a scatter below "
-    f"{np.nanmedian(model.scatter_):.4f}, where the smallest error that the survey "
-    f"states for a pixel is 0.005; in the {np.nansum(deep)} pixels that are deeper than 0.8 at "
-    f"the mean labels it is "
+    f"**What to see.** Half of the pixels have a scatter below {np.nanmedian(model.scatter_):.4f}, where the smallest error that the survey "
+    f"states for a pixel is 0.005; in the {np.nansum(deep)} pixels that are deeper than 0.8 at the mean labels it is "
     f"{np.nanmedian(model.scatter_[deep]):.4f}."
 )
 
@@ -1029,6 +1036,7 @@ def _upper_edge(flux, chip):
     filled = np.where(good > _NAIVE_RUN // 10, edge, level)
     return filled, place[:whole].reshape(runs, _NAIVE_RUN).mean(axis=1), place
 
+
 # %%
 raw, _ = apply_cuts(read_archive(archive_root(), product="apstar", progress=False)[0])
 fig, axes = plt.subplots(2, 1, figsize=(9, 3.6), sharex=True)
@@ -1038,6 +1046,7 @@ for ax, stars, title in zip(
     plot_spectrum(wavelength, stars.flux[3], stars.ivar[3], ax=ax, title=title)
     ax.set_ylabel("flux")
     ax.label_outer()
+
 
 # %% [markdown]
 # Then the quiet pixels: in each chip the ones that no label moves much.
@@ -1079,6 +1088,7 @@ def find_continuum_pixels(
         chosen[candidates[worst_rank.argsort(kind="stable")[:count]]] = True
     return chosen
 
+
 # %%
 found = find_continuum_pixels(raw, names)
 theirs = lab_continuum_pixels()
@@ -1115,12 +1125,9 @@ shift = [
     for pixels in (found, theirs)
 ]
 Markdown(
-    f"**What to see.** {(found & theirs).sum()} of our {found.sum()} pixels are among the list's "
-    f"{theirs.sum()}; {chance:.0f} would be by chance. "
-    f"One standard deviation of a label moves ours by {shift[0]:.4f} (rms), the list's by "
-    f"{shift[1]:.4f}: it was found on other stars, "
-    "mostly of solar metallicity. What either costs in labels is measured on [real "
-    "giants](08_giants.ipynb)."
+    f"**What to see.** {(found & theirs).sum()} of our {found.sum()} pixels are among the list's {theirs.sum()}; {chance:.0f} would be by chance. "
+    f"One standard deviation of a label moves ours by {shift[0]:.4f} (rms), the list's by {shift[1]:.4f}: it was found on other stars, "
+    "mostly of solar metallicity. What either costs in labels is measured on [real giants](08_giants.ipynb)."
 )
 
 # %%
@@ -1143,6 +1150,7 @@ flat = naive_normalize(raw[:2].replace(flux=bent, ivar=np.ones_like(bent), mask=
 assert np.ptp(flat[0, lines == 1]) < 0.02 and abs(flat[0, lines == 1].mean() - 1) < 0.02
 assert np.allclose(flat[0], flat[1], rtol=1e-5)
 
+
 # %% [markdown]
 # ## A published model, made again
 # The Cannon 2 carries a test set: 671 giants, 100 pixels, and the coefficients of a fit with twelve terms up to the fourth power of the temperature. Its terms and pivots are options of our estimator;
@@ -1151,8 +1159,7 @@ assert np.allclose(flat[0], flat[1], rtol=1e-5)
 # %%
 #| export
 def published_giants(folder):
-    """The Cannon 2's test set of 671 giants: labels, flux, ivar, label names, and what its authors
-    fitted."""
+    "The Cannon 2's test set of 671 giants: labels, flux, ivar, label names, and what its authors fitted."
     with np.load(Path(folder) / "apogee_671_stars_100_pixels.npz") as file:
         giants = dict(file)
     return (
@@ -1162,6 +1169,7 @@ def published_giants(folder):
         [str(name) for name in giants["label_names"]],
         giants,
     )
+
 
 # %%
 if real_data():
@@ -1175,8 +1183,7 @@ if real_data():
     )
     ratio = ours.scatter_[:50] / published["scatter_first_50"]
     print(
-        f"largest rms difference of the predictions, in units of their spread: "
-        f"{difference.max():.1e}"
+        f"largest rms difference of the predictions, in units of their spread: {difference.max():.1e}"
     )
     print(f"scatter, ours / theirs: {ratio.min():.4f} to {ratio.max():.4f}")
     assert difference.max() < 1e-5 and np.all(np.abs(ratio - 1) < 0.01)

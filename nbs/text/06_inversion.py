@@ -61,9 +61,9 @@ train, test = train_test_rows(len(spectra))
 model = Cannon(scatter=True, labels=names).fit(spectra[train])
 truth = spectra[test].labels(names)
 print(
-    f"{len(train)} stars taught {len(model.vectorizer_)} terms in {len(names)} labels; "
-    f"{len(test)} to ask"
+    f"{len(train)} stars taught {len(model.vectorizer_)} terms in {len(names)} labels; {len(test)} to ask"
 )
+
 
 # %% [markdown]
 # ## Sufficient statistics
@@ -123,6 +123,7 @@ class Statistics:
         product = (self.matrix() @ terms[..., None])[..., 0]
         return np.einsum("nt,nt->n", product - 2 * self.b, terms)
 
+
 # %% [markdown]
 # A pixel's weight is the inverse of its whole variance, the survey's and the model's own scatter. Where the model could not be fitted, the weight is zero.
 
@@ -170,6 +171,7 @@ class _Basis:
         i, j, _ = pair_index(len(theta) - 1)
         scatter2 = np.where(model.usable_, model.scatter_**2, np.nan).astype(dtype)
         return cls(reference, theta, theta[1:][i] * theta[1:][j], scatter2)
+
 
 # %%
 weights = pixel_weights(np.array([[100.0, 0, 100, 100]]), np.array([0, 0.01, 0.01, np.nan]))
@@ -225,6 +227,7 @@ def statistics(model: Cannon, flux: np.ndarray, ivar: np.ndarray, dtype=np.float
 
     return Statistics(*map(np.concatenate, zip(*in_blocks(work, len(flux), _BLOCK))))
 
+
 # %% [markdown]
 # Do the two sums say the same as the 7,214 pixels? For three stars at the labels of three others:
 
@@ -259,15 +262,13 @@ assert np.allclose(slow, fast, rtol=1e-6)
 # %%
 #| export
 _DECREMENT = 0.1  # expected gain in chi2 at which a star is done: a third of an error bar
-# added to second derivatives: a label of which a star says nothing stays, with a huge error
-_RIDGE = 1e-10
+_RIDGE = 1e-10  # added to second derivatives: a label of which a star says nothing stays, with a huge error
 _TRIALS = 512  # training stars that the search may start from
 _GAUSS_STEPS = 8  # steps after which a star that still moves gets the full second derivative
 
 
 def _newton_step(hessian, gradient, labels, low, high, damping):
-    """The step (N, K) to the quadratic's minimum, labels at a bound that would leave the box stay;
-    which moved."""
+    "The step (N, K) to the quadratic's minimum, labels at a bound that would leave the box stay; which moved."
     at_low = (labels <= low) & (gradient < 0)
     at_high = (labels >= high) & (gradient > 0)
     free = ~(at_low | at_high)
@@ -289,6 +290,7 @@ def _with_curvature(model, labels, hessian, force):
     except np.linalg.LinAlgError:  # some star's is not: look which
         positive = np.linalg.eigvalsh(full)[:, 0] > 1e-3 * np.linalg.eigvalsh(hessian)[:, 0]
         return np.where(positive[:, None, None], full, hessian)
+
 
 # %%
 #| export
@@ -349,6 +351,7 @@ def descend(model: Cannon, stats: Statistics, start, box: tuple, max_steps: int)
         rows, here, A, b, damping, v, Av = (p[moving] for p in (rows, here, A, b, damping, v, Av))
     return labels, steps, resting
 
+
 # %% [markdown]
 # The path of one star downhill, seen from above: $\chi^2$ over two of its labels, the others at their best.
 
@@ -376,6 +379,7 @@ ax.set(
 # %%
 assert one.own_chi2(model.vectorizer_(path[-1])[:, 1:])[0] <= height.min()
 assert np.abs(path[-1] - path[-2]).max() < 0.01
+
 
 # %% [markdown]
 # $\chi^2$ may have several valleys. So the search starts from the training star that fits best, and a doubtful star starts twice more: from the best training star far away, and from the mean, as in the original lab.
@@ -410,6 +414,7 @@ def _search(model, stats, box, max_steps):
         steps[doubtful] += more
     return labels, steps
 
+
 # %% [markdown]
 # ## The last step is exact
 # Single precision leaves $A$ and $\mathbf b$ with errors of a millionth, and in their difference these are larger. So the search ends on the pixels themselves. The reference spectrum
@@ -437,8 +442,7 @@ def _gradient(basis, terms, flux, ivar):
 
 
 def _finish(model, basis, labels, stats, flux, ivar, box):
-    """Exact Newton steps: scaled labels, chi2, the Hessian (half of chi2's second derivative), who
-    rests."""
+    "Exact Newton steps: scaled labels, chi2, the Hessian (half of chi2's second derivative), who rests."
     labels = labels.copy()
     chi2 = np.empty(len(labels))
     resting = np.zeros(len(labels), dtype=bool)
@@ -465,6 +469,7 @@ def _finish(model, basis, labels, stats, flux, ivar, box):
         if not len(rows):
             break
     return labels, chi2, hessian, resting
+
 
 # %% [markdown]
 # ## From spectra to labels
@@ -500,6 +505,7 @@ def _invert_block(model, basis, box, flux, ivar, first, max_steps):
     at_bound = np.any((scaled <= box[0]) | (scaled >= box[1]), axis=1)
     return model.unscale(scaled), covariance, stats.n_good, chi2, steps, resting, at_bound
 
+
 # %% [markdown]
 # ## Does it come back?
 # Labels of noiseless spectra that the model itself made must come back, to a millionth of a standard deviation and from anywhere in the training set.
@@ -528,6 +534,7 @@ print(f"largest error {error.max():.1e}, largest chi2 {back['chi2'][inside].max(
 # %%
 assert error.max() < 1e-6 and not np.any(back["flags"][inside] & ~Flag.OUTSIDE_TRAINING)
 
+
 # %% [markdown]
 # ## A slow reference implementation
 # The way of the original lab: `scipy.optimize.minimize` (BFGS, numerical gradient) over all pixels, started from our answer's neighbourhood so that both look into the same
@@ -550,6 +557,7 @@ def slow_labels(model, flux, ivar, start):
         return half_chi2(scaled) - shift
 
     return minimize(shifted, start, method="BFGS", options={"gtol": 1e-4}).x
+
 
 # %%
 def formal_pull(table, truth):
@@ -623,8 +631,7 @@ others = np.array([stats.own_chi2(model.vectorizer_(scaled)[:, 1:]) for scaled i
 deeper = (others.min(axis=0) < lowest - 1).sum()
 stuck = (others > lowest + 1).mean()
 Markdown(
-    f"**What to see.** {stuck:.0%} of the random starts end in a worse minimum: starting well "
-    f"matters. "
+    f"**What to see.** {stuck:.0%} of the random starts end in a worse minimum: starting well matters. "
     f"{deeper} of the 50 stars have a deeper one than ours."
 )
 

@@ -42,6 +42,7 @@ from stellar_lab.models import fold_numbers, train_test_rows
 from stellar_lab.normalize import training_set
 from stellar_lab.survey import archive_record, archive_root, use_style
 
+
 # %% [markdown]
 # ## Answers of models that have not seen the star
 # `cross_label` trains once per group on all the others, and asks about the group.
@@ -100,6 +101,7 @@ def cross_label(
         table[rows] = part
     return table
 
+
 # %%
 use_style()
 names = list(archive_record(archive_root()).labels)
@@ -109,6 +111,7 @@ cannon = Cannon(scatter=True, labels=names)
 folds = fold_numbers(len(spectra), stars=spectra.stars["APOGEE_ID"])
 table = cross_label(cannon, spectra, folds, progress=False)
 table[:3]
+
 
 # %% [markdown]
 # ## A table of errors
@@ -150,8 +153,7 @@ def error_table(table: QTable, truth, names: Sequence, scales) -> QTable:
     Returns
     -------
     QTable
-        one row per label: ``label``, ``unit``, ``n`` stars, ``rmse``, ``scaled_rmse``,
-        ``mae`` (mean
+        one row per label: ``label``, ``unit``, ``n`` stars, ``rmse``, ``scaled_rmse``, ``mae`` (mean
         absolute error), ``bias`` (mean of predicted - catalogue), ``robust`` (1.48 MAD)
 
     Raises
@@ -164,16 +166,14 @@ def error_table(table: QTable, truth, names: Sequence, scales) -> QTable:
     >>> import numpy as np
     >>> from astropy.table import QTable
     >>> from stellar_lab import error_table
-    >>> table = QTable({"teff": [4510.0, 4790.0]})
-    >>> errors = error_table(table, np.array([[4500.0], [4800.0]]), ["TEFF"], [100.0])
+    >>> errors = error_table(QTable({"teff": [4510.0, 4790.0]}), np.array([[4500.0], [4800.0]]), ["TEFF"], [100.0])
     >>> float(errors["rmse"][0]), float(errors["bias"][0])
     (10.0, 0.0)
     """
     missing = [name for name in names if name.lower() not in table.colnames]
     if missing:
         raise LabError(
-            f"the table has no label {', '.join(missing)}: it has "
-            f"{table.meta.get('labels', ', '.join(table.colnames))}"
+            f"the table has no label {', '.join(missing)}: it has {table.meta.get('labels', ', '.join(table.colnames))}"
         )
     residual = label_values(table, names) - np.asarray(truth, dtype=float)
     errors = QTable({"label": list(names), "unit": [str(label_record(n).unit) for n in names]})
@@ -192,6 +192,7 @@ def error_table(table: QTable, truth, names: Sequence, scales) -> QTable:
         errors[name].info.format = ".4g"
     return errors
 
+
 # %%
 errors = error_table(table, truth, names, truth.std(axis=0))
 errors
@@ -204,6 +205,7 @@ assert np.allclose(moved["bias"] - errors["bias"], -3 * truth.std(axis=0))
 assert np.allclose(moved["robust"], errors["robust"])
 with pytest.raises(LabError, match="no label FE_H"):
     error_table(table, truth[:, :1], ["FE_H"], [1])
+
 
 # %% [markdown]
 # ## One picture for all labels
@@ -247,6 +249,7 @@ def plot_comparison(tables: dict, names: Sequence, difference: bool = False, axe
         axes[0].legend(markerscale=3, handletextpad=0, frameon=False)
     return axes
 
+
 # %%
 plot_comparison({"folds": (table, truth)}, names)
 plot_comparison({"folds": (table, truth)}, names, difference=True);
@@ -255,12 +258,11 @@ plot_comparison({"folds": (table, truth)}, names, difference=True);
 #| echo: false
 slope = np.polyfit(truth[:, 0], label_values(table, ["teff"])[:, 0] - truth[:, 0], 1)[0]
 Markdown(
-    "**What to see.** The points lie along the line. The differences show more: they fall with "
-    "temperature, "
-    f"by {-slope * 1000:.0f} K in 1,000 K. Hot stars are predicted too cool and cool stars too "
-    f"hot, as with any "
+    "**What to see.** The points lie along the line. The differences show more: they fall with temperature, "
+    f"by {-slope * 1000:.0f} K in 1,000 K. Hot stars are predicted too cool and cool stars too hot, as with any "
     "estimate that learns from noisy labels."
 )
+
 
 # %% [markdown]
 # ## Do the stated errors hold?
@@ -326,6 +328,7 @@ def _inflation_and_floor(residual, formal2):
     inflation, floor = np.exp(best.x) * unit2
     return inflation / typical2, floor
 
+
 # %%
 #| export
 def with_error_model(model: LabelModel, table: QTable, truth) -> LabelModel:
@@ -362,6 +365,7 @@ def with_error_model(model: LabelModel, table: QTable, truth) -> LabelModel:
     model.error_inflation_, model.error_floor_ = np.array(fits).T
     return model
 
+
 # %% [markdown]
 # An error model learned on half of the test stars is judged on the other half, which had no part in it.
 
@@ -384,8 +388,7 @@ QTable({"errors": list(within), **shares})
 factor = np.std(pulls(formal, truth[test]), axis=0)
 Markdown(
     "**What to see.** Share of stars within one stated error. The formal errors are "
-    f"{factor.min():.0f} to {factor.max():.0f} times too small. The calibrated ones hold on stars "
-    f"that took no part in finding them."
+    f"{factor.min():.0f} to {factor.max():.0f} times too small. The calibrated ones hold on stars that took no part in finding them."
 )
 
 # %%

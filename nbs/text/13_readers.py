@@ -37,6 +37,7 @@ from stellar_lab.models import train_test_rows
 from stellar_lab.normalize import training_set
 from stellar_lab.survey import LabError, archive_record, archive_root, use_style
 
+
 # %% [markdown]
 # ## Any model that reads
 # A model that goes from spectrum to labels needs no search, but everything around it is [the contract of all models](04_models.ipynb): how training stars come in, how labels are scaled, when to doubt an answer.
@@ -56,8 +57,7 @@ class LabelReader(LabelModel):
     """
 
     def _begin(self, labels, flux, ivar, label_names, wavelength):
-        """Training stars as all models take them; learns the typical flux, returns flux and ivar
-        float32."""
+        "Training stars as all models take them; learns the typical flux, returns flux and ivar float32."
         flux, ivar = super()._begin(labels, flux, ivar, label_names, wavelength)
         ivar = np.asarray(ivar, np.float32)
         flux = finite_flux(np.asarray(flux, np.float32), ivar)  # a copy, ours to change
@@ -72,8 +72,7 @@ class LabelReader(LabelModel):
         return flux, ivar
 
     def fill(self, flux: np.ndarray, ivar: np.ndarray) -> np.ndarray:
-        """Flux (N, P) with the training mean in pixels that are unusable in the star or in all
-        training stars."""
+        "Flux (N, P) with the training mean in pixels that are unusable in the star or in all training stars."
         return np.where((ivar > 0) & self.usable_, flux, self.typical_flux_.astype(np.float32))
 
     def _read(self, flux, ivar):
@@ -98,6 +97,7 @@ class LabelReader(LabelModel):
         spectra = check_spectra(self, flux, ivar)
         return self._read(spectra.flux, spectra.ivar)[0]
 
+
 # %%
 #| export
 READ_BLOCK = 512  # stars at a time
@@ -113,6 +113,7 @@ def _read_in_blocks(model, spectra, max_steps):
         labels, covariance = model._read(finite_flux(spectra.flux[rows], ivar, start), ivar)
         parts.append((labels, covariance, ((ivar > 0) & model.usable_).sum(axis=1)))
     return Answer(*map(np.concatenate, zip(*parts)))
+
 
 # %% [markdown]
 # ## Ridge regression
@@ -176,6 +177,7 @@ class RidgeLabels(LabelReader):
         labels = self.fill(flux, ivar) @ weights.T + constant
         return labels, photon_covariance(weights, np.where(self.usable_, ivar, 0))
 
+
 # %% [markdown]
 # A known truth first: made-up spectra of 60 pixels whose labels are exactly a linear map of the flux. The map must come back, and the errors must be the size of the noise that we add.
 
@@ -191,6 +193,7 @@ def made_up(n_stars=300, n_pixels=60, noise=0.0, seed=3):
         + noise * rng.standard_normal((n_stars, n_pixels))
     )
     return labels, flux.astype("f4"), np.full(flux.shape, (noise or 0.01) ** -2, "f4")
+
 
 # %%
 THREE = ["TEFF", "LOGG", "M_H"]
@@ -244,11 +247,8 @@ Table(rows)
 #| echo: false
 scaled = {filling: errors["ridge", filling]["scaled_rmse"].mean() for filling in fillings}
 Markdown(
-    f"**What to see.** RMSE of {len(test)} test stars in scaled labels. {np.mean(~good):.0%} of "
-    f"the pixels are bad, and what stands in them decides: {scaled['as it stands']:.3f} with the "
-    f"flux as it stands, {scaled['one']:.3f} with ones, "
-    f"{scaled['training mean']:.3f} with the training mean. The mean is what all our networks put "
-    f"there. It stands inside the model, so nobody has to remember it."
+    f"**What to see.** RMSE of {len(test)} test stars in scaled labels. {np.mean(~good):.0%} of the pixels are bad, and what stands in them decides: {scaled['as it stands']:.3f} with the flux as it stands, {scaled['one']:.3f} with ones, "
+    f"{scaled['training mean']:.3f} with the training mean. The mean is what all our networks put there. It stands inside the model, so nobody has to remember it."
 )
 
 # %%

@@ -27,7 +27,7 @@ from scipy.ndimage import map_coordinates
 from scipy.stats import truncnorm
 
 from stellar_lab.archives import ArchiveSummary, black_body, write_archive
-from stellar_lab.kiel import shipped_isochrones, total_metallicity
+from stellar_lab.isochrones import shipped_isochrones, total_metallicity
 from stellar_lab.survey import (
     CHIPS,
     LABELS,

@@ -2079,8 +2079,8 @@ if root:
     )
 
 # %% [markdown]
-# Our own archives hold damaged files on purpose, for the next chapter to trip over. They must not arrive, and everything else must. So we compare
-# with the verdict on the originals.
+# Our own archives hold damaged files on purpose, for [the chapter on reading](02_clean.ipynb) to trip over. They must not arrive, and everything else
+# must. So we compare with the verdict on the originals.
 
 # %%
 if root:

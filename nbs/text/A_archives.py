@@ -1824,8 +1824,8 @@ axes[3].margins(y=0.3);
 
 # %% [markdown]
 # **What to see.** First: the published spectrum, in grey what it marks as bad. Second: the same lines on a flux scale; the red curve is the
-# continuum that was put in. Third: the visits scatter by their noise, which grows towards a sky line. Last: the mask's bits sit on the grey stretches; a
-# cosmic ray adds a `CRPIX` where all else is good.
+# continuum that was put in. Third: the visits scatter by their noise, more near a sky line. Last: the mask's bits sit on the grey stretches; a
+# cosmic ray adds `CRPIX`.
 
 # %%
 good = subset.mask[row] == 0

@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from conftest import make_spectra
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
@@ -44,7 +45,9 @@ few = settings(max_examples=25, deadline=None)
 
 
 def made_up(seed=0, n_stars=150):
-    "A model of five labels on the on-band grid: every line of the table, deeper with [Fe/H] and shallower with temperature; some pixels unusable."
+    """A model of five labels on the on-band grid, some pixels unusable.
+
+    Every line of the table, deeper with [Fe/H] and shallower with temperature."""
     rng = np.random.default_rng(seed)
     logg, feh = rng.uniform(0.5, 3.3, n_stars), rng.uniform(-1, 0.45, n_stars)
     teff = 3900 + 330 * logg - 250 * feh + rng.normal(0, 40, n_stars)
@@ -54,10 +57,10 @@ def made_up(seed=0, n_stars=150):
         for centre in strong_lines()["wavelength"].value
     ).clip(0, 1)
     depth = 0.25 + 0.12 * feh - 0.05 * (teff - 4500) / 500 + 0.02 * feh**2
-    flux = 1 - depth[:, None] * lines + rng.normal(0, 1e-4, (n_stars, len(wavelength)))
-    ivar = np.full(flux.shape, 1e8)
-    ivar[:, 3000:3010] = 0
-    return Cannon().fit(labels, flux, ivar, NAMES, wavelength)
+    flux = 1 - depth[:, None] * lines
+    stars = make_spectra(grid=wavelength, names=NAMES, labels=labels, flux=flux, error=1e-4)
+    stars.ivar[:, 3000:3010] = 0
+    return Cannon().fit(labels, stars.flux, stars.ivar, NAMES, wavelength)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The embedded real stars and the writer: files, faults, and what must hold for any seed and any spectrum."""
+"""The embedded real stars and the writer: files, faults, what must hold for any seed."""
 
 import hashlib
 import json
@@ -17,17 +17,16 @@ from hypothesis.extra import numpy as hnp
 
 from stellar_lab import archives
 from stellar_lab.archives import (
-    FLAWS,
-    LOG_ERROR_STEP,
-    MAX_ERROR,
+    _LOG_ERROR_STEP,
+    _MAX_ERROR,
+    _NO_ERROR,
     MYSTERY_FILE,
-    NO_ERROR,
+    _draw_throughput,
     _encode,
+    _pixel_bits,
+    _split_visits,
     clusters,
-    draw_throughput,
-    pixel_bits,
     real_stars,
-    split_visits,
     tree_digest,
     true_continuum,
     write_archive,
@@ -36,6 +35,21 @@ from stellar_lab.archives import (
 from stellar_lab.survey import ARCHIVE_FILE, ARCHIVES, TRUTH_FILE, LabError, on_band
 
 RULES = ARCHIVES["clusters"].rules
+FLAWS = {
+    "low-snr": 6,
+    "no-labels": 6,
+    "zero-flux": 4,
+    "duplicate": 4,
+    "no-row": 5,
+    "no-file": 5,
+    "truncated": 3,
+    "html": 2,
+}
+
+
+def spread(count):
+    "The rows of so many of the 553 stars that an archive of that size takes."
+    return np.linspace(0, 552, count).round().astype(int)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +68,9 @@ def apstar(root, star):
 
 
 def test_checksums_of_the_readme():
-    "data/README.md's table has the checksum of every file, but for records, which each run of the scoreboard writes anew."
+    """data/README.md's table has the checksum of every file.
+
+    But for records, which each run of the scoreboard writes anew."""
     data = files("stellar_lab.data")
     rows = re.findall(
         r"^\| `([\w.]+)` \|.*\| `([0-9a-f]{64})` \|$",
@@ -94,7 +110,7 @@ def test_real_stars_match_their_clusters():
 
 
 def test_a_missing_data_file_says_so(monkeypatch):
-    monkeypatch.setattr(archives, "PACKED_STARS", "lost.fits")
+    monkeypatch.setattr(archives, "_PACKED_STARS", "lost.fits")
     with pytest.raises(LabError, match="lacks its data file lost.fits: install stellar_lab again"):
         real_stars()
 
@@ -103,7 +119,7 @@ def test_a_missing_data_file_says_so(monkeypatch):
     not os.environ.get("STELLAR_LAB_CANNON_TARBALL"), reason="STELLAR_LAB_CANNON_TARBALL is not set"
 )
 def test_remade_file_is_the_shipped_one(tmp_path):
-    shipped = (files("stellar_lab.data") / archives.PACKED_STARS).read_bytes()
+    shipped = (files("stellar_lab.data") / archives._PACKED_STARS).read_bytes()
     sha256 = archives.pack_real_stars(
         os.environ["STELLAR_LAB_CANNON_TARBALL"], tmp_path / "again.fits", progress=False
     )
@@ -127,14 +143,14 @@ def test_a_folder_that_was_tampered_with_is_refused(tmp_path):
 def test_packing_keeps_good_pixels_good(flux, error):
     error = np.where(error > 0, np.maximum(error, 1e-3), 0)
     steps, levels = _encode(flux, error)
-    back = np.where(levels > NO_ERROR, np.exp(levels * LOG_ERROR_STEP), 0)
+    back = np.where(levels > _NO_ERROR, np.exp(levels * _LOG_ERROR_STEP), 0)
     assert np.array_equal(
-        (flux > 0) & (error > 0) & (error < MAX_ERROR),
-        (steps > 0) & (back > 0) & (back < MAX_ERROR),
+        (flux > 0) & (error > 0) & (error < _MAX_ERROR),
+        (steps > 0) & (back > 0) & (back < _MAX_ERROR),
     )
-    assert np.all(np.abs(steps * archives.FLUX_STEP - flux) <= 1e-4)
+    assert np.all(np.abs(steps * archives._FLUX_STEP - flux) <= 1e-4)
     some = error > 0
-    assert np.all(np.abs(np.log(back[some] / error[some].astype(float))) <= LOG_ERROR_STEP + 1e-9)
+    assert np.all(np.abs(np.log(back[some] / error[some].astype(float))) <= _LOG_ERROR_STEP + 1e-9)
 
 
 # --- the writer
@@ -142,7 +158,7 @@ def test_packing_keeps_good_pixels_good(flux, error):
 
 def test_flux_comes_back_from_both_products(small):
     ids, curves = true_continuum(small)
-    spectra = archives._with_bad_pixels()[archives._spread(553, 12)]
+    spectra = real_stars(with_mask=True)[spread(12)]
     sealed = Table.read(small / TRUTH_FILE)["SOURCE_ID"][list(ids).index("mystery")]
     for i, star in enumerate(spectra.stars):
         if star["APOGEE_ID"] == sealed:
@@ -196,9 +212,9 @@ def test_flaws_are_where_the_truth_says(small):
     truth, catalogue = Table.read(small / TRUTH_FILE), Table.read(small / RULES.allstar)
     card = json.loads((small / ARCHIVE_FILE).read_text())
     assert card["archive"] == "clusters" and card["files"] == [MYSTERY_FILE, TRUTH_FILE]
-    assert card["flaws"] == {flaw.name: flaw.count for flaw in FLAWS.values()}
+    assert card["flaws"] == FLAWS
     rows = {name: catalogue[catalogue["APOGEE_ID"] == name] for name in truth["APOGEE_ID"]}
-    for name, flaw in zip(truth["APOGEE_ID"], truth["FLAW"]):
+    for name, flaw in zip(truth["APOGEE_ID"], truth["FLAW"], strict=True):
         exist = [
             bool(list(small.rglob(f"{product}-*-{name}.fits")))
             for product in ("apStar*", "aspcapStar*")
@@ -222,7 +238,7 @@ def test_low_snr_copies_are_as_noisy_as_they_say(small):
 
 
 def test_a_star_is_the_same_in_a_smaller_archive(small, tmp_path):
-    rows = archives._spread(553, 12)
+    rows = spread(12)
     write_clusters(tmp_path / "few", stars=rows[:6], flaws={}, workers=1, progress=False)
     same = {file.name for file in (tmp_path / "few").rglob("apStar-*.fits")} & {
         file.name for file in small.rglob("apStar-*.fits")
@@ -253,10 +269,29 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(archives, "allstar_table", stop)
+    monkeypatch.setattr(archives, "_allstar_table", stop)
     with pytest.raises(KeyboardInterrupt):
         write_clusters(tmp_path / "clusters", stars=3, flaws={}, workers=1, progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_summary_says_what_its_numbers_count():
+    copies = dict(low=4, html=2) | {"no-file": 3}
+    summary = archives.ArchiveSummary(Path("here"), 10, 40, 5_000_000, copies, True)
+    assert str(summary) == (
+        "archive of 10 stars written to here, and a mystery star (11 in all); with 6 planted "
+        "copies 16 files of each product, 40 files in all, 5 MB; planted flaws: 4 low, 2 html, "
+        "3 no-file"
+    )
+    old = archives.ArchiveSummary(Path("here"), 10, 23, 5_000_000, {}, False)
+    assert str(old).startswith("archive of 10 stars is already at here") and "none" in str(old)
+
+
+def test_the_summary_counts_files_of_each_product(small):
+    summary = write_clusters(small, stars=12, progress=False)
+    for product in ("apStar", "aspcapStar"):
+        count = len(list(small.rglob(f"{product}-*.fits")))
+        assert f" {count} files of each product" in str(summary) and count == 11 + 30
 
 
 def test_what_stands_in_the_way_is_kept(small, tmp_path):
@@ -304,31 +339,30 @@ def test_dwarfs_alone_make_no_archive(tmp_path):
 
 
 def test_lacking_columns_are_named(tmp_path):
-    spectra = archives._with_bad_pixels()[:3]
+    spectra = real_stars(with_mask=True)[:3]
     spectra.stars.remove_columns(["H", "VHELIO"])
     with pytest.raises(LabError, match="lack the column H, VHELIO"):
         write_archive(tmp_path / "a", spectra, "clusters", progress=False)
 
 
 def test_the_writer_leaves_its_input_alone(tmp_path):
-    spectra = archives._with_bad_pixels()[:4]
+    spectra = real_stars(with_mask=True)[:4]
     before = [spectra.flux.copy(), spectra.ivar.copy(), spectra.mask.copy(), spectra.stars.copy()]
     for array in (spectra.flux, spectra.ivar, spectra.mask):
         array.flags.writeable = False
     write_archive(tmp_path / "a", spectra, ARCHIVES["clusters"], workers=1, progress=False)
-    assert all(
-        np.array_equal(a, b) for a, b in zip(before, (spectra.flux, spectra.ivar, spectra.mask))
-    )
+    after = (spectra.flux, spectra.ivar, spectra.mask)
+    assert all(np.array_equal(a, b) for a, b in zip(before[:3], after, strict=True))
     assert before[3].colnames == spectra.stars.colnames and all(
         np.all(before[3][name] == spectra.stars[name]) for name in before[3].colnames
     )
 
 
 def test_the_full_plan_keeps_every_giant_but_the_mystery():
-    spectra, record = archives._with_bad_pixels(), ARCHIVES["clusters"]
+    spectra, record = real_stars(with_mask=True), ARCHIVES["clusters"]
     for seed in (0, 42):
-        plan = archives.plan_archive(spectra, record, seed)
-        kept = archives.passes_cuts(spectra.stars[plan["SOURCE"]], record) & (plan["FLAW"] == "")
+        plan = archives._plan_archive(spectra, record, seed)
+        kept = archives._passes_cuts(spectra.stars[plan["SOURCE"]], record) & (plan["FLAW"] == "")
         assert kept.sum() == 478 and np.sum(plan["FLAW"] == "mystery") == 1
         assert all(
             RULES.parse_name("apstar", f"apStar-r8-{name}.fits") == name
@@ -345,7 +379,7 @@ def test_visits_average_to_their_combination(visits, seed):
     rng = np.random.default_rng(seed)
     flux, error = rng.uniform(10, 4000, 500), rng.uniform(0.1, 10, 500)
     error[:3] = [1e10, 1e6, 1e3]  # no value, and two bad pixels
-    fluxes, errors, weights = split_visits(flux, error, visits, rng)
+    fluxes, errors, weights = _split_visits(flux, error, visits, rng)
     assert fluxes.shape == errors.shape == (visits, 500) and np.isclose(weights.sum(), 1)
     assert np.allclose(weights @ fluxes, flux, rtol=1e-9) and np.allclose(
         (errors**-2).sum(axis=0), error**-2.0
@@ -359,15 +393,15 @@ def test_visits_average_to_their_combination(visits, seed):
 @settings(max_examples=15)
 def test_bits_on_exactly_the_bad_pixels(flux, error):
     assert np.array_equal(
-        pixel_bits(flux, error) == 0, (flux > 0) & (error > 0) & (error < MAX_ERROR)
+        _pixel_bits(flux, error) == 0, (flux > 0) & (error > 0) & (error < _MAX_ERROR)
     )
 
 
 @given(st.integers(0, 2**31), st.text("ABM0123456789+-", min_size=1, max_size=18))
 def test_throughput_is_positive_and_repeatable(seed, name):
-    drawn = draw_throughput(seed, name)
-    assert np.array_equal(drawn, draw_throughput(seed, name)) and drawn.shape == (3, 5)
-    curve = archives.instrument_continuum([4500], [10], drawn[None])
+    drawn = _draw_throughput(seed, name)
+    assert np.array_equal(drawn, _draw_throughput(seed, name)) and drawn.shape == (3, 5)
+    curve = archives._instrument_continuum([4500], [10], drawn[None])
     assert np.all(curve > 0) and np.all(np.isfinite(curve))
 
 

@@ -1,4 +1,6 @@
-"""Fetching from a real HTTP server on the loopback address that misbehaves on purpose. Nothing wrong may ever stand under a final name."""
+"""Fetching from a real HTTP server on the loopback address that misbehaves on purpose.
+
+Nothing wrong may ever stand under a final name."""
 
 import json
 import multiprocessing
@@ -24,25 +26,22 @@ from hypothesis import strategies as st
 
 from stellar_lab import __version__
 from stellar_lab.fetch import (
-    MAX_WAIT,
-    PLAIN_NAME,
+    _MAX_WAIT,
+    _PLAIN_NAME,
     ArchiveHandler,
-    Dropped,
-    FolderSource,
-    HttpSource,
-    Item,
-    Missing,
-    Refused,
+    Patience,
+    SourceError,
     _bytes,
+    _fetch_file,
+    _find_stars,
     _is_safe,
-    _Patience,
+    _Item,
+    _list_fields,
+    _parse_index,
+    _ShortRetry,
     fetch,
-    fetch_file,
     file_problem,
-    find_stars,
-    list_fields,
     open_source,
-    parse_index,
     serve,
 )
 from stellar_lab.survey import ARCHIVE_FILE, PRODUCTS, RELEASES, LabError, real_data
@@ -104,7 +103,9 @@ def make_tree(
 
 
 class Planned(ArchiveHandler):
-    "Follows `plan`: path -> what to do at its first, second, … GET (the last is repeated; None: be good)."
+    """Follows `plan`: path -> what to do at its first, second, … GET.
+
+    The last is repeated; None: be good."""
 
     def do_GET(self):
         path = self.path.lstrip("/")
@@ -248,7 +249,7 @@ def downloads(log):
     return [path for path, _ in log if path.endswith(".fits")]
 
 
-# --- the good day ---------------------------------------------------------------------------------------------------
+# --- the good day ---------------------------------------------------------------------------------
 
 
 def test_all_comes_once_and_only_once(server, home):
@@ -348,9 +349,9 @@ def test_a_proxy_is_not_asked_for_the_loopback_address(server, home, monkeypatch
         assert get(home, url).ok
 
 
-# --- the bad day ----------------------------------------------------------------------------------------------------
+# --- the bad day ----------------------------------------------------------------------------------
 
-PATIENCE = {stall: 0.7, trickle: 0.7}  # s; short where the client has to run out of it
+SECONDS = {stall: 0.7, trickle: 0.7}  # s; short where the client has to run out of it
 PERMANENT = {
     "truncated": (cut, "broke off"),
     "reset in the body": (reset, "broke off"),
@@ -371,7 +372,7 @@ PERMANENT = {
 def test_what_stays_broken_is_reported_and_has_no_name(server, home, fault):
     step, reason = PERMANENT[fault]
     with misbehaving(server, {STAR: [step]}) as net:
-        summary = get(home, net.url, timeout=PATIENCE.get(step, 10), tries=2)
+        summary = get(home, net.url, timeout=SECONDS.get(step, 10), tries=2)
     assert not summary.ok and summary.fetched == 3
     [(path, why)] = summary.problems
     assert path == STAR and re.search(reason, why), why
@@ -407,7 +408,7 @@ def test_what_stays_broken_is_reported_and_has_no_name(server, home, fault):
 )
 def test_what_breaks_once_is_tried_again(server, home, step):
     with misbehaving(server, {STAR: [step, None]}) as net:
-        assert get(home, net.url, timeout=PATIENCE.get(step, 10)).ok
+        assert get(home, net.url, timeout=SECONDS.get(step, 10)).ok
     assert tree(home, unfinished=True) == tree(server) and downloads(net.log).count(STAR) in (
         2,
         3,
@@ -434,11 +435,8 @@ def test_a_busy_server_may_ask_for_a_pause(server, home):
     with misbehaving(server, {STAR: [busy, ready]}) as net:
         assert get(home, net.url).ok
     assert asked[1] - asked[0] >= 0.99
-    patience = _Patience(3)
-    assert (
-        patience.new().get_retry_after(SimpleNamespace(headers={"Retry-After": "86400"}))
-        == MAX_WAIT
-    )
+    a_day = SimpleNamespace(headers={"Retry-After": "86400"})
+    assert _ShortRetry(3).new().get_retry_after(a_day) == _MAX_WAIT
 
 
 def test_a_busy_index_and_a_broken_one(server, home):
@@ -511,7 +509,7 @@ def test_a_dying_server_is_left_alone(tmp_path, home):
     )
 
 
-# --- going on where it broke off -----------------------------------------------------------------------------------
+# --- going on where it broke off ------------------------------------------------------------------
 
 
 def begin(server, home, path=STAR):
@@ -525,7 +523,7 @@ def begin(server, home, path=STAR):
 
 def partial_answer(handler):
     whole = handler.file()
-    tag = FolderSource("/").stat(handler.translate_path(handler.path)).tag
+    tag = open_source("/").stat(handler.translate_path(handler.path)).tag
     handler.answer(200, whole[:30_000], len(whole), close=True, ETag=tag)
 
 
@@ -624,9 +622,9 @@ def test_a_flaky_line_gets_there_if_it_makes_progress(tmp_path):
             self.close_connection = True
 
     with serve(big.parent, handler=Flaky) as url:
-        item = fetch_file(
-            HttpSource(url), Item("big.bin", "big.bin"), tmp_path / "home", tries=2, backoff=0.001
-        )
+        patience = Patience(tries=2, backoff=0.001)
+        item = _Item("big.bin", "big.bin")
+        _fetch_file(open_source(url, patience), item, tmp_path / "home", patience)
     assert item.state == "fetched" and item.received == big.stat().st_size
     assert (tmp_path / "home" / "big.bin").read_bytes() == big.read_bytes()
 
@@ -647,7 +645,7 @@ def test_a_newer_version_replaces_an_older_one(server, home):
 
 def slowly(handler):
     whole = handler.file()
-    tag = FolderSource("/").stat(handler.translate_path(handler.path)).tag
+    tag = open_source("/").stat(handler.translate_path(handler.path)).tag
     handler.answer(200, whole[:20_000], len(whole), close=True, ETag=tag)
     handler.began.set()
     for k in range(20_000, len(whole), 1000):
@@ -657,7 +655,9 @@ def slowly(handler):
 
 
 def goes_on(server, home):
-    "After an interruption: the part is there, nothing wrong has a name, and the next run takes up the part."
+    """After an interruption: the part is there, nothing wrong has a name.
+
+    And the next run takes up the part."""
     assert (home / f"{STAR}.part").stat().st_size >= 20_000
     assert STAR not in tree(home) and all(
         content == tree(server)[path] for path, content in tree(home).items()
@@ -718,7 +718,7 @@ def test_killed(server, home):
     goes_on(server, home)
 
 
-# --- a page of links from a stranger -------------------------------------------------------------------------------
+# --- a page of links from a stranger --------------------------------------------------------------
 
 
 def test_hostile_index(server, home, tmp_path):
@@ -778,7 +778,7 @@ def test_a_large_index(server):
         for name in names
     ).encode()
     with misbehaving(server, {f"{folder}/": [lambda handler: handler.answer(200, body)]}) as net:
-        items = find_stars(HttpSource(net.url), DR14, "apstar", "4230", ("apo25m",))
+        items = _find_stars(open_source(net.url), DR14, "apstar", "4230", ("apo25m",))
     assert [Path(item.path).name for item in items] == names
 
 
@@ -842,18 +842,18 @@ hrefs = st.lists(pieces, max_size=8).map("".join) | st.text(max_size=20)
 @given(st.lists(hrefs, max_size=10))
 def test_index_links_lead_nowhere_else(links):
     page = "".join('<a href="{}">x</a>'.format(link.replace('"', "&quot;")) for link in links)
-    listing = parse_index([page], BASE)
+    listing = _parse_index([page], BASE)
     for name in listing.files:
-        assert PLAIN_NAME.fullmatch(name) and urljoin(BASE, name) == BASE + name
+        assert _PLAIN_NAME.fullmatch(name) and urljoin(BASE, name) == BASE + name
         assert Path("/home/x", name).parent == Path("/home/x")
     for name in listing.folders:
-        assert PLAIN_NAME.fullmatch(name)
+        assert _PLAIN_NAME.fullmatch(name)
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.text() | st.lists(scraps).map("".join))
 def test_any_page_is_read_without_an_error(page):
-    assert parse_index(page, BASE) == parse_index([page], BASE)  # in whatever pieces it comes
+    assert _parse_index(page, BASE) == _parse_index([page], BASE)  # in whatever pieces it comes
 
 
 @settings(deadline=None, max_examples=60)
@@ -864,7 +864,7 @@ def test_any_page_is_read_without_an_error(page):
 )
 def test_plain_names_are_found(names):
     page = "".join(f"<li><a href={name!r}>{name}</a>" for name in names)
-    assert list(parse_index([page], BASE).files) == names
+    assert list(_parse_index([page], BASE).files) == names
 
 
 @settings(deadline=None, max_examples=60)
@@ -880,7 +880,7 @@ def test_extra_files_stay_below_the_root(name):
         assert Path(os.path.normpath(root / name)).is_relative_to(root)
 
 
-# --- files ---------------------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 WHOLE = tiny(10)
 
@@ -936,7 +936,7 @@ def test_the_surveys_own_files_are_whole():
     assert all(file_problem(file, 2) == "" for file in real_data().glob("allStar*.fits"))
 
 
-# --- our own archives ----------------------------------------------------------------------------------------------
+# --- our own archives -----------------------------------------------------------------------------
 
 
 def mark(root, name="clusters", files=()):
@@ -1022,7 +1022,7 @@ def test_two_archives_do_not_mix(server, home):
         get(home, server)
 
 
-# --- what a user can get wrong -------------------------------------------------------------------------------------
+# --- what a user can get wrong --------------------------------------------------------------------
 
 
 def test_no_such_field(tmp_path, home):
@@ -1037,7 +1037,7 @@ def test_no_such_field(tmp_path, home):
                 LabError, match="no field '4230' with aspcapstar|no field '4230': there is no"
             ):
                 get(home, source or net.url, products=["aspcapstar"])
-    assert list_fields(FolderSource(server), DR14) == ["4230", "4262"] and not home.exists()
+    assert _list_fields(open_source(server), DR14) == ["4230", "4262"] and not home.exists()
 
 
 def test_nothing_found(tmp_path, home):
@@ -1138,18 +1138,21 @@ def test_two_at_once(server, home):
 
 def test_sources_say_what_is_wrong(server):
     source = open_source(server)
-    with pytest.raises(Missing):
-        source.stat("nothing.fits")
-    with pytest.raises(Missing):
-        source.stat("dr14")
-    with pytest.raises(Missing):
-        source.list("nowhere")
+    for ask, path in (
+        (source.stat, "nothing.fits"),
+        (source.stat, "dr14"),
+        (source.list, "nowhere"),
+    ):
+        with pytest.raises(SourceError) as caught:
+            ask(path)
+        assert caught.value.cause == "missing"
     with misbehaving(server, {STAR: [cut], "page": [status(403)]}) as net:
-        web = open_source(net.url, tries=1)
-        with pytest.raises(Refused, match="403"), web.open("page"):
+        web = open_source(net.url, Patience(tries=1))
+        with pytest.raises(SourceError, match="403") as refused, web.open("page"):
             pass
-        with pytest.raises(Dropped), web.open(STAR) as body:
+        with pytest.raises(SourceError) as dropped, web.open(STAR) as body:
             b"".join(body.chunks)
+    assert (refused.value.cause, dropped.value.cause) == ("refused", "dropped")
     with (
         pytest.raises(LabError, match="cannot serve on port"),
         serve(server) as url,
@@ -1165,7 +1168,5 @@ def test_the_summary_as_a_table(server, home):
     assert (
         table.colnames == ["path", "size", "state", "reason"] and len(table) == summary.found == 4
     )
-    assert dict(zip(table["path"], table["state"]))[STAR] == "failed" and set(table["size"]) == {
-        len(WHOLE),
-        len(tiny(2)),
-    }
+    states = dict(zip(table["path"], table["state"], strict=True))
+    assert states[STAR] == "failed" and set(table["size"]) == {len(WHOLE), len(tiny(2))}

@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from astropy.table import Table
+from conftest import make_spectra
 from hypothesis import given, settings, strategies as st
 
 from stellar_lab.clean import read_files
@@ -41,22 +42,17 @@ few = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
 
 
-def made_up(n_stars=4, seed=0, grid=wavelength, noise=0.01):
-    "Noisy parabolas with lines beside the continuum pixels."
+def made_up(n_stars=4, seed=0, grid=wavelength, noisy=True):
+    "Noisy parabolas with lines outside the continuum pixels."
     rng = np.random.default_rng(seed)
     x = (grid - 16_000) / 1_000
-    curve = rng.lognormal(5, 2, (n_stars, 1)) * (
-        1 + rng.uniform(-0.2, 0.2, (n_stars, 2)) @ [x, x**2]
-    )
+    bends = 1 + rng.uniform(-0.2, 0.2, (n_stars, 2)) @ [x, x**2]
+    curve = rng.lognormal(5, 2, (n_stars, 1)) * bends
     lines = np.where(np.isin(grid, wavelength[PIXELS]), 0, rng.uniform(0, 0.5, len(grid)))
-    flux = curve * (1 - lines) * (1 + noise * rng.standard_normal(curve.shape))
-    stars = Table({"APOGEE_ID": [f"star {n}" for n in range(n_stars)]}, meta={"normalized": False})
-    return Spectra(
-        grid,
-        flux.astype("f4"),
-        (1 / (0.01 * curve) ** 2).astype("f4"),
-        stars,
-        np.zeros(curve.shape, np.int16),
+    flux = curve * (1 - lines)
+    error = 0.01 * curve
+    return make_spectra(
+        grid=grid, names=(), flux=flux, error=error, noisy=noisy, seed=seed, normalized=False
     )
 
 
@@ -162,7 +158,7 @@ def test_a_chip_needs_twelve_pixels_without_a_bit(left, failed):
 
 
 def test_outliers_are_counted_and_not_fitted():
-    spectra = made_up(noise=0)
+    spectra = made_up(noisy=False)
     hit = np.flatnonzero(PIXELS)[[30, 300, 500]]
     clean = continuum(spectra)
     spectra.flux[2, hit] *= 1.2

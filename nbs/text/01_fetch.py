@@ -2,8 +2,8 @@
 # # Is it all there?
 # > Bringing an archive home: list, download, resume, verify, and never a wrong file under a right name.
 #
-# **Question.** The lab's four fields are 2,723 files and 8 GB on a server far away. Connections drop, servers are busy, a page of apologies comes
-# instead of a spectrum. How do we know, at the end, that every file is there and whole?
+# **Question.** The four fields of the original lab are 2,723 files and 8 GB on a server far away. Connections drop, servers are busy, a page of
+# apologies comes instead of a spectrum. How do we know, at the end, that every file is there and whole?
 #
 # **Idea.** Do not trust the transfer, check the thing. A FITS file says itself how long it must be: it is a chain of HDUs, each a header of $c$ cards and
 # an array, both padded to blocks of 2,880 bytes,
@@ -56,6 +56,7 @@ from stellar_lab.survey import (
     ARCHIVES,
     PRODUCTS,
     RELEASES,
+    Archive,
     LabError,
     Release,
     atomic_path,
@@ -74,29 +75,39 @@ from stellar_lab.survey import archive_record, archive_root, use_style
 #| hide
 use_style()
 
+
 # %% [markdown]
 # ## Is this file whole?
-# `file_problem` walks from header to header, adds up what the formula says and never touches the arrays: about a millisecond a file. It answers with
+# `file_problem` walks from header to header, adds up what the formula says and never touches the arrays: about a millisecond per file. It answers with
 # the first thing that is wrong, in words, or with an empty string.
 
 # %%
 #| export
-BLOCK = 2880  # bytes; headers and arrays of a FITS file fill whole blocks (FITS standard 4.0, section 3.1)
+def file_problem(path, hdus: int = 0) -> str:
+    """Say why a file is not whole.
 
+    Of a FITS file only the headers are read, of other files the first bytes. The size that
+    the headers promise is that of the FITS standard 4.0, section 3.1.
 
-def file_problem(
-    path,  # a file
-    hdus: int = 0,  # HDUs that it has at least; 0 if it is no FITS file
-) -> str:  # what is wrong, "" if nothing is
-    "Why a file is not whole. Reads the headers of a FITS file only; of other files the first bytes."
+    Parameters
+    ----------
+    path : str or Path
+        A file.
+    hdus : int, default 0
+        HDUs that a FITS file has at least; 0 for a file that is no FITS file.
+
+    Returns
+    -------
+    str
+        What is wrong, "" if nothing is.
+    """
     size = os.path.getsize(path)
+    if not size:
+        return "empty"
     with open(path, "rb") as file:
         start = file.read(512)
-        if not size:
-            return "empty"
-        if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<") and re.search(
-            rb"<(!doctype\s+)?html", start, re.IGNORECASE
-        ):
+        text = start.lstrip(b"\xef\xbb\xbf \t\r\n")
+        if text.startswith(b"<") and re.search(rb"<(!doctype\s+)?html", start, re.IGNORECASE):
             return "a web page, not data"
         if not hdus:
             return ""
@@ -106,14 +117,19 @@ def file_problem(
         return _fits_problem(file, size, hdus)
 
 
+# %%
+#| export
 def _fits_problem(file, size, hdus):
-    count = end = 0
+    "What is wrong with the chain of HDUs of an open FITS file, '' if nothing is."
+    count = 0
+    end = 0
     while end < size:
         try:
             header = fits.Header.fromfile(file)
             length = header.data_size_padded
         except Exception as error:  # astropy answers garbage with many kinds of errors
-            return f"damaged: the header of HDU {count} cannot be read ({error or type(error).__name__})"
+            reason = error or type(error).__name__
+            return f"damaged: the header of HDU {count} cannot be read ({reason})"
         end = file.tell() + length
         if length < 0 or (count and "XTENSION" not in header):
             return f"damaged: HDU {count} is not an extension of FITS"
@@ -148,7 +164,8 @@ write_star(desk / "server" / dr14.allstar, hdus=2)
 
 # %%
 star = desk / "server" / dr14.path("apstar", "4230", "2M21334190+0048169")
-cut, page = desk / "cut.fits", desk / "page.fits"
+cut = desk / "cut.fits"
+page = desk / "page.fits"
 cut.write_bytes(star.read_bytes()[:200_000])
 page.write_text("<!DOCTYPE html><html><body>Down for maintenance</body></html>")
 verdicts = [
@@ -162,12 +179,12 @@ Table(rows=verdicts, names=["file", "bytes", "verdict"])
 
 # %%
 with fits.open(star) as hdul:
-    parts = [hdul.fileinfo(k) for k in range(len(hdul))]
+    chain = [hdul.fileinfo(k) for k in range(len(hdul))]
 fig, ax = plt.subplots(figsize=(9, 1.3))
-for k, part in enumerate(parts):
-    ax.barh(0, part["datLoc"] - part["hdrLoc"], left=part["hdrLoc"], color="0.35")
-    ax.barh(0, part["datSpan"], left=part["datLoc"], color=f"C{k % 2 * 9}", alpha=0.7)
-    ax.text(part["datLoc"] + part["datSpan"] / 2, 0, str(k) if k else "", ha="center", va="center")
+for k, hdu in enumerate(chain):
+    ax.barh(0, hdu["datLoc"] - hdu["hdrLoc"], left=hdu["hdrLoc"], color="0.35")
+    ax.barh(0, hdu["datSpan"], left=hdu["datLoc"], color=f"C{k % 2 * 9}", alpha=0.7)
+    ax.text(hdu["datLoc"] + hdu["datSpan"] / 2, 0, str(k) if k else "", ha="center", va="center")
 ax.axvline(200_000, color="C3", lw=2)
 ax.set(
     yticks=[],
@@ -177,21 +194,20 @@ ax.set(
 
 # %% [markdown]
 # **What to see.** The red line falls into HDU 6, and the verdict names it. The next test cuts the file at *every* block: none of the halves passes,
-# although astropy opens most of them with a warning at worst. A cut exactly between two HDUs leaves a perfect FITS file; only the number of HDUs
+# although astropy opens most of them with no more than a warning. A cut exactly between two HDUs leaves a perfect FITS file; only the number of HDUs
 # gives it away.
 
 # %%
 assert file_problem(cut, hdus=10).startswith("truncated: HDU 6 ends at byte")
 content = star.read_bytes()
-for end in range(0, len(content), BLOCK):
+for end in range(0, len(content), 2880):
     cut.write_bytes(content[:end])
     assert file_problem(cut, hdus=10), end
 assert file_problem(star, hdus=10) == ""
 assert file_problem(star, hdus=11) == "only 10 of 11 HDUs"
-assert parts[-1]["datLoc"] + parts[-1]["datSpan"] == len(
-    content
-)  # astropy's own account of the file
-cut.write_bytes(content[: parts[3]["hdrLoc"]])
+# astropy's own account of the file:
+assert chain[-1]["datLoc"] + chain[-1]["datSpan"] == len(content)
+cut.write_bytes(content[: chain[3]["hdrLoc"]])
 assert file_problem(cut, hdus=10) == "only 3 of 10 HDUs"
 
 # %% [markdown]
@@ -202,13 +218,12 @@ assert file_problem(cut, hdus=10) == "only 3 of 10 HDUs"
 
 # %%
 #| export
-PLAIN_NAME = re.compile(
-    r"[A-Za-z0-9][A-Za-z0-9_.+-]*"
-)  # of files and folders: no slash, no hidden file, no "..", nothing that a shell would read
+# Names of files and folders: no slash, no hidden file, no "..", nothing that a shell would read.
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
 @dataclass(frozen=True)
-class Listing:
+class _Listing:
     "What a folder holds."
 
     files: tuple
@@ -220,46 +235,43 @@ class _Links(HTMLParser):
 
     def __init__(self, url):
         super().__init__()
-        self.files, self.folders = {}, {}  # dicts, for they keep the order
+        self.files = {}  # dicts, for they keep the order
+        self.folders = {}
         self.url = url
-        parts = urlsplit(url)
-        self.server, self.here = (
-            (parts.scheme, parts.hostname, parts.port),
-            self._steps(parts.path)[:-1],
-        )
+        self.server, steps = self._address(url)
+        self.here = steps[:-1]
 
     @staticmethod
-    def _steps(path):
-        return [
-            unquote(step) for step in path.split("/")
-        ]  # cut first: an escaped slash cannot make a step
+    def _address(url):
+        "The server of a URL, and the steps of its path."
+        parts = urlsplit(url)
+        # Cut first, then unquoted: an escaped slash cannot make a step.
+        steps = [unquote(step) for step in parts.path.split("/")]
+        return (parts.scheme, parts.hostname, parts.port), steps
 
     def handle_starttag(self, tag, attrs):
         href = dict(attrs).get("href") if tag == "a" else None
         if not href:
             return
         try:
-            parts = urlsplit(urljoin(self.url, href.strip()))
-            server = (parts.scheme, parts.hostname, parts.port)
+            url = urljoin(self.url, href.strip())
+            server, steps = self._address(url)
+            extras = urlsplit(url).query or urlsplit(url).fragment
         except ValueError:  # not an address at all
             return
-        steps = self._steps(parts.path)
-        folder = steps[-1] == ""
-        *parents, name = (steps[:-1] if folder else steps) or [""]
-        if (
-            server == self.server
-            and parents == self.here
-            and PLAIN_NAME.fullmatch(name)
-            and not (parts.query or parts.fragment)
-        ):
-            (self.folders if folder else self.files)[name] = None
+        is_folder = steps[-1] == ""
+        *parents, name = (steps[:-1] if is_folder else steps) or [""]
+        is_here = (server, parents) == (self.server, self.here) and not extras
+        if is_here and _PLAIN_NAME.fullmatch(name):
+            (self.folders if is_folder else self.files)[name] = None
 
 
-def parse_index(
-    chunks,  # pieces of the page's text
-    url: str,  # where it came from, with a slash at the end
-) -> Listing:
-    "Names in an HTML directory index (Apache's and the like): links that lead elsewhere, up, or to a query are not names."
+# %%
+#| export
+def _parse_index(chunks, url):
+    """Names in an HTML directory index (Apache's and the like), which comes in pieces.
+
+    Links that lead elsewhere, up, or to a query are not names."""
     links = _Links(url)
     try:
         for chunk in chunks:
@@ -267,7 +279,7 @@ def parse_index(
         links.close()
     except AssertionError:  # how html.parser of some Pythons answers a broken <![declaration
         pass
-    return Listing(tuple(links.files), tuple(links.folders))
+    return _Listing(tuple(links.files), tuple(links.folders))
 
 
 # %%
@@ -286,55 +298,175 @@ names = [
     "a b.fits",
     "https://archive.org.invalid/sas/4230/b.fits",
 ]
-page = "<h1>Index of /4230</h1>" + "".join(f'<a href="{name}">{name}</a>\n' for name in names)
-listing = parse_index([page], base)
+links = "".join(f'<a href="{name}">{name}</a>\n' for name in names)
+index = f"<h1>Index of /4230</h1>{links}"
+listing = _parse_index([index], base)
 listing
 
 # %%
-assert listing.files == ("apStar-r8-2M21334190+0048169.fits", "b.fits") and listing.folders == (
-    "sub",
-)
-assert parse_index(page, base) == listing  # letter by letter: a page may come in any pieces
-assert parse_index(["<![x[ <a href='a.fits'>"], base).folders == ()  # broken pages break nothing
-assert parse_index(['<a href="/else/a.fits">'], base).files == ()
+assert listing.files == ("apStar-r8-2M21334190+0048169.fits", "b.fits")
+assert listing.folders == ("sub",)
+assert _parse_index(index, base) == listing  # letter by letter: a page may come in any pieces
+assert _parse_index(["<![x[ <a href='a.fits'>"], base).folders == ()  # broken pages break nothing
+assert _parse_index(['<a href="/else/a.fits">'], base).files == ()
+
+# %% [markdown]
+# ## Patience
+# How many downloads run at once, how long do we wait, how often do we try? These answers travel together through the whole chapter, so they stand in
+# one record. It also holds the one thing by which everything can be stopped.
+
+# %%
+#| export
+_MAX_WAIT = 60  # s; the longest pause between two tries, whatever the server asks for
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How hard a fetch tries, and whether it shows how far it is.
+
+    Parameters
+    ----------
+    workers : int, default 4
+        Downloads, and connections, at once.
+    timeout : float, default 30
+        Seconds without a byte, or with hardly any, after which a connection is given up.
+    tries : int, default 5
+        Tries in a row for each file.
+    backoff : float, default 0.5
+        Seconds of pause after the first failure, doubled after each further one.
+    progress : bool, default True
+        Show bars.
+    stop : threading.Event, optional
+        Once it is set, all workers stop at their next chunk.
+
+    Raises
+    ------
+    LabError
+        If `workers` or `tries` is below 1.
+    """
+
+    workers: int = 4
+    timeout: float = 30
+    tries: int = 5
+    backoff: float = 0.5
+    progress: bool = True
+    stop: threading.Event = field(default_factory=threading.Event, repr=False, compare=False)
+
+    def __post_init__(self):
+        if int(self.workers) < 1 or int(self.tries) < 1:
+            raise LabError(
+                f"workers and tries must be at least 1, not {self.workers} and {self.tries}"
+            )
+
+    def pause(self, attempt: int) -> float:
+        "Seconds to wait before the next try, after `attempt` failed ones."
+        return min(self.backoff * 2**attempt, _MAX_WAIT)
+
+
+# %%
+[Patience().pause(attempt) for attempt in range(10)]
+
+
+# %% [markdown]
+# What can go wrong is one of four things: the file is *missing*, the source *refuses*, the connection was *dropped*, or what came is *damaged*. Only the
+# last two are worth another try.
+#
+# How often do we try? A connection that drops five times in a row is hopeless, but over a shaky line a catalogue of 4 GB may need fifty drops to
+# arrive, and each of them brought us further. So a megabyte of progress wipes the slate clean. A file that arrived complete and is wrong gets one
+# more chance (a proxy's apology may be gone in a moment); after that we believe that the source itself has it so.
+
+# %%
+#| export
+class SourceError(Exception):
+    """A source did not give what it was asked for.
+
+    Attributes
+    ----------
+    cause : str
+        "missing", "refused", "dropped" or "damaged".
+    """
+
+    cause = ""
+
+
+class _Missing(SourceError):
+    "The source does not have it."
+
+    cause = "missing"
+
+
+class _Refused(SourceError):
+    "The source does not give it, and asking again now is pointless."
+
+    cause = "refused"
+
+
+class _Dropped(SourceError):
+    "It broke off: worth another try."
+
+    cause = "dropped"
+
+
+class _Damaged(_Dropped):
+    "It came as promised and is wrong all the same: worth one more try, no more."
+
+    cause = "damaged"
+
+
+# %%
+#| export
+def _persist(action, patience, received=lambda: 0):
+    """Do it again while it is dropped, so many times in a row without a megabyte of progress.
+
+    What comes damaged is asked for once more. `received` says how many bytes are there."""
+    attempt = 0
+    damaged = 0
+    best = received()
+    while True:
+        try:
+            return action()
+        except _Dropped as error:
+            attempt += 1
+            damaged += isinstance(error, _Damaged)
+            if received() > best + (1 << 20):
+                attempt = 0
+                best = received()
+            hopeless = attempt >= patience.tries or damaged > 1
+            if hopeless or patience.stop.wait(patience.pause(attempt)):
+                raise
+
+
+# %% [markdown]
+# A connection that always drops, but brings two megabytes each of the first four times:
+
+# %%
+calls = []
+
+
+def drops():
+    calls.append(len(calls))
+    raise _Dropped
+
+
+hasty = Patience(tries=3, backoff=0.001, progress=False)
+with pytest.raises(SourceError):
+    _persist(drops, hasty, received=lambda: min(len(calls), 4) * (2 << 20))
+print(f"given up after {len(calls)} tries")
+assert len(calls) == 4 + 3  # four got further and count for nothing; then three were in vain
 
 # %% [markdown]
 # ## Two sources with one face
 # An archive stands on a server or in a folder, on a disk that a colleague lent us, say. For the rest of this chapter both are a *source* that can do
-# three things: `list` a folder, `stat` a file (its size and a tag that changes when the file does), `open` it from some byte on. All that can go
-# wrong is one of four: it is *missing*, the source *refuses*, the connection was *dropped*, or what came is *damaged*. Only the last two are worth
-# another try.
+# three things: `list` a folder, `stat` a file (its size and a tag that changes when the file does), `open` it from some byte on. First the words in which
+# they answer, and how the errors of a file system become those of a source.
 
 # %%
 #| export
-CHUNK = 1 << 16  # bytes read at a time
-MAX_TEXT = 1 << 26  # bytes; an index or archive.json beyond that is not one
-MIN_RATE = 500  # bytes a second; a body that comes slower has stalled
-MAX_WAIT = 60  # s; the longest pause between two tries, whatever the server asks for
-
-
-class SourceError(Exception):
-    "A source did not give what it was asked for."
-
-
-class Missing(SourceError):
-    "The source does not have it."
-
-
-class Refused(SourceError):
-    "The source does not give it, and asking again now is pointless."
-
-
-class Dropped(SourceError):
-    "It broke off: worth another try."
-
-
-class Damaged(Dropped):
-    "It came as promised and is wrong all the same: worth one more try, no more."
+_CHUNK = 1 << 16  # bytes read at a time
 
 
 @dataclass(frozen=True)
-class Remote:
+class _Remote:
     "What a source says about a file."
 
     size: int | None  # bytes, None where it does not say
@@ -342,66 +474,12 @@ class Remote:
 
 
 @dataclass
-class Body:
+class _Body:
     "An open file of a source."
 
-    remote: Remote
+    remote: _Remote
     offset: int  # the first byte that `chunks` brings
     chunks: object  # iterator of bytes
-
-
-# %% [markdown]
-# A folder is the simple one.
-
-# %%
-#| export
-class FolderSource:
-    "An archive in a folder."
-
-    def __init__(self, folder):
-        self.root = Path(folder)
-        self.name = str(folder)
-
-    def list(self, folder: str) -> Listing:
-        "Names in a folder below the root."
-        with _refusing(), os.scandir(self.root / folder) as entries:
-            names = sorted(
-                (entry.name, entry.is_dir())
-                for entry in entries
-                if PLAIN_NAME.fullmatch(entry.name)
-            )
-        return Listing(
-            tuple(name for name, is_dir in names if not is_dir),
-            tuple(name for name, is_dir in names if is_dir),
-        )
-
-    def stat(self, path: str) -> Remote:
-        "Size and tag of a file below the root."
-        if (self.root / path).is_dir():
-            raise Missing("a folder, not a file")
-        with _refusing():
-            stat = os.stat(self.root / path)
-        return Remote(stat.st_size, f'"{stat.st_mtime_ns:x}-{stat.st_size:x}"')
-
-    @contextmanager
-    def open(self, path: str, offset: int = 0, expected: Remote = None):
-        "The file from byte `offset` on if it is still the `expected` one, else from its start."
-        remote = self.stat(path)
-        offset = offset if remote == expected and offset < remote.size else 0
-        with ExitStack() as opened:
-            with _refusing():
-                file = opened.enter_context(open(self.root / path, "rb"))
-                file.seek(offset)
-            yield Body(remote, offset, self._chunks(file))
-
-    def close(self):
-        "Nothing to close; an HTTP source has connections."
-
-    @staticmethod
-    def _chunks(file):
-        with _refusing():
-            while chunk := file.read(CHUNK):
-                yield chunk
 
 
 @contextmanager
@@ -410,269 +488,88 @@ def _refusing():
     try:
         yield
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise Missing(error.strerror) from error
+        raise _Missing(error.strerror) from error
     except OSError as error:
-        raise Refused(error.strerror or str(error)) from error
+        raise _Refused(error.strerror or str(error)) from error
 
-
-# %% [markdown]
-# Over HTTP, `requests` keeps the connections open and urllib3's `Retry` asks again, after growing pauses or when the server says (`Retry-After`),
-# when a connection cannot be made or the answer is 429 or 5xx. We stay polite: a name to complain about in `User-Agent`, and no more connections than
-# workers. A body is read as it comes (`read1`), so that one that trickles in is noticed, not waited for.
 
 # %%
-#| export
-class _Patience(Retry):
-    "urllib3's Retry, but a server's Retry-After of a day does not keep us for a day."
-
-    def get_retry_after(self, response):
-        wait = super().get_retry_after(response)
-        return None if wait is None else min(wait, MAX_WAIT)
-
-
-def _is_loopback(host):
+for path in (desk / "nowhere", desk):
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _bounded(chunks):
-    "The same chunks, but no more than a text can have."
-    total = 0
-    for chunk in chunks:
-        total += len(chunk)
-        if total > MAX_TEXT:
-            raise Refused(f"more than {MAX_TEXT >> 20} MB where a page was expected")
-        yield chunk
-
-
-def _why(error):
-    "The innermost reason of an error of requests or urllib3, without its addresses in memory."
-    while True:
-        inner = getattr(error, "reason", None) or next(
-            (arg for arg in error.args if isinstance(arg, Exception)), None
-        )
-        if not isinstance(inner, Exception):
-            return (
-                re.sub(r"^.*?(?:HTTPS?Connection(?:Pool)?\(.*?\)|<[^>]*>): ", "", str(error))
-                or type(error).__name__
-            )
-        error = inner
-
-
-# %%
-assert _Patience(3).new().get_retry_after(requests.Response()) is None
-assert (
-    _is_loopback("127.0.0.1")
-    and _is_loopback("::1")
-    and _is_loopback("localhost")
-    and not _is_loopback("data.sdss.org")
-)
+        with _refusing():
+            path.read_bytes()
+    except SourceError as error:
+        print(f"{error.cause}: {error}")
 
 
 # %% [markdown]
-# Now the source itself. Three of its decisions deserve a sentence. The tag of a file is its `ETag` or, if that is missing or *weak* (the server then
-# promises only that the meaning is the same, not the bytes), its date. The rest of a file (status 206) is taken only if it starts at the byte that we
-# asked for, belongs to a file of the same size and carries the same tag; anything else is thrown away and the whole file asked for. And of an index
-# it is the address that *answered* which counts, for a server may have led us elsewhere.
+# A folder is the simple one.
 
 # %%
 #| export
-class HttpSource:
-    "An archive on a web server."
+class _FolderSource:
+    "An archive in a folder."
 
-    def __init__(
-        self,
-        url: str,  # of the root, https or http
-        workers: int = 4,  # connections at most
-        timeout: float = 30,  # s without a byte, or with hardly any
-        tries: int = 5,
-        backoff: float = 0.5,  # s before the second repetition, doubled each time
-    ):
-        self.url = url.rstrip("/") + "/"
-        parts = urlsplit(self.url)
-        self.name = parts._replace(
-            netloc=parts.netloc.rpartition("@")[2]
-        ).geturl()  # no password in messages
-        self.timeout = timeout
-        self.session = requests.Session()
-        self.session.trust_env = not _is_loopback(
-            parts.hostname
-        )  # a proxy cannot reach this machine's own servers
-        self.session.headers.update(
-            {"User-Agent": f"stellar_lab/{__version__}", "Accept-Encoding": "identity"}
-        )
-        retry = _Patience(
-            tries - 1,
-            backoff_factor=backoff,
-            backoff_jitter=backoff / 2,
-            backoff_max=MAX_WAIT,
-            raise_on_status=False,
-            status_forcelist=(429, 500, 502, 503, 504),
-            allowed_methods=("GET", "HEAD"),
-        )
-        self.session.mount(
-            f"{parts.scheme}://",
-            HTTPAdapter(
-                pool_connections=2, pool_maxsize=workers, max_retries=retry, pool_block=True
-            ),
+    def __init__(self, folder):
+        self.root = Path(folder)
+        self.name = str(folder)
+
+    def list(self, folder):
+        "Names in a folder below the root."
+        with _refusing(), os.scandir(self.root / folder) as entries:
+            plain = [entry for entry in entries if _PLAIN_NAME.fullmatch(entry.name)]
+            names = sorted((entry.name, entry.is_dir()) for entry in plain)
+        return _Listing(
+            tuple(name for name, is_dir in names if not is_dir),
+            tuple(name for name, is_dir in names if is_dir),
         )
 
-    def list(self, folder: str) -> Listing:
-        "Names in the index of a folder below the root."
-        with self._request("GET", f"{folder}/" if folder else "") as response:
-            decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-            return parse_index(map(decoder.decode, _bounded(self._chunks(response))), response.url)
-
-    def stat(self, path: str) -> Remote:
-        "Size and tag of a file below the root, as far as the server tells."
-        try:
-            with self._request("HEAD", path) as response:
-                remote = self._remote(response)
-            return Remote(
-                remote.size or None, remote.tag
-            )  # 0 is how some servers say that they do not know
-        except Refused:  # some servers do not answer HEAD; the download will tell
-            return Remote(None)
+    def stat(self, path):
+        "Size and tag of a file below the root."
+        if (self.root / path).is_dir():
+            raise _Missing("a folder, not a file")
+        with _refusing():
+            stat = os.stat(self.root / path)
+        return _Remote(stat.st_size, f'"{stat.st_mtime_ns:x}-{stat.st_size:x}"')
 
     @contextmanager
-    def open(self, path: str, offset: int = 0, expected: Remote = None):
+    def open(self, path, offset=0, expected=None):
         "The file from byte `offset` on if it is still the `expected` one, else from its start."
-        headers = {}
-        if offset:
-            headers = {"Range": f"bytes={offset}-"} | (
-                {"If-Range": expected.tag} if expected.tag else {}
-            )
-        with self._request("GET", path, headers) as response:
-            body = self._body(response, offset, expected)
-            if body:
-                yield body
-            elif not offset:
-                raise Dropped(
-                    f"a plain question was answered with {response.status_code} {response.reason}"
-                )
-        if not body:
-            with self.open(path) as body:
-                yield body
+        remote = self.stat(path)
+        offset = offset if remote == expected and offset < remote.size else 0
+        with ExitStack() as opened:
+            with _refusing():
+                file = opened.enter_context(open(self.root / path, "rb"))
+                file.seek(offset)
+            yield _Body(remote, offset, self._chunks(file))
 
     def close(self):
-        "Close all connections."
-        self.session.close()
-
-    def _body(self, response, offset, expected):
-        "The body of an answer; None if it is not the rest of the file that we have the start of."
-        remote, start = self._remote(response), 0
-        if response.status_code == 206:
-            match = re.fullmatch(
-                r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", "")
-            )
-            total = int(match[2]) if match and match[2] != "*" else None
-            if (
-                not offset
-                or not match
-                or int(match[1]) != offset
-                or total != expected.size
-                or remote.tag not in ("", expected.tag)
-            ):
-                return None
-            remote, start = Remote(total, expected.tag), offset
-        elif response.status_code != 200:  # 416: there is no such rest
-            return None
-        return Body(remote, start, self._chunks(response))
-
-    def _request(self, method, path, headers=None):
-        url = self.url + quote(path, safe="/+")
-        try:
-            response = self.session.request(
-                method,
-                url,
-                headers=headers,
-                stream=True,
-                timeout=(min(self.timeout, 10), self.timeout),
-            )
-        except (requests.RequestException, ValueError) as error:
-            raise Refused(_why(error)) from error
-        status = f"{response.status_code} {response.reason}"
-        if response.url.startswith("http:") and url.startswith("https:"):
-            problem = Refused("the server leads from https to http")
-        elif response.status_code in (404, 410):
-            problem = Missing(status)
-        else:
-            problem = Refused(status) if response.status_code not in (200, 206, 416) else None
-        if problem:
-            response.close()
-            raise problem
-        return response
-
-    def _chunks(self, response):
-        "The body as it comes, given up when hardly anything comes."
-        start, received = time.monotonic(), 0
-        while True:
-            try:
-                chunk = response.raw.read1(CHUNK, decode_content=False)
-            except (HTTPError, HTTPException, OSError) as error:
-                raise Dropped(f"broke off: {_why(error)}") from error
-            if not chunk:
-                return
-            yield chunk
-            received += len(chunk)
-            if time.monotonic() - start > self.timeout:
-                if received < MIN_RATE * self.timeout:
-                    raise Dropped(f"too slow: {received} bytes in {self.timeout:g} s")
-                start, received = time.monotonic(), 0
+        "Nothing to close; an HTTP source has connections."
 
     @staticmethod
-    def _remote(response):
-        length, tag = response.headers.get("Content-Length", ""), response.headers.get("ETag", "")
-        if not tag or tag.startswith("W/"):  # a weak tag does not promise the same bytes
-            tag = response.headers.get("Last-Modified", "")
-        return Remote(int(length) if length.isdecimal() and length.isascii() else None, tag)
+    def _chunks(file):
+        with _refusing():
+            while chunk := file.read(_CHUNK):
+                yield chunk
 
-
-# %% [markdown]
-# Which of the two it is, the address says.
 
 # %%
-#| export
-EXAMPLE = "https://data.sdss.org/sas"
-
-
-def open_source(
-    source,  # an https or http URL, or a folder: the root of an archive
-    **settings,  # workers, timeout, tries, backoff of an HttpSource
-):
-    "The source that a URL or a folder names."
-    text = os.fspath(source)
-    if "://" not in text:
-        if not Path(text).is_dir():
-            raise LabError(
-                f"there is no folder {text} to fetch from: give the root of an archive, a folder or a URL such as {EXAMPLE}"
-            )
-        return FolderSource(text)
-    try:
-        parts = urlsplit(text)
-        if (
-            parts.scheme in ("http", "https")
-            and parts.hostname
-            and parts.port != 0
-            and not (parts.query or parts.fragment)
-        ):
-            return HttpSource(text, **settings)
-    except ValueError:  # a port that is no number, an address that is none
-        pass
-    raise LabError(f"cannot fetch from {text}: give a folder or a URL such as {EXAMPLE}")
+here = dr14.folder("apstar", "4230")
+_FolderSource(desk / "server").list(here)
 
 
 # %% [markdown]
 # ## A server for one
-# To try all this we need a server, and Python brings one. Ours knows three things more than Python's: the tag of a file (`ETag`), how to send the
-# rest of it (`Range`), and to be quiet. `serve` runs it on this machine's loopback address, where nobody else can reach it.
+# To try the other one we need a server, and Python brings one. Ours knows three things more than Python's: the tag of a file (`ETag`), how to send the
+# rest of it (`Range`), and to be quiet.
 
 # %%
 #| export
 class ArchiveHandler(SimpleHTTPRequestHandler):
-    "Serves a folder: HTML index, ETag, and open-ended ranges (RFC 9110)."
+    """Serves a folder: HTML index, ETag, and open-ended ranges (RFC 9110).
+
+    The handler that `serve` takes unless it is given another one. A server that misbehaves
+    for a test is made of a subclass."""
 
     protocol_version = "HTTP/1.1"  # connections stay open
     disable_nagle_algorithm = True  # small answers leave at once
@@ -681,11 +578,11 @@ class ArchiveHandler(SimpleHTTPRequestHandler):
         "Say nothing."
 
     def send_head(self):
-        "Status and headers; returns the open file from which the body is copied."
+        "Send status and headers; returns the open file from which the body is copied."
         path = self.translate_path(self.path)
         if not os.path.isfile(path) or path.endswith("/"):
             return super().send_head()
-        tag = FolderSource("/").stat(path).tag
+        tag = _FolderSource("/").stat(path).tag
         file = open(path, "rb")
         size = os.fstat(file.fileno()).st_size
         wanted = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
@@ -698,35 +595,57 @@ class ArchiveHandler(SimpleHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start:
             self.send_header("Content-Range", f"bytes {start}-{size - 1}/{size}")
-        for name, value in (
-            ("Content-Type", self.guess_type(path)),
-            ("Content-Length", str(size - start)),
-            ("ETag", tag),
-        ):
-            self.send_header(name, value)
+        self.send_header("Content-Type", self.guess_type(path))
+        self.send_header("Content-Length", str(size - start))
+        self.send_header("ETag", tag)
         self.end_headers()
         return file
 
 
 # %% [markdown]
-# `serve` runs it in a thread while a `with` block lasts. With port 0 the system chooses a free one, so two notebooks never quarrel over it.
+# Four things of Python's handler are changed:
+
+# %%
+[name for name in vars(ArchiveHandler) if not name.startswith("_")]
+
+
+# %% [markdown]
+# `serve` runs it in a thread while a `with` block lasts, on this machine's loopback address, where nobody else can reach it. With port 0 the system
+# chooses a free port, so two notebooks never quarrel over one.
 
 # %%
 #| export
 class _Server(ThreadingHTTPServer):
+    "Ignores a client that hangs up; other errors are printed."
+
     def handle_error(self, request, client_address):
-        "A client that hangs up is no news; other errors are printed."
         if not isinstance(sys.exception(), ConnectionError):
             super().handle_error(request, client_address)
 
 
 @contextmanager
-def serve(
-    folder,  # the root of an archive
-    port: int = 0,  # 0: any free one
-    handler=ArchiveHandler,
-):
-    "Serve a folder over HTTP on the loopback address while the block runs; gives the URL."
+def serve(folder, port: int = 0, handler=ArchiveHandler):
+    """Serve a folder over HTTP on the loopback address while a `with` block runs.
+
+    Parameters
+    ----------
+    folder : str or Path
+        The root of an archive.
+    port : int, default 0
+        0 takes any free one.
+    handler : type, default ArchiveHandler
+        Class that answers the requests.
+
+    Yields
+    ------
+    str
+        The URL of the root.
+
+    Raises
+    ------
+    LabError
+        If there is no such folder, or the port cannot be had.
+    """
     if not Path(folder).is_dir():
         raise LabError(f"there is no folder {folder} to serve")
     try:
@@ -735,9 +654,8 @@ def serve(
         raise LabError(
             f"cannot serve on port {port}: {error}; choose another one, or 0 for any that is free"
         ) from error
-    thread = threading.Thread(
-        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
-    )
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.daemon = True
     thread.start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
@@ -748,28 +666,353 @@ def serve(
 
 
 # %% [markdown]
+# Four questions to it: the index of a folder, a star, the rest of that star from byte 200,000 on, and a star that it does not have.
+
+# %%
+questions = [
+    ("index", f"{here}/", {}),
+    ("star", f"{here}/{star.name}", {}),
+    ("rest of it", f"{here}/{star.name}", {"Range": "bytes=200000-"}),
+    ("nobody", f"{here}/apStar-r8-nobody.fits", {}),
+]
+rows = []
+with serve(desk / "server") as url, requests.Session() as session:
+    session.trust_env = False  # no proxy between this machine and itself
+    for name, path, headers in questions:
+        answer = session.get(f"{url}/{path}", headers=headers)
+        rows.append((name, answer.status_code, answer.reason, len(answer.content)))
+Table(rows=rows, names=["asked for", "status", "in words", "bytes"])
+
+# %%
+assert [row[1] for row in rows] == [200, 200, 206, 404]
+assert rows[2][3] == rows[1][3] - 200_000
+
+# %% [markdown]
+# ## Over HTTP
+# `requests` keeps the connections open and urllib3's `Retry` asks again, after growing pauses or when the server says (`Retry-After`),
+# when a connection cannot be made or the answer is 429 or 5xx. We stay polite: a name to complain about in `User-Agent`, and no more connections than
+# workers. First four small helpers.
+
+# %%
+#| export
+_MAX_TEXT = 1 << 26  # bytes; an index or archive.json beyond that is not one
+
+
+class _ShortRetry(Retry):
+    "urllib3's Retry, but a server's Retry-After of a day does not keep us for a day."
+
+    def get_retry_after(self, response):
+        wait = super().get_retry_after(response)
+        return None if wait is None else min(wait, _MAX_WAIT)
+
+
+def _is_loopback(host):
+    "Whether a host is this machine itself."
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _bounded(chunks):
+    "The same chunks, but no more than a text can have."
+    total = 0
+    for chunk in chunks:
+        total += len(chunk)
+        if total > _MAX_TEXT:
+            raise _Refused(f"more than {_MAX_TEXT >> 20} MB where a page was expected")
+        yield chunk
+
+
+def _why(error):
+    "The innermost reason of an error of requests or urllib3, without its addresses in memory."
+    while True:
+        inner = getattr(error, "reason", None) or next(
+            (arg for arg in error.args if isinstance(arg, Exception)), None
+        )
+        if not isinstance(inner, Exception):
+            where = r"^.*?(?:HTTPS?Connection(?:Pool)?\(.*?\)|<[^>]*>): "
+            return re.sub(where, "", str(error)) or type(error).__name__
+        error = inner
+
+
+# %%
+assert _ShortRetry(3).new().get_retry_after(requests.Response()) is None
+hosts = ("127.0.0.1", "::1", "localhost", "data.sdss.org")
+assert [_is_loopback(host) for host in hosts] == [True, True, True, False]
+with requests.Session() as session:
+    session.trust_env = False
+    try:
+        session.get("http://127.0.0.1:9")
+    except requests.RequestException as error:
+        print(_why(error))
+
+# %% [markdown]
+# A body is read as it comes (`read1`), so that one that trickles in is noticed, not waited for.
+
+# %%
+#| export
+_MIN_RATE = 500  # bytes per second; a body that comes slower has stalled
+
+
+def _session(parts, patience):
+    "A session for the server of a URL: polite, patient, with as many connections as workers."
+    session = requests.Session()
+    # A proxy cannot reach this machine's own servers.
+    session.trust_env = not _is_loopback(parts.hostname)
+    session.headers["User-Agent"] = f"stellar_lab/{__version__}"
+    session.headers["Accept-Encoding"] = "identity"
+    retry = _ShortRetry(
+        patience.tries - 1,
+        backoff_factor=patience.backoff,
+        backoff_jitter=patience.backoff / 2,
+        backoff_max=_MAX_WAIT,
+        raise_on_status=False,
+        status_forcelist=(429, 500, 502, 503, 504),
+        allowed_methods=("GET", "HEAD"),
+    )
+    adapter = HTTPAdapter(
+        pool_connections=2, pool_maxsize=patience.workers, max_retries=retry, pool_block=True
+    )
+    session.mount(f"{parts.scheme}://", adapter)
+    return session
+
+
+def _chunks(response, timeout):
+    "The body of an answer as it comes, given up when hardly anything comes."
+    start = time.monotonic()
+    received = 0
+    while True:
+        try:
+            chunk = response.raw.read1(_CHUNK, decode_content=False)
+        except (HTTPError, HTTPException, OSError) as error:
+            raise _Dropped(f"broke off: {_why(error)}") from error
+        if not chunk:
+            return
+        yield chunk
+        received += len(chunk)
+        if time.monotonic() - start > timeout:
+            if received < _MIN_RATE * timeout:
+                raise _Dropped(f"too slow: {received} bytes in {timeout:g} s")
+            start = time.monotonic()
+            received = 0
+
+
+# %%
+with serve(desk / "server") as url, _session(urlsplit(url), hasty) as session:
+    with session.get(f"{url}/{here}/{star.name}", stream=True) as answer:
+        pieces = [len(chunk) for chunk in _chunks(answer, timeout=10)]
+    print(answer.request.headers["User-Agent"], "read", sum(pieces), "bytes as they came")
+assert sum(pieces) == star.stat().st_size and max(pieces) <= 1 << 16
+
+
+# %% [markdown]
+# A request is refused, missing, or an answer that we can read. An answer says three things about its file: how long it is, which tag it has, and at which
+# byte it starts. The tag of a file is its `ETag` or, if that is missing or *weak* (the server then promises only that the meaning is the same, not the
+# bytes), its date. The rest of a file (status 206) is taken only if it starts at the byte that we asked for, belongs to a file of the same size and
+# carries the same tag; anything else is thrown away and the whole file asked for.
+
+# %%
+#| export
+def _status_problem(response, url):
+    "The error that an answer is, None if we can read it."
+    status = f"{response.status_code} {response.reason}"
+    if response.url.startswith("http:") and url.startswith("https:"):
+        return _Refused("the server leads from https to http")
+    if response.status_code in (404, 410):
+        return _Missing(status)
+    return _Refused(status) if response.status_code not in (200, 206, 416) else None
+
+
+def _remote(response):
+    "Size and tag of a file, as far as an answer tells."
+    length = response.headers.get("Content-Length", "")
+    tag = response.headers.get("ETag", "")
+    if not tag or tag.startswith("W/"):  # a weak tag does not promise the same bytes
+        tag = response.headers.get("Last-Modified", "")
+    return _Remote(int(length) if length.isdecimal() and length.isascii() else None, tag)
+
+
+def _start(response, offset, expected):
+    """What an answer brings, and from which byte on.
+
+    None if it is not the rest of the file that we have the start of."""
+    remote = _remote(response)
+    if response.status_code == 200:
+        return remote, 0
+    if response.status_code != 206 or not offset:  # 416: there is no such rest
+        return None
+    content_range = response.headers.get("Content-Range", "")
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", content_range)
+    if not match or match[2] == "*":
+        return None
+    same_place = int(match[1]) == offset and int(match[2]) == expected.size
+    same_file = remote.tag in ("", expected.tag)
+    return (expected, offset) if same_place and same_file else None
+
+
+# %%
+answer = requests.Response()
+answer.status_code = 206
+answer.headers["Content-Range"] = "bytes 100-999/1000"
+answer.headers["ETag"] = '"v1"'
+for expected in (_Remote(1000, '"v1"'), _Remote(1000, '"v2"'), _Remote(2000, '"v1"')):
+    print(expected, "->", _start(answer, 100, expected))
+assert _start(answer, 200, _Remote(1000, '"v1"')) is None  # another place
+
+
+# %% [markdown]
+# Now the source itself. Of an index it is the address that *answered* which counts, for a server may have led us elsewhere.
+
+# %%
+#| export
+class _HttpSource:
+    "An archive on a web server."
+
+    def __init__(self, url, patience=None):
+        self.url = url.rstrip("/") + "/"
+        parts = urlsplit(self.url)
+        without_password = parts.netloc.rpartition("@")[2]
+        self.name = parts._replace(netloc=without_password).geturl()  # for messages
+        self.patience = patience or Patience()
+        self.session = _session(parts, self.patience)
+
+    def list(self, folder):
+        "Names in the index of a folder below the root."
+        with self._request("GET", f"{folder}/" if folder else "") as response:
+            decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+            text = map(decoder.decode, _bounded(_chunks(response, self.patience.timeout)))
+            return _parse_index(text, response.url)
+
+    def stat(self, path):
+        "Size and tag of a file below the root, as far as the server tells."
+        try:
+            with self._request("HEAD", path) as response:
+                remote = _remote(response)
+        except _Refused:  # some servers do not answer HEAD; the download will tell
+            return _Remote(None)
+        # 0 is how some servers say that they do not know
+        return _Remote(remote.size or None, remote.tag)
+
+    @contextmanager
+    def open(self, path, offset=0, expected=None):
+        "The file from byte `offset` on if it is still the `expected` one, else from its start."
+        headers = {}
+        if offset:
+            headers["Range"] = f"bytes={offset}-"
+            if expected.tag:
+                headers["If-Range"] = expected.tag
+        with self._request("GET", path, headers) as response:
+            start = _start(response, offset, expected)
+            if start:
+                yield _Body(*start, _chunks(response, self.patience.timeout))
+            elif not offset:
+                status = f"{response.status_code} {response.reason}"
+                raise _Dropped(f"a plain question was answered with {status}")
+        if not start:
+            with self.open(path) as body:
+                yield body
+
+    def close(self):
+        "Close all connections."
+        self.session.close()
+
+    def _request(self, method, path, headers=None):
+        url = self.url + quote(path, safe="/+")
+        timeout = (min(self.patience.timeout, 10), self.patience.timeout)  # to connect, to read
+        try:
+            response = self.session.request(
+                method, url, headers=headers, stream=True, timeout=timeout
+            )
+        except (requests.RequestException, ValueError) as error:
+            raise _Refused(_why(error)) from error
+        problem = _status_problem(response, url)
+        if problem:
+            response.close()
+            raise problem
+        return response
+
+
+# %% [markdown]
 # Do the two sources really have one face? Ask both for the same things.
 
 # %%
-here = f"{dr14.folder('apstar', '4230')}"
+path = f"{here}/{star.name}"
+rows = []
 with serve(desk / "server") as url:
-    for origin in (FolderSource(desk / "server"), HttpSource(url)):
-        assert len(origin.list(here).files) == 3 and origin.list(
-            str(Path(here).parent)
-        ).folders == ("4230", "4262")
-        remote = origin.stat(f"{here}/{star.name}")
-        assert remote.size == star.stat().st_size
-        with origin.open(f"{here}/{star.name}", 1000, remote) as body:
-            assert body.offset == 1000 and b"".join(body.chunks) == star.read_bytes()[1000:]
-        with origin.open(
-            f"{here}/{star.name}", 1000, Remote(remote.size, '"older"')
-        ) as body:  # the file is not what it was:
-            assert (
-                body.offset == 0 and b"".join(body.chunks) == star.read_bytes()
-            )  # from the start, then
-        with pytest.raises(Missing):
+    for origin in (_FolderSource(desk / "server"), _HttpSource(url)):
+        listing = origin.list(here)
+        remote = origin.stat(path)
+        with origin.open(path, 1000, remote) as body:
+            rest = b"".join(body.chunks)
+            assert body.offset == 1000 and rest == star.read_bytes()[1000:]
+        older = _Remote(remote.size, '"older"')
+        with origin.open(path, 1000, older) as body:  # the file is not what it was:
+            assert body.offset == 0  # from the start, then
+            assert b"".join(body.chunks) == star.read_bytes()
+        with pytest.raises(_Missing):
             origin.stat(f"{here}/apStar-r8-nobody.fits")
+        parent = str(Path(here).parent)
+        assert len(listing.files) == 3 and origin.list(parent).folders == ("4230", "4262")
+        assert remote.size == star.stat().st_size
+        kind = type(origin).__name__
+        rows.append((kind, len(listing.files), remote.size, len(rest), len(star.read_bytes())))
         origin.close()
+Table(rows=rows, names=["source", "files listed", "size", "from byte 1000", "older version"])
+
+# %% [markdown]
+# Which of the two it is, the address says.
+
+# %%
+#| export
+_EXAMPLE = "https://data.sdss.org/sas"
+
+
+def open_source(source, patience: Patience = None):
+    """Open an archive on a server or in a folder.
+
+    Parameters
+    ----------
+    source : str or Path
+        An https or http URL, or a folder: the root of an archive.
+    patience : Patience, optional
+        How hard to try; the defaults of `Patience` without it.
+
+    Returns
+    -------
+    object
+        A source: `list(folder)` gives names, `stat(path)` size and tag, `open(path, offset)` is
+        a context with the bytes, `close()` ends it. These raise `SourceError`.
+
+    Raises
+    ------
+    LabError
+        If there is no such folder, or the URL is none that we can fetch from.
+    """
+    text = os.fspath(source)
+    if "://" not in text:
+        if not Path(text).is_dir():
+            raise LabError(
+                f"there is no folder {text} to fetch from: give the root of an archive, "
+                f"a folder or a URL such as {_EXAMPLE}"
+            )
+        return _FolderSource(text)
+    try:
+        parts = urlsplit(text)
+        is_web = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        if is_web and not (parts.query or parts.fragment):
+            return _HttpSource(text, patience)
+    except ValueError:  # a port that is no number, an address that is none
+        pass
+    raise LabError(f"cannot fetch from {text}: give a folder or a URL such as {_EXAMPLE}")
+
+
+# %%
+for address in (desk / "server", "https://data.sdss.org/sas", "ftp://data.sdss.org"):
+    try:
+        print(type(open_source(address)).__name__)
+    except LabError as error:
+        print("LabError:", error)
 
 
 # %% [markdown]
@@ -781,7 +1024,7 @@ with serve(desk / "server") as url:
 # %%
 #| export
 @dataclass(slots=True)
-class Item:
+class _Item:
     "One file to bring home."
 
     path: str  # below the root, where it goes
@@ -795,20 +1038,37 @@ class Item:
     received: int = 0  # bytes that came
     shown: int = 0  # bytes that the progress bar knows of
 
+    def fail(self, reason, cause=""):
+        "It is not there, and why."
+        self.state = "failed"
+        self.reason = str(reason)
+        self.cause = cause
 
-def _part(target):
-    return target.with_name(f"{target.name}.part"), target.with_name(f"{target.name}.part.note")
+
+def _beside(target, ending):
+    "The name that a file has while it is not whole, or that of the note about it."
+    return target.with_name(f"{target.name}.{ending}")
 
 
 def _started(part, note):
     "How much of a file is there from an earlier try, and what the source said about it then."
     try:
         kept = json.loads(note.read_text(encoding="utf-8"))
-        remote, offset = Remote(kept["size"], kept["tag"]), part.stat().st_size
+        remote = _Remote(kept["size"], kept["tag"])
+        offset = part.stat().st_size
     except (OSError, ValueError, KeyError, TypeError):
         return 0, None
     known = isinstance(remote.size, int) and isinstance(remote.tag, str) and offset < remote.size
     return (offset, remote) if known else (0, None)
+
+
+# %%
+part = _beside(desk / "a.fits", "part")
+note = _beside(desk / "a.fits", "part.note")
+part.write_bytes(b"SIMPLE")
+for text in ("", '{"size": 57600, "tag": "v1"}'):
+    note.write_text(text)
+    print("with" if text else "without", "a note:", _started(part, note))
 
 
 # %% [markdown]
@@ -823,113 +1083,67 @@ def _receive(source, item, part, note, show, stop):
     offset, expected = _started(part, note)
     with source.open(item.origin, offset, expected) as body:
         if body.remote.size is None and not item.hdus:
-            raise Refused("the server does not say how long it is")
+            raise _Refused("the server does not say how long it is")
         if not body.offset:
-            note.unlink(
-                missing_ok=True
-            )  # first the note, so that it never stands beside another version's bytes
+            # First the note, so that it never stands beside another version's bytes.
+            note.unlink(missing_ok=True)
             part.write_bytes(b"")
-            note.write_text(
-                json.dumps({"size": body.remote.size, "tag": body.remote.tag}), encoding="utf-8"
-            )
+            about = {"size": body.remote.size, "tag": body.remote.tag}
+            note.write_text(json.dumps(about), encoding="utf-8")
         length = body.offset
         with open(part, "ab") as file:
             show(item, length)
             for chunk in body.chunks:
                 if stop.is_set():
-                    raise Refused("interrupted")
+                    raise _Refused("interrupted")
                 file.write(chunk)
                 length += len(chunk)
                 item.received += len(chunk)
                 show(item, length)
     if body.remote.size not in (None, length):
-        raise Dropped(f"truncated: {length:,} of {body.remote.size:,} bytes came")
+        raise _Dropped(f"truncated: {length:,} of {body.remote.size:,} bytes came")
 
 
 # %% [markdown]
-# How often do we try? A connection that drops five times in a row is hopeless, but over a shaky line a catalogue of 4 GB may need fifty drops to
-# arrive, and each of them brought us further. So a megabyte of progress wipes the slate clean. A file that arrived complete and is wrong gets one
-# more chance (a proxy's apology may be gone in a moment); after that we believe that the source itself has it so.
-
-# %%
-#| export
-def _persist(action, tries, backoff, stop, progress=lambda: 0):
-    "Do it again while it is dropped, `tries` times in a row without a megabyte of progress; if it comes damaged, once."
-    attempt, damaged, best = 0, 0, progress()
-    while True:
-        try:
-            return action()
-        except Dropped as error:
-            attempt, damaged = attempt + 1, damaged + isinstance(error, Damaged)
-            if progress() > best + (1 << 20):
-                attempt, best = 0, progress()
-            if attempt >= tries or damaged > 1 or stop.wait(min(backoff * 2**attempt, MAX_WAIT)):
-                raise
-
-
-# %%
-calls = []
-
-
-def drops():
-    calls.append(len(calls))
-    raise Dropped
-
-
-with pytest.raises(Dropped):
-    _persist(drops, 3, 0.001, threading.Event(), progress=lambda: min(len(calls), 4) * (2 << 20))
-assert (
-    len(calls) == 4 + 3
-)  # four tries got further and count for nothing; then three in a row were in vain
-
-
-# %% [markdown]
-# `fetch_file` ties these together. If something damaged already stands under the final name (another tool left it there), it loses that name before
+# `_fetch_file` ties these together. If something damaged already stands under the final name (another tool left it there), it loses that name before
 # we start, so that even a failure leaves nothing wrong behind.
 
 # %%
 #| export
 def _put_aside(target, hdus):
-    "Take its name from a file that cannot be whole: nothing wrong stays under a final name, whatever happens next."
+    "Take its name from a file that cannot be whole: nothing wrong stays under a final name."
     if target.exists() and (not hdus or file_problem(target, hdus)):
-        os.replace(target, target.with_name(f"{target.name}.old"))
+        os.replace(target, _beside(target, "old"))
 
 
-def fetch_file(
-    source,  # a FolderSource or HttpSource
-    item: Item,  # its state is changed
-    root,  # where the archive goes
-    tries: int = 5,
-    backoff: float = 0.5,  # s
-    show=lambda item, length: None,  # told how many bytes are there
-    stop: threading.Event = None,  # set: give up at the next chunk
-) -> Item:
-    "Bring one file home, whole and under its name, or say in the item why not. A file that cannot be written is a LabError."
-    target, stop = Path(root) / item.path, stop or threading.Event()
-    part, note = _part(target)
+def _fetch_file(source, item, root, patience, show=lambda item, length: None):
+    "Bring one file home, whole and under its name, or say in the item why not."
+    target = Path(root) / item.path
+    part = _beside(target, "part")
+    note = _beside(target, "part.note")
 
     def attempt():
-        _receive(source, item, part, note, show, stop)
+        _receive(source, item, part, note, show, patience.stop)
         problem = file_problem(part, item.hdus)
         if problem:
             note.unlink(missing_ok=True)
             part.unlink()
-            raise Damaged(problem)
+            raise _Damaged(problem)
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _put_aside(target, item.hdus)
-        _persist(attempt, tries, backoff, stop, lambda: part.stat().st_size if part.exists() else 0)
+        _persist(attempt, patience, lambda: part.stat().st_size if part.exists() else 0)
         os.replace(part, target)
         note.unlink(missing_ok=True)
-        target.with_name(f"{target.name}.old").unlink(missing_ok=True)
+        _beside(target, "old").unlink(missing_ok=True)
         item.state = "fetched"
     except SourceError as error:
-        item.state, item.reason, item.cause = "failed", str(error), type(error).__name__.lower()
+        item.fail(error, error.cause)
     except OSError as error:
         raise LabError(
-            f"cannot write {target}: {error.strerror or error}; free the disk or choose another root, then run the same again: "
-            "what is whole stays"
+            f"cannot write {target}: {error.strerror or error}; free the disk or choose another "
+            "root, then run the same again: what is whole stays"
         ) from error
     return item
 
@@ -954,7 +1168,8 @@ class HangsUp(ArchiveHandler):
 path = f"{here}/{star.name}"
 home = desk / "one file"
 with serve(desk / "server", handler=HangsUp) as url:
-    first = fetch_file(HttpSource(url), Item(path, path, hdus=10), home, tries=1)
+    once = Patience(tries=1)
+    first = _fetch_file(_HttpSource(url, once), _Item(path, path, hdus=10), home, once)
 print(first.state, "-", first.reason)
 sorted(file.name for file in (home / here).iterdir())
 
@@ -964,18 +1179,15 @@ sorted(file.name for file in (home / here).iterdir())
 # %%
 assert first.state == "failed" and not (home / path).exists()
 with serve(desk / "server", handler=HangsUp) as url:
-    second = fetch_file(HttpSource(url), Item(path, path, hdus=10), home, tries=5, backoff=0.01)
+    often = Patience(tries=5, backoff=0.01)
+    second = _fetch_file(_HttpSource(url, often), _Item(path, path, hdus=10), home, often)
 HangsUp.asked
 
 # %%
 starts = [int(asked[len("bytes=") : -1]) for asked in HangsUp.asked]
+lengths = [min(100_000, len(content) - start) for start in starts]
 fig, ax = plt.subplots(figsize=(7, 1.8))
-ax.barh(
-    range(len(starts)),
-    [min(100_000, len(content) - start) for start in starts],
-    left=starts,
-    color=["C0", "C2", "C2", "C2"],
-)
+ax.barh(range(len(starts)), lengths, left=starts, color=["C0", "C2", "C2", "C2"])
 ax.axvline(len(content), color="0.4", lw=1)
 ax.set(xlabel="byte of the file", xlim=(0, len(content) * 1.01))
 ax.set_yticks(range(len(starts)), ["first run"] + [f"second run, try {k}" for k in (1, 2, 3)])
@@ -998,70 +1210,76 @@ assert [file.name for file in (home / here).iterdir()] == [star.name]
 
 # %%
 #| export
-def _read_marker(source, tries, backoff):
-    "archive.json of a source: its bytes (None without one), the record it names, further files."
+@dataclass(frozen=True)
+class _Marker:
+    "What archive.json at the root of an archive says."
+
+    record: Archive = ARCHIVES["survey"]
+    files: tuple = ()  # further files
+    content: bytes | None = None  # None where there is no archive.json
+
+
+def _parse_marker(content, where):
+    "The marker in the bytes of an archive.json; LabError if it cannot be trusted."
+    try:
+        marker = json.loads(content)
+        name = marker["archive"]
+        files = marker.get("files", [])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LabError(
+            f"{where} does not name an archive ({error!r}): it is damaged, "
+            "or this is no archive of stellar_lab"
+        ) from error
+    if name not in [*ARCHIVES]:
+        raise LabError(
+            f"{where} names the archive {name!r}, which this version does not know: "
+            f"choose from {', '.join(ARCHIVES)}"
+        )
+    unsafe = [file for file in files if not _is_safe(file)] if isinstance(files, list) else [files]
+    if unsafe:
+        raise LabError(
+            f"{where} names the file {unsafe[0]!r}, which is not a path below its root: "
+            "do not trust this archive"
+        )
+    return _Marker(ARCHIVES[name], tuple(files), content)
+
+
+def _is_safe(path):
+    "A relative path of plain names; not the marker itself, nor a name of a download on its way."
+    plain = isinstance(path, str) and all(_PLAIN_NAME.fullmatch(step) for step in path.split("/"))
+    return plain and path != ARCHIVE_FILE and not path.endswith((".part", ".part.note", ".old"))
+
+
+# %%
+good = ("truth.fits", "more/truth.ecsv")
+bad = ("../x", "/etc/passwd", "a//b", "a/../b", ".ssh/key", "C:\\x", "", "archive.json", "x.part")
+assert all(_is_safe(path) for path in good)
+assert not any(_is_safe(path) for path in (*bad, 7, None))
+marker = _parse_marker(b'{"archive": "clusters", "files": ["truth.fits"]}', "a test")
+print(marker.record.title, "and", *marker.files)
+
+
+# %%
+#| export
+def _read_marker(source, patience):
+    "What the archive.json of a source says; the survey's marker without one."
 
     def read():
         with source.open(ARCHIVE_FILE) as body:
             return b"".join(_bounded(body.chunks))
 
     try:
-        content = _persist(read, tries, backoff, threading.Event())
-    except Missing:
-        return None, ARCHIVES["survey"], ()
+        content = _persist(read, patience)
+    except _Missing:
+        return _Marker()
     except SourceError as error:
         raise LabError(
-            f"cannot fetch from {source.name}: {error}; check the address, and whether the server can be reached from here"
+            f"cannot fetch from {source.name}: {error}; check the address, "
+            "and whether the server can be reached from here"
         ) from error
     if content.lstrip()[:1] == b"<":  # a server that answers "no such page" with a page
-        return None, ARCHIVES["survey"], ()
-    return content, *_parse_marker(content, f"{ARCHIVE_FILE} of {source.name}")
-
-
-def _parse_marker(content, where):
-    try:
-        marker = json.loads(content)
-        name, files = marker["archive"], marker.get("files", [])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LabError(
-            f"{where} does not name an archive ({error!r}): it is damaged, or this is no archive of the lab"
-        ) from error
-    if name not in [*ARCHIVES]:
-        raise LabError(
-            f"{where} names the archive {name!r}, which this version does not know: choose from {', '.join(ARCHIVES)}"
-        )
-    unsafe = [file for file in files if not _is_safe(file)] if isinstance(files, list) else [files]
-    if unsafe:
-        raise LabError(
-            f"{where} names the file {unsafe[0]!r}, which is not a path below its root: do not trust this archive"
-        )
-    return ARCHIVES[name], tuple(files)
-
-
-def _is_safe(path):
-    "A relative path of plain names, without the marker itself and the names that downloads have on their way."
-    plain = isinstance(path, str) and all(PLAIN_NAME.fullmatch(step) for step in path.split("/"))
-    return plain and path != ARCHIVE_FILE and not path.endswith((".part", ".part.note", ".old"))
-
-
-# %%
-assert all(_is_safe(path) for path in ("truth.fits", "more/truth.ecsv"))
-assert not any(
-    _is_safe(path)
-    for path in (
-        "../x",
-        "/etc/passwd",
-        "a//b",
-        "a/../b",
-        ".ssh/key",
-        "C:\\x",
-        "",
-        "archive.json",
-        "x.part",
-        7,
-        None,
-    )
-)
+        return _Marker()
+    return _parse_marker(content, f"{ARCHIVE_FILE} of {source.name}")
 
 
 # %% [markdown]
@@ -1081,22 +1299,27 @@ def _release(release, record):
 
 def _names(names, what):
     "One or several names (a comma may part them) as a tuple, in their order and each once."
-    names = (
-        names.split(",") if isinstance(names, str) else [names] if isinstance(names, int) else names
-    )
+    if isinstance(names, str):
+        names = names.split(",")
+    elif isinstance(names, int):
+        names = [names]
     names = tuple(dict.fromkeys(str(name).strip() for name in names))
-    wrong = [name for name in names if not PLAIN_NAME.fullmatch(name)]
-    if wrong or not names:
-        raise LabError(
-            f"{wrong[0]!r} cannot be a {what}"
-            if wrong
-            else f"no {what} was given: name at least one"
-        )
+    if not names:
+        raise LabError(f"no {what} was given: name at least one")
+    for name in names:
+        if not _PLAIN_NAME.fullmatch(name):
+            raise LabError(f"{name!r} cannot be a {what}")
     return names
 
 
+# %%
+_names("4230, 4262,4230", "field"), _names(4230, "field")
+
+
+# %%
+#| export
 @dataclass(frozen=True)
-class Wanted:
+class _Wanted:
     "What to look for: path rules, fields, products, telescopes."
 
     release: Release
@@ -1106,58 +1329,60 @@ class Wanted:
 
 
 def _wanted(record, release, fields, products, telescopes):
+    "What to look for, checked against what the release has."
     rules = _release(release, record)
     if fields is None and rules != record.rules:
         raise LabError(
-            f"which fields of {rules.name}? Name them: the record {record.name!r} knows only those of {record.rules.name}"
+            f"which fields of {rules.name}? Name them: the record {record.name!r} knows only "
+            f"those of {record.rules.name}"
         )
-    fields = _names(record.fields if fields is None else fields, "field")
-    products, telescopes = (
+    wanted = _Wanted(
+        rules,
+        _names(record.fields if fields is None else fields, "field"),
         _names(products, "product"),
         _names(rules.telescopes if telescopes is None else telescopes, "telescope"),
     )
-    for names, known, what in (
-        (products, tuple(rules.paths), "product"),
-        (telescopes, rules.telescopes, "telescope"),
-    ):
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise LabError(
-                f"{rules.name} has no {what} {unknown[0]!r}: choose from {', '.join(known)}"
-            )
-    return Wanted(rules, fields, products, telescopes)
+    _check_known(wanted.products, tuple(rules.paths), f"{rules.name} has no product")
+    _check_known(wanted.telescopes, rules.telescopes, f"{rules.name} has no telescope")
+    return wanted
+
+
+def _check_known(names, known, problem):
+    for name in names:
+        if name not in known:
+            raise LabError(f"{problem} {name!r}: choose from {', '.join(known)}")
+
+
+# %%
+wanted = _wanted(ARCHIVES["survey"], None, "4230,4262", "apstar", None)
+wanted.fields, wanted.products, wanted.telescopes
 
 
 # %% [markdown]
-# A field may have been observed by several telescopes, and a folder may follow the lab's own layout instead of the survey's; both are a loop over
+# A field may have been observed by several telescopes, and a folder may follow the original lab's layout instead of the survey's; both are a loop over
 # templates, the survey's first. Wherever a file comes from, it goes to the survey's place.
 
 # %%
 #| export
 def _fill(template, release, field, telescope, star="x"):
-    return template.format(
-        field=field, telescope=telescope, id=star, prefix=release.prefixes.get(telescope, "ap")
-    )
+    "A template of the release with everything filled in."
+    prefix = release.prefixes.get(telescope, "ap")
+    return template.format(field=field, telescope=telescope, id=star, prefix=prefix)
 
 
-def find_stars(
-    source,  # a FolderSource or HttpSource
-    release: Release,
-    product: str,
-    field: str,
-    telescopes: tuple,
-) -> list:  # of Item; Missing is raised where the source has no folder of this field
-    "Files of one product in one field, as the index of its folder lists them: stars, not single visits."
+def _find_stars(source, release, product, field, telescopes):
+    "Files of one product in one field, as the index lists them: stars, not single visits."
     templates = release.templates(product)
     for template in templates:
-        folders, items = set(), {}
+        folders = set()
+        items = {}
         for telescope in telescopes:
             folder = str(PurePosixPath(_fill(template, release, field, telescope)).parent)
             if folder in folders:  # a tree that does not ask for the telescope
                 continue
             try:
                 listing = source.list(folder)
-            except Missing:
+            except _Missing:
                 continue
             folders.add(folder)
             for name in listing.files:
@@ -1166,24 +1391,21 @@ def find_stars(
                     path, *others = [
                         _fill(other, release, field, telescope, star) for other in templates
                     ]
-                    items.setdefault(
-                        path, Item(path, f"{folder}/{name}", PRODUCTS[product].hdus, tuple(others))
-                    )
+                    hdus = PRODUCTS[product].hdus
+                    items.setdefault(path, _Item(path, f"{folder}/{name}", hdus, tuple(others)))
         if folders:
             return list(items.values())
-    raise Missing("no such folder")
+    raise _Missing("no such folder")
 
 
 # %%
 with serve(desk / "server") as url:
-    stars = find_stars(HttpSource(url), dr14, "apstar", "4262", ("apo25m", "apo1m"))
+    stars = _find_stars(_HttpSource(url), dr14, "apstar", "4262", wanted.telescopes)
 assert [dr14.parse_name("apstar", Path(item.path).name) for item in stars] == [
     f"2M2133419{k}-0048169" for k in range(4)
 ]  # southern ones, too
-Table(
-    rows=[(Path(item.path).name, item.hdus, item.elsewhere[0]) for item in stars],
-    names=["file", "HDUs", "or here"],
-)
+rows = [(Path(item.path).name, item.hdus, item.elsewhere[0]) for item in stars]
+Table(rows=rows, names=["file", "HDUs", "or here"])
 
 
 # %% [markdown]
@@ -1191,12 +1413,8 @@ Table(
 
 # %%
 #| export
-def list_fields(
-    source,  # a FolderSource or HttpSource
-    release: Release,
-    product: str = "apstar",
-) -> list:  # sorted names; empty if the source has none or does not list its folders
-    "Names of the fields that a source has, whatever the telescope."
+def _list_fields(source, release, product="apstar"):
+    "Sorted names of the fields that a source has, whatever the telescope; empty if it says none."
     names = set()
     for telescope in release.telescopes:
         for template in release.templates(product):
@@ -1209,23 +1427,27 @@ def list_fields(
 
 
 def _no_field(source, wanted, product, field):
-    there = list_fields(source, wanted.release, product)
+    "The error that says which fields there are instead."
+    there = _list_fields(source, wanted.release, product)
     folder = wanted.release.folder(product, field, wanted.telescopes[0])
     if not there:
         return LabError(
-            f"{source.name} has no field {field!r}: there is no {folder} in it; the root of an archive is the folder that holds "
-            f"{folder.split('/')[0]}"
+            f"{source.name} has no field {field!r}: there is no {folder} in it; "
+            f"the root of an archive is the folder that holds {folder.split('/')[0]}"
         )
     close = get_close_matches(field, there, n=10, cutoff=0.5) or there[:10]
     more = f" and {len(there) - len(close)} more" if len(there) > len(close) else ""
     return LabError(
-        f"{source.name} has no field {field!r} with {product} files of {wanted.release.name}; it has {', '.join(close)}{more}"
+        f"{source.name} has no field {field!r} with {product} files of {wanted.release.name}; "
+        f"it has {', '.join(close)}{more}"
     )
 
 
 # %%
-assert list_fields(FolderSource(desk / "server"), dr14) == ["4230", "4262"]
-assert list_fields(FolderSource(desk / "server"), RELEASES["dr17"]) == []
+assert _list_fields(_FolderSource(desk / "server"), RELEASES["dr17"]) == []
+fields = _list_fields(_FolderSource(desk / "server"), dr14)
+assert fields == ["4230", "4262"]
+fields
 
 
 # %% [markdown]
@@ -1235,75 +1457,83 @@ assert list_fields(FolderSource(desk / "server"), RELEASES["dr17"]) == []
 
 # %%
 #| export
-def _run(items, work, workers, stop):
-    "Do `work` on each item with a few threads; gives the results as they come. Whatever breaks the loop (close it!) stops the workers."
-    with ThreadPoolExecutor(workers) as pool:
+def _side_by_side(items, work, patience):
+    """Do `work` on each item with a few threads; gives the results as they come.
+
+    Whatever breaks the loop (close it!) stops the workers."""
+    with ThreadPoolExecutor(patience.workers) as pool:
         try:
             for future in as_completed([pool.submit(work, item) for item in items]):
                 yield future.result()
         except BaseException:
-            stop.set()
+            patience.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 
 def _find_catalogue(source, release):
-    "The allStar table, wherever the release or the lab keeps it."
+    "The allStar table, wherever the release or the original lab keeps it."
     path, *others = release.templates("allstar")
     for template in (path, *others):
         try:
             source.stat(template)
-            return Item(path, template, 2, tuple(others))
+            return _Item(path, template, 2, tuple(others))
         except SourceError:
             continue
-    return Item(path, path, 2, tuple(others))
+    return _Item(path, path, 2, tuple(others))
 
 
-def _find_field(source, wanted, product, field, retry):
+def _find_field(source, wanted, product, field, patience):
     "Files of one product in one field; the folder itself as a failed one where there are none."
     folder = wanted.release.folder(product, field, wanted.telescopes[0])
+    nothing = _Item(f"{folder}/", "", state="failed", reason=f"no {product} file of a star in it")
     try:
-        stars = retry(lambda: find_stars(source, wanted.release, product, field, wanted.telescopes))
-        return stars or [
-            Item(f"{folder}/", "", state="failed", reason=f"no {product} file of a star in it")
-        ]
-    except Missing:
+        find = partial(_find_stars, source, wanted.release, product, field, wanted.telescopes)
+        return _persist(find, patience) or [nothing]
+    except _Missing:
         raise _no_field(source, wanted, product, field) from None
     except SourceError as error:
-        return [Item(f"{folder}/", "", state="failed", reason=f"cannot be listed: {error}")]
+        nothing.reason = f"cannot be listed: {error}"
+        return [nothing]
 
 
-def _find_all(source, wanted, extra, catalogue, workers, retry, stop):
+# %%
+#| export
+def _find_all(source, wanted, extra, catalogue, patience):
     "Every file that belongs to what was asked for, each once."
     asked = [(product, field) for product in wanted.products for field in wanted.fields]
-    with closing(
-        _run(asked, lambda pair: _find_field(source, wanted, *pair, retry), workers, stop)
-    ) as found:
+    find = partial(_find_field, source, wanted, patience=patience)
+    with closing(_side_by_side(asked, lambda pair: find(*pair), patience)) as found:
         stars = sorted((item for items in found for item in items), key=lambda item: item.path)
     if all(item.state == "failed" for item in stars):
-        raise LabError(
-            f"found nothing to fetch at {source.name}: {stars[0].path}: {stars[0].reason}"
-        )
+        first = stars[0]
+        raise LabError(f"found nothing to fetch at {source.name}: {first.path}: {first.reason}")
     items = [_find_catalogue(source, wanted.release)] if catalogue else []
-    items += [Item(path, path, 1 if path.endswith(".fits") else 0) for path in extra]
+    items += [_Item(path, path, 1 if path.endswith(".fits") else 0) for path in extra]
     return list({item.path: item for item in items + stars}.values())
+
+
+# %%
+items = _find_all(_FolderSource(desk / "server"), wanted, (), True, Patience())
+assert len(items) == 1 + 3 + 4
+[Path(item.path).name for item in items]
 
 
 # %% [markdown]
 # ## All of them
-# A summary says what was found, what is there now, and what is not and why. Its table has a row a file.
+# A summary says what was found, what is there now, and what is not and why. First it counts.
 
 # %%
 #| export
 @dataclass
-class FetchSummary:
-    "What a fetch found and did."
+class _Counts:
+    "What became of some files."
 
     root: str
     source: str
     archive: str  # name of the record
     release: str
-    items: list = field(default_factory=list, repr=False)  # of Item
+    items: list = field(default_factory=list, repr=False)  # of _Item
     dry_run: bool = False
 
     def count(self, state: str) -> int:
@@ -1345,6 +1575,33 @@ class FetchSummary:
         "Bytes of the files that are still to be fetched, as far as the source says."
         return sum(item.size or 0 for item in self.items if item.state == "to fetch")
 
+
+# %%
+counts = _Counts("home", "a folder", "survey", "DR14", items)
+items[1].fail("a cat sat on it", "refused")
+counts.found, counts.failed, counts.count("to fetch")
+
+
+# %% [markdown]
+# Then it speaks, as a table of one row per file or as a text.
+
+# %%
+#| export
+class FetchSummary(_Counts):
+    """What a fetch found and did; printed, it is a report.
+
+    Attributes
+    ----------
+    ok : bool
+        Whether all is there.
+    found, fetched, already_there, failed, damaged : int
+        Numbers of files.
+    bytes, bytes_to_fetch : int
+        What came over the line, and what a dry run would let come.
+    problems : list of tuple
+        (path, reason) of each file that failed.
+    """
+
     @property
     def problems(self) -> list:
         "(path, reason) of each file that failed."
@@ -1353,50 +1610,24 @@ class FetchSummary:
     @property
     def ok(self) -> bool:
         "All is there (after a dry run: all of it can be fetched)."
-        return all(
-            item.state in ("fetched", "already there", *(("to fetch",) if self.dry_run else ()))
-            for item in self.items
-        )
+        fine = {"fetched", "already there"} | ({"to fetch"} if self.dry_run else set())
+        return all(item.state in fine for item in self.items)
 
     def table(self) -> Table:
-        "One row a file: path below the root, size in bytes (-1 unknown), state, reason."
+        "One row per file: path below the root, size in bytes (-1 unknown), state, reason."
         rows = [
             (item.path, -1 if item.size is None else item.size, item.state, item.reason)
             for item in self.items
         ]
-        return Table(
-            rows=rows or None,
-            names=["path", "size", "state", "reason"],
-            dtype=[str, "i8", str, str],
-        )
+        names = ["path", "size", "state", "reason"]
+        return Table(rows=rows or None, names=names, dtype=[str, "i8", str, str])
 
     def __str__(self):
-        states = [
-            f"{self.count(state):,} {state}"
-            for state in ("to fetch", "fetched", "already there", "failed")
-            if self.count(state)
-        ]
-        come = (
-            f"{_bytes(self.bytes_to_fetch)} to fetch (dry run: nothing was written)"
-            if self.dry_run
-            else f"{_bytes(self.bytes)} came"
-        )
-        lines = [
-            f"{self.release}, archive {self.archive!r}, from {self.source} to {self.root}",
-            f"{self.found:,} files: {', '.join(states)}; {come}",
-        ]
-        lines += [f"  failed: {path}: {reason}" for path, reason in self.problems[:20]]
-        if self.failed > 20:
-            lines.append(f"  and {self.failed - 20:,} more")
-        if self.damaged:
-            lines.append(
-                f"{self.damaged} of these came as the source has them: they are damaged there"
-            )
-        if self.failed > self.damaged:
-            lines.append("run the same again: what is whole stays, what has begun goes on")
-        return "\n".join(lines)
+        return "\n".join(_report(self))
 
 
+# %%
+#| export
 def _bytes(number):
     "A number of bytes as people read it."
     for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
@@ -1405,8 +1636,34 @@ def _bytes(number):
     return f"{number:.0f} bytes"
 
 
+def _report(summary):
+    "The lines of a summary."
+    states = ("to fetch", "fetched", "already there", "failed")
+    counts = [(summary.count(state), state) for state in states]
+    found = ", ".join(f"{count:,} {state}" for count, state in counts if count)
+    if summary.dry_run:
+        come = f"{_bytes(summary.bytes_to_fetch)} to fetch (dry run: nothing was written)"
+    else:
+        come = f"{_bytes(summary.bytes)} came"
+    archive = f"{summary.release}, archive {summary.archive!r}"
+    yield f"{archive}, from {summary.source} to {summary.root}"
+    yield f"{summary.found:,} files: {found}; {come}"
+    for path, reason in summary.problems[:20]:
+        yield f"  failed: {path}: {reason}"
+    if summary.failed > 20:
+        yield f"  and {summary.failed - 20:,} more"
+    if summary.damaged:
+        yield f"{summary.damaged} of these came as the source has them: they are damaged there"
+    if summary.failed > summary.damaged:
+        yield "run the same again: what is whole stays, what has begun goes on"
+
+
+# %%
+print(FetchSummary("home", "a folder", "survey", "DR14", items))
+
+
 # %% [markdown]
-# `fetch` puts it together. It first looks (index, sizes, what is at home already), which costs little and writes nothing; a dry run ends here. Then
+# `fetch` first looks (index, sizes, what is at home already), which costs little and writes nothing; a dry run ends here. Then
 # it checks that the root can be written and is large enough, and downloads with a few workers. Two runs into the same root at once would write into
 # the same files, so the second one is turned away; a server that fails twenty times in a row is left alone.
 
@@ -1417,11 +1674,8 @@ def _is_there(root, item):
     for path in (item.path, *item.elsewhere):
         try:
             right = item.size in (None, os.path.getsize(root / path))
-            if (
-                right
-                and (item.hdus or item.size is not None)
-                and not file_problem(root / path, item.hdus)
-            ):
+            checkable = item.hdus or item.size is not None
+            if right and checkable and not file_problem(root / path, item.hdus):
                 return True
         except OSError:
             continue
@@ -1434,10 +1688,21 @@ def _look(source, root, item):
         try:
             item.size = source.stat(item.origin).size
         except SourceError as error:
-            item.state, item.reason, item.cause = "failed", str(error), type(error).__name__.lower()
+            item.fail(error, error.cause)
         if _is_there(root, item):
-            item.state, item.reason, item.cause = "already there", "", ""
+            item.state = "already there"
+            item.reason = item.cause = ""
     return item
+
+
+# %%
+origin = _FolderSource(desk / "server")
+rows = []
+for root in (home, desk / "server"):
+    items = _find_all(origin, wanted, (), True, Patience())
+    states = [_look(origin, root, item).state for item in items]
+    rows.append((root.name, states.count("to fetch"), states.count("already there")))
+Table(rows=rows, names=["root", "to fetch", "already there"])
 
 
 # %% [markdown]
@@ -1446,9 +1711,11 @@ def _look(source, root, item):
 
 # %%
 #| export
-def _check_root(root, source, marker, record, release):
-    "A root holds one archive, and it is not the source's own."
-    if isinstance(source, FolderSource) and root.exists() and root.samefile(source.root):
+def _check_root(root, source, marker, release):
+    """A root holds one archive, and it is not the source's own.
+
+    Returns whether the root has the source's archive.json already."""
+    if isinstance(source, _FolderSource) and root.exists() and root.samefile(source.root):
         raise LabError(f"{root} is the source itself: choose another root")
     try:
         old = (root / ARCHIVE_FILE).read_bytes()
@@ -1456,14 +1723,14 @@ def _check_root(root, source, marker, record, release):
         old = None
     except OSError as error:
         raise LabError(f"cannot write to {root}: {error.strerror}; choose another root") from error
-    there = _parse_marker(old, f"{root / ARCHIVE_FILE}")[0].name if old is not None else "survey"
-    if there != record.name and (
-        old is not None or any((root / path).exists() for path in release.templates("allstar"))
-    ):
+    there = _Marker() if old is None else _parse_marker(old, f"{root / ARCHIVE_FILE}")
+    has_stars = any((root / path).exists() for path in release.templates("allstar"))
+    if there.record.name != marker.record.name and (old is not None or has_stars):
         raise LabError(
-            f"{root} holds the archive {there!r}, but {source.name} is {record.name!r}: choose another root"
+            f"{root} holds the archive {there.record.name!r}, but {source.name} is "
+            f"{marker.record.name!r}: choose another root"
         )
-    return old == marker
+    return old == marker.content
 
 
 @contextmanager
@@ -1495,49 +1762,114 @@ def _locked(root):
         os.close(handle)
 
 
+# %%
+try:
+    with _locked(home), _locked(home):
+        pass
+except LabError as error:
+    print(str(error).replace(str(desk), "…"))
+
 # %% [markdown]
 # The downloads are independent, so a few threads share them; they wait for the network most of the time. The bar counts bytes, and a file that has to
 # start over takes its bytes back from it. Whatever interrupts us (Ctrl-C, a full disk) tells the threads to stop at their next chunk.
 
 # %%
 #| export
-MAX_FAILURES = 20  # in a row; then the source is left alone
+_MAX_FAILURES = 20  # in a row; then the source is left alone
 
 
-def _download(source, root, items, workers, tries, backoff, progress, stop):
+def _download(source, root, items, patience):
     "Fetch what is to be fetched."
     todo = [item for item in items if item.state == "to fetch"]
-    volume, lock, failures = sum(item.size or 0 for item in todo), threading.Lock(), 0
+    volume = sum(item.size or 0 for item in todo)
     if volume > shutil.disk_usage(root).free:
         raise LabError(
             f"{root} has no room for {_bytes(volume)}: free the disk or choose another root"
         )
-
-    def work(item):
-        return item if stop.is_set() else fetch_file(source, item, root, tries, backoff, show, stop)
+    lock = threading.Lock()
+    bar = tqdm(
+        total=volume, unit="B", unit_scale=True, desc="fetching", disable=not patience.progress
+    )
 
     def show(item, length):
         with lock:
             bar.update(length - item.shown)
             item.shown = length
 
-    with ExitStack() as stack:
-        bar = stack.enter_context(
-            tqdm(total=volume, unit="B", unit_scale=True, desc="fetching", disable=not progress)
-        )
-        done = stack.enter_context(closing(_run(todo, work, workers, stop)))
+    def work(item):
+        stopped = patience.stop.is_set()
+        return item if stopped else _fetch_file(source, item, root, patience, show)
+
+    failures = 0
+    with bar, closing(_side_by_side(todo, work, patience)) as done:
         for item in done:
-            failures = (
-                0 if item.state == "fetched" else failures + (item.cause not in ("", "missing"))
-            )
-            if failures >= MAX_FAILURES:
-                stop.set()
+            if item.state == "fetched":
+                failures = 0
+            elif item.cause not in ("", "missing"):
+                failures += 1
+            if failures >= _MAX_FAILURES:
+                patience.stop.set()
     for item in todo:
         if item.state == "to fetch":
-            item.state, item.reason = (
-                "failed",
-                f"not tried, for {MAX_FAILURES} others failed in a row",
-            )
+            item.fail(f"not tried, for {_MAX_FAILURES} others failed in a row")
+
+
+# %%
+items = _find_all(origin, wanted, (), True, Patience())
+(desk / "some").mkdir()
+_download(origin, desk / "some", items[:3], Patience(progress=False))
+[item.state for item in items]
+
+
+# %% [markdown]
+# Two small things are left. An archive of ours may be small: its record names the fields that it can have, not those that it has. And its
+# `archive.json` is a file like the others in the summary, but it is written first.
+
+# %%
+#| export
+def _fields_at_hand(source, wanted):
+    "The same, without the fields that the source lacks (all of them if it lacks all)."
+    there = set()
+    for product in wanted.products:
+        there.update(_list_fields(source, wanted.release, product))
+    return replace(
+        wanted, fields=tuple(name for name in wanted.fields if name in there) or wanted.fields
+    )
+
+
+def _marker_items(marker, root, is_there):
+    "archive.json as a file of the summary, if the source has one."
+    if marker.content is None:
+        return []
+    state = "already there" if is_there else "to fetch"
+    return [_Item(ARCHIVE_FILE, ARCHIVE_FILE, size=len(marker.content), state=state)]
+
+
+def _write_marker(root, marker, items):
+    "Write archive.json, if it is among the files to fetch."
+    for item in items:
+        if item.path == ARCHIVE_FILE and item.state == "to fetch":
+            with atomic_path(root / ARCHIVE_FILE) as temporary:
+                temporary.write_bytes(marker.content)
+            item.state = "fetched"
+            item.received = len(marker.content)
+
+
+def _look_for(source, root, wanted, marker, catalogue, patience):
+    "All files that belong to what was asked for, and which of them are at home."
+    is_marked = _check_root(root, source, marker, wanted.release)
+    items = _find_all(source, wanted, marker.files, catalogue, patience)
+    look = partial(_look, source, root)
+    with closing(_side_by_side(items, look, patience)) as looking:
+        bar = {"total": len(items), "unit": "file", "desc": "looking"}
+        list(tqdm(looking, **bar, disable=not patience.progress))
+    return _marker_items(marker, root, is_marked) + items
+
+
+# %%
+items = _look_for(origin, desk / "some", wanted, _read_marker(origin, hasty), True, hasty)
+assert sorted({item.state for item in items}) == ["already there", "to fetch"]
+[item.state for item in items]
 
 
 # %% [markdown]
@@ -1546,72 +1878,66 @@ def _download(source, root, items, workers, tries, backoff, progress, stop):
 # %%
 #| export
 def fetch(
-    root,  # folder where the archive goes
-    source,  # an https or http URL, or a folder: the root of the archive to fetch from
-    release=None,  # "dr14", "dr16", "dr17", … or a Release; the archive's own by default
-    fields=None,  # location IDs (up to DR14) or names; the archive's own by default
-    products=("apstar",),  # of "apstar", "aspcapstar"
-    telescopes=None,  # all of the release by default
-    workers: int = 4,  # downloads at once
-    dry_run: bool = False,  # only look; writes nothing
-    progress: bool = True,  # show bars
-    catalogue: bool = True,  # the allStar table, too
-    timeout: float = 30,  # s without a byte
-    tries: int = 5,  # in a row, for each file
-    backoff: float = 0.5,  # s, pause after the first failure, doubled after each
-) -> FetchSummary:  # its `.ok` says whether all is there
-    "Bring fields of a release home: what is there and whole stays, what has begun goes on, what fails is in the summary. Raises LabError."
-    root, stop = Path(root), threading.Event()
-    if int(workers) < 1 or int(tries) < 1:
-        raise LabError(f"workers and tries must be at least 1, not {workers} and {tries}")
-    with ExitStack() as stack:
-        origin = open_source(source, workers=workers, timeout=timeout, tries=tries, backoff=backoff)
-        stack.callback(origin.close)
-        marker, record, extra = _read_marker(origin, tries, backoff)
+    root,
+    source,
+    release=None,
+    fields=None,
+    products=("apstar",),
+    telescopes=None,
+    workers: int = 4,
+    dry_run: bool = False,
+    progress: bool = True,
+    catalogue: bool = True,
+    timeout: float = 30,
+    tries: int = 5,
+    backoff: float = 0.5,
+) -> FetchSummary:
+    """Bring fields of a release home.
+
+    What is there and whole stays, what has begun goes on, what fails is in the summary.
+
+    Parameters
+    ----------
+    root : str or Path
+        Folder where the archive goes.
+    source : str or Path
+        An https or http URL, or a folder: the root of the archive to fetch from.
+    release : str or Release, optional
+        "dr10", "dr14", "dr16" or "dr17"; the archive's own by default.
+    fields, products, telescopes : str or sequence of str, optional
+        Location IDs (up to DR14) or names of fields; the archive's own by default. Of "apstar",
+        "aspcapstar"; "apstar" by default. Telescopes of the release; all by default.
+    dry_run : bool, default False
+        Only look, and write nothing.
+    catalogue : bool, default True
+        Fetch the allStar table, too.
+    workers, timeout, tries, backoff, progress
+        See `Patience`.
+
+    Returns
+    -------
+    FetchSummary
+        Its `ok` says whether all is there.
+
+    Raises
+    ------
+    LabError
+        If what was asked for cannot be, the source has none of it, or the root cannot be written.
+    """
+    root = Path(root)
+    patience = Patience(workers, timeout, tries, backoff, progress)
+    with closing(open_source(source, patience)) as origin:
+        marker = _read_marker(origin, patience)
+        record = marker.record
         wanted = _wanted(record, release, fields, products, telescopes)
-        if (
-            fields is None and marker is not None
-        ):  # an archive of ours may be small: its record names the fields that it can have
-            there = set().union(
-                *(list_fields(origin, wanted.release, product) for product in wanted.products)
-            )
-            wanted = replace(
-                wanted,
-                fields=tuple(name for name in wanted.fields if name in there) or wanted.fields,
-            )
-        marked = _check_root(root, origin, marker, record, wanted.release)
-        retry = partial(_persist, tries=tries, backoff=backoff, stop=stop)
-        items = _find_all(origin, wanted, extra, catalogue, workers, retry, stop)
-        looking = stack.enter_context(
-            closing(_run(items, lambda item: _look(origin, root, item), workers, stop))
-        )
-        list(tqdm(looking, total=len(items), unit="file", desc="looking", disable=not progress))
-        if marker is not None:
-            items.insert(
-                0,
-                Item(
-                    ARCHIVE_FILE,
-                    ARCHIVE_FILE,
-                    size=len(marker),
-                    state="already there" if marked else "to fetch",
-                ),
-            )
-        summary = FetchSummary(
-            str(root), origin.name, record.name, wanted.release.name, items, dry_run
-        )
-        if dry_run:
-            return summary
-        stack.enter_context(_locked(root))
-        if marker is not None and not marked:
-            _write_marker(root / ARCHIVE_FILE, marker, items[0])
-        _download(origin, root, items, workers, tries, backoff, progress, stop)
-    return summary
-
-
-def _write_marker(path, marker, item):
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(marker)
-    item.state, item.received = "fetched", len(marker)
+        if fields is None and marker.content is not None:
+            wanted = _fields_at_hand(origin, wanted)
+        items = _look_for(origin, root, wanted, marker, catalogue, patience)
+        if not dry_run:
+            with _locked(root):
+                _write_marker(root, marker, items)
+                _download(origin, root, items, patience)
+    return FetchSummary(str(root), origin.name, record.name, wanted.release.name, items, dry_run)
 
 
 # %% [markdown]
@@ -1631,47 +1957,34 @@ plan.table()["path", "size", "state"]
 with serve(desk / "server") as url:
     once = fetch(home, url, fields=["4230", "4262"], progress=False)
     twice = fetch(home, url, fields=["4230", "4262"], progress=False)
-print(
-    str(once).replace(url, "http://…").replace(str(desk), "…"),
-    str(twice).splitlines()[1],
-    sep="\n\n",
-)
+print(str(once).replace(url, "http://…").replace(str(desk), "…"))
+print("\nonce more:", str(twice).splitlines()[1])
 
 
 # %%
 def tree(root):
-    return {
-        str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()
-    }
+    files = [file for file in root.rglob("*") if file.is_file()]
+    return {str(file.relative_to(root)): file.read_bytes() for file in files}
 
 
 assert tree(home) == tree(desk / "server")
-assert (
-    once.ok
-    and once.fetched == once.found == 8
-    and twice.ok
-    and twice.already_there == 8
-    and twice.bytes == 0
-)
+assert once.ok and once.fetched == once.found == 8
+assert twice.ok and twice.already_there == 8 and twice.bytes == 0
 
 # %% [markdown]
-# From a folder it is the same call. And a folder in the lab's own layout, `stars/4230/…`, counts as home: who has done the lab by hand downloads
-# nothing.
+# From a folder it is the same call. And a folder in the original lab's layout, `stars/4230/…`, counts as home: nothing that was fetched by hand for
+# it is downloaded again.
 
 # %%
 by_hand = desk / "by hand"
 for file in (desk / "server").rglob("*.fits"):
-    place = (
-        by_hand
-        / "stars"
-        / (file.name if "allStar" in file.name else f"{file.parent.name}/{file.name}")
-    )
+    name = file.name if "allStar" in file.name else f"{file.parent.name}/{file.name}"
+    place = by_hand / "stars" / name
     place.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(file, place)
-assert fetch(by_hand, desk / "server", fields="4230,4262", progress=False).already_there == 8
-assert (
-    fetch(desk / "again", by_hand, fields="4230,4262", progress=False).fetched == 8
-)  # and it is a source
+quietly = {"fields": "4230,4262", "progress": False}
+assert fetch(by_hand, desk / "server", **quietly).already_there == 8
+assert fetch(desk / "again", by_hand, **quietly).fetched == 8  # and it is a source
 assert tree(desk / "again") == tree(home)  # which comes out in the survey's layout
 
 
@@ -1719,11 +2032,8 @@ assert not bad.ok and bad.fetched == 1 and bad.failed == 3
 assert [not file_problem(file, 10) for file in (desk / "bad day").rglob("*.fits")] == [True]
 with serve(desk / "server") as url:
     good = fetch(desk / "bad day", url, fields=["4230"], progress=False)
-assert (
-    good.ok
-    and good.already_there == 1
-    and good.bytes < sum(item.size for item in good.items if item.state == "fetched")
-)  # resumed
+size = sum(item.size for item in good.items if item.state == "fetched")
+assert good.ok and good.already_there == 1 and good.bytes < size  # resumed
 sorted(file.name for file in (desk / "bad day").rglob("*") if file.is_file())
 
 # %% [markdown]
@@ -1741,7 +2051,7 @@ except LabError as error:
 # %%
 if root:
     record = archive_record(root)
-    there = list_fields(FolderSource(root), record.rules)
+    there = _list_fields(_FolderSource(root), record.rules)
     known = [name for name in record.fields if name in there]
     plan = fetch(desk / "elsewhere", root, fields=known, dry_run=True, progress=False)
     in_field = {
@@ -1762,22 +2072,22 @@ if root:
     sizes = np.concatenate([*in_field.values()])
     display(
         Markdown(
-            f"**What to see.** The archive `{record.name}` holds {len(sizes):,} apStar files in {len(known)} fields, {sizes.sum():,.0f} MB; "
-            f"a file has {np.median(sizes):.1f} MB at the median and up to {sizes.max():.1f} MB: each further visit adds a row to its arrays."
+            f"**What to see.** The archive `{record.name}` holds {len(sizes):,} apStar files in "
+            f"{len(known)} fields, {sizes.sum():,.0f} MB; a file has {np.median(sizes):.1f} MB at "
+            f"the median and up to {sizes.max():.1f} MB: each visit adds a row to its arrays."
         )
     )
 
 # %% [markdown]
-# Our own archives hold damaged files on purpose, for the next chapter to trip over. They must not arrive, and everything else must. So we compare
-# with the verdict on the originals.
+# Our own archives hold damaged files on purpose, for [the chapter on reading](02_clean.ipynb) to trip over. They must not arrive, and everything else
+# must. So we compare with the verdict on the originals.
 
 # %%
 if root:
-    few = find_stars(FolderSource(root), record.rules, "apstar", known[0], record.rules.telescopes)[
-        :5
-    ]
+    rules = record.rules
+    few = _find_stars(_FolderSource(root), rules, "apstar", known[0], rules.telescopes)[:5]
     with serve(root) as url:
-        came = [fetch_file(HttpSource(url), item, desk / "five") for item in few]
+        came = [_fetch_file(_HttpSource(url), item, desk / "five", Patience()) for item in few]
     for item in came:
         whole = not file_problem(root / item.origin, item.hdus)
         assert (item.state == "fetched") == whole == (desk / "five" / item.path).exists()
@@ -1799,9 +2109,8 @@ with serve(desk / "server") as url:
         fetch(desk / "x", url, release="dr15", progress=False)
     with pytest.raises(LabError, match="cannot write to .*page.fits"):
         fetch(desk / "page.fits", url, fields=["4230"], progress=False)
-with pytest.raises(
-    LabError, match="Connection refused; check the address"
-):  # nobody is listening any more
+# Nobody is listening any more:
+with pytest.raises(LabError, match="Connection refused; check the address"):
     fetch(desk / "x", url, progress=False, tries=1)
 with pytest.raises(
     LabError, match="cannot fetch from ftp://archive: give a folder or a URL such as"

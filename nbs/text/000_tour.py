@@ -87,14 +87,15 @@ assert errors["scaled_rmse"][0] < 0.35  # an average star would be 1
 
 # %%
 model = with_error_model(model, left_out, truth)
-model.save("giants.asdf")
+table_of = infer(model, spectra[:1])
+table_of.meta["errors"]
 
 # %% [markdown]
 # ## A star without a name
 # One file of the archive holds a star that no catalogue knows. `as_trained` treats its spectrum as the training spectra were treated, and `infer` finds its labels.
 
 # %%
-files = sorted(archive_root().glob("mystery*.fits")) or [str(spectra.stars["FILE"][star])]
+files = [*archive_root().glob("mystery*.fits"), *archive_root().rglob("apStar*.fits")]
 raw, problems = read_files(files[:1], progress=False)
 mystery = as_trained(model, raw)
 table = infer(model, mystery)

@@ -1424,7 +1424,8 @@ assert again[0]["pixels"] == np.flatnonzero(own_pixels).tolist()
 
 # %%
 model = Cannon(order=1).fit(mine)
-raw, _ = read_files([str(mine.stars["FILE"][0])], progress=False)
+file = next(archive_root().rglob(str(mine.stars["FILE"][0])))
+raw, _ = read_files([file], progress=False)
 treated = as_trained(model, raw)
 assert continuum_steps(treated.stars.meta) == continuum_steps(model.metadata_)
 assert np.abs(treated.flux - mine.flux[:1])[mine.ivar[:1] > 0].max() < 1e-5

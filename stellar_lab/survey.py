@@ -141,6 +141,7 @@ PIXMASK_NAMES = (  # in the order of their bits
 
 # %% ../nbs/00_survey.ipynb #f882520a
 PIXMASK = IntFlag("PIXMASK", {name: 1 << bit for bit, name in enumerate(PIXMASK_NAMES)})
+PIXMASK.__doc__ = "Bits of the survey's mask of pixels, by name: `PIXMASK.BADPIX` is 1."
 
 # %% ../nbs/00_survey.ipynb #74b2f89a
 @dataclass(frozen=True)

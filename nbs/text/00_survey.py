@@ -278,6 +278,7 @@ PIXMASK_NAMES = (  # in the order of their bits
 # %%
 #| export
 PIXMASK = IntFlag("PIXMASK", {name: 1 << bit for bit, name in enumerate(PIXMASK_NAMES)})
+PIXMASK.__doc__ = "Bits of the survey's mask of pixels, by name: `PIXMASK.BADPIX` is 1."
 
 # %%
 assert PIXMASK.CRPIX == 2 and PIXMASK.NOT_ENOUGH_PSF == 1 << 14

@@ -1118,6 +1118,25 @@ def _ledger_of(files, problems, rows, further, places, lonely):
     ledger = ledger.count("duplicate rows resolved", further[places].sum(), better)
     return ledger.count("rows of the catalogue without a file", lonely)
 
+# %% ../nbs/02_clean.ipynb #d8ce3b9c
+def _rows_of_files(root, files, record, rules, labels, release):
+    "For each file its row of the catalogue, the row's number or -1, how many others it has."
+    labels = record.labels if labels is None else labels
+    for_cuts = [cut.column for cut in record.cuts]
+    catalogue = read_catalogue(find_catalogue(root, release), labels, for_cuts)
+    rows, further = match_catalogue(files, catalogue, rules)
+    lonely = _rows_without_file(files, catalogue, rules)
+    return catalogue[rows], rows, further, lonely  # for -1 any row will do
+
+
+def _nobody(root, product, files, problems, catalogue):
+    "Why no star of an archive is left, in words."
+    return (
+        f"no star of {root} is left: {len(files)} {product} files found, "
+        f"of which {len(problems)} are damaged{_first(problems) if problems else ''}, "
+        f"and the others have no row in {catalogue}"
+    )
+
 # %% ../nbs/02_clean.ipynb #9404061e
 def read_archive(
     root,
@@ -1167,19 +1186,11 @@ def read_archive(
     record = archive_record(root)
     rules = _rules(record, release)
     product, files = _archive_files(root, record, product, fields, telescopes, release)
-    labels = record.labels if labels is None else labels
-    for_cuts = [cut.column for cut in record.cuts]
-    catalogue = read_catalogue(find_catalogue(root, release), labels, for_cuts)
-    rows, further = match_catalogue(files, catalogue, rules)
-    lonely = _rows_without_file(files, catalogue, rules)
-    catalogue = catalogue[rows]  # one row per file; where there is none any will do
+    catalogue, rows, further, lonely = _rows_of_files(root, files, record, rules, labels, release)
+    row = rules.row if row is None else row
+    paths = list(files["path"])
     spectra, places, problems = read_stars(
-        list(files["path"]),
-        PRODUCTS[product],
-        rules.row if row is None else row,
-        workers,
-        rows >= 0,
-        progress,
+        paths, PRODUCTS[product], row, workers, rows >= 0, progress
     )
     ledger = _ledger_of(files, problems, rows, further, places, lonely)
     if not len(spectra):
@@ -1191,15 +1202,6 @@ def read_archive(
         # In place: this array is our own, nobody else has seen it.
         spectra.ivar[dark_pixels(spectra.flux, spectra.ivar, dark)] = 0
     return spectra.replace(stars=stars), ledger
-
-
-def _nobody(root, product, files, problems, catalogue):
-    "Why no star of an archive is left, in words."
-    return (
-        f"no star of {root} is left: {len(files)} {product} files found, "
-        f"of which {len(problems)} are damaged{_first(problems) if problems else ''}, "
-        f"and the others have no row in {catalogue}"
-    )
 
 # %% ../nbs/02_clean.ipynb #66c4d7ce
 def keep(spectra, good, rule, ledger=None, reason="") -> tuple:

@@ -661,7 +661,7 @@ def archive_record(root) -> Archive:
 
 # %% ../nbs/00_survey.ipynb #d4976066
 def archive_root() -> Path:
-    "Root of the archive at hand: `STELLAR_LAB_ARCHIVE`, else the project's `data/archives/clusters`."
+    "Root of the archive at hand: `STELLAR_LAB_ARCHIVE`, else the project's own of clusters."
     root = os.environ.get("STELLAR_LAB_ARCHIVE")
     shipped = Path(__file__).resolve().parents[1] / "data" / "archives" / "clusters"
     root = Path(root) if root else shipped
@@ -834,6 +834,28 @@ def write_table(table: Table, path):
     with atomic_path(path) as temporary:
         table.write(temporary, format=TABLE_FORMATS[suffix], overwrite=True)
 
+# %% ../nbs/00_survey.ipynb #e6ea68ad
+def _check_parts(spectra):
+    "LabError unless all parts have one row per star and one column per wavelength."
+    shape = (len(spectra.stars), len(spectra.wavelength))
+    for name in ("flux", "ivar", "mask"):
+        array = getattr(spectra, name)
+        if array is not None and array.shape != shape:
+            raise LabError(
+                f"{name} has the shape {array.shape}, but {shape[0]} stars and "
+                f"{shape[1]} wavelengths need {shape}"
+            )
+    if np.any(np.diff(spectra.wavelength) <= 0):
+        raise LabError("wavelengths must increase from pixel to pixel")
+
+
+def _as_index(rows):
+    "An index that keeps the table a table, even for one star or none."
+    if isinstance(rows, slice):
+        return rows
+    rows = np.atleast_1d(rows)
+    return rows if rows.size else rows.astype(int)  # an empty list is one of floats to numpy
+
 # %% ../nbs/00_survey.ipynb #25738a31
 class _Labelled:
     "What has a table of `stars` with columns of labels and their errors."
@@ -944,28 +966,6 @@ class Spectra(_Labelled):
     def replace(self, **changes) -> "Spectra":
         "A copy with some parts exchanged; the other parts are shared, not copied."
         return replace(self, **changes)
-
-# %% ../nbs/00_survey.ipynb #e6ea68ad
-def _check_parts(spectra):
-    "LabError unless all parts have one row per star and one column per wavelength."
-    shape = (len(spectra.stars), len(spectra.wavelength))
-    for name in ("flux", "ivar", "mask"):
-        array = getattr(spectra, name)
-        if array is not None and array.shape != shape:
-            raise LabError(
-                f"{name} has the shape {array.shape}, but {shape[0]} stars and "
-                f"{shape[1]} wavelengths need {shape}"
-            )
-    if np.any(np.diff(spectra.wavelength) <= 0):
-        raise LabError("wavelengths must increase from pixel to pixel")
-
-
-def _as_index(rows):
-    "An index that keeps the table a table, even for one star or none."
-    if isinstance(rows, slice):
-        return rows
-    rows = np.atleast_1d(rows)
-    return rows if rows.size else rows.astype(int)  # an empty list is one of floats to numpy
 
 # %% ../nbs/00_survey.ipynb #8137dc44
 _STYLE = {

@@ -542,6 +542,20 @@ class _Tree:
         return self.paths[product]
 
 
+# %%
+class Toy(_Tree):
+    "A tree with a single branch."
+
+    paths = {"apstar": "stars/{field}/{prefix}Star-x1-{id}.fits"}
+    prefixes = {"lco25m": "as"}
+    other_layouts = {}
+
+
+leaf = Toy().path("apstar", "M67", "VESTA", telescope="lco25m")
+assert Toy().parse_name("apstar", Path(leaf).name) == "VESTA"
+leaf
+
+
 # %% [markdown]
 # A `Release` is the templates and a few facts more. One of them saves a trap. A star that was seen several times has several rows in its `apStar` file:
 # row 0 combines the visits pixel by pixel, row 1 with one weight per visit, and the visits follow. Which of the two is *the* spectrum depends on the
@@ -597,6 +611,12 @@ def _release(name, apstar, aspcapstar, allstar, **rules):
     paths = {"apstar": root + apstar, "aspcapstar": root + aspcapstar}
     return Release(name, paths, root + allstar, **rules)
 
+
+# %%
+toy = _release(
+    "DR99", "apStar-x1-{id}.fits", "aspcapStar-v9-{id}.fits", "allStar.fits", target_id=""
+)
+toy.path("apstar", "M67", "VESTA"), toy.reductions, toy.row
 
 # %% [markdown]
 # Four releases, of which DR14 has a second layout: the folders of the original lab, `stars/<location>/…`.
@@ -973,7 +993,7 @@ print(str(refusal.value).replace(root, "…"))
 # %%
 #| export
 def archive_root() -> Path:
-    "Root of the archive at hand: `STELLAR_LAB_ARCHIVE`, else the project's `data/archives/clusters`."
+    "Root of the archive at hand: `STELLAR_LAB_ARCHIVE`, else the project's own of clusters."
     root = os.environ.get("STELLAR_LAB_ARCHIVE")
     shipped = Path(__file__).resolve().parents[1] / "data" / "archives" / "clusters"
     root = Path(root) if root else shipped
@@ -1230,7 +1250,36 @@ left
 # variance, mask and catalogue rows of the same stars live in one object. `spectra[rows]` cuts all of it, with anything that numpy takes as an index.
 #
 # A pixel that cannot be used has `ivar = 0`: the weight says it all, and every sum over pixels ignores it without a special case.
-#
+
+# %%
+#| export
+def _check_parts(spectra):
+    "LabError unless all parts have one row per star and one column per wavelength."
+    shape = (len(spectra.stars), len(spectra.wavelength))
+    for name in ("flux", "ivar", "mask"):
+        array = getattr(spectra, name)
+        if array is not None and array.shape != shape:
+            raise LabError(
+                f"{name} has the shape {array.shape}, but {shape[0]} stars and "
+                f"{shape[1]} wavelengths need {shape}"
+            )
+    if np.any(np.diff(spectra.wavelength) <= 0):
+        raise LabError("wavelengths must increase from pixel to pixel")
+
+
+def _as_index(rows):
+    "An index that keeps the table a table, even for one star or none."
+    if isinstance(rows, slice):
+        return rows
+    rows = np.atleast_1d(rows)
+    return rows if rows.size else rows.astype(int)  # an empty list is one of floats to numpy
+
+
+# %%
+_as_index(1), _as_index([]), _as_index(slice(2))
+
+
+# %% [markdown]
 # Labels are columns of its table of stars, and there is one way to ask for them.
 
 # %%
@@ -1281,6 +1330,16 @@ class _Labelled:
         values = [np.ma.asarray(self.stars[column], dtype=float) for column in columns]
         filled = [np.ma.filled(value, np.nan) for value in values]
         return np.column_stack(filled) if filled else np.empty((len(self.stars), 0))
+
+
+# %%
+class Toy(_Labelled):
+    "Stars without spectra."
+
+    stars = Table({"TEFF": [4000.0, 4500.0], "FE_H": [0.1, np.nan]})
+
+
+Toy().label_names, Toy().labels()
 
 
 # %% [markdown]
@@ -1352,30 +1411,6 @@ class Spectra(_Labelled):
 
 
 # %%
-#| export
-def _check_parts(spectra):
-    "LabError unless all parts have one row per star and one column per wavelength."
-    shape = (len(spectra.stars), len(spectra.wavelength))
-    for name in ("flux", "ivar", "mask"):
-        array = getattr(spectra, name)
-        if array is not None and array.shape != shape:
-            raise LabError(
-                f"{name} has the shape {array.shape}, but {shape[0]} stars and "
-                f"{shape[1]} wavelengths need {shape}"
-            )
-    if np.any(np.diff(spectra.wavelength) <= 0):
-        raise LabError("wavelengths must increase from pixel to pixel")
-
-
-def _as_index(rows):
-    "An index that keeps the table a table, even for one star or none."
-    if isinstance(rows, slice):
-        return rows
-    rows = np.atleast_1d(rows)
-    return rows if rows.size else rows.astype(int)  # an empty list is one of floats to numpy
-
-
-# %%
 stars = Table(
     {
         "APOGEE_ID": ["one", "two", "three"],
@@ -1426,6 +1461,11 @@ def use_style():
     seaborn.set_theme(
         context="notebook", style="ticks", palette="colorblind", font_scale=0.9, rc=_STYLE
     )
+
+
+# %%
+use_style()
+CHIP_COLORS
 
 
 # %%

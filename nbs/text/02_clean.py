@@ -136,6 +136,17 @@ class _Readable:
         return cls(plain["found"], tuple(steps))
 
 
+# %%
+class Toy(_Readable):
+    "Two stars, of which one fell."
+
+    found = 2
+    steps = (Step("too noisy", ("Castor",), reason="SNR below 50"),)
+
+
+Toy()
+
+
 # %% [markdown]
 # That is how it reads. This is how it is kept.
 
@@ -846,6 +857,11 @@ def _files_in(folder, product):
             "(they are known by name): name its files one by one"
         )
     return found
+
+
+# %%
+assert _files_named(example, None) == [example]
+[file.name for file in _files_named(example.parent, "apstar")[:2]]
 
 
 # %%
@@ -1705,6 +1721,27 @@ def _ledger_of(files, problems, rows, further, places, lonely):
 
 
 # %%
+#| export
+def _rows_of_files(root, files, record, rules, labels, release):
+    "For each file its row of the catalogue, the row's number or -1, how many others it has."
+    labels = record.labels if labels is None else labels
+    for_cuts = [cut.column for cut in record.cuts]
+    catalogue = read_catalogue(find_catalogue(root, release), labels, for_cuts)
+    rows, further = match_catalogue(files, catalogue, rules)
+    lonely = _rows_without_file(files, catalogue, rules)
+    return catalogue[rows], rows, further, lonely  # for -1 any row will do
+
+
+def _nobody(root, product, files, problems, catalogue):
+    "Why no star of an archive is left, in words."
+    return (
+        f"no star of {root} is left: {len(files)} {product} files found, "
+        f"of which {len(problems)} are damaged{_first(problems) if problems else ''}, "
+        f"and the others have no row in {catalogue}"
+    )
+
+
+# %%
 two = files[:2]
 _ledger_of(two, [Problem(two["path"][0], "empty")], np.array([3, -1]), np.array([0, 0]), [], 7)
 
@@ -1764,19 +1801,11 @@ def read_archive(
     record = archive_record(root)
     rules = _rules(record, release)
     product, files = _archive_files(root, record, product, fields, telescopes, release)
-    labels = record.labels if labels is None else labels
-    for_cuts = [cut.column for cut in record.cuts]
-    catalogue = read_catalogue(find_catalogue(root, release), labels, for_cuts)
-    rows, further = match_catalogue(files, catalogue, rules)
-    lonely = _rows_without_file(files, catalogue, rules)
-    catalogue = catalogue[rows]  # one row per file; where there is none any will do
+    catalogue, rows, further, lonely = _rows_of_files(root, files, record, rules, labels, release)
+    row = rules.row if row is None else row
+    paths = list(files["path"])
     spectra, places, problems = read_stars(
-        list(files["path"]),
-        PRODUCTS[product],
-        rules.row if row is None else row,
-        workers,
-        rows >= 0,
-        progress,
+        paths, PRODUCTS[product], row, workers, rows >= 0, progress
     )
     ledger = _ledger_of(files, problems, rows, further, places, lonely)
     if not len(spectra):
@@ -1788,15 +1817,6 @@ def read_archive(
         # In place: this array is our own, nobody else has seen it.
         spectra.ivar[dark_pixels(spectra.flux, spectra.ivar, dark)] = 0
     return spectra.replace(stars=stars), ledger
-
-
-def _nobody(root, product, files, problems, catalogue):
-    "Why no star of an archive is left, in words."
-    return (
-        f"no star of {root} is left: {len(files)} {product} files found, "
-        f"of which {len(problems)} are damaged{_first(problems) if problems else ''}, "
-        f"and the others have no row in {catalogue}"
-    )
 
 
 # %%
@@ -2052,8 +2072,8 @@ ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False);
 contrast = level.max() / level[level > 0].min()
 Markdown(
     f"**What to see.** The brightest star here has {contrast:,.0f} times the flux of the faintest. "
-    f"In the company of the brightest the literal rule takes {rows[2][4]} faint stars whole: beyond "
-    "the dashed line the original lab drops a star. Nothing is wrong with them but their "
+    f"In the company of the brightest the literal rule takes {rows[2][4]} faint stars whole: "
+    "beyond the dashed line the original lab drops a star. Nothing is wrong with them but their "
     f"neighbours. Our rule takes {rows[3][4]}."
 )
 

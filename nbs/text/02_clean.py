@@ -899,8 +899,8 @@ def read_files(paths, product=None, row=None, workers=None, progress=True) -> tu
     Examples
     --------
     >>> from stellar_lab.survey import archive_root
-    >>> folder = archive_root() / "dr14/apogee/spectro/redux/r8/stars/apo25m/4105"
-    >>> spectra, problems = read_files(folder, progress=False)
+    >>> some = find_files(archive_root(), "apstar")["path"][:3]
+    >>> spectra, problems = read_files(some, progress=False)
     >>> spectra.stars.meta["product"], spectra.stars.meta["row"]
     ('apstar', 1)
     """
@@ -1779,12 +1779,10 @@ def read_archive(
         Label names; the record's by default.
     row : int, optional
         For apStar files: 0 and 1 are the combinations, the visits follow; the release's by default.
-    workers : int, optional
-        Threads that read ahead, 4 by default.
     dark : float, default 0.05
         `fraction` of `dark_pixels`, for products with raw flux; 0 keeps all pixels.
-    progress : bool, default True
-        Show a bar.
+    workers, progress
+        As for `read_stars`.
 
     Returns
     -------

@@ -1,9 +1,11 @@
-"Files, faults and properties of stellar_lab.clean; what a reader learns from stands in nbs/02_clean."
+"Files, faults and properties of stellar_lab.clean; nbs/02_clean has what a reader learns from."
 
 import gzip
 import json
+import re
 import shutil
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,7 +63,7 @@ def values(seed=0, level=100.0):
 def write_apstar(
     path, seed=0, rows=5, floats=np.float32, ints=np.int16, level=100.0, grid=GRID, **header
 ):
-    "An apStar file; row k holds k times the values, so that a wrong row shows. Without rows the arrays are 1-D."
+    "An apStar file; row k holds k times the values. Without rows the arrays are 1-D."
     flux, error, mask = values(seed, level)
     if rows:
         flux, error, mask = (
@@ -175,7 +177,7 @@ def archive(tmp_path):
     return tmp_path
 
 
-# Reading files -----------------------------------------------------------------------------------------------------------------------------
+# Reading files -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("row", [0, 1, 3])
@@ -447,6 +449,151 @@ def test_the_reasons_say_what_is_wrong(tmp_path):
         assert words in reasons[fault]
 
 
+# Files that are something else --------------------------------------------------------------------
+
+
+def write_apvisit(path):
+    "The first HDUs of an apVisit file: three chips of 4096 pixels each."
+    images = [fits.ImageHDU(np.ones((3, 4096), kind)) for kind in ("f4", "f4", "i2", "f8")]
+    fits.HDUList([fits.PrimaryHDU(), *images, *(fits.ImageHDU() for _ in range(6))]).writeto(path)
+    return path
+
+
+def write_optical(path, second="SPALL"):
+    "An SDSS optical spectrum: tables COADD, SPALL (SPECOBJ in older ones), SPZLINE."
+    coadd = Table(
+        {"flux": np.ones(10, "f4"), "loglam": np.linspace(3.5, 4, 10), "ivar": np.ones(10)}
+    )
+    tables = [fits.BinTableHDU(coadd, name="COADD")]
+    tables += [fits.BinTableHDU(Table({"MJD": [55874]}), name=name) for name in (second, "SPZLINE")]
+    fits.HDUList([fits.PrimaryHDU(), *tables]).writeto(path)
+    return path
+
+
+def write_allvisit(path):
+    Table(
+        {"APOGEE_ID": [A, A], "VISIT_ID": ["a", "b"], "FIBERID": [88, 88], "SNR": [9.0, 9]}
+    ).write(path)
+    return path
+
+
+def write_pointer(path):
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 494336\n")
+    return path
+
+
+def write_half_packed(path):
+    whole = gzip.compress(write_apstar(path.parent / "whole.fits").read_bytes())
+    path.write_bytes(whole[: len(whole) // 2])
+    return path
+
+
+OTHERS = {
+    "apVisit-r6-5094-55874-088.fits": (write_apvisit, "an apVisit file.*give apStar or aspcapStar"),
+    "spec-5094-55874-0088.fits": (write_optical, "an optical spectrum of SDSS.*not one of APOGEE"),
+    "spec-lite.fits": (lambda p: write_optical(p, "SPECOBJ"), "an optical spectrum of SDSS"),
+    "allVisit-r8.fits": (write_allvisit, "an allVisit table, one row per visit: give apStar or"),
+    "allStar-r8.fits": (
+        lambda p: write_allstar(p, [(1, A, 80, 4000)]),
+        "an allStar table, a catalogue: give apStar",
+    ),
+    f"apStar-r8-{A}.fits": (write_pointer, "a pointer of Git LFS.*fetch it with 'git lfs pull'"),
+    f"apStar-r8-{B}.fits.gz": (write_half_packed, "cut short: what is packed in it ends too early"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_files_are_named_for_what_they_are(tmp_path, name):
+    write, words = OTHERS[name]
+    file = write(tmp_path / name)
+    said = f"none of 1 files is a good apstar file: {re.escape(name)}: {words}"
+    with pytest.raises(LabError, match=said):
+        read_files(file, progress=False)
+    good = write_apstar(tmp_path / f"apStar-r8-{C}.fits")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spectra, problems = read_files([file, good], progress=False)
+    assert len(spectra) == 1 and [Path(problem.path).name for problem in problems] == [name]
+
+
+@pytest.mark.parametrize("missing", [1, 100, 5000])
+def test_a_packed_file_that_lost_its_end_is_damaged(tmp_path, missing):
+    packed = gzip.compress(write_apstar(tmp_path / f"apStar-r8-{A}.fits").read_bytes())
+    file = tmp_path / f"apStar-r8-{B}.fits.gz"
+    file.write_bytes(packed[:-missing])
+    with pytest.raises(LabError, match="cut short: what is packed in it ends too early; fetch it"):
+        read_files(file, progress=False)
+
+
+def test_catalogues_that_are_something_else(tmp_path):
+    remedy = "give the allStar table, one row per star"
+    with pytest.raises(LabError, match=f"an allVisit table, one row per visit: {remedy}"):
+        read_catalogue(write_allvisit(tmp_path / "allStar-l31c.2.fits"))
+    with pytest.raises(LabError, match=f"an apVisit file.*: {remedy}"):
+        read_catalogue(write_apvisit(tmp_path / "visit.fits"))
+    with pytest.raises(LabError, match=f"an optical spectrum of SDSS.*: {remedy}"):
+        read_catalogue(write_optical(tmp_path / "spec.fits"))
+    for write, name in ((write_apstar, "apStar"), (write_aspcapstar, "aspcapStar")):
+        file = write(tmp_path / f"{name}-r8-{A}.fits")
+        with pytest.raises(LabError, match=f"a spectrum, an {name.lower()} file: {remedy}"):
+            read_catalogue(file)
+    with pytest.raises(LabError, match="a pointer of Git LFS, not the file itself"):
+        read_catalogue(write_pointer(tmp_path / "pointer.fits"))
+    with pytest.raises(LabError, match=f"a folder: {remedy}"):
+        read_catalogue(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.99])
+def test_a_packed_catalogue_that_lost_its_end(tmp_path, share):
+    rows = [(1, f"2M{k:08d}+0000000", 50 + k, 4000 + k) for k in range(3000)]
+    whole = gzip.compress(write_allstar(tmp_path / "allStar.fits", rows).read_bytes())
+    file = tmp_path / "allStar.fits.gz"
+    file.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(LabError, match="allStar.*cut short: what is packed in it ends too early"):
+        read_catalogue(file, ["TEFF"])
+
+
+@pytest.mark.skipif(
+    not (real_data() and (real_data() / "own").is_dir()),
+    reason="STELLAR_LAB_REAL_DATA names no folder with visits",
+)
+def test_real_files_that_are_something_else():
+    visits = sorted((real_data() / "own").glob("apVisit-*.fits"))
+    with pytest.raises(LabError, match="an apVisit file, a single visit on the detectors'"):
+        read_files(visits, progress=False)
+    table = real_data() / "own" / "allVisit-164rows.fits"
+    with pytest.raises(LabError, match="an allVisit table, one row per visit: give the allStar"):
+        read_catalogue(table)
+    with pytest.raises(LabError, match="an allStar table, a catalogue: give apStar or aspcapStar"):
+        read_files(real_data() / "allStar-dr16-33rows.fits", progress=False)
+
+
+def test_folders_and_patterns(tmp_path):
+    first = write_apstar(tmp_path / f"a/apStar-r8-{B}.fits", 1)
+    second = write_apstar(tmp_path / f"b/c/apStar-r8-{A}.fits", 2)
+    write_apstar(tmp_path / f"a/apStar-r8-{A}-56931.fits")  # a single visit
+    (tmp_path / "a/apStar-r8-notes.txt").write_text("no star")
+
+    def stars(paths, **options):
+        return list(read_files(paths, progress=False, **options)[0].stars["APOGEE_ID"])
+
+    assert stars(tmp_path) == stars(str(tmp_path)) == [B, A]
+    assert stars([second, tmp_path / "a"]) == [A, B]
+    assert stars(f"{tmp_path}/**/apStar-*0001.fits") == [A] == stars(tmp_path / "b/*/*.fits")
+    write_aspcapstar(tmp_path / f"b/aspcapStar-r8-l31c.2-{A}.fits")
+    with pytest.raises(LabError, match="two kinds, apstar and aspcapstar: choose one"):
+        read_files(tmp_path)
+    assert stars(tmp_path, product="apstar") == [B, A]
+    assert stars(tmp_path, product="aspcapstar") == [A]
+    with pytest.raises(LabError, match="no file matches the pattern .*nothing"):
+        read_files(tmp_path / "nothing-*.fits")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(LabError, match="the folder .*empty holds no apStar or aspcapStar file"):
+        read_files(tmp_path / "empty")
+    brackets = first.rename(first.with_name(f"apStar-r8-[1]-{B}.fits"))
+    assert stars(brackets) == [B]  # a name that exists is no pattern
+
+
 def test_no_file_at_all():
     with pytest.raises(LabError, match="none of 0 files is a good apstar file: no file was given"):
         read_files([])
@@ -486,7 +633,7 @@ def test_weights_are_finite_and_not_negative(flux, error, product):
     ].any()
 
 
-# Finding files -----------------------------------------------------------------------------------------------------------------------------
+# Finding files -----------------------------------------------------------------------------------
 
 
 def test_the_labs_own_layout(tmp_path):
@@ -576,23 +723,24 @@ def test_nothing_left_says_why(tmp_path):
     write_allstar(tmp_path / RELEASES["dr14"].allstar, [(4230, C, 80, 4500)])
     with pytest.raises(
         LabError,
-        match=r"2 apstar files found, of which 1 are damaged: .*not a FITS file.*have no row in allStar-l31c.2.fits",
+        match=r"2 apstar files found, of which 1 are damaged: .*not a FITS file.*"
+        r"have no row in allStar-l31c.2.fits",
     ):
         read_archive(tmp_path, progress=False)
 
 
-# The catalogue -----------------------------------------------------------------------------------------------------------------------------
+# The catalogue -----------------------------------------------------------------------------------
 
 
-def test_the_catalogue_packed_or_not(tmp_path, monkeypatch):
+def test_the_catalogue_packed_or_not(tmp_path):
     path = write_allstar(
         tmp_path / "allStar.fits",
         [(4230, f"2M{k:08d}+0000000", 50 + k, 4000 + k) for k in range(25)],
     )
     packed = tmp_path / "allStar.fits.gz"
     packed.write_bytes(gzip.compress(path.read_bytes()))
-    monkeypatch.setattr("stellar_lab.clean.BLOCK", 7)  # more than one block, the last not full
-    for table in (read_catalogue(path, ["TEFF"]), read_catalogue(packed, ["TEFF"])):
+    blocks = {"block": 7}  # more than one block, the last not full
+    for table in (read_catalogue(path, ["TEFF"], **blocks), read_catalogue(packed, ["TEFF"])):
         assert table.colnames == [
             "APOGEE_ID",
             "TARGET_ID",
@@ -660,7 +808,8 @@ def test_a_catalogue_without_what_is_needed(tmp_path):
     path = write_allstar(tmp_path / "allStar.fits", [(1, A, 80, 4000)])
     with pytest.raises(
         LabError,
-        match=r"no label ALPHA_M, N_M \(looked for the columns ALPHA_M, PARAM_ALPHA_M, N_M\): it has TEFF, LOGG, FE_H",
+        match=r"no label ALPHA_M, N_M \(looked for the columns ALPHA_M, PARAM_ALPHA_M, N_M\): "
+        r"it has TEFF, LOGG, FE_H",
     ):
         read_catalogue(path, ["TEFF", "ALPHA_M", "N_M"])
     with pytest.raises(LabError, match="no column VSINI: a cut needs it"):
@@ -717,7 +866,7 @@ def test_the_join_is_the_plain_scan(data):
         assert further[n] == max(len(same) - 1, 0)
 
 
-# From an archive to a sample ---------------------------------------------------------------------------------------------------------------
+# From an archive to a sample ---------------------------------------------------------------------
 
 
 def test_each_flaw_falls_to_its_rule(archive):
@@ -860,7 +1009,7 @@ def test_every_ledger_balances(drops):
     ) == 3 + 2 * len(drops)
 
 
-# Dark pixels -------------------------------------------------------------------------------------------------------------------------------
+# Dark pixels -------------------------------------------------------------------------------------
 
 
 def test_dark_pixels_do_not_know_how_bright_a_star_is():
@@ -891,7 +1040,7 @@ def test_dark_pixels_of_few_stars():
         dark_pixels(dead.flux, dead.ivar)
 
 
-# The survey's own files --------------------------------------------------------------------------------------------------------------------
+# The survey's own files --------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(

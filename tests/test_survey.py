@@ -1,5 +1,10 @@
 "Facts, cuts and labels of stellar_lab.survey; what a reader learns from stands in nbs/00_survey."
 
+import doctest
+import subprocess
+import sys
+from importlib import import_module
+
 import numpy as np
 import pytest
 from astropy import units as u
@@ -129,3 +134,32 @@ def test_how_cuts_read():
         str(Cut("x", "STARFLAG", without_bits=("LOW_SNR", 9))) == "STARFLAG without LOW_SNR, bit 9"
     )
     assert str(Cut("x", "A", 1, without_bits=9)) == "1 < A without bit 9"
+
+
+# Docstrings and imports --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room", ["survey", "clean"])
+def test_the_examples_run(room):
+    result = doctest.testmod(import_module(f"stellar_lab.{room}"))
+    assert result.attempted > 3 and not result.failed
+
+
+@pytest.mark.parametrize("room", ["survey", "clean"])
+def test_reading_needs_no_plotting(room):
+    code = f"import stellar_lab.{room}, sys; print(*sys.modules, sep='\\n')"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    heavy = {"matplotlib", "seaborn", "corner", "pandas", "scipy.stats", "astropy.nddata"}
+    assert not heavy & set(found)
+
+
+@pytest.mark.parametrize("room, most", [("survey", 36), ("clean", 14)])
+def test_public_names_are_few_and_documented(room, most):
+    module = import_module(f"stellar_lab.{room}")
+    assert len(module.__all__) <= most
+    for name in module.__all__:
+        thing = getattr(module, name)
+        if callable(thing):
+            assert thing.__doc__, name

@@ -23,22 +23,56 @@ import os
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from enum import IntFlag
 from importlib import import_module
 from importlib.resources import as_file, files
 from pathlib import Path, PurePosixPath
 
 import astropy.units as u
-import matplotlib.pyplot as plt
 import numpy as np
-import seaborn as sns
-from astropy.nddata.bitmask import extend_bit_flag_map
 from astropy.table import QTable, Table
 
 # %%
 #| hide
-import pytest
-from IPython.display import Markdown
+import tempfile
+from unittest.mock import patch
 
+import matplotlib.pyplot as plt
+import pytest
+from astropy.constants import c
+
+from stellar_lab.archives import real_stars
+from stellar_lab.survey import plot_spectrum, use_style
+
+# %% [markdown]
+# ## Where this book comes from
+# APOGEE took spectra of several hundred thousand stars of the Milky Way in the near infrared. Reading temperatures and chemistry out of them was an
+# exercise of a university course, a data laboratory whose inputs are public as `ucb-datalab`: fetch some thousand spectra, fit a model called
+# The Cannon to stars whose labels are known, and ask it for the labels of a star whose name was wiped. One student's solution of that exercise, with its
+# published table of results, is where this book starts. From here on it is *the original lab*: the chapters keep its ten stages, compare
+# with its numbers, and say where they decide otherwise.
+#
+# And this is what it is all about: a star, as the survey published it.
+
+# %%
+sample = real_stars()
+giants = np.flatnonzero((sample.stars["SNR"] > 200) & (sample.stars["TEFF"].value < 4500))
+star = sample[giants[0]]
+star.stars["APOGEE_ID", "FIELD", "SNR", "TEFF", "LOGG", "M_H"]
+
+# %% [markdown]
+# A giant, its light divided by the smooth shape that a star without lines would have. How it is drawn stands at the end of this chapter.
+
+# %%
+use_style()
+plot_spectrum(
+    star.wavelength, star.flux[0], star.ivar[0], title=f"a real giant: {star.stars['APOGEE_ID'][0]}"
+).set(ylim=(0.3, 1.2), ylabel="flux / continuum");
+
+
+# %% [markdown]
+# **What to see.** Three stretches of spectrum with gaps between them, one for each detector. The dips are no noise: nearly every one is a line in which
+# atoms or molecules of the star's atmosphere swallow light. Their depths are what this book reads.
 
 # %% [markdown]
 # ## Errors that help
@@ -56,19 +90,39 @@ class MissingExtra(LabError, ImportError):
 
 
 def require(package: str, extra: str):
-    "Import `package`, or say which extra of stellar_lab brings it."
+    """Import an optional package.
+
+    Parameters
+    ----------
+    package : str
+        Its name for `import`.
+    extra : str
+        The extra of stellar_lab that brings it.
+
+    Returns
+    -------
+    module
+        The package.
+
+    Raises
+    ------
+    MissingExtra
+        If it is not installed; the message says how to get it.
+    """
     try:
         return import_module(package)
     except ImportError as error:
         raise MissingExtra(
-            f"this needs the package {package!r}, which is not installed: pip install 'stellar_lab[{extra}]'"
+            f"this needs the package {package!r}, which is not installed: "
+            f"pip install 'stellar_lab[{extra}]'"
         ) from error
 
 
 # %%
-with pytest.raises(MissingExtra, match=r"pip install 'stellar_lab\[network\]'"):
+with pytest.raises(MissingExtra, match=r"pip install 'stellar_lab\[network\]'") as refusal:
     require("a_package_nobody_wrote", "network")
 assert require("json", "network") is json
+print(refusal.value)
 
 # %% [markdown]
 # ## The wavelength grid
@@ -79,51 +133,40 @@ assert require("json", "network") is json
 # %%
 #| export
 N_PIXELS = 8575
-LOG10_START, LOG10_STEP = 4.179, 6e-6  # the CRVAL1 and CDELT1 of every apStar and aspcapStar file
-CHIPS = {
+LOG10_START = 4.179  # CRVAL1 of every apStar and aspcapStar file
+LOG10_STEP = 6e-6  # CDELT1
+CHIPS = {  # first and last pixel of the full grid that every star fills
     "blue": (322, 3241),
     "green": (3648, 6047),
     "red": (6412, 8305),
-}  # inclusive pixels of the full grid that every star fills
+}
 
-full_wavelength = 10 ** (LOG10_START + LOG10_STEP * np.arange(N_PIXELS))  # (8575,) Angstrom, vacuum
-on_band = np.concatenate(
-    [np.arange(first, last + 1) for first, last in CHIPS.values()]
-)  # (7214,) pixels of the full grid
-wavelength = full_wavelength[on_band]  # (7214,) Angstrom, vacuum: the grid of the lab
+full_wavelength = 10 ** (LOG10_START + LOG10_STEP * np.arange(N_PIXELS))  # (8575,) [Angstrom]
+on_band = np.concatenate([np.arange(first, last + 1) for first, last in CHIPS.values()])  # (7214,)
+wavelength = full_wavelength[on_band]  # (7214,) [Angstrom, vacuum]: the grid of this book
 for grid in (full_wavelength, on_band, wavelength):
     grid.flags.writeable = False
 
 # %% [markdown]
-# Three detectors catch three stretches of it. At their edges the light moves in and out with the star's velocity, so the lab keeps the *on-band* pixels
-# that every star fills: 2,920 + 2,400 + 1,894 = 7,214 of the 8,575.
+# Three detectors catch three stretches of it. At their edges the light moves in and out with the star's velocity, so this book keeps, as the original lab
+# did, the *on-band* pixels that every star fills: 2,920 + 2,400 + 1,894 = 7,214 of the 8,575.
 
 # %%
-fig, ax = plt.subplots(figsize=(8, 1.2))
+fig, ax = plt.subplots(figsize=(8, 1.4))
 ax.axvspan(full_wavelength[0], full_wavelength[-1], color="0.9")
 for name, (first, last) in CHIPS.items():
     ax.axvspan(full_wavelength[first], full_wavelength[last], color=name, alpha=0.4)
-    ax.text(
-        full_wavelength[(first + last) // 2],
-        0.5,
-        f"{name}\n{last - first + 1} pixels",
-        ha="center",
-        va="center",
-    )
-ax.set(xlabel="vacuum wavelength [Å]", yticks=[]);
+    middle = full_wavelength[(first + last) // 2]
+    ax.text(middle, 0.5, f"{name}\n{last - first + 1} pixels", ha="center", va="center")
+ax.set(xlabel="vacuum wavelength [Å]", yticks=[], title="the on-band pixels of the three chips");
 
 # %% [markdown]
 # One pixel is how many kilometres a second wide? The step says it: $c\ln(10)\times 6\times10^{-6}$.
 
 # %%
-from astropy.constants import c
-
 pixel_width = (c * np.log(10) * LOG10_STEP).to("km/s")
-assert np.allclose(
-    np.diff(full_wavelength) / full_wavelength[:-1] * c.to_value("km/s"),
-    pixel_width.value,
-    rtol=1e-5,
-)
+relative_step = np.diff(full_wavelength) / full_wavelength[:-1]
+assert np.allclose(relative_step * c.to_value("km/s"), pixel_width.value, rtol=1e-5)
 assert len(wavelength) == 7214 and len(full_wavelength) == N_PIXELS
 assert 15100 < wavelength[0] < wavelength[-1] < 17000  # the H band
 pixel_width
@@ -131,8 +174,8 @@ pixel_width
 
 # %% [markdown]
 # Line lists and older instruments count in *air*, where light is slower and its wave shorter by a few parts in ten thousand: 4.4 Å here, twenty pixels.
-# A wavelength without that word is a trap. The refractive index of standard air follows from the wavenumber $\sigma=10^4\,\mathrm{Å}/\lambda$
-# ([Ciddor 1996](https://doi.org/10.1364/AO.35.001566)),
+# A wavelength that does not say which it is is a trap. The refractive index of standard air follows from the wavenumber
+# $\sigma=10^4\,\mathrm{Å}/\lambda$ ([Ciddor 1996](https://doi.org/10.1364/AO.35.001566)),
 # $$ \frac{\lambda_\mathrm{vac}}{\lambda_\mathrm{air}} = 1 + \frac{0.05792105}{238.0185-\sigma^2} + \frac{0.00167917}{57.362-\sigma^2} . $$
 
 # %%
@@ -153,8 +196,8 @@ def air_to_vacuum(air):
     Notes
     -----
     Refractive index of air at 15 degrees Celsius and 101,325 Pa by Ciddor (1996), Applied Optics
-    35, 1566. The formula takes the wavenumber in vacuum; the one in air moves the answer by less
-    than a thousandth of an Angstrom in the H band.
+    35, 1566. The formula asks for the wavenumber in vacuum; that in air moves the answer by less
+    than a thousandth of an Angstrom.
 
     Examples
     --------
@@ -167,8 +210,8 @@ def air_to_vacuum(air):
 
 
 # %% [markdown]
-# The survey has published [pairs](https://www.sdss.org/dr7/products/spectra/vacwavelength.html) for lines of galaxies, computed by another formula (Morton's);
-# and APOGEE's own users give 15753.291 and 15770.150 Å for two magnesium lines that line lists have at 15748.988 and 15765.842 Å in air.
+# The survey has published [pairs](https://www.sdss.org/dr7/products/spectra/vacwavelength.html) for lines of galaxies, computed by another formula. And
+# two magnesium lines that line lists give at 15748.988 and 15765.842 Å in air are known to users of APOGEE at 15753.291 and 15770.150 Å.
 
 # %%
 pairs = {
@@ -180,76 +223,67 @@ pairs = {
     15765.842: 15770.150,  # magnesium
 }
 assert np.allclose(air_to_vacuum(list(pairs)), list(pairs.values()), rtol=0, atol=0.002)
-float(air_to_vacuum(wavelength[0]) - wavelength[0])  # how far off the first pixel would be [Å]
+Table({"air [Å]": list(pairs), "vacuum [Å]": air_to_vacuum(list(pairs)).round(3)})
 
 # %% [markdown]
 # Whatever works chip by chip asks for the runs of neighbouring pixels in the grid that it was given: `chip_slices` finds the three slices of the on-band
-# grid, of the full grid, or of any grid cut from them. The split points are those of the lab, in the gaps between the chips.
+# grid, of the full grid, or of any grid cut from them. The split points are those of the original lab, in the gaps between the chips.
 
 # %%
 #| export
-CHIP_SPLITS = (3450, 6200)  # full-grid pixels between the chips, where the lab cuts
+_CHIP_SPLITS = (3450, 6200)  # pixels of the full grid between the chips
 
 
-def chip_slices(
-    grid: np.ndarray,  # (P,) increasing wavelengths [Angstrom, vacuum]
-) -> dict:  # chip name -> slice of the grid
-    "The pixels of each chip as a slice of `grid`."
-    edges = np.searchsorted(grid, full_wavelength[list(CHIP_SPLITS)] * (1 - LOG10_STEP))
-    edges = [0, *edges, len(grid)]
-    return {name: slice(int(a), int(b)) for name, a, b in zip(CHIPS, edges[:-1], edges[1:])}
+def chip_slices(grid: np.ndarray) -> dict:
+    """The pixels of each chip.
+
+    Parameters
+    ----------
+    grid : ndarray
+        (P,) increasing wavelengths [Angstrom, vacuum], a part of the survey's grid.
+
+    Returns
+    -------
+    dict
+        Name of the chip -> slice of `grid`.
+
+    Examples
+    --------
+    >>> chip_slices(wavelength)["green"]
+    slice(2920, 5320, None)
+    """
+    edges = np.searchsorted(grid, full_wavelength[list(_CHIP_SPLITS)] * (1 - LOG10_STEP))
+    edges = [0, *map(int, edges), len(grid)]
+    return {name: slice(edges[k], edges[k + 1]) for k, name in enumerate(CHIPS)}
 
 
 # %%
 assert [s.stop - s.start for s in chip_slices(wavelength).values()] == [2920, 2400, 1894]
 assert [s.start for s in chip_slices(full_wavelength).values()] == [0, 3450, 6200]
-assert chip_slices(wavelength)["green"] == slice(2920, 5320)
+chip_slices(wavelength)
 
 # %% [markdown]
 # ## The pixel mask
-# Beside flux and error the survey keeps a bitmask a pixel, [APOGEE_PIXMASK](https://www.sdss4.org/dr17/algorithms/bitmasks/): each bit names one reason
-# to doubt. astropy's flag map gives the bits their names.
+# Besides flux and error the survey keeps a bitmask for each pixel, [APOGEE_PIXMASK](https://www.sdss4.org/dr17/algorithms/bitmasks/): each bit names one
+# reason to doubt.
+
+# %%
+#| exporti
+PIXMASK_NAMES = (  # in the order of their bits
+    *("BADPIX", "CRPIX", "SATPIX", "UNFIXABLE", "BADDARK", "BADFLAT", "BADERR", "NOSKY"),
+    *("LITTROW_GHOST", "PERSIST_HIGH", "PERSIST_MED", "PERSIST_LOW"),
+    *("SIG_SKYLINE", "SIG_TELLURIC", "NOT_ENOUGH_PSF"),
+)
 
 # %%
 #| export
-PIXMASK = extend_bit_flag_map(
-    "PIXMASK",
-    BADPIX=1 << 0,
-    CRPIX=1 << 1,
-    SATPIX=1 << 2,
-    UNFIXABLE=1 << 3,
-    BADDARK=1 << 4,
-    BADFLAT=1 << 5,
-    BADERR=1 << 6,
-    NOSKY=1 << 7,
-    LITTROW_GHOST=1 << 8,
-    PERSIST_HIGH=1 << 9,
-    PERSIST_MED=1 << 10,
-    PERSIST_LOW=1 << 11,
-    SIG_SKYLINE=1 << 12,
-    SIG_TELLURIC=1 << 13,
-    NOT_ENOUGH_PSF=1 << 14,
-)
-PIXMASK_NAMES = (
-    "BADPIX",
-    "CRPIX",
-    "SATPIX",
-    "UNFIXABLE",
-    "BADDARK",
-    "BADFLAT",
-    "BADERR",
-    "NOSKY",
-    "LITTROW_GHOST",
-    "PERSIST_HIGH",
-    "PERSIST_MED",
-    "PERSIST_LOW",
-    "SIG_SKYLINE",
-    "SIG_TELLURIC",
-    "NOT_ENOUGH_PSF",
-)  # in the order of their bits
+PIXMASK = IntFlag("PIXMASK", {name: 1 << bit for bit, name in enumerate(PIXMASK_NAMES)})
+PIXMASK.__doc__ = "Bits of the survey's mask of pixels, by name: `PIXMASK.BADPIX` is 1."
 
 # %%
-assert [int(getattr(PIXMASK, name)) for name in PIXMASK_NAMES] == [1 << bit for bit in range(15)]
+assert PIXMASK.CRPIX == 2 and PIXMASK.NOT_ENOUGH_PSF == 1 << 14
+PIXMASK(4608)  # what is wrong with a pixel that carries this number?
+
 
 # %% [markdown]
 # ## Labels
@@ -258,61 +292,111 @@ assert [int(getattr(PIXMASK, name)) for name in PIXMASK_NAMES] == [1 << bit for 
 # show.
 
 # %%
-#| export
-MISSING = -9000.0  # the survey writes -9999 (or -9999.99) where it has no value; everything at or below this means "none"
-
-
+#| exporti
 @dataclass(frozen=True)
 class Label:
-    "One stellar label: its name here, how it is written, its unit, its columns in allStar and the range that plots show."
+    """One stellar label.
+
+    Parameters
+    ----------
+    name : str
+        Its name here and, in lower case, in tables of labels.
+    symbol : str
+        How figures write it.
+    unit : astropy.units.UnitBase
+        Unit of its values; errors have the same.
+    plot_range : tuple or None
+        The range that plots show, None where nobody knows one.
+    columns, errors : tuple of str
+        Columns of value and 1-sigma error in the allStar tables; the first that exists counts.
+    """
 
     name: str
     symbol: str
     unit: u.UnitBase
     plot_range: tuple | None
-    columns: tuple  # names in the allStar tables, the first that exists counts
-    errors: tuple  # names of the column with its 1-sigma error
+    columns: tuple
+    errors: tuple
 
     @property
     def axis(self) -> str:
         "Symbol and unit, for an axis."
-        return (
-            self.symbol
-            if self.unit == u.dimensionless_unscaled
-            else f"{self.symbol} [{self.unit:unicode}]"
-        )
+        if self.unit == u.dimensionless_unscaled:
+            return self.symbol
+        return f"{self.symbol} [{self.unit:unicode}]"
 
 
+# %%
+#| export
 def _label(name, symbol, unit, plot_range, *older):
+    "A label with the name of its column; `older` are names that the column had before."
     columns = (name, *older)
-    return Label(
-        name, symbol, unit, plot_range, columns, tuple(f"{column}_ERR" for column in columns)
-    )
+    errors = tuple(f"{column}_ERR" for column in columns)
+    return Label(name, symbol, unit, plot_range, columns, errors)
 
 
-LABELS = {
-    label.name: label
-    for label in (
-        _label("TEFF", r"$T_\mathrm{eff}$", u.K, (3200, 5700)),
-        _label("LOGG", r"$\log g$", u.dex, (-0.5, 4.5)),
-        _label("FE_H", "[Fe/H]", u.dex, (-1.2, 0.8)),
-        _label("MG_FE", "[Mg/Fe]", u.dex, (-0.4, 0.6)),
-        _label("SI_FE", "[Si/Fe]", u.dex, (-0.4, 0.5)),
-        _label("M_H", "[M/H]", u.dex, (-2.7, 0.7), "PARAM_M_H"),
-        _label("ALPHA_M", r"[$\alpha$/M]", u.dex, (-0.5, 0.6), "PARAM_ALPHA_M"),
-        _label("C_M", "[C/M]", u.dex, (-0.9, 0.7)),
-        _label("N_M", "[N/M]", u.dex, (-0.6, 1.1)),
-    )
-}
+_RECORDS = (
+    _label("TEFF", r"$T_\mathrm{eff}$", u.K, (3200, 5700)),
+    _label("LOGG", r"$\log g$", u.dex, (-0.5, 4.5)),
+    _label("FE_H", "[Fe/H]", u.dex, (-1.2, 0.8)),
+    _label("MG_FE", "[Mg/Fe]", u.dex, (-0.4, 0.6)),
+    _label("SI_FE", "[Si/Fe]", u.dex, (-0.4, 0.5)),
+    _label("M_H", "[M/H]", u.dex, (-2.7, 0.7), "PARAM_M_H"),
+    _label("ALPHA_M", r"[$\alpha$/M]", u.dex, (-0.5, 0.6), "PARAM_ALPHA_M"),
+    _label("C_M", "[C/M]", u.dex, (-0.9, 0.7)),
+    _label("N_M", "[N/M]", u.dex, (-0.6, 1.1)),
+)
+LABELS = {label.name: label for label in _RECORDS}
+
+# %%
+#| echo: false
+Table(
+    rows=[
+        (label.name, label.unit, str(label.plot_range), ", ".join(label.columns))
+        for label in LABELS.values()
+    ],
+    names=["label", "unit", "plot range", "columns in allStar"],
+)
+
+
+# %% [markdown]
+# Who asks the survey for a label must name one that it has. A model, however, may be taught labels that the survey never had, such as an age: then
+# `label_record` answers with a plain number under its own name.
+
+# %%
+#| export
+def label_records(names) -> tuple:
+    """The records of some labels of the survey.
+
+    Parameters
+    ----------
+    names : str or sequence of str
+        Names of labels, in any case.
+
+    Returns
+    -------
+    tuple of Label
+        In the order of the names.
+
+    Raises
+    ------
+    LabError
+        For a name that is not in `LABELS`; it lists the known ones.
+    """
+    names = [names] if isinstance(names, str) else [str(name) for name in names]
+    unknown = [repr(name) for name in names if name.upper() not in LABELS]
+    if unknown:
+        raise LabError(f"unknown label {', '.join(unknown)}: choose from {', '.join(LABELS)}")
+    return tuple(LABELS[name.upper()] for name in names)
 
 
 def label_record(name: str) -> Label:
-    """The `Label` of any name, in any case.
+    """The record of any label.
 
     Parameters
     ----------
     name : str
-        Name of a label. A name that is not in `LABELS` is a plain number.
+        Name of a label, in any case.
 
     Returns
     -------
@@ -326,128 +410,125 @@ def label_record(name: str) -> Label:
     >>> label_record("age").axis
     'age'
     """
-    known = LABELS.get(str(name).upper())
-    if known is not None:
-        return known
     name = str(name)
+    if name.upper() in LABELS:
+        return LABELS[name.upper()]
     return Label(name, name, u.dimensionless_unscaled, None, (name,), (f"{name}_ERR",))
 
 
-def label_records(names) -> tuple:
-    "The `Label` of each name, in any case; an unknown name is an error that lists the known ones."
-    names = [names] if isinstance(names, str) else list(names)
-    unknown = [name for name in names if str(name).upper() not in LABELS]
-    if unknown:
-        raise LabError(
-            f"unknown label {', '.join(map(repr, unknown))}: choose from {', '.join(LABELS)}"
-        )
-    return tuple(LABELS[str(name).upper()] for name in names)
-
-
-# %%
-#| echo: false
-Table(
-    rows=[
-        (label.name, label.unit, str(label.plot_range), ", ".join(label.columns))
-        for label in LABELS.values()
-    ],
-    names=["label", "unit", "plot range", "columns in allStar"],
-)
-
 # %%
 assert [label.name for label in label_records(["teff", "LOGG"])] == ["TEFF", "LOGG"]
+assert label_record("m_h") is LABELS["M_H"]
 with pytest.raises(LabError, match="unknown label 'TEF': choose from TEFF, LOGG"):
     label_records(["TEF"])
-
-# %% [markdown]
-# A model may be taught labels that the survey never had, such as an age. `label_record` answers for those, too: a plain number under its own name.
-
-# %%
-assert label_record("m_h") is LABELS["M_H"]
-age = label_record("age")
-assert (age.name, age.axis, age.unit) == ("age", "age", u.dimensionless_unscaled)
+label_record("age")
 
 # %% [markdown]
 # ## Releases: where the files are
-# The survey's trees changed from release to release, but a tree is only a template. A `Release` holds one a product (`apstar`, the combined spectrum;
-# `aspcapstar`, the pseudo-normalized one that the survey's own pipeline ASPCAP fitted), where the catalogue is, and how a target is called in it.
+# The survey's trees changed from release to release, but a tree is only a template. A `Release` holds one for each product (`apstar`, the combined
+# spectrum; `aspcapstar`, the pseudo-normalized one that the survey's own pipeline ASPCAP fitted), where the catalogue is, and how a target is called in it.
 # Paths are relative to the root of an archive, `https://data.sdss.org/sas` or a folder.
+#
+# First the products: what the HDUs of a file hold, the numbered parts of a FITS file.
 
 # %%
-#| export
-# An APOGEE_ID holds a minus sign for every star south of the equator; a file of a single visit appends -<visit> to it.
+#| exporti
+# An APOGEE_ID holds a minus sign for every star south of the equator;
+# a file of a single visit appends -<visit> to it.
 APOGEE_ID = r"(?:[A-Z0-9]{2}\d{8}[+-]\d{7}|[A-Za-z][A-Za-z0-9_.+]*)"
 
 
 @dataclass(frozen=True)
 class Product:
-    "A kind of spectrum file: what its HDUs hold. Layout: https://data.sdss.org/datamodel (apStar, aspcapStar)."
+    """A kind of spectrum file. Layout: https://data.sdss.org/datamodel (apStar, aspcapStar).
+
+    Parameters
+    ----------
+    name : str
+        `apstar` or `aspcapstar`.
+    hdus : int
+        HDUs that a whole file has at least.
+    flux, error : int
+        Their HDUs.
+    mask : int or None
+        HDU of the bitmask, None where there is none.
+    normalized : bool
+        Whether the flux is already relative to a pseudo-continuum. Such files have one row.
+    max_error : float
+        A pixel with this error or a larger one is unusable, in the unit of the flux.
+    """
 
     name: str
-    hdus: int  # HDUs that a whole file has at least
+    hdus: int
     flux: int = 1
     error: int = 2
-    mask: int | None = None  # HDU of the bitmask, None where there is none
-    normalized: bool = False  # flux is already relative to a pseudo-continuum
-    max_error: float = np.inf  # a pixel with this error or a larger one is unusable
+    mask: int | None = None
+    normalized: bool = False
+    max_error: float = np.inf
 
 
+# %%
+#| export
 PRODUCTS = {
-    product.name: product
-    for product in (
-        Product(
-            "apstar", hdus=10, mask=3, max_error=1e10
-        ),  # 1e10 is how the survey writes "no value"
-        Product("aspcapstar", hdus=5, normalized=True, max_error=0.3),
-    )
+    "apstar": Product("apstar", hdus=10, mask=3, max_error=1e10),  # 1e10 means "no value"
+    "aspcapstar": Product("aspcapstar", hdus=5, normalized=True, max_error=0.3),
 }
 
+# %%
+Table(
+    rows=[(p.name, p.hdus, str(p.mask), p.normalized) for p in PRODUCTS.values()],
+    names=["product", "HDUs", "mask in HDU", "normalized"],
+)
 
-@dataclass(frozen=True)
-class Release:
-    "Path rules of one data release. `{field}` is a location ID up to DR14 and a name since DR16."
 
-    name: str
-    paths: dict  # product -> path template with {telescope}, {field}, {id}, {prefix}
-    allstar: str  # path of the catalogue
-    target_id: str  # template of TARGET_ID in the catalogue
-    telescopes: tuple = ("apo25m",)
-    field_column: str = "FIELD"  # the column of the catalogue that names the folder
-    prefixes: dict = field(
-        default_factory=lambda: {"lco25m": "as"}
-    )  # file names begin with "ap", but for these telescopes
-    other_layouts: dict = field(
-        default_factory=dict
-    )  # product or "allstar" -> further templates that a folder may follow
-    row: int = 1  # of an apStar file: the combination to use, with its flags
+# %% [markdown]
+# Then what a template can do: become a path or a folder, or recognize the name of a file that was made from it.
+
+# %%
+#| export
+class _Tree:
+    "How the templates of a release become paths, and names of files become stars."
 
     def path(self, product: str, field: str, apogee_id: str, telescope: str = "apo25m") -> str:
-        "Path of a star's file below the root."
+        """Path of a star's file.
+
+        Parameters
+        ----------
+        product : str
+            `apstar` or `aspcapstar`.
+        field : str
+            Location ID up to DR14, name of the field since DR16.
+        apogee_id : str
+            Name of the star.
+        telescope : str, default "apo25m"
+            `apo25m`, `lco25m` or `apo1m`.
+
+        Returns
+        -------
+        str
+            Path below the root of an archive.
+
+        Raises
+        ------
+        LabError
+            If the release has no such product.
+        """
         prefix = self.prefixes.get(telescope, "ap")
-        return self._template(product).format(
-            telescope=telescope, field=field, id=apogee_id, prefix=prefix
-        )
+        parts = {"telescope": telescope, "field": field, "id": apogee_id, "prefix": prefix}
+        return self._template(product).format(**parts)
 
     def folder(self, product: str, field: str, telescope: str = "apo25m") -> str:
-        "The folder that holds a field's files."
+        "The folder that holds a field's files, below the root."
         return str(PurePosixPath(self.path(product, field, "x", telescope)).parent)
 
     def parse_name(self, product: str, file_name: str) -> str | None:
-        "The APOGEE_ID in the name of a star's file; None for other files, those of single visits among them."
-        names = {PurePosixPath(template).name for template in self.templates(product)}
-        for name in names:
-            pattern = (
-                re.escape(name).replace(r"\{id\}", f"({APOGEE_ID})").replace(r"\{prefix\}", "a[ps]")
-            )
-            match = re.fullmatch(pattern, file_name)
+        "The APOGEE_ID in the name of a star's file; None for others, such as single visits."
+        for name in {PurePosixPath(template).name for template in self.templates(product)}:
+            pattern = re.escape(name).replace(r"\{id\}", f"({APOGEE_ID})")
+            match = re.fullmatch(pattern.replace(r"\{prefix\}", "a[ps]"), file_name)
             if match:
                 return match.group(1)
         return None
-
-    @property
-    def reductions(self) -> frozenset:
-        "What the names of its files call the reduction: `r8` in `apStar-r8-….fits`."
-        return frozenset(PurePosixPath(path).name.split("-")[1] for path in self.paths.values())
 
     def templates(self, product: str) -> tuple:
         "All templates of a product (or of the catalogue, `allstar`), the survey's own first."
@@ -456,170 +537,238 @@ class Release:
 
     def _template(self, product):
         if product not in self.paths:
-            raise LabError(
-                f"{self.name} has no product {product!r}: choose from {', '.join(self.paths)}"
-            )
+            known = ", ".join(self.paths)
+            raise LabError(f"{self.name} has no product {product!r}: choose from {known}")
         return self.paths[product]
 
 
+# %%
+class Toy(_Tree):
+    "A tree with a single branch."
+
+    paths = {"apstar": "stars/{field}/{prefix}Star-x1-{id}.fits"}
+    prefixes = {"lco25m": "as"}
+    other_layouts = {}
+
+
+leaf = Toy().path("apstar", "M67", "VESTA", telescope="lco25m")
+assert Toy().parse_name("apstar", Path(leaf).name) == "VESTA"
+leaf
+
+
 # %% [markdown]
-# The lab's own layout, `stars/<location>/…`, is a further template of DR14: who did the lab by hand has such a folder.
+# A `Release` is the templates and a few facts more. One of them saves a trap. A star that was seen several times has several rows in its `apStar` file:
+# row 0 combines the visits pixel by pixel, row 1 with one weight per visit, and the visits follow. Which of the two is *the* spectrum depends on the
+# release: row 1 up to DR16; but DR17 left the masks of row 1 empty, so there it is row 0 that knows its bad pixels.
 
 # %%
 #| export
+@dataclass(frozen=True)
+class Release(_Tree):
+    """Path rules and facts of one data release.
+
+    Parameters
+    ----------
+    name : str
+        Such as `DR14`.
+    paths : dict
+        Product -> path template with `{telescope}`, `{field}`, `{id}`, `{prefix}`.
+    allstar : str
+        Path of the catalogue.
+    target_id : str
+        Template of the column TARGET_ID in the catalogue.
+    telescopes : tuple of str
+        Whose files it holds.
+    field_column : str
+        Column of the catalogue that names the folder.
+    prefixes : dict
+        Names of files begin with "ap", but for these telescopes.
+    other_layouts : dict
+        Product or `allstar` -> further templates that a folder may follow.
+    row : int, default 1
+        The row of an apStar file that holds the combined spectrum with its flags.
+    """
+
+    name: str
+    paths: dict
+    allstar: str
+    target_id: str
+    telescopes: tuple = ("apo25m",)
+    field_column: str = "FIELD"
+    prefixes: dict = field(default_factory=lambda: {"lco25m": "as"})
+    other_layouts: dict = field(default_factory=dict)
+    row: int = 1
+
+    @property
+    def reductions(self) -> frozenset:
+        "What its files' names call the reduction: `r8` in `apStar-r8-….fits`."
+        return frozenset(PurePosixPath(path).name.split("-")[1] for path in self.paths.values())
+
+
 def _release(name, apstar, aspcapstar, allstar, **rules):
+    "A release whose paths all begin with <name>/apogee/spectro/."
     root = f"{name.lower()}/apogee/spectro/"
-    paths = {
-        product: root + path
-        for product, path in (("apstar", apstar), ("aspcapstar", aspcapstar))
-        if path
-    }
+    paths = {"apstar": root + apstar, "aspcapstar": root + aspcapstar}
     return Release(name, paths, root + allstar, **rules)
 
 
-RELEASES = {
-    release.name.lower(): release
-    for release in (
-        _release(
-            "DR10",
-            "redux/r3/s3/{field}/apStar-s3-{id}.fits",
-            "redux/r3/s3/a3/v304/{field}/aspcapStar-v304-{id}.fits",
-            "redux/r3/s3/a3/v304/allStar-v304.fits",
-            target_id="{field}.{id}",
-            field_column="LOCATION_ID",
-        ),
-        _release(
-            "DR14",
-            "redux/r8/stars/{telescope}/{field}/apStar-r8-{id}.fits",
-            "redux/r8/stars/l31c/l31c.2/{field}/aspcapStar-r8-l31c.2-{id}.fits",
-            "redux/r8/stars/l31c/l31c.2/allStar-l31c.2.fits",
-            target_id="{field}.{id}",
-            telescopes=("apo25m", "apo1m"),
-            field_column="LOCATION_ID",
-            other_layouts={
-                "apstar": ("stars/{field}/apStar-r8-{id}.fits",),
-                "aspcapstar": ("stars/{field}/aspcapStar-r8-l31c.2-{id}.fits",),
-                "allstar": ("stars/allStar-l31c.2.fits",),
-            },
-        ),
-        _release(
-            "DR16",
-            "redux/r12/stars/{telescope}/{field}/{prefix}Star-r12-{id}.fits",
-            "aspcap/r12/l33/{telescope}/{field}/aspcapStar-r12-{id}.fits",
-            "aspcap/r12/l33/allStar-r12-l33.fits",
-            target_id="{telescope}.{field}.{id}",
-            telescopes=("apo25m", "lco25m", "apo1m"),
-        ),
-        _release(
-            "DR17",
-            "redux/dr17/stars/{telescope}/{field}/{prefix}Star-dr17-{id}.fits",
-            "aspcap/dr17/synspec_rev1/{telescope}/{field}/aspcapStar-dr17-{id}.fits",
-            "aspcap/dr17/synspec_rev1/allStar-dr17-synspec_rev1.fits",
-            target_id="{telescope}.{field}.{id}",
-            telescopes=("apo25m", "lco25m", "apo1m"),
-            row=0,  # row 1 of its masks is empty
-        ),
-    )
-}
+# %%
+toy = _release(
+    "DR99", "apStar-x1-{id}.fits", "aspcapStar-v9-{id}.fits", "allStar.fits", target_id=""
+)
+toy.path("apstar", "M67", "VESTA"), toy.reductions, toy.row
 
 # %% [markdown]
-# A star that was seen several times has several rows in its `apStar` file: row 0 combines the visits pixel by pixel, row 1 with one weight per visit,
-# and the visits follow. Which of the two is *the* spectrum is a fact of the release, too. Row 1 is it up to DR16; DR17 left the masks of row 1 empty,
-# so there row 0 is the one that knows its bad pixels.
+# Four releases, of which DR14 has a second layout: the folders of the original lab, `stars/<location>/…`.
 
 # %%
-assert {name: release.row for name, release in RELEASES.items()} == {
-    "dr10": 1,
-    "dr14": 1,
-    "dr16": 1,
-    "dr17": 0,
+#| export
+_NORTH_AND_SOUTH = {
+    "target_id": "{telescope}.{field}.{id}",
+    "telescopes": ("apo25m", "lco25m", "apo1m"),
 }
+RELEASES = {
+    "dr10": _release(
+        "DR10",
+        "redux/r3/s3/{field}/apStar-s3-{id}.fits",
+        "redux/r3/s3/a3/v304/{field}/aspcapStar-v304-{id}.fits",
+        "redux/r3/s3/a3/v304/allStar-v304.fits",
+        target_id="{field}.{id}",
+        field_column="LOCATION_ID",
+    ),
+    "dr14": _release(
+        "DR14",
+        "redux/r8/stars/{telescope}/{field}/apStar-r8-{id}.fits",
+        "redux/r8/stars/l31c/l31c.2/{field}/aspcapStar-r8-l31c.2-{id}.fits",
+        "redux/r8/stars/l31c/l31c.2/allStar-l31c.2.fits",
+        target_id="{field}.{id}",
+        telescopes=("apo25m", "apo1m"),
+        field_column="LOCATION_ID",
+        other_layouts={
+            "apstar": ("stars/{field}/apStar-r8-{id}.fits",),
+            "aspcapstar": ("stars/{field}/aspcapStar-r8-l31c.2-{id}.fits",),
+            "allstar": ("stars/allStar-l31c.2.fits",),
+        },
+    ),
+    "dr16": _release(
+        "DR16",
+        "redux/r12/stars/{telescope}/{field}/{prefix}Star-r12-{id}.fits",
+        "aspcap/r12/l33/{telescope}/{field}/aspcapStar-r12-{id}.fits",
+        "aspcap/r12/l33/allStar-r12-l33.fits",
+        **_NORTH_AND_SOUTH,
+    ),
+    "dr17": _release(
+        "DR17",
+        "redux/dr17/stars/{telescope}/{field}/{prefix}Star-dr17-{id}.fits",
+        "aspcap/dr17/synspec_rev1/{telescope}/{field}/aspcapStar-dr17-{id}.fits",
+        "aspcap/dr17/synspec_rev1/allStar-dr17-synspec_rev1.fits",
+        **_NORTH_AND_SOUTH,
+        row=0,  # the masks of row 1 are empty
+    ),
+}
+
+# %%
 assert RELEASES["dr16"].reductions == {"r12"} and RELEASES["dr10"].reductions == {"s3", "v304"}
+Table(
+    rows=[(r.name, ", ".join(sorted(r.reductions)), r.row) for r in RELEASES.values()],
+    names=["release", "in names of files", "combined row"],
+)
 
 # %% [markdown]
-# A southern star is a star, too. (The lab's own pattern, `apStar-r8-*-*.fits` means a visit, lost all of them.)
+# A southern star is a star, too. (The original lab's pattern, `apStar-r8-*-*.fits` means a visit, lost all of them.)
 
 # %%
 dr14 = RELEASES["dr14"]
-assert dr14.path("apstar", "4230", "2M21334193-0048169") == (
-    "dr14/apogee/spectro/redux/r8/stars/apo25m/4230/apStar-r8-2M21334193-0048169.fits"
-)
-assert dr14.parse_name("apstar", "apStar-r8-2M21334193-0048169.fits") == "2M21334193-0048169"
-assert dr14.parse_name("apstar", "apStar-r8-2M21334193-0048169-56931.fits") is None  # one visit
+tree = "dr14/apogee/spectro/redux/r8/stars/apo25m/4230/"
+south = "apStar-r8-2M21334193-0048169"
+assert dr14.path("apstar", "4230", "2M21334193-0048169") == f"{tree}{south}.fits"
+assert dr14.parse_name("apstar", f"{south}.fits") == "2M21334193-0048169"
+assert dr14.parse_name("apstar", f"{south}-56931.fits") is None  # one visit
 assert dr14.parse_name("apstar", "apStar-r8-VESTA.fits") == "VESTA"  # another catalogue's name
-for wrong in (
-    "../apStar-r8-2M21334193-0048169.fits",
-    "apStar-r8-2M21334193-0048169.fits.png",
-    "apStar-r12-2M21334193-0048169.fits",
-):
+for wrong in (f"../{south}.fits", f"{south}.fits.png", "apStar-r12-2M21334193-0048169.fits"):
     assert dr14.parse_name("apstar", wrong) is None
-assert (
-    RELEASES["dr17"]
-    .path("apstar", "N362", "2M01020000-7100000", "lco25m")
-    .endswith("lco25m/N362/asStar-dr17-2M01020000-7100000.fits")
-)
 with pytest.raises(LabError, match="DR14 has no product 'apvisit': choose from apstar, aspcapstar"):
     dr14.path("apvisit", "4230", "2M21334193-0048169")
+in_the_south = RELEASES["dr17"].path("apstar", "N362", "2M01020000-7100000", "lco25m")
+assert in_the_south.endswith("lco25m/N362/asStar-dr17-2M01020000-7100000.fits")
+in_the_south
 
 # %% [markdown]
 # ## Archives: who is in them
 # An *archive* is a root with stars in it, and what differs from one to the next is again a record: which release's tree it follows, which labels and
 # fields a command takes unless told otherwise, and which cuts a star must pass.
-
-# %% [markdown]
-# The catalogue also has columns of *flags*, bitmasks like those of the pixels but for a whole star: `STARFLAG` says what the telescope met,
-# `ASPCAPFLAG` what the survey's pipeline thinks of its own labels. The numbers of the bits are the same in all releases; later ones added some.
+#
+# Some cuts ask for a number, such as the signal-to-noise ratio. Others ask for *flags*: the catalogue has bitmasks like those of the pixels, but for a
+# whole star. `STARFLAG` (and `ANDFLAG`, which counts only what all visits had) says what the telescope met, `ASPCAPFLAG` what the survey's pipeline
+# thinks of its own labels. The [numbers of the bits](https://www.sdss4.org/dr17/algorithms/bitmasks/) are the same in all releases; later ones added some.
 
 # %%
 #| export
 _STAR_BITS = {
-    "BAD_PIXELS": 0,
-    "COMMISSIONING": 1,
-    "BRIGHT_NEIGHBOR": 2,
-    "VERY_BRIGHT_NEIGHBOR": 3,
-    "LOW_SNR": 4,
-    "PERSIST_HIGH": 9,
-    "PERSIST_MED": 10,
-    "PERSIST_LOW": 11,
-    "PERSIST_JUMP_POS": 12,
-    "PERSIST_JUMP_NEG": 13,
-    "SUSPECT_RV_COMBINATION": 16,
-    "SUSPECT_BROAD_LINES": 17,
-    "BAD_RV_COMBINATION": 18,
-    "RV_REJECT": 19,
-    "RV_SUSPECT": 20,
-    "MULTIPLE_SUSPECT": 21,
-    "RV_FAIL": 22,
-    "SUSPECT_ROTATION": 23,
-    "MTPFLUX_LT_75": 24,
-    "MTPFLUX_LT_50": 25,
+    **{name: bit for bit, name in enumerate(("BAD_PIXELS", "COMMISSIONING", "BRIGHT_NEIGHBOR"))},
+    **{"VERY_BRIGHT_NEIGHBOR": 3, "LOW_SNR": 4},
+    **{"PERSIST_HIGH": 9, "PERSIST_MED": 10, "PERSIST_LOW": 11},
+    **{"PERSIST_JUMP_POS": 12, "PERSIST_JUMP_NEG": 13},
+    **{"SUSPECT_RV_COMBINATION": 16, "SUSPECT_BROAD_LINES": 17, "BAD_RV_COMBINATION": 18},
+    **{"RV_REJECT": 19, "RV_SUSPECT": 20, "MULTIPLE_SUSPECT": 21, "RV_FAIL": 22},
+    **{"SUSPECT_ROTATION": 23, "MTPFLUX_LT_75": 24, "MTPFLUX_LT_50": 25},
 }
-_DOUBTS = (  # bits 0 to 14 of ASPCAPFLAG as warnings, 16 to 30 as verdicts
+_DOUBTS = (  # what ASPCAP doubts: bits 0 to 14 as warnings, 16 to 30 as verdicts
     *("TEFF", "LOGG", "VMICRO", "M_H", "ALPHA_M", "C_M", "N_M", "STAR"),
     *("CHI2", "COLORTE", "ROTATION", "SN", "SPEC_HOLE", "ATMOS_HOLE", "VSINI"),
 )
 _ASPCAP_BITS = {
     **{f"{name}_WARN": bit for bit, name in enumerate(_DOUBTS)},
     **{f"{name}_BAD": bit for bit, name in enumerate(_DOUBTS, start=16)},
-    "NO_ASPCAP_RESULT": 31,
-    "MISSING_APSTAR": 32,
-    "NO_GRID": 33,
-    "BAD_FRAC_LOWSNR": 34,
-    "BAD_FRAC_BADPIX": 35,
-    "FERRE_FAIL": 36,
-    "PROBLEM_TARGET": 40,
-    "MULTIPLE_SUSPECT": 41,
+    **{"NO_ASPCAP_RESULT": 31, "MISSING_APSTAR": 32, "NO_GRID": 33, "BAD_FRAC_LOWSNR": 34},
+    **{"BAD_FRAC_BADPIX": 35, "FERRE_FAIL": 36, "PROBLEM_TARGET": 40, "MULTIPLE_SUSPECT": 41},
 }
-STAR_FLAGS = {"STARFLAG": _STAR_BITS, "ANDFLAG": _STAR_BITS, "ASPCAPFLAG": _ASPCAP_BITS}
+_STAR_FLAGS = {"STARFLAG": _STAR_BITS, "ANDFLAG": _STAR_BITS, "ASPCAPFLAG": _ASPCAP_BITS}
+
+# %% [markdown]
+# Bits are read from the column as it was written: the 31st bit of a 32-bit number is its sign.
 
 # %%
-assert (STAR_FLAGS["ASPCAPFLAG"]["STAR_WARN"], STAR_FLAGS["ASPCAPFLAG"]["STAR_BAD"]) == (7, 23)
-assert STAR_FLAGS["STARFLAG"]["PERSIST_HIGH"] == 9
+#| export
+_NO_FLAGS = -9999  # how the survey writes "no value" among whole numbers
+
+
+def _bit_number(column, bit):
+    "Number of a bit that was given by name or number; LabError if there is no such bit."
+    names = _STAR_FLAGS.get(column.upper(), {})
+    if isinstance(bit, str):
+        if bit.upper() not in names:
+            known = f"choose from {', '.join(names)}" if names else "give its number"
+            raise LabError(f"{column} has no bit with the name {bit!r}: {known}")
+        return names[bit.upper()]
+    if not 0 <= bit < 64:
+        raise LabError(f"a bit of {column} has a number from 0 to 63, not {bit}")
+    return int(bit)
+
+
+def _as_bits(values):
+    "Whole numbers as 64 bits each, (N,) uint64, and which of them are known, (N,) bool."
+    known = ~np.ma.getmaskarray(values)
+    values = np.ma.getdata(values)
+    if values.dtype.kind == "f":
+        known &= np.isfinite(values)
+        values = np.where(known, values, 0).astype(np.int64)
+    known &= values != _NO_FLAGS
+    if values.dtype.kind == "i":
+        values = values.astype(f"u{values.dtype.itemsize}")
+    return values.astype(np.uint64), known
+
+
+# %%
+assert (_bit_number("ASPCAPFLAG", "STAR_WARN"), _bit_number("ASPCAPFLAG", "star_bad")) == (7, 23)
+assert _bit_number("STARFLAG", "PERSIST_HIGH") == 9 and _bit_number("SNR", 9) == 9
+# The second carries bit 31, the third is unknown.
+_as_bits(np.array([5, -(1 << 31), -9999], ">i4"))
 
 
 # %% [markdown]
-# So a cut keeps an open interval of a column, or stars without certain bits. It answers for itself: `keeps` takes a column and says who stays. A value
-# that nobody knows passes no cut. (Bits are read as the column was written: the 31st of a 32-bit column is its sign.)
+# So a cut keeps an open interval of a column, or the stars without certain bits, or both. It answers for itself: `keeps` takes a column and says who
+# stays. A value that nobody knows passes no cut.
 
 # %%
 #| export
@@ -636,15 +785,10 @@ class Cut:
     low, high : float, default no limit
         Ends of the open interval, in the column's unit.
     reason : str, optional
-        Why such stars go, for the ledger.
+        Why the others go, for the ledger.
     without_bits : int, str or sequence of these, default ()
-        Bits that must not be set, by number (0 is the lowest) or, for the columns in `STAR_FLAGS`,
-        by name.
-
-    Raises
-    ------
-    LabError
-        For the name of a bit that is not known, or a number outside 0 to 63.
+        Bits that must not be set: by number, 0 is the lowest; in STARFLAG, ANDFLAG and ASPCAPFLAG
+        also by name. LabError for a bit that does not exist.
 
     Examples
     --------
@@ -653,8 +797,6 @@ class Cut:
     STARFLAG without BAD_PIXELS, VERY_BRIGHT_NEIGHBOR
     >>> cut.keeps([0, 1, 4, 8])
     array([ True, False,  True, False])
-    >>> print(Cut("giants", "LOGG", high=3.8))
-    LOGG < 3.8
     """
 
     name: str
@@ -667,109 +809,74 @@ class Cut:
     def __post_init__(self):
         bits = self.without_bits
         bits = (bits,) if isinstance(bits, (str, int, np.integer)) else tuple(bits)
-        object.__setattr__(self, "without_bits", bits)
         for bit in bits:
-            self._number(bit)
+            _bit_number(self.column, bit)
+        object.__setattr__(self, "without_bits", bits)
 
     def __str__(self):
         low = f"{self.low:g} < " if np.isfinite(self.low) else ""
         high = f" < {self.high:g}" if np.isfinite(self.high) else ""
-        names = ", ".join(bit if isinstance(bit, str) else f"bit {bit}" for bit in self.without_bits)
-        return f"{low}{self.column}{high}" + (f" without {names}" if names else "")
+        bits = [bit if isinstance(bit, str) else f"bit {bit}" for bit in self.without_bits]
+        return f"{low}{self.column}{high}" + (f" without {', '.join(bits)}" if bits else "")
 
     def keeps(self, column) -> np.ndarray:
-        """Which stars the cut keeps.
-
-        Parameters
-        ----------
-        column : array_like
-            (N,) values of the column, whole numbers where bits are tested; may be masked.
-
-        Returns
-        -------
-        ndarray
-            (N,) bool. False where the value is masked, NaN or missing.
-
-        Raises
-        ------
-        LabError
-            If the column does not hold one number per star.
-        """
-        values = np.ma.asarray(getattr(column, "value", column))
-        if values.ndim != 1 or values.dtype.kind not in "biuf":
-            raise LabError(
-                f"the cut {self.name!r} needs one number per star, but {self.column} holds "
-                f"{'text' if values.dtype.kind in 'SUO' else f'an array of shape {values.shape}'}"
-            )
-        numbers = np.ma.filled(np.ma.asarray(values, dtype=float), np.nan)
-        kept = (numbers > self.low) & (numbers < self.high)
-        if self.without_bits:
-            forbidden = sum(1 << bit for bit in {self._number(bit) for bit in self.without_bits})
-            bits, known = _as_bits(values)
-            kept &= known & ((bits & np.uint64(forbidden)) == 0)
-        return kept
-
-    def _number(self, bit):
-        "Number of a bit that was named; LabError if there is none."
-        names = STAR_FLAGS.get(self.column.upper(), {})
-        if isinstance(bit, str):
-            if bit.upper() not in names:
-                known = f"choose from {', '.join(names)}" if names else "give its number"
-                raise LabError(f"{self.column} has no bit with the name {bit!r}: {known}")
-            return names[bit.upper()]
-        if not 0 <= bit < 64:
-            raise LabError(f"a bit of {self.column} has a number from 0 to 63, not {bit}")
-        return int(bit)
+        "Which of N values (array, masked or not, or Quantity) the cut keeps: (N,) bool."
+        return _passes(self, column)
 
 
-def _as_bits(values):
-    "Whole numbers as 64 bits each, (N,) uint64, and which of them are known, (N,) bool."
-    known = ~np.ma.getmaskarray(values)
-    values = np.ma.getdata(values)
-    if values.dtype.kind == "f":
-        known &= np.isfinite(values)
-        values = np.where(known, values, 0).astype(np.int64)
-    known &= values != _NO_FLAGS
-    if values.dtype.kind == "i":  # a sign is the highest bit of its own width, not of 64 bits
-        values = values.astype(f"u{values.dtype.itemsize}")
-    return values.astype(np.uint64), known
+def _passes(cut, column):
+    "The rule of a cut; LabError unless the column holds one number per star."
+    values = np.ma.asarray(getattr(column, "value", column))
+    if values.ndim != 1 or values.dtype.kind not in "biuf":
+        text = values.dtype.kind in "SUO"
+        raise LabError(
+            f"the cut {cut.name!r} needs one number per star, but {cut.column} holds "
+            + ("text" if text else f"an array of shape {values.shape}")
+        )
+    numbers = np.ma.filled(np.ma.asarray(values, dtype=float), np.nan)
+    kept = (numbers > cut.low) & (numbers < cut.high)
+    if cut.without_bits:
+        forbidden = sum({1 << _bit_number(cut.column, bit) for bit in cut.without_bits})
+        bits, known = _as_bits(values)
+        kept &= known & ((bits & np.uint64(forbidden)) == 0)
+    return kept
 
-
-_NO_FLAGS = -9999  # how the survey writes "no value" among whole numbers
 
 # %% [markdown]
-# Three temperatures, of which one is unknown, and five flags: the last two have bit 31 of a 32-bit column and no value.
+# Three temperatures, of which one is unknown; and three stars whose flags say nothing, a warning, and that there are no labels.
 
 # %%
-assert Cut("cool", "TEFF", high=5000).keeps([4000.0, 6000.0, np.nan]).tolist() == [True, False, False]
-flags = np.ma.array(np.array([0, 1 << 9, 1 << 7, -(1 << 31), 0], ">i4"), mask=[0, 0, 0, 0, 1])
-assert Cut("", "ASPCAPFLAG", without_bits="star_warn").keeps(flags).tolist() == [
-    True,
-    True,
-    False,
-    True,
-    False,
-]
-assert Cut("", "ASPCAPFLAG", without_bits=(9, 31)).keeps(flags).tolist() == [
-    True,
-    False,
-    True,
-    False,
-    False,
-]
+flags = np.ma.array(np.array([0, 1 << 7, -(1 << 31), 0], ">i4"), mask=[0, 0, 0, 1])
+bad = Cut("failed", "ASPCAPFLAG", without_bits=("STAR_BAD", 31), reason="ASPCAP failed")
+assert Cut("cool", "TEFF", high=5000).keeps([4000, 6000, np.nan]).tolist() == [True, False, False]
+assert bad.keeps(flags).tolist() == [True, True, False, False]
 with pytest.raises(LabError, match="STARFLAG has no bit with the name 'DUST': choose from BAD_PIX"):
     Cut("dusty", "STARFLAG", without_bits="DUST")
-print(Cut("flags", "ASPCAPFLAG", without_bits=("STAR_BAD", 31), reason="ASPCAP failed"))
+print(bad)
 
 
 # %% [markdown]
-# Now the archives.
+# Now the archives. `survey` is what the original lab fetched, `mock` a made-up twin of it, `clusters` the real stars that come with this package.
 
 # %%
-#| export
+#| exporti
 @dataclass(frozen=True)
 class Archive:
-    "What the lab has to know about an archive; `archive.json` at its root names the record."
+    """What differs from archive to archive; `archive.json` at a root names the record.
+
+    Parameters
+    ----------
+    name, title : str
+        How it is called, and in words.
+    release : str
+        Whose tree it follows, a key of `RELEASES`.
+    labels, fields : tuple of str
+        Labels and folders that are taken by default.
+    cuts : tuple of Cut
+        What a star must pass.
+    products : tuple of str
+        Its kinds of files, the default first.
+    """
 
     name: str
     title: str
@@ -785,50 +892,37 @@ class Archive:
         return RELEASES[self.release]
 
 
+ARCHIVE_FILE = "archive.json"  # at the root of an archive that we wrote
+TRUTH_FILE = "truth.fits"  # next to it, what only its writer knows
+
+# %%
+#| export
 _SNR = Cut("signal-to-noise", "SNR", low=50, reason="too noisy to train on")
-_LAB = dict(
+_FOUR_FIELDS = dict(
     release="dr14",
     labels=("TEFF", "LOGG", "FE_H", "MG_FE", "SI_FE"),
     fields=("4230", "4262", "5162", "4241"),
     cuts=(_SNR, Cut("metal-poor", "FE_H", low=-1, reason="few stars, weak lines")),
 )
-ARCHIVES = {
-    archive.name: archive
-    for archive in (
-        Archive("survey", "SDSS data release 14, the lab's four fields", **_LAB),
-        Archive("mock", "synthetic stars with known truth, in the lab's four fields", **_LAB),
-        Archive(
-            "clusters",
-            "553 real stars of 18 star clusters and the Pleiades (SDSS DR10)",
-            release="dr14",
-            labels=("TEFF", "LOGG", "M_H", "ALPHA_M", "C_M", "N_M"),
-            fields=(
-                "4105",
-                "4128",
-                "4147",
-                "4148",
-                "4160",
-                "4161",
-                "4162",
-                "4200",
-                "4201",
-                "4202",
-                "4217",
-                "4230",
-                "4259",
-                "4260",
-                "4261",
-                "4262",
-                "4263",
-                "4264",
-                "4418",
-            ),
-            cuts=(_SNR, Cut("dwarf", "LOGG", high=3.8, reason="the model is one of giants")),
-        ),
-    )
+_CLUSTERS = dict(
+    release="dr14",
+    labels=("TEFF", "LOGG", "M_H", "ALPHA_M", "C_M", "N_M"),
+    fields=(
+        *("4105", "4128", "4147", "4148", "4160", "4161", "4162", "4200", "4201", "4202"),
+        *("4217", "4230", "4259", "4260", "4261", "4262", "4263", "4264", "4418"),
+    ),
+    cuts=(_SNR, Cut("dwarf", "LOGG", high=3.8, reason="the model is one of giants")),
+)
+_TITLES = {
+    "survey": "SDSS data release 14, four fields of the original lab",
+    "mock": "synthetic stars with known truth, in four fields of the original lab",
+    "clusters": "553 real stars of 18 star clusters and the Pleiades (SDSS DR10)",
 }
-ARCHIVE_FILE = "archive.json"  # at the root of an archive that we wrote
-TRUTH_FILE = "truth.fits"  # beside it, what only its writer knows
+ARCHIVES = {
+    "survey": Archive("survey", _TITLES["survey"], **_FOUR_FIELDS),
+    "mock": Archive("mock", _TITLES["mock"], **_FOUR_FIELDS),
+    "clusters": Archive("clusters", _TITLES["clusters"], **_CLUSTERS),
+}
 
 # %%
 Table(
@@ -846,10 +940,24 @@ Table(
 
 # %%
 #| export
-def archive_record(
-    root,  # a folder
-) -> Archive:  # the record that its archive.json names, the survey's without one
-    "Which archive stands at `root`."
+def archive_record(root) -> Archive:
+    """Which archive stands at a root.
+
+    Parameters
+    ----------
+    root : path
+        A folder.
+
+    Returns
+    -------
+    Archive
+        The record that its `archive.json` names; the survey's where there is no such file.
+
+    Raises
+    ------
+    LabError
+        If the file names no archive, or one that this version does not know.
+    """
     file = Path(root) / ARCHIVE_FILE
     if not file.exists():
         return ARCHIVES["survey"]
@@ -857,27 +965,42 @@ def archive_record(
         name = json.loads(file.read_text(encoding="utf-8"))["archive"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LabError(
-            f"{file} does not name an archive ({error}): write the archive again, or remove the file if this is the survey"
+            f"{file} does not name an archive ({error}): write the archive again, "
+            "or remove the file if this is the survey"
         ) from error
     if name not in ARCHIVES:
         raise LabError(
-            f"{file} names the archive {name!r}, which this version does not know: choose from {', '.join(ARCHIVES)}"
+            f"{file} names the archive {name!r}, which this version does not know: "
+            f"choose from {', '.join(ARCHIVES)}"
         )
     return ARCHIVES[name]
 
 
+# %%
+with tempfile.TemporaryDirectory() as root:
+    assert archive_record(root).name == "survey"
+    (Path(root) / ARCHIVE_FILE).write_text('{"archive": "clusters"}')
+    assert archive_record(root).labels[2] == "M_H"
+    (Path(root) / ARCHIVE_FILE).write_text('{"archive": "atlantis"}')
+    with pytest.raises(LabError, match="'atlantis'.*choose from survey, mock, clusters") as refusal:
+        archive_record(root)
+print(str(refusal.value).replace(root, "…"))
+
+
+# %% [markdown]
+# Three variables of the environment are read, and only here.
+
+# %%
+#| export
 def archive_root() -> Path:
-    "Root of the archive at hand: `STELLAR_LAB_ARCHIVE`, else `data/archives/clusters` of the project."
+    "Root of the archive at hand: `STELLAR_LAB_ARCHIVE`, else the project's own of clusters."
     root = os.environ.get("STELLAR_LAB_ARCHIVE")
-    root = (
-        Path(root)
-        if root
-        else Path(__file__).resolve().parents[1] / "data" / "archives" / "clusters"
-    )
+    shipped = Path(__file__).resolve().parents[1] / "data" / "archives" / "clusters"
+    root = Path(root) if root else shipped
     if not root.is_dir():
         raise LabError(
-            f"there is no archive at {root}: run 'make archive', or 'stellar-lab archive clusters {root}', "
-            "or let STELLAR_LAB_ARCHIVE name a folder"
+            f"there is no archive at {root}: run 'make archive', or "
+            f"'stellar-lab archive clusters {root}', or let STELLAR_LAB_ARCHIVE name a folder"
         )
     return root
 
@@ -889,13 +1012,14 @@ def real_data() -> Path | None:
         return None
     if not Path(folder).is_dir():
         raise LabError(
-            f"STELLAR_LAB_REAL_DATA names {folder}, which is not a folder: mend the variable or unset it"
+            f"STELLAR_LAB_REAL_DATA names {folder}, which is not a folder: "
+            "mend the variable or unset it"
         )
     return Path(folder)
 
 
 def profile() -> str:
-    "`quick` (minutes) or `full` (every number of the lab), from `STELLAR_LAB_PROFILE`."
+    "`quick` (minutes) or `full` (every number of this book), from `STELLAR_LAB_PROFILE`."
     name = os.environ.get("STELLAR_LAB_PROFILE", "quick")
     if name not in ("quick", "full"):
         raise LabError(f"STELLAR_LAB_PROFILE is {name!r}: choose quick or full")
@@ -903,30 +1027,39 @@ def profile() -> str:
 
 
 # %%
-import tempfile
-
-with tempfile.TemporaryDirectory() as root:
-    assert archive_record(root).name == "survey"
-    (Path(root) / ARCHIVE_FILE).write_text('{"archive": "clusters"}')
-    assert archive_record(root).labels[2] == "M_H"
-    (Path(root) / ARCHIVE_FILE).write_text('{"archive": "atlantis"}')
-    with pytest.raises(LabError, match="'atlantis'.*choose from survey, mock, clusters"):
-        archive_record(root)
+with patch.dict(os.environ, STELLAR_LAB_PROFILE="slow", STELLAR_LAB_REAL_DATA="/nowhere"):
+    for ask in (profile, real_data):
+        with pytest.raises(LabError) as refusal:
+            ask()
+        print(refusal.value)
 
 
 # %% [markdown]
-# An archive that was written here brings a truth table: what the writer alone knows. For synthetic stars that is every label, and the trend that was planted in the catalogue,
-# so that "wrong" can be told from "different".
+# An archive that was written here brings a truth table: what the writer alone knows. For synthetic stars that is every label, and the trend that was
+# planted in the catalogue, so that "wrong" can be told from "different".
 
 # %%
 #| export
-def read_truth(
-    root,  # of an archive
-    apogee_ids=None,  # (N,) which stars, in this order ("mystery" for the nameless one); all by default
-) -> (
-    Table | None
-):  # a row a star; None where the archive has no truth table, as the survey has none
-    "What only the writer of an archive knows of its stars. LabError for a star that it does not list."
+def read_truth(root, apogee_ids=None) -> Table | None:
+    """What only the writer of an archive knows of its stars.
+
+    Parameters
+    ----------
+    root : path
+        Of an archive.
+    apogee_ids : sequence of str, optional
+        (N,) which stars, in this order ("mystery" for the nameless one). All by default.
+
+    Returns
+    -------
+    Table or None
+        One row per star. None where the archive has no truth table, as the survey has none.
+
+    Raises
+    ------
+    LabError
+        For a star that the table does not list.
+    """
     file = Path(root) / TRUTH_FILE
     if not file.is_file():
         return None
@@ -938,38 +1071,46 @@ def read_truth(
     strangers = [str(name) for name in apogee_ids if str(name) not in place]
     if strangers:
         raise LabError(
-            f"{file} does not list {strangers[0]}, nor {len(strangers) - 1} more: is it the truth table of another archive?"
+            f"{file} does not list {strangers[0]}, nor {len(strangers) - 1} more: "
+            "is it the truth table of another archive?"
         )
     return table[[place[str(name)] for name in apogee_ids]]
 
 
-def true_labels(
-    root,
-    apogee_ids,  # as for `read_truth`
-    names,  # K label names
-) -> (
-    tuple | None
-):  # labels (N, K), trends of the catalogue (N, K), physical units; None where nobody knows them
-    "The true labels of stars, and what the catalogue was made to be off. Stars that were observed, not made, have none."
+def true_labels(root, apogee_ids, names) -> tuple | None:
+    """The true labels of stars, and what the catalogue was made to be off.
+
+    Parameters
+    ----------
+    root, apogee_ids
+        As for `read_truth`.
+    names : sequence of str
+        K names of labels.
+
+    Returns
+    -------
+    tuple of ndarray or None
+        Labels (N, K) and trends of the catalogue (N, K), in physical units. None where nobody knows
+        them: stars that were observed, not made.
+    """
     truth = read_truth(root, apogee_ids)
     if truth is None or not all(f"{name}_TREND" in truth.colnames for name in names):
         return None
-    return tuple(
-        np.column_stack([np.asarray(truth[f"{name}{suffix}"], float) for name in names])
-        for suffix in ("", "_TREND")
-    )
+    labels = [np.asarray(truth[name], float) for name in names]
+    trends = [np.asarray(truth[f"{name}_TREND"], float) for name in names]
+    return np.column_stack(labels), np.column_stack(trends)
 
 
 # %%
+made = Table(
+    {
+        "APOGEE_ID": ["a", "b", "mystery"],
+        "TEFF": [4000.0, 4500.0, 5000.0],
+        "TEFF_TREND": [9.0, 0.0, -9.0],
+    }
+)
 with tempfile.TemporaryDirectory() as root:
     assert read_truth(root) is None and true_labels(root, ["a"], ["TEFF"]) is None
-    made = Table(
-        {
-            "APOGEE_ID": ["a", "b", "mystery"],
-            "TEFF": [4000.0, 4500.0, 5000.0],
-            "TEFF_TREND": [9.0, 0.0, -9.0],
-        }
-    )
     made.write(Path(root) / TRUTH_FILE)
     assert read_truth(root, ["b"])["TEFF"][0] == 4500
     labels, trend = true_labels(root, ["mystery", "a"], ["TEFF"])
@@ -977,6 +1118,7 @@ with tempfile.TemporaryDirectory() as root:
     assert true_labels(root, ["a"], ["TEFF", "LOGG"]) is None
     with pytest.raises(LabError, match="does not list c, nor 1 more"):
         read_truth(root, ["a", "c", "d"])
+labels
 
 
 # %% [markdown]
@@ -985,10 +1127,24 @@ with tempfile.TemporaryDirectory() as root:
 
 # %%
 #| export
-def data_file(
-    name: str,  # of a file in the package's data folder
-):  # -> context manager that gives its path
-    "A file that the package brings; LabError if the installation lacks it."
+def data_file(name: str):
+    """A file that the package brings.
+
+    Parameters
+    ----------
+    name : str
+        Of a file in the package's data folder.
+
+    Returns
+    -------
+    context manager
+        Gives the path of the file.
+
+    Raises
+    ------
+    LabError
+        If the installation lacks it.
+    """
     file = files("stellar_lab.data") / name
     if not file.is_file():
         raise LabError(
@@ -1000,25 +1156,37 @@ def data_file(
 # %%
 with data_file("continuum_pixels.npy") as path:
     assert np.load(path).shape == wavelength.shape
-with pytest.raises(LabError, match="lacks its data file lost.fits: install stellar_lab again"):
+with pytest.raises(LabError, match="lacks its data file lost.fits") as refusal:
     data_file("lost.fits")
+print(refusal.value)
 
 
 # %% [markdown]
 # ## Writing without leaving halves behind
-# A run can be stopped at any moment, and a file that is half there is worse than none. So every file is written under a temporary name beside its place
+# A run can be stopped at any moment, and a file that is half there is worse than none. So every file is written under a temporary name next to its place
 # and renamed when it is whole: the rename is atomic.
 
 # %%
 #| export
 @contextmanager
 def atomic_path(path):
-    "A temporary path beside `path` to write to; it becomes `path` when the block ends well and vanishes when it does not."
+    """A temporary path to write to, in the folder of `path`.
+
+    It becomes `path` when the block ends well and vanishes when it does not.
+
+    Parameters
+    ----------
+    path : path
+        Where the file will stand. Folders are made.
+
+    Yields
+    ------
+    Path
+        The temporary path, with the same extension, by which writers choose the format.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(
-        f".{os.getpid()}.{path.name}"
-    )  # keeps the extension, by which writers choose the format
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -1026,133 +1194,220 @@ def atomic_path(path):
         temporary.unlink(missing_ok=True)
 
 
+# %%
+#| exporti
 TABLE_FORMATS = {".fits": "fits", ".ecsv": "ascii.ecsv", ".parquet": "parquet"}
 
 
-def write_table(
-    table: Table,
-    path,  # .fits, .ecsv or .parquet
-):
-    "Write a table whole or not at all, in the format that the extension names."
+# %%
+#| export
+def write_table(table: Table, path):
+    """Write a table whole or not at all.
+
+    Parameters
+    ----------
+    table : Table
+        What to write.
+    path : path
+        Its extension, `.fits`, `.ecsv` or `.parquet`, names the format.
+
+    Raises
+    ------
+    LabError
+        For another extension, or if Parquet is asked for without pyarrow.
+    """
     suffix = Path(path).suffix.lower()
     if suffix not in TABLE_FORMATS:
-        raise LabError(
-            f"cannot write {path}: the extension must be one of {', '.join(TABLE_FORMATS)}"
-        )
+        known = ", ".join(TABLE_FORMATS)
+        raise LabError(f"cannot write {path}: the extension must be one of {known}")
     if suffix == ".parquet":
         require("pyarrow", "parquet")
     with atomic_path(path) as temporary:
         table.write(temporary, format=TABLE_FORMATS[suffix], overwrite=True)
 
 
+# %% [markdown]
+# A table is written; then another file under the same name is begun and fails.
+
 # %%
 with tempfile.TemporaryDirectory() as folder:
     target = Path(folder) / "labels.ecsv"
     write_table(QTable({"teff": [4700, 4800] * u.K}), target)
-    with pytest.raises(ZeroDivisionError):
-        with atomic_path(target) as temporary:
-            temporary.write_text("half a")
-            1 / 0
-    assert [file.name for file in Path(folder).iterdir()] == [
-        "labels.ecsv"
-    ]  # no trace of the failure
+    with pytest.raises(ZeroDivisionError), atomic_path(target) as temporary:
+        temporary.write_text("half a")
+        raise ZeroDivisionError
+    left = [file.name for file in Path(folder).iterdir()]
+    assert left == ["labels.ecsv"]  # no trace of the failure
     assert QTable.read(target)["teff"].unit == u.K  # and the old file is whole
-    with pytest.raises(
-        LabError, match="labels.doc: the extension must be one of .fits, .ecsv, .parquet"
-    ):
+    with pytest.raises(LabError, match="extension must be one of .fits, .ecsv, .parquet"):
         write_table(QTable(), Path(folder) / "labels.doc")
+left
 
 
 # %% [markdown]
 # ## `Spectra`: rows stay together
-# The lab lost track of its stars once: it cut the spectra and forgot to cut the names, and later titles named other stars. Here flux, inverse variance,
-# mask and catalogue rows of the same stars live in one object. `spectra[rows]` cuts all of it, with anything that numpy takes as an index.
+# The original lab lost track of its stars once: it cut the spectra and forgot to cut the names, and later titles named other stars. Here flux, inverse
+# variance, mask and catalogue rows of the same stars live in one object. `spectra[rows]` cuts all of it, with anything that numpy takes as an index.
 #
 # A pixel that cannot be used has `ivar = 0`: the weight says it all, and every sum over pixels ignores it without a special case.
 
 # %%
 #| export
-@dataclass
-class Spectra:
-    "Spectra of N stars on P pixels, and all that belongs to the same stars. Label columns are in physical units, NaN where there is none."
+def _check_parts(spectra):
+    "LabError unless all parts have one row per star and one column per wavelength."
+    shape = (len(spectra.stars), len(spectra.wavelength))
+    for name in ("flux", "ivar", "mask"):
+        array = getattr(spectra, name)
+        if array is not None and array.shape != shape:
+            raise LabError(
+                f"{name} has the shape {array.shape}, but {shape[0]} stars and "
+                f"{shape[1]} wavelengths need {shape}"
+            )
+    if np.any(np.diff(spectra.wavelength) <= 0):
+        raise LabError("wavelengths must increase from pixel to pixel")
 
-    wavelength: np.ndarray  # (P,) float64, increasing [Angstrom, vacuum]
-    flux: np.ndarray  # (N, P) float32
-    ivar: np.ndarray  # (N, P) float32, inverse variance of flux; 0 marks an unusable pixel
-    stars: Table  # N rows: APOGEE_ID, FIELD, SNR, labels, label errors, …
-    mask: np.ndarray | None = (
-        None  # (N, P) integer APOGEE_PIXMASK bits, None where the product has none
-    )
+
+def _as_index(rows):
+    "An index that keeps the table a table, even for one star or none."
+    if isinstance(rows, slice):
+        return rows
+    rows = np.atleast_1d(rows)
+    return rows if rows.size else rows.astype(int)  # an empty list is one of floats to numpy
+
+
+# %%
+_as_index(1), _as_index([]), _as_index(slice(2))
+
+
+# %% [markdown]
+# Labels are columns of its table of stars, and there is one way to ask for them.
+
+# %%
+#| export
+class _Labelled:
+    "What has a table of `stars` with columns of labels and their errors."
+
+    @property
+    def label_names(self) -> tuple:
+        """Names of the labels that were asked for, in the order of `LABELS`.
+
+        They stand in `stars.meta["labels"]`; without that entry, all that the table holds.
+        """
+        asked = self.stars.meta.get("labels", LABELS)
+        return tuple(name for name in LABELS if name in asked and name in self.stars.colnames)
+
+    def labels(self, names=None) -> np.ndarray:
+        """Label values as one array.
+
+        Parameters
+        ----------
+        names : sequence of str, optional
+            K label names; `label_names` by default.
+
+        Returns
+        -------
+        ndarray
+            (N, K) float64, physical units, NaN where there is none.
+
+        Raises
+        ------
+        LabError
+            If the table lacks a label.
+        """
+        return self._columns(names, "")
+
+    def label_errors(self, names=None) -> np.ndarray:
+        "1-sigma errors of the labels, (N, K), like `labels`."
+        return self._columns(names, "_ERR")
+
+    def _columns(self, names, suffix):
+        records = label_records(self.label_names if names is None else names)
+        columns = [label.name + suffix for label in records]
+        missing = [column for column in columns if column not in self.stars.colnames]
+        if missing:
+            known = ", ".join(self.stars.colnames)
+            raise LabError(f"the stars have no column {', '.join(missing)}: there are {known}")
+        values = [np.ma.asarray(self.stars[column], dtype=float) for column in columns]
+        filled = [np.ma.filled(value, np.nan) for value in values]
+        return np.column_stack(filled) if filled else np.empty((len(self.stars), 0))
+
+
+# %%
+class Toy(_Labelled):
+    "Stars without spectra."
+
+    stars = Table({"TEFF": [4000.0, 4500.0], "FE_H": [0.1, np.nan]})
+
+
+Toy().label_names, Toy().labels()
+
+
+# %% [markdown]
+# The object itself only keeps its parts in step.
+
+# %%
+#| export
+@dataclass
+class Spectra(_Labelled):
+    """Spectra of N stars on P pixels, and all that belongs to the same stars.
+
+    Parameters
+    ----------
+    wavelength : ndarray
+        (P,) float64, increasing [Angstrom, vacuum].
+    flux : ndarray
+        (N, P) float32.
+    ivar : ndarray
+        (N, P) float32, inverse variance of the flux; 0 marks an unusable pixel.
+    stars : Table
+        N rows. The readers give APOGEE_ID, TELESCOPE, FIELD, LOCATION_ID, SNR, NVISITS, J, H, K
+        [mag], RA, DEC [degree, J2000] and FILE, each empty or NaN where the header does not say it;
+        from the catalogue labels and `_ERR` columns in physical units, NaN where there is none.
+        Its `meta` says what the flux is: `product`, `release`, `archive`, `normalized`, `row`.
+    mask : ndarray, optional
+        (N, P) integer APOGEE_PIXMASK bits; None where the product has none.
+
+    Raises
+    ------
+    LabError
+        If shapes do not fit, or wavelengths do not increase.
+
+    Examples
+    --------
+    >>> stars = Table({"APOGEE_ID": ["one", "two"], "TEFF": [4000.0, 4500.0]})
+    >>> spectra = Spectra(np.array([15200.0, 15201.0]), np.ones((2, 2)), np.ones((2, 2)), stars)
+    >>> spectra
+    <Spectra: 2 stars, 2 pixels from 15200.0 to 15201.0 Å, 100.0% of the pixels usable>
+    >>> hot = spectra[spectra.labels(["TEFF"])[:, 0] > 4200]
+    >>> hot.stars["APOGEE_ID"][0], hot.flux.shape
+    (np.str_('two'), (1, 2))
+    """
+
+    wavelength: np.ndarray
+    flux: np.ndarray
+    ivar: np.ndarray
+    stars: Table
+    mask: np.ndarray | None = None
 
     def __post_init__(self):
-        shape = (len(self.stars), len(self.wavelength))
-        for name in ("flux", "ivar", "mask"):
-            array = getattr(self, name)
-            if array is not None and array.shape != shape:
-                raise LabError(
-                    f"{name} has the shape {array.shape}, but {shape[0]} stars and {shape[1]} wavelengths need {shape}"
-                )
-        if np.any(np.diff(self.wavelength) <= 0):
-            raise LabError("wavelengths must increase from pixel to pixel")
+        _check_parts(self)
 
     def __len__(self):
         return len(self.stars)
 
     def __getitem__(self, rows) -> "Spectra":
-        if not isinstance(rows, slice):
-            rows = np.atleast_1d(rows)
-            rows = (
-                rows if rows.size else rows.astype(int)
-            )  # an empty list means no stars, not a float
+        rows = _as_index(rows)
         mask = None if self.mask is None else self.mask[rows]
         return Spectra(self.wavelength, self.flux[rows], self.ivar[rows], self.stars[rows], mask)
 
     def __repr__(self):
+        grid = f"{len(self.wavelength)} pixels from {self.wavelength[0]:.1f} to "
         good = f"{np.mean(self.ivar > 0):.1%} of the pixels usable" if self.ivar.size else "empty"
-        return f"<Spectra: {len(self)} stars, {len(self.wavelength)} pixels from {self.wavelength[0]:.1f} to {self.wavelength[-1]:.1f} Å, {good}>"
+        return f"<Spectra: {len(self)} stars, {grid}{self.wavelength[-1]:.1f} Å, {good}>"
 
     def replace(self, **changes) -> "Spectra":
         "A copy with some parts exchanged; the other parts are shared, not copied."
         return replace(self, **changes)
-
-    @property
-    def label_names(self) -> tuple:
-        "Names of the labels that were asked for (`labels` of the stars' meta), else of all that the table holds; in the order of `LABELS`."
-        asked = self.stars.meta.get("labels", LABELS)
-        return tuple(name for name in LABELS if name in asked and name in self.stars.colnames)
-
-    def labels(
-        self,
-        names=None,  # K label names; all that the table holds by default
-    ) -> np.ndarray:  # (N, K) float64, physical units, NaN where there is none
-        "Label values as one array."
-        return self._columns(
-            [label.name for label in label_records(self.label_names if names is None else names)]
-        )
-
-    def label_errors(self, names=None) -> np.ndarray:
-        "1-sigma errors of the labels, like `labels`."
-        return self._columns(
-            [
-                f"{label.name}_ERR"
-                for label in label_records(self.label_names if names is None else names)
-            ]
-        )
-
-    def _columns(self, columns):
-        missing = [column for column in columns if column not in self.stars.colnames]
-        if missing:
-            raise LabError(
-                f"the stars have no column {', '.join(missing)}: there are {', '.join(self.stars.colnames)}"
-            )
-        if not columns:
-            return np.empty((len(self), 0))
-        return np.column_stack(
-            [
-                np.ma.filled(np.ma.asarray(self.stars[column], dtype=float), np.nan)
-                for column in columns
-            ]
-        )
 
 
 # %%
@@ -1170,61 +1425,83 @@ spectra
 hot = spectra[spectra.labels(["TEFF"])[:, 0] > 4200]
 assert list(hot.stars["APOGEE_ID"]) == ["two"] and hot.flux.shape == (1, 2)
 assert len(spectra[[]]) == 0
-assert (
-    len(spectra[1]) == len(spectra[-2:-1]) == len(spectra[[True, False, False]]) == 1
-)  # a single star is still a table
+for one in (1, slice(-2, -1), [True, False, False]):
+    assert len(spectra[one]) == 1  # a single star is still a table
 hot.stars.meta["labels"] = ()  # a temperature that only a cut needs is not a label of this run
 assert spectra.label_names == ("TEFF",) and hot.label_names == ()
-with pytest.raises(
-    LabError, match=r"flux has the shape \(2, 2\), but 3 stars and 2 wavelengths need \(3, 2\)"
-):
+with pytest.raises(LabError, match=r"flux has the shape \(2, 2\), but 3 stars and 2 wavelengths"):
     spectra.replace(flux=np.ones((2, 2), "f4"))
 with pytest.raises(LabError, match="no column LOGG: there are APOGEE_ID, TEFF, TEFF_ERR"):
     spectra.labels(["LOGG"])
+hot
 
 # %% [markdown]
 # ## One style for all pictures
-# Seaborn's colour-blind palette, thin lines, units on every axis. `plot_spectrum` draws a star as the lab does: flux on the left axis, its error in
-# grey on a second one, no line across the gaps between the chips.
+# Seaborn's colour-blind palette, thin lines, units on every axis. `plot_spectrum` draws a star as the original lab did: flux on the left axis, its error
+# in grey on a second one, no line across the gaps between the chips. (The plotting libraries are imported when something is drawn: who only reads
+# spectra need not wait for them.)
 
 # %%
 #| export
-STYLE = {
+_STYLE = {
     "lines.linewidth": 0.9,
     "figure.constrained_layout.use": True,
     "figure.dpi": 80,
     "savefig.dpi": 80,
     "axes.grid": False,
 }
-CHIP_COLORS = dict(
-    zip(CHIPS, ("#0173b2", "#029e73", "#d55e00"))
-)  # of seaborn's colour-blind palette
+_CHIP_PALETTE = ("#0173b2", "#029e73", "#d55e00")  # of seaborn's colour-blind palette
+CHIP_COLORS = dict(zip(CHIPS, _CHIP_PALETTE, strict=True))
 
 
 def use_style():
-    "Set the style of the lab's figures for this session."
-    sns.set_theme(context="notebook", style="ticks", palette="colorblind", font_scale=0.9, rc=STYLE)
+    "Set the style of this book's figures for the session."
+    import seaborn
 
-
-def plot_spectrum(
-    grid: np.ndarray,  # (P,) [Angstrom]
-    flux: np.ndarray,  # (P,)
-    ivar: np.ndarray = None,  # (P,); pixels of weight 0 leave a gap
-    window: tuple = None,  # (low, high) [Angstrom] to show
-    error: bool = False,  # draw the 1-sigma error on a second axis
-    ax=None,
-    title: str = None,
-    **line,
-):
-    "One spectrum; returns the Axes."
-    ax = plt.subplots(figsize=(9, 2.5))[1] if ax is None else ax
-    shown = (
-        np.ones(len(grid), bool) if window is None else (grid >= window[0]) & (grid <= window[1])
+    seaborn.set_theme(
+        context="notebook", style="ticks", palette="colorblind", font_scale=0.9, rc=_STYLE
     )
+
+
+# %%
+use_style()
+CHIP_COLORS
+
+
+# %%
+#| export
+def plot_spectrum(grid, flux, ivar=None, window=None, error=False, ax=None, title=None, **line):
+    """Draw one spectrum.
+
+    Parameters
+    ----------
+    grid, flux : ndarray
+        (P,) wavelengths [Angstrom] and flux.
+    ivar : ndarray, optional
+        (P,) inverse variance; pixels of weight 0 leave a gap.
+    window : tuple of float, optional
+        Lowest and highest wavelength to show [Angstrom].
+    error : bool, default False
+        Draw the 1-sigma error on a second axis.
+    ax : matplotlib Axes, optional
+        Where to draw; a new figure by default.
+    title : str, optional
+        Of the figure.
+    **line
+        For `Axes.plot`.
+
+    Returns
+    -------
+    matplotlib Axes
+    """
+    import matplotlib.pyplot as plt
+
+    ax = plt.subplots(figsize=(9, 2.5))[1] if ax is None else ax
+    low, high = (-np.inf, np.inf) if window is None else window
+    shown = (grid >= low) & (grid <= high)
     good = np.ones(len(grid), bool) if ivar is None else np.asarray(ivar) > 0
-    gaps = (
-        np.flatnonzero(np.diff(np.log10(grid[shown])) > 1.5 * LOG10_STEP) + 1
-    )  # NaNs between the chips break the line
+    # NaNs between the chips break the line.
+    gaps = np.flatnonzero(np.diff(np.log10(grid[shown])) > 1.5 * LOG10_STEP) + 1
 
     def broken(y):
         return np.insert(np.where(good, y, np.nan)[shown].astype(float), gaps, np.nan)
@@ -1233,28 +1510,45 @@ def plot_spectrum(
     ax.plot(x, broken(flux), **({"color": "C0", "lw": 0.7} | line))
     if error and ivar is not None:
         with np.errstate(divide="ignore"):
-            sigma = 1 / np.sqrt(np.asarray(ivar, float))
-        second = ax.twinx()
-        second.plot(x, broken(sigma), color="0.6", lw=0.5)
-        second.set_ylabel("error", color="0.5")
-        second.set_ylim(bottom=0)
-        ax.set_zorder(second.get_zorder() + 1)
-        ax.patch.set_visible(False)
+            _error_axis(ax, x, broken(1 / np.sqrt(np.asarray(ivar, float))))
     ax.set(xlabel="vacuum wavelength [Å]", ylabel="flux", title=title)
     ax.margins(x=0.01)
     return ax
 
 
+def _error_axis(ax, x, sigma):
+    "The error in grey behind the flux, on an axis of its own."
+    second = ax.twinx()
+    second.plot(x, sigma, color="0.6", lw=0.5)
+    second.set_ylabel("error", color="0.5")
+    second.set_ylim(bottom=0)
+    ax.set_zorder(second.get_zorder() + 1)
+    ax.patch.set_visible(False)
+
+
+# %% [markdown]
+# The star of the beginning once more, closer and with its error.
+
 # %%
-use_style()
 ax = plot_spectrum(
-    wavelength,
-    1 - 0.1 * np.sin(wavelength / 50),
-    ivar=1e4 * np.ones_like(wavelength),
+    star.wavelength,
+    star.flux[0],
+    star.ivar[0],
+    window=(16_650, 16_800),
     error=True,
-    title="not a star",
+    title="aluminium",
 )
-line = ax.lines[0].get_xdata()
+ax.set(ylabel="flux / continuum")
+for air in (16718.957, 16750.564, 16763.360):
+    ax.axvline(air_to_vacuum(air), color="C3", lw=0.6, ls="--")
+
+# %% [markdown]
+# **What to see.** Three lines of aluminium (dashed) stand where their wavelengths in air, turned into vacuum, say. Without the turn they would stand at
+# the wrong dips.
+
+# %%
+line = plot_spectrum(wavelength, np.ones(7214)).lines[0].get_xdata()
+plt.close()
 assert np.isnan(line).sum() == 2 and np.nanmax(line) == wavelength[-1]  # two gaps, three chips
 
 # %% [markdown]

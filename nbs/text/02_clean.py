@@ -18,20 +18,20 @@
 
 # %%
 #| export
+import gzip
 import os
 import re
 import warnings
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from glob import escape
+from glob import escape, glob
 from pathlib import Path, PurePosixPath
 from string import Formatter
 from typing import NamedTuple
 
-import corner
-import matplotlib.pyplot as plt
 import numpy as np
 from astropy.io import fits
 from astropy.table import Column, QTable, Table
@@ -44,7 +44,6 @@ from stellar_lab.survey import (
     LABELS,
     LOG10_START,
     LOG10_STEP,
-    MISSING,
     N_PIXELS,
     PRODUCTS,
     RELEASES,
@@ -62,11 +61,14 @@ from stellar_lab.survey import (
 #| hide
 import tempfile
 
+import matplotlib.pyplot as plt
 import pytest
 from IPython.display import Markdown
 
-from stellar_lab.survey import archive_root, real_data, use_style
+from stellar_lab.survey import Cut, archive_root, real_data, use_style
 
+# %%
+#| hide
 use_style()
 
 
@@ -79,65 +81,23 @@ use_style()
 # other never sees it. So a line says what a rule took from the stars it met, not how many stars there are that break it.
 
 # %%
-#| export
+#| exporti
 class Step(NamedTuple):
     "One line of a ledger."
 
     rule: str
     stars: tuple = ()  # APOGEE_ID of each star that fell to the rule
-    details: tuple = ()  # what was wrong with each of them, where a rule has more to say than its name
+    details: tuple = ()  # what was wrong with each of them, where the rule's name does not say it
     counted: int = 0  # for rules that count without dropping
     reason: str = ""
 
 
-@dataclass(frozen=True, repr=False)
-class Ledger:
-    "How many stars were found, and which rule dropped which of them."
-
-    found: int
-    steps: tuple = ()
-
-    def drop(self, rule: str, stars, reason: str = "", details=()) -> "Ledger":
-        "The ledger with one more rule, to which the `stars` (APOGEE_IDs) fell; `details` may say of each why."
-        stars = tuple(map(str, stars))
-        if len(stars) > self.left:
-            raise LabError(
-                f"rule {rule!r} drops {len(stars)} stars, but the ledger has only {self.left} left"
-            )
-        return Ledger(
-            self.found, (*self.steps, Step(rule, stars, tuple(map(str, details)), 0, reason))
-        )
-
-    def count(self, rule: str, number: int, reason: str = "") -> "Ledger":
-        "The ledger with one more line that drops nothing."
-        return Ledger(self.found, (*self.steps, Step(rule, counted=int(number), reason=reason)))
-
-    @property
-    def left(self) -> int:
-        "Stars that no rule dropped."
-        return self.found - sum(len(step.stars) for step in self.steps)
-
-    @property
-    def dropped(self) -> dict:
-        "APOGEE_ID -> the rule it fell to (rules joined by '; ' if the star was found more than once)."
-        fallen = {}
-        for step in self.steps:
-            for star in step.stars:
-                fallen[star] = f"{fallen[star]}; {step.rule}" if star in fallen else step.rule
-        return fallen
-
-    def why(self, apogee_id: str) -> str:
-        "Why a star is not there any more; empty if no rule dropped it."
-        said = []
-        for step in self.steps:
-            for k in np.flatnonzero(np.array(step.stars, dtype=object) == apogee_id):
-                more = step.details[k] if step.details else step.reason
-                said.append(f"{step.rule} ({more})" if more else step.rule)
-        return "; ".join(said)
+class _Readable:
+    "How the steps of a ledger are shown and kept."
 
     @property
     def table(self) -> QTable:
-        "One row a rule, in their order: how many stars it dropped, how many were left after it, and what it counted."
+        "One row per rule, in order: stars dropped, stars left after it, what it counted."
         drops = np.array([0] + [len(step.stars) for step in self.steps])
         return QTable(
             {
@@ -150,9 +110,8 @@ class Ledger:
         )
 
     def __str__(self):
-        return "\n".join(
-            self.table.pformat(max_lines=-1, max_width=-1, align=["<", ">", ">", ">", "<"])
-        )
+        align = ["<", ">", ">", ">", "<"]
+        return "\n".join(self.table.pformat(max_lines=-1, max_width=-1, align=align))
 
     __repr__ = __str__
 
@@ -178,74 +137,145 @@ class Ledger:
 
 
 # %%
-ledger = (
-    Ledger(5)
-    .drop("too noisy", ["Castor", "Pollux"])
-    .count("seen twice", 1, "the better one counts")
-    .drop("no label", ["Mizar"])
-)
+class Toy(_Readable):
+    "Two stars, of which one fell."
+
+    found = 2
+    steps = (Step("too noisy", ("Castor",), reason="SNR below 50"),)
+
+
+Toy()
+
+
+# %% [markdown]
+# That is how it reads. This is how it is kept.
+
+# %%
+#| export
+@dataclass(frozen=True, repr=False)
+class Ledger(_Readable):
+    """How many stars were found, and which rule dropped which of them.
+
+    Parameters
+    ----------
+    found : int
+        Stars (files) at the beginning.
+    steps : tuple of Step
+        What each rule dropped or counted.
+
+    Examples
+    --------
+    >>> ledger = Ledger(3).drop("too noisy", ["Castor"]).count("seen twice", 1)
+    >>> ledger.left, ledger.dropped
+    (2, {'Castor': 'too noisy'})
+    """
+
+    found: int
+    steps: tuple = ()
+
+    def drop(self, rule: str, stars, reason: str = "", details=()) -> "Ledger":
+        "The ledger with a further rule, to which `stars` (APOGEE_IDs) fell; `details` may say why."
+        stars = tuple(map(str, stars))
+        if len(stars) > self.left:
+            raise LabError(
+                f"rule {rule!r} drops {len(stars)} stars, but the ledger has only {self.left} left"
+            )
+        step = Step(rule, stars, tuple(map(str, details)), 0, reason)
+        return Ledger(self.found, (*self.steps, step))
+
+    def count(self, rule: str, number: int, reason: str = "") -> "Ledger":
+        "The ledger with a further line that drops nothing."
+        return Ledger(self.found, (*self.steps, Step(rule, counted=int(number), reason=reason)))
+
+    @property
+    def left(self) -> int:
+        "Stars that no rule dropped."
+        return self.found - sum(len(step.stars) for step in self.steps)
+
+    @property
+    def dropped(self) -> dict:
+        "APOGEE_ID -> its rule (several joined by '; ' if the star was found more than once)."
+        fallen = {}
+        for step in self.steps:
+            for star in step.stars:
+                fallen[star] = f"{fallen[star]}; {step.rule}" if star in fallen else step.rule
+        return fallen
+
+    def why(self, apogee_id: str) -> str:
+        "Why a star is not there any more; empty if no rule dropped it."
+        said = []
+        for step in self.steps:
+            for k in np.flatnonzero(np.array(step.stars, dtype=object) == apogee_id):
+                more = step.details[k] if step.details else step.reason
+                said.append(f"{step.rule} ({more})" if more else step.rule)
+        return "; ".join(said)
+
+
+# %%
+ledger = Ledger(5).drop("too noisy", ["Castor", "Pollux"])
+ledger = ledger.count("seen twice", 1, "the better one counts").drop("no label", ["Mizar"])
 ledger
 
 # %% [markdown]
 # The user may ask for a star by name, and the books balance. Taking away more stars than there are is a mistake, not a negative number.
 
 # %%
-assert ledger.left == 2 and ledger.dropped == {
-    "Castor": "too noisy",
-    "Pollux": "too noisy",
-    "Mizar": "no label",
-}
+assert ledger.left == 2
+assert ledger.dropped == {"Castor": "too noisy", "Pollux": "too noisy", "Mizar": "no label"}
 assert list(ledger.table["left"]) == [5, 3, 3, 2] and list(ledger.table["dropped"]) == [0, 2, 0, 1]
 assert Ledger.from_dict(ledger.to_dict()) == ledger
-assert Ledger(2).drop("a", ["Mira"]).drop("b", ["Mira"]).dropped == {
-    "Mira": "a; b"
-}  # two files of one star
+two_files_of_one_star = Ledger(2).drop("a", ["Mira"]).drop("b", ["Mira"])
+assert two_files_of_one_star.dropped == {"Mira": "a; b"}
 with pytest.raises(LabError, match="rule 'x' drops 3 stars, but the ledger has only 2 left"):
     ledger.drop("x", ["a", "b", "c"])
+ledger.why("Pollux")
 
 
 # %% [markdown]
-# As a picture: a bar a rule, what is left in blue, what the rule took in orange.
+# As a picture: a bar for each rule, what is left in blue, what the rule took in orange.
 
 # %%
-#| export
-def plot_ledger(
-    ledger: Ledger,
-    ax=None,
-):
-    "Bars of what each dropping rule left and took; returns the Axes."
+#| exporti
+def plot_ledger(ledger: Ledger, ax=None):
+    """Draw what each dropping rule left and took.
+
+    Parameters
+    ----------
+    ledger : Ledger
+        To draw.
+    ax : matplotlib Axes, optional
+        Where; a new figure by default.
+
+    Returns
+    -------
+    matplotlib Axes
+    """
+    import matplotlib.pyplot as plt
+
     table = ledger.table
     table = table[(table["dropped"] > 0) | (np.arange(len(table)) == 0)]
     ax = plt.subplots(figsize=(8, 0.6 + 0.35 * len(table)))[1] if ax is None else ax
     y = -np.arange(len(table))
     ax.barh(y, table["left"], color="C0", label="left")
     ax.barh(y, table["dropped"], left=table["left"], color="C1", label="dropped by this rule")
-    for place, left, dropped in zip(y, table["left"], table["dropped"]):
-        ax.text(
-            left + dropped,
-            place,
-            f"  {left}" + (f"  ($-${dropped})" if dropped else ""),
-            va="center",
-            fontsize="small",
-        )
-    ax.set(
-        yticks=y, yticklabels=table["rule"], xlabel="stars", xlim=(0, 1.18 * max(ledger.found, 1))
-    )
-    ax.legend(
-        loc="upper left",
-        bbox_to_anchor=(0, 1.0 + 0.9 / len(table)),
-        ncols=2,
-        frameon=False,
-        fontsize="small",
-    )
+    for place, row in zip(y, table, strict=True):
+        text = f"  {row['left']}" + (f"  ($-${row['dropped']})" if row["dropped"] else "")
+        ax.text(row["left"] + row["dropped"], place, text, va="center", fontsize="small")
+    ax.set(yticks=y, yticklabels=table["rule"], xlabel="stars")
+    ax.set_xlim(0, 1.18 * max(ledger.found, 1))
+    above = (0, 1.0 + 0.9 / len(table))
+    ax.legend(loc="upper left", bbox_to_anchor=above, ncols=2, frameon=False, fontsize="small")
     return ax
 
+
+# %%
+plot_ledger(ledger);
 
 # %% [markdown]
 # ## One file
 # A combined spectrum (`apStar`) is a FITS file of ten HDUs: flux, error and bitmask in the first three, sky and tellurics behind them. Its arrays
-# have a row per combination and visit: row 0 combines the visits pixel by pixel, row 1 with one weight a visit, the visits follow. The lab takes
-# row 1. The traps: a star seen once has arrays *without* rows; DR17 writes float64 and int64 where others wrote float32 and int16; "no value" is an
+# have one row per combination and visit: row 0 combines the visits pixel by pixel, row 1 with one weight per visit, the visits follow. The traps: a star
+# seen once has arrays *without* rows; DR17 writes float64 and int64 where others wrote float32 and int16, and no flags into row 1; "no value" is an
 # error of $10^{10}$.
 #
 # Here is one from the archive at hand.
@@ -267,13 +297,22 @@ Table(rows=layout, names=["HDU", "what", "shape", "bits"])
 # at once, and that weight is zero for every pixel of which the file itself says that it knows nothing.
 
 # %%
-#| export
-def inverse_variance(
-    flux: np.ndarray,  # any shape
-    error: np.ndarray,  # same shape, 1-sigma
-    product,  # survey.Product: says which errors are too large, and whether flux must be positive
-) -> np.ndarray:  # same shape, float32
-    "1/error^2, and 0 where error or flux are not usable."
+#| exporti
+def inverse_variance(flux, error, product) -> np.ndarray:
+    """Weights of pixels.
+
+    Parameters
+    ----------
+    flux, error : ndarray
+        Any shape, error 1-sigma, in one unit.
+    product : Product
+        Says which errors are too large, and whether flux must be positive.
+
+    Returns
+    -------
+    ndarray
+        1/error^2, float32; 0 where error or flux are not usable.
+    """
     error = np.asarray(error, np.float64)
     good = np.isfinite(flux) & np.isfinite(error) & (error > 0) & (error < product.max_error)
     if product.normalized:
@@ -284,30 +323,46 @@ def inverse_variance(
 
 
 # %%
-cases = np.array([1.0, 1.0, 1.0, 1.0, np.nan, 0.0]), np.array([0.1, 0.0, 1e10, np.nan, 0.1, 0.1])
-assert np.allclose(
-    inverse_variance(*cases, PRODUCTS["apstar"]), [100, 0, 0, 0, 0, 100]
-)  # zero flux is a measurement here
-assert np.allclose(
-    inverse_variance(*cases, PRODUCTS["aspcapstar"]), [100, 0, 0, 0, 0, 0]
-)  # and a hole here
+flux = np.array([1.0, 1.0, 1.0, 1.0, np.nan, 0.0])
+error = np.array([0.1, 0.0, 1e10, np.nan, 0.1, 0.1])
+raw = inverse_variance(flux, error, PRODUCTS["apstar"])
+normalized = inverse_variance(flux, error, PRODUCTS["aspcapstar"])
+assert np.allclose(raw, [100, 0, 0, 0, 0, 100])  # zero flux is a measurement here
+assert np.allclose(normalized, [100, 0, 0, 0, 0, 0])  # and a hole here
+Table({"flux": flux, "error": error, "apstar": raw, "aspcapstar": normalized})
 
 # %% [markdown]
-# What a file is called says what it is and whose it is. The lab's mystery star has lost its name: then the HDUs have to say what it is, for the third
-# holds integers (a mask) in one product and floats (the best-fitting model) in the other.
+# What a file is called says what it is and whose it is. The original lab's mystery star has lost its name: then the HDUs have to say what it is, for the
+# third holds integers (a mask) in one product and floats (the best-fitting model) in the other.
 
 # %%
-#| export
+#| exporti
 FILE_NAME = re.compile(
-    rf"(?P<kind>aspcap|ap|as)Star-(?:(?P<reduction>[^-]+)-)?(?:.*?-)?(?P<id>{APOGEE_ID})(?:-\d+)?"
-    r"\.fits(?:\.gz)?"
+    rf"(?P<kind>aspcap|ap|as)Star-(?:(?P<reduction>[^-]+)-)?(?:.*?-)?(?P<id>{APOGEE_ID})"
+    r"(?:-\d+)?\.fits(?:\.gz)?"
 )
 
 
-def product_of(
-    path,  # a file
-) -> str | None:  # "apstar" or "aspcapstar", None if neither
-    "Which product a file is: from its name, else from its HDUs."
+# %%
+#| export
+def product_of(path) -> str | None:
+    """Which product a file is: from its name, else from its HDUs.
+
+    Parameters
+    ----------
+    path : path
+        A file.
+
+    Returns
+    -------
+    str or None
+        `apstar` or `aspcapstar`, None if neither.
+
+    Examples
+    --------
+    >>> product_of("aspcapStar-r8-l31c.2-2M21334193-0048169.fits")
+    'aspcapstar'
+    """
     match = FILE_NAME.fullmatch(Path(path).name)
     if match:
         return "aspcapstar" if match["kind"] == "aspcap" else "apstar"
@@ -319,6 +374,7 @@ def product_of(
 
 
 def _product_of_hdus(hdus):
+    "The product that the third HDU belongs to; None if to neither."
     third = hdus[3]
     if not third.is_image or third.shape is None or third.shape[-1:] != (N_PIXELS,):
         return None
@@ -334,16 +390,17 @@ for name, product, star in [
 ]:
     assert product_of(name) == product and FILE_NAME.fullmatch(name)["id"] == star
 assert product_of("no_such_file.fits") is None
+product_of(example)
 
 
 # %% [markdown]
-# The name also says which reduction wrote the file, and with it the release. That matters for one number: which row of the file is the combination to
-# use (row 1 up to DR16, row 0 in DR17, whose row 1 carries no flags). A file that lost its name still lists the visits that it was made of.
+# The name also says which reduction wrote the file, and with it the release. That matters for one number: which row is the combination to use (row 1 up
+# to DR16, row 0 in DR17, whose row 1 carries no flags). A file that lost its name still lists the visits that it was made of.
 
 # %%
 #| export
 def _combined_row(path, header):
-    "The row of a file that its release combines the visits in; the usual one if nobody knows the release."
+    "The row in which a file's release keeps the combination; the usual one for unknown releases."
     match = FILE_NAME.fullmatch(Path(path).name)
     visit = re.fullmatch(r"a[ps]Visit-([^-]+)-.*", str(header.get("SFILE1", "")).strip())
     for reduction in (match and match["reduction"], visit and visit[1]):
@@ -355,17 +412,19 @@ def _combined_row(path, header):
 
 # %%
 visits = {"SFILE1": "apVisit-dr17-5815-56396-212.fits"}
-assert _combined_row("apStar-dr17-2M17335483-2753043.fits", {}) == 0
-assert _combined_row("apStar-r8-2M21334193-0048169.fits", {}) == 1
+assert _combined_row("apStar-r8-2M21334193-0048169.fits", visits) == 1
 assert _combined_row("mystery.fits", visits) == 0 and _combined_row("mystery.fits", {}) == 1
-
+_combined_row("apStar-dr17-2M17335483-2753043.fits", {})
 
 # %% [markdown]
 # Header facts go into the stars table under the names that the survey's catalogue uses for them.
 
 # %%
 #| export
-class Fact(NamedTuple):
+_MISSING = -9000.0  # the survey writes -9999 or -9999.99 for "no value"; so do we read all below
+
+
+class _Fact(NamedTuple):
     "A column of the stars table that comes from a file's header."
 
     column: str
@@ -376,33 +435,30 @@ class Fact(NamedTuple):
         "Its value in a header."
         value = next((header[key] for key in self.keys if key in header), self.missing)
         try:
-            value = type(self.missing)(
-                str(value).strip() if isinstance(self.missing, str) else value
-            )
+            if isinstance(self.missing, str):
+                return str(value).strip()
+            value = type(self.missing)(value)
         except (TypeError, ValueError):
             return self.missing
-        return value if isinstance(value, str) or not value <= MISSING else self.missing
+        return self.missing if value <= _MISSING else value
 
 
-FACTS = (
-    Fact("APOGEE_ID", ("OBJID", "OBJ"), ""),
-    Fact("TELESCOPE", ("TELESCOP",), ""),
-    Fact("FIELD", ("FIELD",), ""),
-    Fact("LOCATION_ID", ("LOCID",), -1),
-    Fact("SNR", ("SNR",), np.nan),
-    Fact("NVISITS", ("NVISITS",), -1),
-    Fact("J", ("J",), np.nan),
-    Fact("H", ("H",), np.nan),
-    Fact("K", ("K",), np.nan),
-    Fact("RA", ("RA",), np.nan),
-    Fact("DEC", ("DEC",), np.nan),
+_FACTS = (
+    _Fact("APOGEE_ID", ("OBJID", "OBJ"), ""),
+    _Fact("TELESCOPE", ("TELESCOP",), ""),
+    _Fact("FIELD", ("FIELD",), ""),
+    _Fact("LOCATION_ID", ("LOCID",), -1),
+    _Fact("SNR", ("SNR",), np.nan),
+    _Fact("NVISITS", ("NVISITS",), -1),
+    *(_Fact(band, (band,), np.nan) for band in ("J", "H", "K")),
+    *(_Fact(angle, (angle,), np.nan) for angle in ("RA", "DEC")),
 )
 
 # %%
 header = fits.Header(
     {"OBJ": "2M21334193-0048169", "LOCID": 4419, "SNR": 88.5, "J": "unknown", "K": -9999.99}
 )
-facts = {fact.column: fact.read(header) for fact in FACTS}
+facts = {fact.column: fact.read(header) for fact in _FACTS}
 assert facts["APOGEE_ID"] == "2M21334193-0048169" and np.isnan(facts["J"]) and np.isnan(facts["K"])
 facts
 
@@ -412,13 +468,13 @@ facts
 # becomes a `Problem` with the reason, never an exception: one bad file must not stop a thousand good ones.
 #
 # First the checks. A broken download often has a perfect beginning, and the three HDUs that we need stand at the beginning: so we ask where the last
-# HDU ends, and whether the file goes that far. The grid is asked for in every file, too: a spectrum on other wavelengths would look quite normal and
-# be wrong in every pixel.
+# HDU ends, and whether the file goes that far; a packed file is unpacked to its end. The grid is asked for in every file, too: a spectrum on other
+# wavelengths would look quite normal and be wrong in every pixel.
 
 # %%
 #| export
 class Problem(NamedTuple):
-    "A file that could not be read, and why."
+    "A file that could not be read (`path`), and why (`reason`)."
 
     path: str
     reason: str
@@ -427,15 +483,48 @@ class Problem(NamedTuple):
         return f"{Path(self.path).name}: {self.reason}"
 
 
+_CUT_PACKED = "cut short: what is packed in it ends too early; fetch it again"
+
+
+def _packed(path):
+    return str(path).endswith(".gz")
+
+
+def _unpacks(path):
+    "Whether a .gz file can be unpacked to its end."
+    try:
+        with gzip.open(path) as file:
+            while file.read(1 << 20):
+                pass
+    except (OSError, EOFError, zlib.error):
+        return False
+    return True
+
+
 def _check_bytes(hdu, path):
-    "Raise ValueError if the file ends before the HDU does; a packed file finds out for itself."
-    size, end = os.path.getsize(path), hdu.fileinfo()["datLoc"] + hdu.size
-    if size < end and not str(path).endswith(".gz"):
+    "Raise ValueError if the file ends before the HDU does."
+    size = os.path.getsize(path)
+    end = hdu.fileinfo()["datLoc"] + hdu.size
+    if size < end and not _packed(path):
         raise ValueError(f"cut short: {size} of {end} bytes")
 
 
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    packed = Path(folder) / "whole.fits.gz"
+    packed.write_bytes(gzip.compress(example.read_bytes()))
+    cut = Path(folder) / "cut.fits.gz"
+    cut.write_bytes(packed.read_bytes()[:-1000])
+    assert _unpacks(packed) and not _unpacks(cut)
+print(Problem("somewhere/cut.fits.gz", _CUT_PACKED))
+
+
+# %%
+#| export
 def _check_whole(hdus, path, product):
-    "Raise ValueError unless the file has all its bytes, HDUs of the right kind and the survey's grid."
+    "Raise ValueError unless all bytes, the right HDUs and the survey's grid are there."
+    if _packed(path) and not _unpacks(path):
+        raise ValueError(_CUT_PACKED)
     _check_bytes(hdus[-1], path)
     found = _product_of_hdus(hdus) if len(hdus) > 3 else None
     if found not in (None, product.name):
@@ -444,26 +533,30 @@ def _check_whole(hdus, path, product):
         raise ValueError(
             f"has {len(hdus)} HDUs, a whole {product.name} file at least {product.hdus}"
         )
-    header = hdus[product.flux].header
-    grid = [
-        header.get(key, hdus[0].header.get(key, np.nan)) for key in ("CRVAL1", "CDELT1", "NAXIS1")
-    ]
-    if (
-        not np.allclose(grid, [LOG10_START, LOG10_STEP, N_PIXELS], rtol=1e-7, atol=0)
-        or header.get("CRPIX1", 1) != 1
-    ):
-        raise ValueError(
-            "another wavelength grid: CRVAL1 {}, CDELT1 {}, NAXIS1 {}, CRPIX1 {}".format(
-                *grid, header.get("CRPIX1", 1)
-            )
-        )
-    shapes = {
-        getattr(hdus[k], "shape", None)
-        for k in (product.flux, product.error, product.mask)
-        if k is not None
-    }
+    _check_grid(hdus[product.flux].header, hdus[0].header)
+    needed = [k for k in (product.flux, product.error, product.mask) if k is not None]
+    shapes = {getattr(hdus[k], "shape", None) for k in needed}
     if found is None or len(shapes) > 1 or len(shapes.pop()) > 2:
         raise ValueError(f"its HDUs are not those of an {product.name} file")
+
+
+def _check_grid(header, first):
+    "Raise ValueError unless a header, or the file's first, describes the survey's grid."
+    keys = ("CRVAL1", "CDELT1", "NAXIS1")
+    grid = [header.get(key, first.get(key, np.nan)) for key in keys]
+    start = header.get("CRPIX1", 1)
+    usual = np.allclose(grid, [LOG10_START, LOG10_STEP, N_PIXELS], rtol=1e-7, atol=0)
+    if not usual or start != 1:
+        found = ", ".join(f"{key} {value}" for key, value in zip(keys, grid, strict=True))
+        raise ValueError(f"another wavelength grid: {found}, CRPIX1 {start}")
+
+
+# %%
+with fits.open(example) as hdus:
+    _check_whole(hdus, example, PRODUCTS["apstar"])  # nothing to say
+    with pytest.raises(ValueError, match="of an apstar file, not of an aspcapstar file") as refusal:
+        _check_whole(hdus, example, PRODUCTS["aspcapstar"])
+print(refusal.value)
 
 
 # %% [markdown]
@@ -474,6 +567,8 @@ def _check_whole(hdus, path, product):
 # %%
 #| export
 class _Star(NamedTuple):
+    "What one file gives."
+
     facts: dict
     flux: np.ndarray
     ivar: np.ndarray
@@ -497,14 +592,16 @@ def _pixels(hdu, row):
 
 
 def _read_star(path, product, row) -> _Star:
+    "The star of a file. Whatever is wrong with the file raises."
     with fits.open(path, memmap=True, lazy_load_hdus=True) as hdus:
         _check_whole(hdus, path, product)
         header = hdus[0].header
         if row is None:
-            row = 0 if product.normalized else _combined_row(path, header)
-        flux, error = _pixels(hdus[product.flux], row), _pixels(hdus[product.error], row)
+            row = _combined_row(path, header)
+        flux = _pixels(hdus[product.flux], row)
+        error = _pixels(hdus[product.error], row)
         mask = None if product.mask is None else _pixels(hdus[product.mask], row).astype(np.int32)
-        facts = {fact.column: fact.read(header) for fact in FACTS}
+        facts = {fact.column: fact.read(header) for fact in _FACTS}
     match = FILE_NAME.fullmatch(Path(path).name)
     facts["APOGEE_ID"] = match["id"] if match else facts["APOGEE_ID"] or Path(path).stem
     facts["FILE"] = Path(path).name
@@ -513,24 +610,99 @@ def _read_star(path, product, row) -> _Star:
     return _Star(facts, flux, ivar, mask, None if product.normalized else row)
 
 
+# %%
+seen = _read_star(example, PRODUCTS["apstar"], row=None)
+assert seen.flux.shape == seen.ivar.shape == seen.mask.shape == (7214,) and seen.row == 1
+seen.facts
+
+
+# %% [markdown]
+# A file may also be whole and something else. Archives hold visits, catalogues and optical spectra next to the files that we want, all of them
+# FITS; and who clones a repository may get a *pointer* of Git LFS, three lines of text in place of the file. Such files are named for what they are.
+
+# %%
+#| export
+def _kind_of_fits(path):
+    "What a FITS file is, in words, if it is well known; empty if not."
+    try:
+        with fits.open(path) as hdus:
+            second = hdus[1]
+            names = [hdu.name for hdu in hdus[1:3]]
+            columns = set() if second.is_image else {name.upper() for name in second.columns.names}
+            product = _product_of_hdus(hdus) if len(hdus) > 3 else None
+            shape = second.shape if second.is_image else None
+    except Exception:  # whatever a damaged file makes astropy raise
+        return ""
+    if names in (["COADD", "SPALL"], ["COADD", "SPECOBJ"]):
+        return "an optical spectrum of SDSS (spec-PLATE-MJD-FIBER), not one of APOGEE"
+    if shape == (3, 4096):
+        return "an apVisit file, a single visit on the detectors' own pixels"
+    if "APOGEE_ID" in columns:
+        return _kind_of_table(columns)
+    return f"a spectrum, an {product} file" if product else ""
+
+
+def _kind_of_table(columns):
+    "allVisit tables know the fibre of each visit, allStar tables do not."
+    if columns & {"VISIT_ID", "FIBERID"}:
+        return "an allVisit table, one row per visit"
+    return "an allStar table, a catalogue"
+
+
+_POINTER = b"version https://git-lfs.github.com/spec/v1"
+
+
+def _reason(path, error, wanted="apStar or aspcapStar files"):
+    "Why a file cannot be read, in words."
+    try:
+        with open(path, "rb") as file:
+            start = file.read(80)
+    except IsADirectoryError:
+        return f"a folder: give {wanted}"
+    except OSError as problem:
+        return problem.strerror or str(problem)
+    if not start:
+        return "empty"
+    if start.startswith(_POINTER):
+        return "a pointer of Git LFS, not the file itself: fetch it with 'git lfs pull'"
+    if start.startswith(b"\x1f\x8b"):
+        if not _unpacks(path):
+            return _CUT_PACKED
+    elif not start.startswith(b"SIMPLE"):
+        return f"not a FITS file: it begins with {start[:20].decode('latin-1')!r}"
+    kind = _kind_of_fits(path)
+    if kind and not (kind.startswith("a spectrum") and "apStar" in wanted):
+        return f"{kind}: give {wanted}"
+    return str(error) or type(error).__name__
+
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    other = {name: Path(folder) / f"{name}.fits" for name in ("visit", "optical", "table", "lfs")}
+    grid = fits.ImageHDU(np.zeros((3, 4096), "f4"))
+    fits.HDUList([fits.PrimaryHDU(), grid]).writeto(other["visit"])
+    coadd = fits.BinTableHDU(Table({"flux": [1.0], "loglam": [3.6]}), name="COADD")
+    spall = fits.BinTableHDU(Table({"PLATE": [5094]}), name="SPALL")
+    fits.HDUList([fits.PrimaryHDU(), coadd, spall]).writeto(other["optical"])
+    Table({"APOGEE_ID": ["a"], "FIBERID": [88]}).write(other["table"])
+    other["lfs"].write_bytes(_POINTER + b"\noid sha256:00\nsize 494336\n")
+    reasons = {name: _reason(file, ValueError()) for name, file in other.items()}
+Table({"file": list(reasons), "what the reader says": list(reasons.values())})
+
+
+# %%
+#| export
 def _try_star(path, product, row) -> _Star | Problem:
+    "The star of a file, or what is wrong with the file."
     try:
         return _read_star(path, product, row)
     except Exception as error:  # a damaged file can make any layer below raise anything
         return Problem(str(path), _reason(path, error))
 
 
-def _reason(path, error):
-    try:
-        with open(path, "rb") as file:
-            start = file.read(80)
-    except OSError as problem:
-        return problem.strerror or str(problem)
-    if not start:
-        return "empty"
-    if not start.startswith((b"SIMPLE", b"\x1f\x8b")):
-        return f"not a FITS file: it begins with {start[:20].decode('latin-1')!r}"
-    return str(error) or type(error).__name__
+# %%
+assert isinstance(_try_star(example, PRODUCTS["apstar"], None), _Star)
+_try_star(example.parent, PRODUCTS["apstar"], None).reason
 
 
 # %% [markdown]
@@ -541,79 +713,203 @@ def _reason(path, error):
 
 # %%
 #| export
-def read_stars(paths, product, row=None, workers=None, keep=None, progress=True):
-    "Spectra of the files where `keep`, their places in `paths`, and the problems of all."
+class _Room:
+    "Room for the stars of some files, filled row by row."
+
+    def __init__(self, n_stars, product):
+        shape = (n_stars, len(on_band))
+        self.product = product
+        self.flux = np.empty(shape, np.float32)
+        self.ivar = np.empty(shape, np.float32)
+        self.mask = None if product.mask is None else np.empty(shape, np.int32)
+        self.facts = []
+        self.rows = set()
+
+    def add(self, star):
+        n = len(self.facts)
+        self.flux[n] = star.flux
+        self.ivar[n] = star.ivar
+        if self.mask is not None:
+            self.mask[n] = star.mask
+        self.facts.append(star.facts)
+        self.rows.add(star.row)
+
+    def spectra(self) -> Spectra:
+        "What was filled, as spectra."
+        n = len(self.facts)
+        names = (*(fact.column for fact in _FACTS), "FILE")
+        stars = Table({name: [fact[name] for fact in self.facts] for name in names if n})
+        stars.meta = {
+            "product": self.product.name,
+            "release": None,
+            "archive": None,
+            "normalized": self.product.normalized,
+            "row": next(iter(self.rows)) if len(self.rows) == 1 else None,
+        }
+        mask = None if self.mask is None else self.mask[:n]
+        return Spectra(wavelength, self.flux[:n], self.ivar[:n], stars, mask)
+
+
+# %%
+room = _Room(2, PRODUCTS["apstar"])
+room.add(seen)
+room.spectra()
+
+
+# %%
+#| export
+def read_stars(paths, product, row=None, workers=None, keep=None, progress=True) -> tuple:
+    """Spectra of files of one product, in their order, and what became of each file.
+
+    `read_files` is the door for people; this one says also where each star came from.
+
+    Parameters
+    ----------
+    paths : sequence of path
+        F files.
+    product : Product
+        What they are, of `survey.PRODUCTS`.
+    row : int, optional
+        For apStar files: 0 and 1 are the combinations, the visits follow. By default that of each
+        file's release.
+    workers : int, optional
+        Threads that read ahead, 4 by default.
+    keep : ndarray, optional
+        (F,) bool, whose spectra to keep; all by default. The others are opened, too.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    spectra : Spectra
+        Of N good files. `stars.meta["row"]` is the row that was used, None if not one for all.
+    places : ndarray
+        (N,) their places in `paths`.
+    problems : list of Problem
+        Of the others.
+
+    Raises
+    ------
+    LabError
+        If `row` is no row.
+    """
     if row is not None and (not isinstance(row, (int, np.integer)) or row < 0):
         raise LabError(
             f"row must be 0, 1, 2 … (0 and 1 are the combinations, the visits follow), not {row!r}"
         )
     keep = np.ones(len(paths), bool) if keep is None else keep
-    flux, ivar = (np.empty((keep.sum(), len(on_band)), np.float32) for _ in range(2))
-    mask = None if product.mask is None else np.empty(flux.shape, np.int32)
-    facts, places, problems = [], [], []
-    rows = set()
+    room = _Room(keep.sum(), product)
+    places, problems = [], []
     with warnings.catch_warnings(), ThreadPoolExecutor(workers or 4) as pool:
         warnings.simplefilter("ignore", AstropyWarning)  # said by the problem's reason
         stars = pool.map(partial(_try_star, product=product, row=row), paths)
-        for place, star in enumerate(
-            tqdm(
-                stars,
-                total=len(paths),
-                desc="reading",
-                unit="file",
-                disable=not progress,
-                leave=False,
-            )
-        ):
+        bar = {"desc": "reading", "unit": "file", "disable": not progress, "leave": False}
+        for place, star in enumerate(tqdm(stars, total=len(paths), **bar)):
             if isinstance(star, Problem):
                 problems.append(star)
             elif keep[place]:
-                n = len(places)
-                flux[n], ivar[n] = star.flux, star.ivar
-                if mask is not None:
-                    mask[n] = star.mask
-                facts.append(star.facts)
-                rows.add(star.row)
+                room.add(star)
                 places.append(place)
-    n = len(places)
-    stars = (
-        Table(
-            {
-                name: [fact[name] for fact in facts]
-                for name in (*(fact.column for fact in FACTS), "FILE")
-            }
+    return room.spectra(), np.array(places, int), problems
+
+
+# %%
+spectra, places, problems = read_stars(
+    ["nowhere.fits", example], PRODUCTS["apstar"], progress=False
+)
+assert list(places) == [1] and spectra.stars.meta["row"] == 1
+problems
+
+
+# %% [markdown]
+# The door for people takes whatever names files: a path, a list of them, a folder, a pattern with stars and question marks.
+
+# %%
+#| export
+def _files_named(paths, product):
+    "The files that paths, folders and patterns name; LabError for one that names none."
+    found = []
+    for path in [paths] if isinstance(paths, (str, os.PathLike)) else paths:
+        if Path(path).is_dir():
+            found += _files_in(path, product)
+        elif set("*?[") & set(str(path)) and not Path(path).exists():
+            matches = sorted(glob(str(path), recursive=True))
+            if not matches:
+                raise LabError(f"no file matches the pattern {path}: write another, or a path")
+            found += map(Path, matches)
+        else:
+            found.append(Path(path))
+    return found
+
+
+def _files_in(folder, product):
+    "The stars' files in a folder and below, sorted, those of single visits left out."
+    found = []
+    for file in sorted(Path(folder).rglob("*Star-*.fits*")):
+        match = FILE_NAME.fullmatch(file.name)
+        combined = match and file.name[match.end("id") :].startswith(".fits")
+        if combined and product in (None, product_of(file)):
+            found.append(file)
+    if not found:
+        kind = "apStar or aspcapStar" if product is None else product
+        raise LabError(
+            f"the folder {folder} holds no {kind} file, neither does a folder in it "
+            "(they are known by name): name its files one by one"
         )
-        if n
-        else Table()
-    )
-    stars.meta = {
-        "product": product.name,
-        "release": None,
-        "archive": None,
-        "normalized": product.normalized,
-        "row": rows.pop() if len(rows) == 1 else None,  # None: none, or not the same for all
-    }
-    spectra = Spectra(wavelength, flux[:n], ivar[:n], stars, None if mask is None else mask[:n])
-    return spectra, np.array(places, int), problems
+    return found
 
 
-def read_files(
-    paths,  # files in any order; a single path works, too
-    product: str = None,  # "apstar" or "aspcapstar"; from the files by default
-    row: int = None,  # apStar only: 0 and 1 are the combinations, the visits follow; by default the one that each file's release means
-    workers: int = None,  # threads that read ahead, 4 by default
-    progress: bool = True,
-) -> tuple:  # Spectra of the good files in their order, list of `Problem` of the others
-    "Read loose apStar or aspcapStar files of any release; LabError if none is good or if they are of both kinds."
-    paths = (
-        [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(path) for path in paths]
-    )
+# %%
+assert _files_named(example, None) == [example]
+[file.name for file in _files_named(example.parent, "apstar")[:2]]
+
+
+# %%
+#| export
+def read_files(paths, product=None, row=None, workers=None, progress=True) -> tuple:
+    """Read loose apStar or aspcapStar files of any release.
+
+    Parameters
+    ----------
+    paths : path or sequence of paths
+        Files in any order; folders (and the folders in them); patterns such as `"stars/*/*.fits"`.
+    product : str, optional
+        `apstar` or `aspcapstar`; from the files by default.
+    row : int, optional
+        For apStar files: 0 and 1 are the combinations, the visits follow. By default the one that
+        each file's release means: row 1, in DR17 row 0, whose row 1 carries no flags.
+    workers : int, optional
+        Threads that read ahead, 4 by default.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    spectra : Spectra
+        Of the good files, in their order. `stars.meta["row"]` is the row that was used; None if it
+        is not the same for all of them, or if such files have no rows.
+    problems : list of Problem
+        Of the other files, each with a sentence on what is wrong.
+
+    Raises
+    ------
+    LabError
+        If no file is good, or if they are of both kinds and `product` does not say which to take.
+
+    Examples
+    --------
+    >>> from stellar_lab.survey import archive_root
+    >>> some = find_files(archive_root(), "apstar")["path"][:3]
+    >>> spectra, problems = read_files(some, progress=False)
+    >>> spectra.stars.meta["product"], spectra.stars.meta["row"]
+    ('apstar', 1)
+    """
+    paths = _files_named(paths, product)
     if product is None:
         kinds = {kind for kind in map(product_of, paths) if kind}
         if len(kinds) > 1:
-            raise LabError(
-                f"the files are of two kinds, {' and '.join(sorted(kinds))}: choose one with product=…"
-            )
+            known = " and ".join(sorted(kinds))
+            raise LabError(f"the files are of two kinds, {known}: choose one with product=…")
         product = kinds.pop() if kinds else "apstar"
     if product not in PRODUCTS:
         raise LabError(f"unknown product {product!r}: choose from {', '.join(PRODUCTS)}")
@@ -624,6 +920,7 @@ def read_files(
 
 
 def _first(problems, n=3):
+    "The first problems in words, for a sentence."
     more = f"; and {len(problems) - n} more" if len(problems) > n else ""
     return (": " + "; ".join(map(str, problems[:n])) + more) if problems else ": no file was given"
 
@@ -632,47 +929,42 @@ def _first(problems, n=3):
 # Three files of the archive, and what their headers say.
 
 # %%
-paths = [
-    path
-    for path in sorted(example.parent.glob("apStar-*.fits"))
-    if record.rules.parse_name("apstar", path.name)
-][:3]
+names_a_star = partial(record.rules.parse_name, "apstar")
+paths = [path for path in sorted(example.parent.glob("apStar-*.fits")) if names_a_star(path.name)]
+paths = paths[:3]
 three, problems = read_files(paths, progress=False)
-three.stars["APOGEE_ID", "TELESCOPE", "FIELD", "LOCATION_ID", "SNR", "NVISITS", "J", "H", "K"]
+three.stars["APOGEE_ID", "TELESCOPE", "FIELD", "SNR", "NVISITS", "H", "RA", "DEC"]
 
 # %% [markdown]
-# The witness is the plain way, one whole array after the other. It has to give the same numbers, whatever we did to be fast.
+# The reference implementation is the plain way, one whole array after the other. It has to give the same numbers, whatever we did to be fast.
 
 # %%
 for n, path in enumerate(paths):
     flux, error, mask = (np.atleast_2d(fits.getdata(path, hdu))[:, on_band] for hdu in (1, 2, 3))
     k = min(1, len(flux) - 1)  # one visit: one row
-    assert np.array_equal(three.flux[n], flux[k]) and np.array_equal(three.mask[n], mask[k])
-    assert np.array_equal(three.ivar[n] > 0, error[k] < 1e10)
     usable = error[k] < 1e10
+    assert np.array_equal(three.flux[n], flux[k]) and np.array_equal(three.mask[n], mask[k])
+    assert np.array_equal(three.ivar[n] > 0, usable)
     assert np.allclose(three.ivar[n][usable], 1 / error[k][usable].astype(float) ** 2, rtol=1e-6)
 
 # %% [markdown]
 # Now we damage copies of the first one on purpose. The healthy file among them comes through, each of the others gets its reason.
 
 # %%
+whole = paths[0].read_bytes()
+damaged = {
+    "a": whole,
+    "b": whole[: len(whole) // 2],
+    "c": b"<html>404 Not Found</html>",
+    "d": b"",
+    "e": whole.replace(b"CDELT1  =", b"CDELT9  ="),
+}
 with tempfile.TemporaryDirectory() as folder:
-    whole = paths[0].read_bytes()
-    wrong_grid = whole.replace(b"CDELT1  =", b"CDELT9  =")
-    damaged = {
-        "a": whole,
-        "b": whole[: len(whole) // 2],
-        "c": b"<html>404 Not Found</html>",
-        "d": b"",
-        "e": wrong_grid,
-    }
     files = [Path(folder) / f"apStar-r8-{name}.fits" for name in damaged]
-    for file, content in zip(files, damaged.values()):
+    for file, content in zip(files, damaged.values(), strict=True):
         file.write_bytes(content)
-    spectra, problems = read_files(files, progress=False)
-    with pytest.raises(
-        LabError, match="none of 1 files is a good apstar file: apStar-r8-d.fits: empty"
-    ):
+    spectra, problems = read_files(folder, progress=False)
+    with pytest.raises(LabError, match="none of 1 files is a good apstar file: apStar-r8-d.fits"):
         read_files(files[3:4], progress=False)
 print(*problems, sep="\n")
 
@@ -692,71 +984,73 @@ def write_apstar(path, spectra):
     on_grid = np.zeros((3, N_PIXELS))
     with np.errstate(divide="ignore"):
         error = np.where(spectra.ivar[0] > 0, spectra.ivar[0] ** -0.5, 1e10)
-    on_grid[:, on_band] = spectra.flux[0], error, spectra.mask[0]
+    on_grid[:, on_band] = [spectra.flux[0], error, spectra.mask[0]]
     grid = fits.Header({"CRVAL1": LOG10_START, "CDELT1": LOG10_STEP})
-    star = spectra.stars[0]
-    header = fits.Header(
-        {
-            "OBJID": star["APOGEE_ID"],
-            "SNR": star["SNR"],
-            "LOCID": star["LOCATION_ID"],
-            "H": star["H"],
-        }
-    )
-    images = [
-        fits.ImageHDU(values.astype(kind), grid)
-        for values, kind in zip(on_grid, ("f4", "f4", "i2"))
-    ]
-    fits.HDUList(
-        [fits.PrimaryHDU(header=header), *images, *(fits.ImageHDU() for _ in range(6))]
-    ).writeto(path)
+    cards = {"OBJID": "APOGEE_ID", "SNR": "SNR", "LOCID": "LOCATION_ID", "H": "H"}
+    header = fits.Header({card: spectra.stars[0][name] for card, name in cards.items()})
+    kinds = zip(on_grid, ("f4", "f4", "i2"), strict=True)
+    images = [fits.ImageHDU(values.astype(kind), grid) for values, kind in kinds]
+    rest = [fits.ImageHDU() for _ in range(6)]
+    fits.HDUList([fits.PrimaryHDU(header=header), *images, *rest]).writeto(path)
 
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
-    write_apstar(Path(folder) / "once.fits", three[:1])  # a name that says nothing
-    again, problems = read_files(Path(folder) / "once.fits", progress=False)
-assert (
-    not problems
-    and np.array_equal(again.flux, three.flux[:1])
-    and np.array_equal(again.mask, three.mask[:1])
-)
-assert np.allclose(again.ivar, three.ivar[:1], rtol=1e-6) and np.array_equal(
-    again.ivar > 0, three.ivar[:1] > 0
-)
-assert all(
-    again.stars[name][0] == three.stars[name][0]
-    for name in ("APOGEE_ID", "SNR", "LOCATION_ID", "H")
-)
+    nameless = Path(folder) / "once.fits"
+    write_apstar(nameless, three[:1])
+    again, problems = read_files(nameless, progress=False)
+assert not problems and np.array_equal(again.flux, three.flux[:1])
+assert np.array_equal(again.mask, three.mask[:1])
+assert np.array_equal(again.ivar > 0, three.ivar[:1] > 0)
+assert np.allclose(again.ivar, three.ivar[:1], rtol=1e-6)
+for name in ("APOGEE_ID", "SNR", "LOCATION_ID", "H"):
+    assert again.stars[name][0] == three.stars[name][0]
+again
 
 
 # %% [markdown]
 # ## Finding the files
 # Where files are is data: the release's templates, turned into folders. A folder may follow the survey's tree or one of the other layouts that the
-# record knows, such as the lab's own `stars/<location>/`. Files of single visits are left out.
+# record knows, such as the original lab's `stars/<location>/`. Files of single visits are left out.
 
 # %%
 #| export
-def find_files(
-    root,  # of an archive
-    product: str = "apstar",
-    fields=None,  # names of folders; the record's by default, "all" for whatever is there
-    telescopes=None,  # all of the release's by default
-    release: str = None,  # the record's by default
-) -> Table:  # path, APOGEE_ID, TELESCOPE and FOLDER of each star's file, sorted; maybe empty
-    "The stars' files below `root`; a star that stands in several layouts is taken from the first."
+def find_files(root, product="apstar", fields=None, telescopes=None, release=None) -> Table:
+    """The stars' files of an archive.
+
+    Parameters
+    ----------
+    root : path
+        Of an archive.
+    product : str, default "apstar"
+        `apstar` or `aspcapstar`.
+    fields : str or sequence of str, optional
+        Names of folders; those of the archive's record by default, "all" for whatever is there.
+    telescopes : str or sequence of str, optional
+        All of the release's by default.
+    release : str, optional
+        A key of `survey.RELEASES`; the record's by default.
+
+    Returns
+    -------
+    Table
+        `path`, `TELESCOPE`, `FOLDER` and `APOGEE_ID` of each star's file, sorted; maybe no rows. A
+        star that stands in several layouts is taken from the first.
+
+    Raises
+    ------
+    LabError
+        If the release or the product is not known.
+    """
     record = archive_record(root)
     rules = _rules(record, release)
     if fields is None and rules is record.rules:
         fields = record.fields
-    fields = (
-        ["*"]
-        if fields is None or isinstance(fields, str) and fields == "all"
-        else [escape(str(name)) for name in np.atleast_1d(fields)]
-    )
-    telescopes = (
-        list(np.atleast_1d(telescopes)) if telescopes is not None else list(rules.telescopes)
-    )
+    if fields is None or (isinstance(fields, str) and fields == "all"):
+        fields = ["*"]
+    else:
+        fields = [escape(str(name)) for name in np.atleast_1d(fields)]
+    telescopes = list(np.atleast_1d(rules.telescopes if telescopes is None else telescopes))
     found = {}
     for template in rules.templates(product):
         for telescope, folder in _folders(Path(root), template, fields, telescopes):
@@ -764,13 +1058,13 @@ def find_files(
                 star = rules.parse_name(product, entry)
                 if star:
                     found.setdefault((telescope, folder.name, star), str(folder / entry))
+    rows = [(path, *key) for key, path in found.items()]
     names = ("path", "TELESCOPE", "FOLDER", "APOGEE_ID")
-    columns = zip(*((path, *key) for key, path in found.items())) if found else [[]] * 4
-    return Table({name: np.array(list(column), str) for name, column in zip(names, columns)})
+    return Table({name: np.array([row[k] for row in rows], str) for k, name in enumerate(names)})
 
 
 def _folders(root, template, fields, telescopes):
-    "The folders of a template that exist, with the telescope; a template that names no telescope means the first."
+    "Folders of a template that exist, with the telescope (the first where it names none)."
     parent = str(PurePosixPath(template).parent)
     for telescope in telescopes if "{telescope}" in parent else telescopes[:1]:
         for field in fields:
@@ -780,36 +1074,12 @@ def _folders(root, template, fields, telescopes):
 
 
 def _rules(record, release):
+    "The release of that name, the record's without one."
     if release is None:
         return record.rules
     if str(release).lower() not in RELEASES:
         raise LabError(f"unknown release {release!r}: choose from {', '.join(RELEASES)}")
     return RELEASES[str(release).lower()]
-
-
-# %% [markdown]
-# The catalogue is found in the same way: the survey's place first, then the lab's.
-
-# %%
-#| export
-def find_catalogue(
-    root,  # of an archive
-    release: str = None,  # the record's by default
-) -> Path:
-    "The allStar table below `root`, packed (.gz) or not; LabError if there is none."
-    rules = _rules(archive_record(root), release)
-    tried = [
-        Path(root) / (template + suffix)
-        for template in rules.templates("allstar")
-        for suffix in ("", ".gz")
-    ]
-    for path in tried:
-        if path.is_file():
-            return path
-    raise LabError(
-        f"no allStar table below {root}: looked for {', '.join(str(p.relative_to(root)) for p in tried if p.suffix != '.gz')}; "
-        "fetch it with 'stellar-lab fetch'"
-    )
 
 
 # %%
@@ -822,22 +1092,58 @@ Table({"folder": folders, "files": number})
 # found, a single visit is not.
 
 # %%
+names = ("2M01020000-7100000.fits", "2M01020000-7100000-58000.fits", "2M01020000-7100000.png")
 with tempfile.TemporaryDirectory() as folder:
     here = Path(folder) / "dr17/apogee/spectro/redux/dr17/stars/lco25m/N362"
     here.mkdir(parents=True)
-    for name in (
-        "asStar-dr17-2M01020000-7100000.fits",
-        "asStar-dr17-2M01020000-7100000-58000.fits",
-        "asStar-dr17-2M01020000-7100000.png",
-    ):
-        (here / name).touch()
+    for name in names:
+        (here / f"asStar-dr17-{name}").touch()
     there = find_files(folder, release="dr17")
-assert (
-    list(there["APOGEE_ID"]) == ["2M01020000-7100000"]
-    and list(there["TELESCOPE"]) == ["lco25m"]
-    and list(there["FOLDER"]) == ["N362"]
-)
 assert not np.char.endswith(files["path"], "-56931.fits").any()
+assert list(there["APOGEE_ID"]) == ["2M01020000-7100000"]
+there["TELESCOPE", "FOLDER", "APOGEE_ID"]
+
+
+# %% [markdown]
+# The catalogue is found in the same way: the survey's place first, then that of the original lab.
+
+# %%
+#| exporti
+def find_catalogue(root, release=None) -> Path:
+    """The allStar table of an archive.
+
+    Parameters
+    ----------
+    root : path
+        Of an archive.
+    release : str, optional
+        A key of `survey.RELEASES`; the record's by default.
+
+    Returns
+    -------
+    Path
+        The table, packed (.gz) or not.
+
+    Raises
+    ------
+    LabError
+        If there is none.
+    """
+    rules = _rules(archive_record(root), release)
+    templates = rules.templates("allstar")
+    for template in templates:
+        for suffix in ("", ".gz"):
+            path = Path(root) / (template + suffix)
+            if path.is_file():
+                return path
+    raise LabError(
+        f"no allStar table below {root}: looked for {', '.join(templates)}; "
+        "fetch it with 'stellar-lab fetch'"
+    )
+
+
+# %%
+find_catalogue(root).relative_to(root)
 
 # %% [markdown]
 # ## The catalogue
@@ -845,79 +1151,20 @@ assert not np.char.endswith(files["path"], "-56931.fits").any()
 # not read, and only these columns are copied, block by block, in the machine's own byte order. A value at or below -9000 means "none" and becomes
 # NaN, a number that no comparison lets pass: a forgotten cut cannot mistake -9999 for a very cool star. Labels get their units.
 #
-# Cuts may need a column that is no label of this run, such as $\log g$ when only temperatures are asked for. It is read as well, but `meta["labels"]`
-# remembers what was asked for, so that no model is trained on it by accident.
+# First the columns. A label's column went by different names over the years, and its record in `survey` lists them: the first one that the table has
+# counts, and its error is the column of the same name with `_ERR` behind it. What is not there is said at once, with what is, before a single file has
+# been read.
 
 # %%
 #| export
-KEYS = ("APOGEE_ID", "TARGET_ID", "TELESCOPE", "FIELD", "LOCATION_ID")  # what a row can be found by
-FLAGS = ("STARFLAG", "ASPCAPFLAG")  # what a cut may ask for, in every catalogue that has them
-BLOCK = 8192  # rows of the catalogue that are mapped at a time
-
-
-def read_catalogue(
-    path,  # allStar table, .fits or .fits.gz
-    labels=None,  # label names; all that the table has by default
-    columns=(),  # further labels or columns, for cuts
-) -> Table:  # keys, SNR, flags, labels and their errors with units; NaN where there is no value. meta["labels"]: the label names
-    "The needed columns of an allStar table of any release; LabError if it lacks one."
-    with _catalogue_errors(path), fits.open(path, memmap=True) as hdus:
-        _check_bytes(hdus[1], path)
-        known = {name.upper(): name for name in hdus[1].columns.names}
-        rows = hdus[1].header["NAXIS2"]
-    if "APOGEE_ID" not in known or not rows:
-        raise LabError(
-            f"{path} is not an allStar table: it has {'no rows' if not rows else 'no column APOGEE_ID'}"
-        )
-    wanted = _label_columns(path, known, labels)
-    extra = _label_columns(
-        path, known, [name for name in columns if name in LABELS and name not in wanted]
-    )
-    plain = {name: _column(path, known, name) for name in columns if name not in LABELS}
-    sources = {name: known[name] for name in (*KEYS, "SNR", *FLAGS) if name in known} | plain
-    sources |= {
-        name: source
-        for pair in (wanted | extra).values()
-        for name, source in pair.items()
-        if source
-    }
-    with _catalogue_errors(path):
-        table = _copy_columns(path, sources, rows)
-    for name in (*wanted, *extra):
-        error = (
-            np.asarray(table[f"{name}_ERR"])
-            if f"{name}_ERR" in table.colnames
-            else np.full(rows, np.nan)
-        )
-        table[name] = Column(table[name], unit=LABELS[name].unit)
-        table[f"{name}_ERR"] = Column(
-            np.where(error > 0, error, np.nan), unit=LABELS[name].unit
-        )  # older tables write -1 for "none"
-    table.meta = {"labels": list(wanted), "catalogue": Path(path).name}
-    return table
-
-
-# %% [markdown]
-# A label's column went by different names over the years, and its record in `survey` lists them: the first one that the table has counts, and its
-# error is the column of the same name with `_ERR` behind it. What is not there is said at once, with what is, before a single file has been read.
-
-# %%
-#| export
-@contextmanager
-def _catalogue_errors(path):
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", AstropyWarning)  # said by the error
-            yield
-    except Exception as error:  # a damaged file can make any layer below raise anything
-        raise LabError(
-            f"{path} is not a whole allStar table ({_reason(path, error)}): fetch it again"
-        ) from error
+_KEYS = ("APOGEE_ID", "TARGET_ID", "TELESCOPE", "FIELD", "LOCATION_ID")  # to find a row by
+_FLAGS = ("STARFLAG", "ASPCAPFLAG")  # a cut may ask for them
 
 
 def _label_columns(path, known, labels):
     "label -> {label: its column, label_ERR: its error's column or None}"
-    has = {name: pair for name, label in LABELS.items() for pair in [_pair(label, known)] if pair}
+    pairs = {name: _pair(label, known) for name, label in LABELS.items()}
+    has = {name: pair for name, pair in pairs.items() if pair}
     if labels is None:
         return has
     names = [label.name for label in label_records(labels)]
@@ -925,21 +1172,30 @@ def _label_columns(path, known, labels):
     if lacking:
         tried = ", ".join(column for name in lacking for column in LABELS[name].columns)
         raise LabError(
-            f"{path} has no label {', '.join(lacking)} (looked for the columns {tried}): it has {', '.join(has) or 'none'}"
+            f"{path} has no label {', '.join(lacking)} (looked for the columns {tried}): "
+            f"it has {', '.join(has) or 'none'}"
         )
     return {name: has[name] for name in names}
 
 
 def _pair(label, known):
-    for column, error in zip(label.columns, label.errors):
+    "Columns of a label's value and error, by their names here; None if the table has no value."
+    for column, error in zip(label.columns, label.errors, strict=True):
         if column in known:
             return {label.name: known[column], f"{label.name}_ERR": known.get(error)}
+    return None
 
 
 def _column(path, known, name):
+    "The table's own spelling of a column."
     if name.upper() not in known:
         raise LabError(f"{path} has no column {name}: a cut needs it")
     return known[name.upper()]
+
+
+# %%
+old_names = {name: name for name in ("TEFF", "PARAM_M_H", "PARAM_M_H_ERR")}
+_label_columns("an old table", old_names, None)
 
 
 # %% [markdown]
@@ -948,15 +1204,15 @@ def _column(path, known, name):
 
 # %%
 #| export
-def _copy_columns(path, sources, rows):
-    "Copies of some columns, a block of rows at a time so that no more than a block is ever resident."
-    step = rows if str(path).endswith(".gz") else BLOCK  # what is packed has to be unpacked whole
+def _copy_columns(path, sources, rows, block):
+    "Copies of some columns, a block of rows at a time so that no more than a block is resident."
+    step = rows if _packed(path) else block  # what is packed has to be unpacked whole
     blocks = []
     for start in range(0, rows, step):
         with fits.open(path, memmap=True) as hdus:
             data = hdus[1].data[start : start + step]
             blocks.append({name: _native(data[source]) for name, source in sources.items()})
-    return Table({name: np.concatenate([block[name] for block in blocks]) for name in sources})
+    return Table({name: np.concatenate([part[name] for part in blocks]) for name in sources})
 
 
 def _native(values):
@@ -966,41 +1222,142 @@ def _native(values):
         return np.char.strip(values.astype(str))
     if values.dtype.kind == "f":
         values = values.astype(np.float64)
-        return np.where(values <= MISSING, np.nan, values)
+        return np.where(values <= _MISSING, np.nan, values)
     return values.astype(values.dtype.newbyteorder("="))
 
 
 # %%
+_copy_columns(find_catalogue(root), {"star": "APOGEE_ID", "H": "H"}, rows=3, block=2)
+
+
+# %% [markdown]
+# A table may be broken, or another one: an allVisit table has the same names and one row per visit, so a star would be there several times.
+
+# %%
+#| export
+@contextmanager
+def _catalogue_errors(path):
+    "Whatever reading a table raises becomes a LabError that says what the file is."
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AstropyWarning)  # said by the error
+        try:
+            yield
+        except LabError:
+            raise
+        except Exception as error:  # a damaged file can make any layer below raise anything
+            reason = _reason(path, error, "the allStar table, one row per star")
+            remedy = "" if "give the" in reason else ": fetch it again"
+            raise LabError(f"{path} is not a whole allStar table ({reason}){remedy}") from error
+
+
+def _columns_of(path):
+    "Names of a table's columns (upper case -> as written) and its number of rows."
+    with _catalogue_errors(path), fits.open(path, memmap=True) as hdus:
+        known = {name.upper(): name for name in hdus[1].columns.names}
+        if "APOGEE_ID" in known:
+            _check_bytes(hdus[1], path)
+        rows = hdus[1].header["NAXIS2"]
+    kind = _kind_of_table(set(known)) if "APOGEE_ID" in known else _kind_of_fits(path)
+    if kind and "allStar" not in kind:
+        raise LabError(f"{path} is {kind}: give the allStar table, one row per star")
+    if "APOGEE_ID" not in known or not rows:
+        lacks = "no rows" if not rows else "no column APOGEE_ID"
+        raise LabError(f"{path} is not an allStar table: it has {lacks}")
+    return known, rows
+
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    visits = Path(folder) / "allVisit.fits"
+    Table({"APOGEE_ID": ["a", "a"], "VISIT_ID": ["1", "2"]}).write(visits)
+    with pytest.raises(LabError, match="an allVisit table, one row per visit") as refusal:
+        _columns_of(visits)
+print(str(refusal.value).replace(folder, "…"))
+
+
+# %% [markdown]
+# Cuts may need a column that is no label of this run, such as $\log g$ when only temperatures are asked for. It is read as well, but `meta["labels"]`
+# remembers what was asked for, so that no model is trained on it by accident. The two flags of a star are read wherever a table has them.
+
+# %%
+#| export
+def read_catalogue(path, labels=None, columns=(), block=8192) -> Table:
+    """The needed columns of an allStar table of any release.
+
+    Parameters
+    ----------
+    path : path
+        The table, .fits or .fits.gz.
+    labels : sequence of str, optional
+        Label names; all that the table has by default.
+    columns : sequence of str, default ()
+        Further labels or columns, for cuts.
+    block : int, default 8192
+        Rows that are mapped into memory at a time.
+
+    Returns
+    -------
+    Table
+        Keys, SNR, STARFLAG and ASPCAPFLAG where the table has them; labels and their errors with
+        units, NaN where there is no value. `meta["labels"]` are the label names.
+
+    Raises
+    ------
+    LabError
+        If the file is broken or another table, or lacks a label or column.
+    """
+    known, rows = _columns_of(path)
+    wanted = _label_columns(path, known, labels)
+    extra = [name for name in columns if name in LABELS and name not in wanted]
+    extra = _label_columns(path, known, extra)
+    sources = {name: known[name] for name in (*_KEYS, "SNR", *_FLAGS) if name in known}
+    sources |= {name: _column(path, known, name) for name in columns if name not in LABELS}
+    for pair in (wanted | extra).values():
+        sources |= {name: source for name, source in pair.items() if source}
+    with _catalogue_errors(path):
+        table = _copy_columns(path, sources, rows, block)
+    for name in (*wanted, *extra):
+        _give_unit(table, name)
+    table.meta = {"labels": list(wanted), "catalogue": Path(path).name}
+    return table
+
+
+def _give_unit(table, name):
+    "Units for a label and its error; NaN for errors that are no errors (older tables write -1)."
+    unit = LABELS[name].unit
+    known = f"{name}_ERR" in table.colnames
+    error = np.asarray(table[f"{name}_ERR"]) if known else np.full(len(table), np.nan)
+    table[name] = Column(table[name], unit=unit)
+    table[f"{name}_ERR"] = Column(np.where(error > 0, error, np.nan), unit=unit)
+
+
+# %%
 catalogue = read_catalogue(find_catalogue(root), record.labels)
-catalogue[
-    "APOGEE_ID", "LOCATION_ID", "SNR", record.labels[0], f"{record.labels[0]}_ERR", record.labels[2]
-][:4]
+first, third = record.labels[0], record.labels[2]
+catalogue["APOGEE_ID", "LOCATION_ID", "SNR", first, f"{first}_ERR", third][:4]
 
 # %% [markdown]
 # Not every release has every label: DR12 wrote [Mg/H], not [Mg/Fe]. Then the error says what was looked for and what there is.
 
 # %%
+made = {
+    "APOGEE_ID": ["2M00004994+1621552"],
+    "TEFF": [4705.0],
+    "PARAM_M_H": [-9999.0],
+    "MG_H": [0.0],
+}
 with tempfile.TemporaryDirectory() as folder:
     old = Path(folder) / "allStar-v603.fits"
-    Table(
-        {
-            "APOGEE_ID": ["2M00004994+1621552"],
-            "TEFF": [4705.0],
-            "PARAM_M_H": [-9999.0],
-            "MG_H": [0.01],
-        }
-    ).write(old)
+    Table(made).write(old)
     table = read_catalogue(old)
     with pytest.raises(
-        LabError, match=r"no label MG_FE \(looked for the columns MG_FE\): it has TEFF, M_H"
-    ):
+        LabError, match=r"no label MG_FE \(looked for the columns MG_FE\)"
+    ) as refusal:
         read_catalogue(old, ["TEFF", "MG_FE"])
-assert (
-    table.meta["labels"] == ["TEFF", "M_H"]
-    and np.isnan(table["M_H"][0])
-    and np.isnan(table["TEFF_ERR"][0])
-)
-assert table["TEFF"].unit == "K" and not np.any(catalogue["SNR"] < MISSING)
+assert table.meta["labels"] == ["TEFF", "M_H"]
+assert np.isnan(table["M_H"][0]) and np.isnan(table["TEFF_ERR"][0])
+assert table["TEFF"].unit == "K" and not np.any(catalogue["SNR"] < -9000)
+print(str(refusal.value).replace(folder, "…"))
 
 
 # %% [markdown]
@@ -1008,45 +1365,24 @@ assert table["TEFF"].unit == "K" and not np.any(catalogue["SNR"] < MISSING)
 # Which row is a file's? The survey's own key, TARGET_ID, holds field and star, as the release's template says. Where a table uses it otherwise,
 # telescope, field and star together do the same. The star's name alone is the last resort, for a file whose folder is no field of the catalogue.
 #
-# All of it is one sort and one binary search, not a scan of the table for every star. Rows of the same target are put in order of falling SNR
-# before, so the first one found is the best. (The lab's text said the lowest; its aim was the best measurement.)
+# All of it is one sort and one binary search, not a scan of the table for every star: with $N$ files and $M$ rows a scan costs $N M$ comparisons of
+# strings, sorting and bisecting about $(M+N)\log M$. `np.unique` sorts, tells where each key stood first and how often it occurred, which is the number
+# of duplicates.
 
 # %%
 #| export
-def match_catalogue(
-    stars: Table,  # N rows: APOGEE_ID, TELESCOPE, FOLDER
-    catalogue: Table,  # of `read_catalogue`
-    rules,  # survey.Release
-) -> (
-    tuple
-):  # (N,) row of the catalogue, -1 where there is none; (N,) further rows of the same target
-    "Row of each star, that with the highest SNR."
-    ids, folders = (np.asarray(stars[name], str) for name in ("APOGEE_ID", "FOLDER"))
-    near = np.flatnonzero(np.isin(catalogue["APOGEE_ID"], ids))
-    snr = np.asarray(catalogue["SNR"])[near] if "SNR" in catalogue.colnames else np.zeros(len(near))
-    near = near[np.argsort(-np.nan_to_num(snr, nan=-np.inf), kind="stable")]
-    rows, further = np.full(len(stars), -1), np.zeros(len(stars), int)
-    for mine, theirs, applies in _keys(stars, catalogue, near, rules):
-        place, count = _look_up(mine, theirs)
-        new = applies & (rows < 0) & (place >= 0)
-        rows[new], further[new] = near[place[new]], count[new] - 1
-    return rows, further
-
-
-# %% [markdown]
-# The search itself: with $N$ files and $M$ rows a scan costs $N M$ comparisons of strings, sorting and bisecting about $(M+N)\log M$. `np.unique`
-# sorts, tells where each key stood first and how often it occurred, which is the number of duplicates.
-
-# %%
-#| export
-def _look_up(mine, theirs):
-    "For each of `mine` the first place in `theirs` and how many there are."
-    if not len(theirs):
-        return np.full(len(mine), -1), np.zeros(len(mine), int)
-    unique, first, count = np.unique(theirs, return_index=True, return_counts=True)
-    place = np.minimum(np.searchsorted(unique, mine), len(unique) - 1)
-    hit = unique[place] == mine
+def _look_up(keys, offered):
+    "For each of `keys` the first place in `offered` and how many there are."
+    if not len(offered):
+        return np.full(len(keys), -1), np.zeros(len(keys), int)
+    unique, first, count = np.unique(offered, return_index=True, return_counts=True)
+    place = np.minimum(np.searchsorted(unique, keys), len(unique) - 1)
+    hit = unique[place] == keys
     return np.where(hit, first[place], -1), np.where(hit, count[place], 0)
+
+
+# %%
+_look_up(np.array(["b", "x"]), np.array(["c", "b", "a", "b"]))
 
 
 # %% [markdown]
@@ -1054,34 +1390,6 @@ def _look_up(mine, theirs):
 
 # %%
 #| export
-def _keys(stars, catalogue, near, rules):
-    "Pairs of keys (the stars', the rows') from the surest to the weakest, and for which stars they apply."
-    everyone = np.ones(len(stars), bool)
-    columns = {name: _text(catalogue[name]) for name in KEYS if name in catalogue.colnames}
-    ids, folders, telescopes = (_text(stars[name]) for name in ("APOGEE_ID", "FOLDER", "TELESCOPE"))
-    if "TARGET_ID" in columns:
-        yield (
-            _fill(rules.target_id, telescope=telescopes, field=folders, id=ids),
-            columns["TARGET_ID"][near],
-            everyone,
-        )
-    known = np.zeros(len(stars), bool)
-    for name in ("FIELD", "LOCATION_ID"):
-        if name in columns:
-            known |= np.isin(folders, columns[name])
-            mine, theirs = (
-                _fill("{a}\n{b}", a=folders, b=ids),
-                _fill("{a}\n{b}", a=columns[name][near], b=columns["APOGEE_ID"][near]),
-            )
-            if "TELESCOPE" in columns:
-                mine, theirs = (
-                    _fill("{a}\n{b}", a=telescopes, b=mine),
-                    _fill("{a}\n{b}", a=columns["TELESCOPE"][near], b=theirs),
-                )
-            yield mine, theirs, everyone
-    yield ids, columns["APOGEE_ID"][near], ~known
-
-
 def _text(values):
     return np.asarray(values).astype(str)
 
@@ -1096,8 +1404,78 @@ def _fill(template, **parts):
     return text
 
 
+def _joined(*columns):
+    "One key of several columns of text."
+    names = "abc"[: len(columns)]
+    template = "\n".join(f"{{{name}}}" for name in names)
+    return _fill(template, **dict(zip(names, columns, strict=True)))
+
+
+def _keys(stars, catalogue, near, rules):
+    "Keys of the stars, keys of the rows `near`, and to which stars they apply; the surest first."
+    everyone = np.ones(len(stars), bool)
+    columns = {name: _text(catalogue[name]) for name in _KEYS if name in catalogue.colnames}
+    ids, folders, telescopes = (_text(stars[name]) for name in ("APOGEE_ID", "FOLDER", "TELESCOPE"))
+    if "TARGET_ID" in columns:
+        targets = _fill(rules.target_id, telescope=telescopes, field=folders, id=ids)
+        yield targets, columns["TARGET_ID"][near], everyone
+    known = np.zeros(len(stars), bool)
+    for name in ("FIELD", "LOCATION_ID"):
+        if name in columns:
+            known |= np.isin(folders, columns[name])
+            of_stars = (folders, ids)
+            of_rows = (columns[name][near], columns["APOGEE_ID"][near])
+            if "TELESCOPE" in columns:
+                of_stars = (telescopes, *of_stars)
+                of_rows = (columns["TELESCOPE"][near], *of_rows)
+            yield _joined(*of_stars), _joined(*of_rows), everyone
+    yield ids, columns["APOGEE_ID"][near], ~known
+
+
 # %%
-rules = RELEASES["dr14"]
+_joined(np.array(["4230", "4262"]), np.array(["a", "b"]))
+
+
+# %% [markdown]
+# Rows of the same target are put in order of falling SNR before, so the first one found is the best. (The original lab's text said the lowest; its aim
+# was the best measurement.)
+
+# %%
+#| export
+def match_catalogue(stars, catalogue, rules) -> tuple:
+    """The row of each star, that with the highest SNR.
+
+    Parameters
+    ----------
+    stars : Table
+        N rows: APOGEE_ID, TELESCOPE, FOLDER, as `find_files` gives them.
+    catalogue : Table
+        Of `read_catalogue`.
+    rules : Release
+        Says what TARGET_ID looks like.
+
+    Returns
+    -------
+    rows : ndarray
+        (N,) row of the catalogue, -1 where there is none.
+    further : ndarray
+        (N,) how many further rows the same target has.
+    """
+    ids = np.asarray(stars["APOGEE_ID"], str)
+    near = np.flatnonzero(np.isin(catalogue["APOGEE_ID"], ids))
+    snr = np.asarray(catalogue["SNR"])[near] if "SNR" in catalogue.colnames else np.zeros(len(near))
+    near = near[np.argsort(-np.nan_to_num(snr, nan=-np.inf), kind="stable")]
+    rows = np.full(len(stars), -1)
+    further = np.zeros(len(stars), int)
+    for keys, offered, applies in _keys(stars, catalogue, near, rules):
+        place, count = _look_up(keys, offered)
+        new = applies & (rows < 0) & (place >= 0)
+        rows[new] = near[place[new]]
+        further[new] = count[new] - 1
+    return rows, further
+
+
+# %%
 stars = Table(
     {
         "APOGEE_ID": ["a", "b", "c", "d"],
@@ -1114,17 +1492,18 @@ rows = Table(
         "SNR": [60.0, 90.0, 70.0, 80.0, 80.0],
     }
 )
-match_catalogue(stars, rows, rules)
+match_catalogue(stars, rows, RELEASES["dr14"])
 
 # %% [markdown]
 # Star *a* gets the better of its two rows, *b* is found by field and name, *d* by its name alone. Star *c* has a row, but in another field: that is
 # another observation, and *c* goes without.
 
 # %%
-assert [list(x) for x in match_catalogue(stars, rows, rules)] == [[1, 2, -1, 4], [1, 0, 0, 0]]
+place, further = match_catalogue(stars, rows, RELEASES["dr14"])
+assert list(place) == [1, 2, -1, 4] and list(further) == [1, 0, 0, 0]
 
 # %% [markdown]
-# The witness for the join is what the lab did: for every star a scan through the whole table. It must find the same row.
+# The reference implementation of the join is what the original lab did: for every star a scan through the whole table. It must find the same row.
 
 # %%
 rows, further = match_catalogue(files, catalogue, record.rules)
@@ -1139,13 +1518,12 @@ for n in range(0, len(files), max(len(files) // 50, 1)):
 
 # %% [markdown]
 # ## Dark pixels
-# Chip edges move with the star's velocity, so a pixel may see nothing in one star and the full light in the others. The lab's rule: a pixel
+# Chip edges move with the star's velocity, so a pixel may see nothing in one star and the full light in the others. The original lab's rule: a pixel
 # below 5 % of its median over all stars is unusable. Taken literally it compares a faint star with bright ones, and stars of the archive differ by a
 # factor of hundreds. So we divide each star by its own median $m_n$ over usable pixels first,
 # $$ \frac{f_{np}}{m_n} < 0.05\;\operatorname{median}_{k}\frac{f_{kp}}{m_k} \quad\Rightarrow\quad w_{np}=0 , $$
 # which no longer depends on how bright the companions happen to be.
-
-# %% [markdown]
+#
 # The rule needs medians over usable pixels only. Unusable ones become NaN, sorting puts them last, and the middle of the rest is where half their
 # number says. (numpy's own `nanmedian` does the same ten times slower, and warns where there is nothing.)
 
@@ -1174,23 +1552,21 @@ def nan_median(values, axis: int = -1) -> np.ndarray:
     ordered = np.where(np.isfinite(values), values, np.nan)
     ordered.sort(axis=axis)  # NaN last
     count = np.isfinite(ordered).sum(axis=axis, keepdims=True)
-    lower, upper = (
-        np.take_along_axis(ordered, place, axis=axis)
-        for place in (np.maximum(count - 1, 0) // 2, np.minimum(count // 2, ordered.shape[axis] - 1))
-    )
+    last = ordered.shape[axis] - 1
+    lower = np.take_along_axis(ordered, np.maximum(count - 1, 0) // 2, axis=axis)
+    upper = np.take_along_axis(ordered, np.minimum(count // 2, last), axis=axis)
     return np.squeeze(0.5 * (lower + upper), axis=axis)
 
 
 # %%
 numbers = np.random.default_rng(0).normal(size=(4, 7, 5)).astype("f4")
 numbers[numbers > 1] = np.nan
-numbers[2, :, 3] = np.nan
 for axis in (0, 1, 2):
-    with np.errstate(all="ignore"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy's about slices of NaN
         slow = np.nanmedian(numbers, axis=axis)
     assert np.array_equal(nan_median(numbers, axis), slow, equal_nan=True)
-assert np.isnan(nan_median(numbers, 1)[2, 3])
+nan_median(numbers, axis=1)
 
 
 # %% [markdown]
@@ -1198,43 +1574,46 @@ assert np.isnan(nan_median(numbers, 1)[2, 3])
 
 # %%
 #| export
-def dark_pixels(
-    flux: np.ndarray,  # (N, P)
-    ivar: np.ndarray,  # (N, P)
-    fraction: float = 0.05,
-    block: int = 256,  # stars or pixels in work at a time
-) -> np.ndarray:  # (N, P) bool
-    "Pixels below `fraction` of the pixel's median over stars, each star relative to its own median. One star alone has none."
+def dark_pixels(flux, ivar, fraction=0.05, block=256) -> np.ndarray:
+    """Pixels that see much less of their star than they see of others.
+
+    Parameters
+    ----------
+    flux, ivar : ndarray
+        (N, P).
+    fraction : float, default 0.05
+        A pixel is dark below this fraction of its median over stars, each star relative to its own
+        median.
+    block : int, default 256
+        Stars or pixels in work at a time.
+
+    Returns
+    -------
+    ndarray
+        (N, P) bool. One star alone has no dark pixels: there is nobody to compare it with.
+    """
     dark = np.zeros(flux.shape, bool)
     if len(flux) < 2:
         return dark
     starts = range(0, len(flux), block)
     usable = (np.where(ivar[a : a + block] > 0, flux[a : a + block], np.nan) for a in starts)
     level = np.concatenate([nan_median(values, axis=1) for values in usable])
-    level = np.where(level > 0, level, np.nan).astype(np.float32)[
-        :, None
-    ]  # without a level a star neither judges nor is judged
+    # Without a level a star neither judges nor is judged.
+    level = np.where(level > 0, level, np.nan).astype(np.float32)[:, None]
     for start in range(0, flux.shape[1], block):
-        relative = flux[:, start : start + block] / level
-        usable = np.where(ivar[:, start : start + block] > 0, relative, np.nan)
+        pixels = slice(start, start + block)
+        relative = flux[:, pixels] / level
+        usable = np.where(ivar[:, pixels] > 0, relative, np.nan)
         typical = nan_median(usable.T, axis=1)
         with np.errstate(invalid="ignore"):
-            dark[:, start : start + block] = relative < fraction * typical
+            dark[:, pixels] = relative < fraction * typical
     return dark
 
 
-# %%
-#| export
-def drop_dark_pixels(
-    spectra: Spectra,
-    fraction: float = 0.05,
-) -> Spectra:  # shares everything but ivar
-    "The spectra with weight 0 on dark pixels."
-    return spectra.replace(
-        ivar=np.where(
-            dark_pixels(spectra.flux, spectra.ivar, fraction), np.float32(0), spectra.ivar
-        )
-    )
+def drop_dark_pixels(spectra: Spectra, fraction=0.05) -> Spectra:
+    "The spectra with weight 0 on dark pixels; all but `ivar` is shared. See `dark_pixels`."
+    dark = dark_pixels(spectra.flux, spectra.ivar, fraction)
+    return spectra.replace(ivar=np.where(dark, np.float32(0), spectra.ivar))
 
 
 # %% [markdown]
@@ -1247,17 +1626,16 @@ toy = (level * np.random.default_rng(1).uniform(0.5, 1.5, (6, 400))).astype("f4"
 toy[2, 7] *= 1e-3
 weight = np.ones_like(toy)
 weight[:, 50] = 0  # a pixel that nobody has measured judges nobody
-assert np.array_equal(np.argwhere(dark_pixels(toy, weight)), [[2, 7]])
 assert not dark_pixels(toy[:1], weight[:1]).any()  # a star alone has nobody to be compared with
+assert np.array_equal(np.argwhere(dark_pixels(toy, weight)), [[2, 7]])
+np.argwhere(dark_pixels(toy, weight))
 
 # %% [markdown]
-# The witness is numpy's own median of the usable values, pixel by pixel.
+# The reference implementation is numpy's own median of the usable values, pixel by pixel.
 
 # %%
-relative = (
-    np.where(weight > 0, toy, np.nan)
-    / np.nanmedian(np.where(weight > 0, toy, np.nan), axis=1)[:, None]
-)
+usable = np.where(weight > 0, toy, np.nan)
+relative = usable / np.nanmedian(usable, axis=1)[:, None]
 slow = [relative[:, p] < 0.05 * np.nanmedian(relative[:, p]) for p in range(400) if p != 50]
 assert np.array_equal(np.delete(dark_pixels(toy, weight), 50, axis=1), np.transpose(slow))
 
@@ -1267,118 +1645,57 @@ assert np.array_equal(np.delete(dark_pixels(toy, weight), 50, axis=1), np.transp
 # All of it together: find, match, read, darken. The result are the stars that have a file and a row, with the labels that the archive's record asks
 # for. Nothing in it depends on which archive this is: labels, fields, cuts and paths come from the record that stands at the root.
 #
-# The order saves memory. The catalogue is matched first and let go but for the rows of our stars; then there is room for exactly the spectra that
-# have a row, $N\times 7214\times(4+4+4)$ bytes for flux, weight and mask: 236 MB for the lab's 2,723 stars. Files without a row are opened, too, so
-# that the ledger can tell a damaged file from a star that nobody knows.
+# First the helpers: which files; which rows of the catalogue have none; and the table of stars with what path and catalogue know beyond the header.
 
 # %%
 #| export
-def read_archive(
-    root,  # of an archive
-    product: str = None,  # "apstar" or "aspcapstar"; the first of the record's that has files by default
-    fields=None,  # folders; the record's by default, "all" for whatever is there
-    labels=None,  # label names; the record's by default
-    row: int = None,  # apStar only: 0 and 1 are the combinations, the visits follow; the release's by default
-    workers: int = None,  # threads that read ahead, 4 by default
-    telescopes=None,  # all of the release's by default
-    release: str = None,  # the record's by default
-    dark: float = 0.05,  # `fraction` of `drop_dark_pixels`, for products with raw flux
-    progress: bool = True,
-) -> tuple:  # Spectra with labels, Ledger
-    "Stars of an archive that have a good file and a row in the catalogue; LabError if there are none."
-    record = archive_record(root)
-    rules = _rules(record, release)
-    product, files = _archive_files(root, record, rules, product, fields, telescopes, release)
-    names = record.labels if labels is None else labels
-    catalogue = read_catalogue(
-        find_catalogue(root, release), names, [cut.column for cut in record.cuts]
-    )
-    rows, further = match_catalogue(files, catalogue, rules)
-    lonely = _rows_without_file(files, catalogue, rules)
-    catalogue, rows = (
-        catalogue[rows],
-        np.where(rows < 0, -1, np.arange(len(rows))),
-    )  # one row a file; -1 takes any
-    row = rules.row if row is None else row
-    spectra, places, problems = read_stars(
-        list(files["path"]), PRODUCTS[product], row, workers, rows >= 0, progress
-    )
-
-    broken = np.isin(files["path"], [problem.path for problem in problems])
-    ledger = Ledger(len(files)).drop(
-        "damaged",
-        files["APOGEE_ID"][broken],
-        "the file cannot be read",
-        [p.reason for p in problems],
-    )
-    ledger = ledger.drop("no row in the catalogue", files["APOGEE_ID"][~broken & (rows < 0)])
-    ledger = ledger.count(
-        "duplicate rows resolved", further[places].sum(), "the row with the highest SNR counts"
-    )
-    ledger = ledger.count("rows of the catalogue without a file", lonely)
-    if not len(spectra):
-        raise LabError(
-            f"no star of {root} is left: {len(files)} {product} files found, of which {broken.sum()} are damaged"
-            f"{_first(problems) if problems else ''}, and the others have no row in {catalogue.meta['catalogue']}"
-        )
-    stars = _with_labels(spectra.stars, files[places], catalogue[places], rules)
-    stars.meta |= {
-        "release": rules.name.lower(),
-        "archive": record.name,
-        "labels": list(catalogue.meta["labels"]),
-    }
-    if not PRODUCTS[product].normalized and dark:
-        spectra.ivar[dark_pixels(spectra.flux, spectra.ivar, dark)] = (
-            0  # our own array, nobody else has seen it
-        )
-    return spectra.replace(stars=stars), ledger
-
-
-def _archive_files(root, record, rules, product, fields, telescopes, release):
+def _archive_files(root, record, product, fields, telescopes, release):
+    "The product that is taken, and its files; LabError if there are none."
     if not Path(root).is_dir():
         raise LabError(
-            f"there is no folder {root}: write an archive with 'stellar-lab archive', or fetch one with 'stellar-lab fetch'"
+            f"there is no folder {root}: write an archive with 'stellar-lab archive', "
+            "or fetch one with 'stellar-lab fetch'"
         )
     products = record.products if product is None else (product,)
     for name in products:
         files = find_files(root, name, fields, telescopes, release)
         if len(files):
             return name, files
+    rules = _rules(record, release)
     tried = ", ".join(template for name in products for template in rules.templates(name))
-    where = (
-        "all fields"
-        if isinstance(fields, str) and fields == "all"
-        else f"fields {', '.join(map(str, np.atleast_1d(fields or record.fields)))}"
-    )
+    where = "all fields"
+    if not (isinstance(fields, str) and fields == "all"):
+        where = f"fields {', '.join(map(str, np.atleast_1d(fields or record.fields)))}"
     raise LabError(
-        f"no star's file below {root}: looked for {tried} in {where}; "
-        "fetch them with 'stellar-lab fetch', or name other fields or another release"
+        f"no star's file below {root}: looked for {tried} in {where}; fetch them with "
+        "'stellar-lab fetch', or name other fields or another release"
     )
 
 
 def _rows_without_file(files, catalogue, rules):
-    "Targets of the catalogue in the same folders that no file belongs to."
+    "How many targets of the catalogue in the same folders no file belongs to."
     if rules.field_column not in catalogue.colnames:
         return 0
     folders = _text(catalogue[rules.field_column])
     here = np.isin(folders, _text(files["FOLDER"]))
     if "TELESCOPE" in catalogue.colnames:
         here &= np.isin(catalogue["TELESCOPE"], files["TELESCOPE"])
-    theirs = _fill("{a}\n{b}", a=folders[here], b=_text(catalogue["APOGEE_ID"])[here])
-    return len(
-        np.setdiff1d(
-            theirs, _fill("{a}\n{b}", a=_text(files["FOLDER"]), b=_text(files["APOGEE_ID"]))
-        )
-    )
+    targets = _joined(folders[here], _text(catalogue["APOGEE_ID"])[here])
+    return len(np.setdiff1d(targets, _joined(_text(files["FOLDER"]), _text(files["APOGEE_ID"]))))
 
 
-def _with_labels(stars, files, catalogue, rules):
+# %%
+_rows_without_file(files, catalogue, record.rules)
+
+
+# %%
+#| export
+def _with_labels(stars, files, catalogue):
     "The stars table with what path and catalogue know beyond the header."
     stars = stars.copy()
     stars["APOGEE_ID"] = files["APOGEE_ID"]
-    stars["TELESCOPE"] = np.where(
-        _text(stars["TELESCOPE"]) == "", _text(files["TELESCOPE"]), _text(stars["TELESCOPE"])
-    )
+    telescope = _text(stars["TELESCOPE"])
+    stars["TELESCOPE"] = np.where(telescope == "", _text(files["TELESCOPE"]), telescope)
     for name in ("FIELD", "LOCATION_ID"):
         if name in catalogue.colnames:
             unknown = np.isin(_text(stars[name]), ["", "-1"])
@@ -1386,9 +1703,126 @@ def _with_labels(stars, files, catalogue, rules):
     for name in catalogue.colnames:
         if name == "SNR":
             stars["SNR"] = np.where(np.isfinite(catalogue["SNR"]), catalogue["SNR"], stars["SNR"])
-        elif name not in KEYS:
+        elif name not in _KEYS:
             stars[name] = catalogue[name]
     return stars
+
+
+def _ledger_of(files, problems, rows, further, places, lonely):
+    "What became of the files of an archive. LabError if no star is left."
+    broken = np.isin(files["path"], [problem.path for problem in problems])
+    reasons = [problem.reason for problem in problems]
+    ids = files["APOGEE_ID"]
+    ledger = Ledger(len(files)).drop("damaged", ids[broken], "the file cannot be read", reasons)
+    ledger = ledger.drop("no row in the catalogue", ids[~broken & (rows < 0)])
+    better = "the row with the highest SNR counts"
+    ledger = ledger.count("duplicate rows resolved", further[places].sum(), better)
+    return ledger.count("rows of the catalogue without a file", lonely)
+
+
+# %%
+#| export
+def _rows_of_files(root, files, record, rules, labels, release):
+    "For each file its row of the catalogue, the row's number or -1, how many others it has."
+    labels = record.labels if labels is None else labels
+    for_cuts = [cut.column for cut in record.cuts]
+    catalogue = read_catalogue(find_catalogue(root, release), labels, for_cuts)
+    rows, further = match_catalogue(files, catalogue, rules)
+    lonely = _rows_without_file(files, catalogue, rules)
+    return catalogue[rows], rows, further, lonely  # for -1 any row will do
+
+
+def _nobody(root, product, files, problems, catalogue):
+    "Why no star of an archive is left, in words."
+    return (
+        f"no star of {root} is left: {len(files)} {product} files found, "
+        f"of which {len(problems)} are damaged{_first(problems) if problems else ''}, "
+        f"and the others have no row in {catalogue}"
+    )
+
+
+# %%
+two = files[:2]
+_ledger_of(two, [Problem(two["path"][0], "empty")], np.array([3, -1]), np.array([0, 0]), [], 7)
+
+
+# %% [markdown]
+# The order saves memory. The catalogue is matched first and let go but for the rows of our stars; then there is room for exactly the spectra that
+# have a row, $N\times 7214\times(4+4+4)$ bytes for flux, weight and mask: 236 MB for the 2,723 stars of the original lab. Files without a row are opened,
+# too, so that the ledger can tell a damaged file from a star that nobody knows.
+
+# %%
+#| export
+def read_archive(
+    root,
+    product=None,
+    fields=None,
+    labels=None,
+    row=None,
+    workers=None,
+    telescopes=None,
+    release=None,
+    dark=0.05,
+    progress=True,
+) -> tuple:
+    """Stars of an archive that have a good file and a row in the catalogue.
+
+    Parameters
+    ----------
+    root : path
+        Of an archive.
+    product : str, optional
+        `apstar` or `aspcapstar`; the first of the archive's record that has files by default.
+    fields, telescopes, release
+        As for `find_files`.
+    labels : sequence of str, optional
+        Label names; the record's by default.
+    row : int, optional
+        For apStar files: 0 and 1 are the combinations, the visits follow; the release's by default.
+    dark : float, default 0.05
+        `fraction` of `dark_pixels`, for products with raw flux; 0 keeps all pixels.
+    workers, progress
+        As for `read_stars`.
+
+    Returns
+    -------
+    spectra : Spectra
+        With labels, SNR and flags of the catalogue.
+    ledger : Ledger
+        What became of the other files.
+
+    Raises
+    ------
+    LabError
+        If there are no files, no catalogue or no star with both; or an unknown label or release.
+    """
+    record = archive_record(root)
+    rules = _rules(record, release)
+    product, files = _archive_files(root, record, product, fields, telescopes, release)
+    catalogue, rows, further, lonely = _rows_of_files(root, files, record, rules, labels, release)
+    row = rules.row if row is None else row
+    paths = list(files["path"])
+    spectra, places, problems = read_stars(
+        paths, PRODUCTS[product], row, workers, rows >= 0, progress
+    )
+    ledger = _ledger_of(files, problems, rows, further, places, lonely)
+    if not len(spectra):
+        raise LabError(_nobody(root, product, files, problems, catalogue.meta["catalogue"]))
+    stars = _with_labels(spectra.stars, files[places], catalogue[places])
+    known = {"release": rules.name.lower(), "archive": record.name}
+    stars.meta |= known | {"labels": list(catalogue.meta["labels"])}
+    if dark and not PRODUCTS[product].normalized:
+        # In place: this array is our own, nobody else has seen it.
+        spectra.ivar[dark_pixels(spectra.flux, spectra.ivar, dark)] = 0
+    return spectra.replace(stars=stars), ledger
+
+
+# %%
+spectra, found = read_archive(root, progress=False)
+spectra
+
+# %%
+found
 
 
 # %% [markdown]
@@ -1400,35 +1834,82 @@ def _with_labels(stars, files, catalogue, rules):
 
 # %%
 #| export
-def keep(
-    spectra: Spectra,
-    good: np.ndarray,  # (N,) bool
-    rule: str,
-    ledger: Ledger = None,  # to go on with; a new one by default
-    reason: str = "",
-) -> tuple:  # Spectra, Ledger
-    "The stars that a rule calls `good`, and the ledger with one more rule."
+def keep(spectra, good, rule, ledger=None, reason="") -> tuple:
+    """The stars that a rule calls good.
+
+    Parameters
+    ----------
+    spectra : Spectra
+        N stars.
+    good : ndarray
+        (N,) bool.
+    rule : str
+        Its name.
+    ledger : Ledger, optional
+        To go on with; a new one by default.
+    reason : str, optional
+        Why the others go.
+
+    Returns
+    -------
+    spectra : Spectra
+        The good stars.
+    ledger : Ledger
+        With one more rule.
+
+    Raises
+    ------
+    LabError
+        If the ledger is that of other stars.
+    """
     ledger = _going_on(spectra, ledger)
     good = np.asarray(good, bool)
     return spectra[good], ledger.drop(rule, spectra.stars["APOGEE_ID"][~good], reason)
 
 
 def _going_on(spectra, ledger):
+    "The ledger to go on with; LabError if it is that of other stars."
     if ledger is None:
         return Ledger(len(spectra))
     if ledger.left != len(spectra):
         raise LabError(
-            f"the ledger has {ledger.left} stars left, but there are {len(spectra)} spectra: go on with the ledger of these spectra"
+            f"the ledger has {ledger.left} stars left, but there are {len(spectra)} spectra: "
+            "go on with the ledger of these spectra"
         )
     return ledger
 
 
-def apply_cuts(
-    spectra: Spectra,
-    cuts=None,  # survey.Cut records; those of the archive's record by default
-    ledger: Ledger = None,  # to go on with; a new one by default
-) -> tuple:  # Spectra, Ledger
-    "Drop stars without light, without all labels, or outside a cut; LabError if a column is missing or nothing is left."
+# %%
+_, ledger = keep(spectra, spectra.stars["NVISITS"] > 1, "seen once")
+ledger
+
+
+# %%
+#| export
+def apply_cuts(spectra, cuts=None, ledger=None) -> tuple:
+    """Drop stars without light, without all labels, or that fail a cut.
+
+    Parameters
+    ----------
+    spectra : Spectra
+        N stars.
+    cuts : sequence of survey.Cut, optional
+        Those of the archive's record by default, `()` for none.
+    ledger : Ledger, optional
+        To go on with; a new one by default.
+
+    Returns
+    -------
+    spectra : Spectra
+        The stars that are left.
+    ledger : Ledger
+        With one line per rule.
+
+    Raises
+    ------
+    LabError
+        If a column is missing, nothing is left, or nobody says which cuts to apply.
+    """
     ledger = _going_on(spectra, ledger)
     good = np.ones(len(spectra), bool)
     for rule, passed, reason in _rules_of(spectra, _cuts_of(spectra, cuts)):
@@ -1440,32 +1921,30 @@ def apply_cuts(
 
 
 def _cuts_of(spectra, cuts):
+    "The cuts that were given, else those of the archive that the spectra come from."
     if cuts is not None:
         return cuts
     name = spectra.stars.meta.get("archive")
     if name not in ARCHIVES:
         raise LabError(
-            "these spectra come from no known archive: say which cuts to apply, cuts=[Cut(…)] or cuts=()"
+            "these spectra come from no known archive: say which cuts to apply, "
+            "cuts=[Cut(…)] or cuts=()"
         )
     return ARCHIVES[name].cuts
 
 
 def _rules_of(spectra, cuts):
     "Name, stars that pass, and reason of each rule."
-    yield (
-        "flux all zero",
-        np.any((spectra.flux != 0) & (spectra.ivar > 0), axis=1),
-        "no usable pixel",
-    )
-    yield (
-        "missing labels",
-        np.isfinite(spectra.labels()).all(axis=1),
-        "needs " + ", ".join(spectra.label_names),
-    )
+    light = np.any((spectra.flux != 0) & (spectra.ivar > 0), axis=1)
+    yield "flux all zero", light, "no usable pixel"
+    labelled = np.isfinite(spectra.labels()).all(axis=1)
+    yield "missing labels", labelled, "needs " + ", ".join(spectra.label_names)
     for cut in cuts:
         if cut.column not in spectra.stars.colnames:
+            known = ", ".join(spectra.stars.colnames)
             raise LabError(
-                f"the cut {cut.name!r} needs a column {cut.column}, which the stars lack: there are {', '.join(spectra.stars.colnames)}"
+                f"the cut {cut.name!r} needs a column {cut.column}, which the stars lack: "
+                f"there are {known}"
             )
         reason = f"keep {cut}" + (f": {cut.reason}" if cut.reason else "")
         yield cut.name, cut.keeps(spectra.stars[cut.column]), reason
@@ -1473,11 +1952,7 @@ def _rules_of(spectra, cuts):
 
 # %% [markdown]
 # ## The stars at hand
-# Now for the archive of this run: read, and see what the ledger says before any cut is made.
-
-# %%
-spectra, found = read_archive(root, progress=False)
-spectra
+# Now for the archive of this run: what do the cuts of its record take?
 
 # %%
 good, ledger = apply_cuts(spectra, ledger=found)
@@ -1485,14 +1960,12 @@ ledger
 
 # %%
 #| echo: false
-Markdown(
-    f"Of {ledger.found} files {ledger.left} stars are left. "
-    + " ".join(
-        f"To *{step.rule}* fell {len(step.stars)} ({len(step.stars) / ledger.found:.1%})."
-        for step in ledger.steps
-        if step.stars
-    )
-)
+dropping = [step for step in ledger.steps if step.stars]
+lines = [
+    f"To *{step.rule}* fell {len(step.stars)} ({len(step.stars) / ledger.found:.1%})."
+    for step in dropping
+]
+Markdown(f"Of {ledger.found} files {ledger.left} stars are left. " + " ".join(lines))
 
 # %%
 plot_ledger(ledger);
@@ -1510,61 +1983,59 @@ Table(rows=[(star, ledger.why(star)) for star in asked], names=["star", "why it 
 # cuts, keeps the same stars.
 
 # %%
-assert ledger.found == len(find_files(root)) == ledger.left + ledger.table[
-    "dropped"
-].sum() and ledger.left == len(good)
-
-# %%
+assert ledger.found == len(find_files(root)) == ledger.left + ledger.table["dropped"].sum()
 survivors = []
 for n, star in enumerate(spectra.stars):
     labelled = all(np.isfinite(star[name]) for name in record.labels)
-    if (
-        labelled
-        and all(cut.low < star[cut.column] < cut.high for cut in record.cuts)
-        and spectra.flux[n].any()
-    ):
+    inside = all(cut.low < star[cut.column] < cut.high for cut in record.cuts)
+    if labelled and inside and spectra.flux[n].any():
         survivors.append(n)
 assert list(good.stars["FILE"]) == list(spectra.stars["FILE"][survivors])
-assert np.array_equal(good.flux, spectra.flux[survivors]) and np.array_equal(
-    good.labels(), spectra.labels()[survivors]
-)
+assert np.array_equal(good.flux, spectra.flux[survivors])
+assert np.array_equal(good.labels(), spectra.labels()[survivors])
+
+# %% [markdown]
+# A user may add cuts of her own, here of bits: stars whose light met another star's or whose labels the survey's pipeline calls bad.
+
+# %%
+of_ones_own = [
+    *record.cuts,
+    Cut("neighbour", "STARFLAG", without_bits="VERY_BRIGHT_NEIGHBOR"),
+    Cut("doubtful labels", "ASPCAPFLAG", without_bits=("STAR_WARN", "STAR_BAD")),
+]
+apply_cuts(spectra, of_ones_own, found)[1]
 
 # %% [markdown]
 # A later chapter goes on with the same ledger, here with a rule of its own. A ledger of other stars is refused.
 
 # %%
 fewer, longer = keep(good, good.stars["NVISITS"] > 1, "seen once", ledger)
-assert (
-    longer.left == len(fewer)
-    and longer.steps[:-1] == ledger.steps
-    and longer.steps[-1].rule == "seen once"
-)
+assert longer.left == len(fewer)
+assert longer.steps[:-1] == ledger.steps and longer.steps[-1].rule == "seen once"
 with pytest.raises(LabError, match="go on with the ledger of these spectra"):
     keep(good, np.ones(len(good), bool), "nothing", found)
 
 # %% [markdown]
 # ## What the literal rule would have done
-# Back to the dark pixels, now on the archive. The lab's literal rule compares flux with the median flux of all stars; ours takes each star's own
+# Back to the dark pixels, now on the archive. The original lab's literal rule compares flux with the median flux of all stars; ours takes each star's own
 # level out first. We ask both twice: once on (at most some 600) stars of all kinds, once on the brightest tenth and the faintest twentieth of them
 # alone.
 
 # %%
 paths = find_files(root, "apstar")["path"]
-raw, _ = read_files(
-    paths[:: max(len(paths) // 600, 1)], progress=False
-)  # loose files: nobody has darkened them yet
-level = np.ma.median(np.ma.array(raw.flux, mask=raw.ivar == 0), axis=1).filled(0)
+step = max(len(paths) // 600, 1)
+raw, _ = read_files(paths[::step], progress=False)  # loose files: nobody has darkened them yet
+level = nan_median(np.where(raw.ivar > 0, raw.flux, np.nan))
+level = np.nan_to_num(level)
 bright_first = np.argsort(-level)[: np.sum(level > 0)]  # stars without light have no say
 n = len(bright_first)
-samples = {
-    "all stars": bright_first,
-    "brightest and faintest": np.r_[bright_first[: n // 10], bright_first[-n // 20 :]],
-}
+extremes = np.r_[bright_first[: n // 10], bright_first[-n // 20 :]]
+samples = {"all stars": bright_first, "brightest and faintest": extremes}
 
 
 # %%
 def literal_rule(spectra):
-    "The lab's rule to the letter."
+    "The original lab's rule to the letter."
     typical = np.ma.median(np.ma.array(spectra.flux, mask=spectra.ivar == 0), axis=0)
     return (spectra.flux < 0.05 * typical).filled(False) & (spectra.ivar > 0)
 
@@ -1574,58 +2045,42 @@ def our_rule(spectra):
 
 
 # %%
+rules = {"literal": literal_rule, "ours": our_rule}
 rows = []
 for name, sample in samples.items():
     stars = raw[sample]
-    counts = {
-        rule: dark(stars).sum(axis=1)
-        for rule, dark in (("literal", literal_rule), ("ours", our_rule))
-    }
-    rows += [
-        (name, len(stars), rule, count.sum(), np.sum(count > 3000))
-        for rule, count in counts.items()
-    ]
-Table(
-    rows=rows,
-    names=["sample", "stars", "rule", "dark pixels", "stars that lose more than 3,000 pixels"],
-)
+    counts = {rule: dark(stars).sum(axis=1) for rule, dark in rules.items()}
+    for rule, count in counts.items():
+        rows.append((name, len(stars), rule, count.sum(), np.sum(count > 3000)))
+columns = ["sample", "stars", "rule", "dark pixels", "stars that lose more than 3,000 pixels"]
+Table(rows=rows, names=columns)
 
 # %%
 fig, ax = plt.subplots(figsize=(7, 3.2))
-for rule, color in (("literal", "C1"), ("ours", "C0")):
-    ax.plot(
-        stars.stars["H"],
-        counts[rule],
-        "o",
-        ms=4,
-        alpha=0.6,
-        color=color,
-        label={"literal": "literal rule", "ours": "our rule"}[rule],
-    )
+for rule, color, text in (("literal", "C1", "literal rule"), ("ours", "C0", "our rule")):
+    ax.plot(stars.stars["H"], counts[rule], "o", ms=4, alpha=0.6, color=color, label=text)
 ax.axhline(3000, color="0.6", ls="--", lw=0.8)
-ax.set(
-    xlabel="$H$ [mag]",
-    ylabel="dark pixels of 7,214",
-    yscale="symlog",
-    ylim=(-0.5, 3e4),
-    title="brightest and faintest stars",
-)
-ax.legend(loc="lower right");
+ax.set(xlabel="$H$ [mag]", ylabel="dark pixels of 7,214", title="brightest and faintest stars")
+ax.set_yscale("symlog")
+ax.set_ylim(-0.5, 3e4)
+ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False);
 
 # %%
 #| echo: false
-alone, flagged = rows[2][4], (raw.mask[bright_first][our_rule(raw[bright_first])] != 0).sum()
 contrast = level.max() / level[level > 0].min()
-Markdown(f"""**What to see.** The brightest star here has {contrast:,.0f} times the flux of the faintest. Among all {n} stars with light most are
-faint, so the literal rule's median is a faint star's, and the rules find {rows[0][3]:,} and {rows[1][3]:,} dark pixels (of ours, {flagged:,} carry a mask
-bit anyway). In the company of the brightest, the literal rule takes {alone} faint stars whole: beyond the dashed line the lab drops a star. Nothing
-is wrong with them but their neighbours. Our rule takes {rows[3][4]}.""")
+Markdown(
+    f"**What to see.** The brightest star here has {contrast:,.0f} times the flux of the faintest. "
+    f"In the company of the brightest the literal rule takes {rows[2][4]} faint stars whole: "
+    "beyond the dashed line the original lab drops a star. Nothing is wrong with them but their "
+    f"neighbours. Our rule takes {rows[3][4]}."
+)
 
 # %% [markdown]
 # As a test: dimming every fifth star a hundredfold changes nothing in our answer, and much in the literal one.
 
 # %%
-dim = raw.replace(flux=raw.flux * np.where(np.arange(len(raw)) % 5, 1, 0.01).astype("f4")[:, None])
+dimming = np.where(np.arange(len(raw)) % 5, 1, 0.01).astype("f4")
+dim = raw.replace(flux=raw.flux * dimming[:, None])
 assert np.mean(our_rule(dim) != our_rule(raw)) < 1e-6  # but for float32's last digit
 assert np.mean(literal_rule(dim) != literal_rule(raw)) > 0.1
 
@@ -1635,42 +2090,55 @@ assert np.mean(literal_rule(dim) != literal_rule(raw)) > 0.1
 # What kind of stars are left? A corner plot shows each label's distribution (dashed: 16th and 84th percentile) and each pair against one another.
 
 # %%
-#| export
-def plot_corner(
-    spectra: Spectra,
-    names=None,  # label names; all that the stars have by default
-    **style,  # for corner.corner
-):
-    "Corner plot of the labels in the survey's plot ranges, with the 16 and 84 % quantiles; returns the Figure."
+#| exporti
+def plot_corner(spectra: Spectra, names=None, **style):
+    """Corner plot of labels in the survey's plot ranges, with the 16 and 84 % quantiles.
+
+    Parameters
+    ----------
+    spectra : Spectra
+        At least two stars with all the labels.
+    names : sequence of str, optional
+        Label names; all that the stars have by default.
+    **style
+        For `corner.corner`.
+
+    Returns
+    -------
+    matplotlib Figure
+
+    Raises
+    ------
+    LabError
+        If there are fewer stars.
+    """
+    import corner
+    import matplotlib.pyplot as plt
+
     labels = label_records(spectra.label_names if names is None else names)
-    values = spectra.labels([label.name for label in labels])
+    names = [label.name for label in labels]
+    values = spectra.labels(names)
     values = values[np.isfinite(values).all(axis=1)]
     if len(values) < 2:
         raise LabError(
-            f"a corner plot needs at least two stars with the labels {', '.join(label.name for label in labels)}, there are {len(values)}"
+            "a corner plot needs at least two stars with the labels "
+            f"{', '.join(names)}, there are {len(values)}"
         )
-    fig = plt.figure(
-        figsize=(1.6 * len(labels), 1.6 * len(labels)), layout="none"
-    )  # corner spaces its panels itself
-    corner.corner(
-        values,
-        fig=fig,
-        labels=[label.axis for label in labels],
-        range=[label.plot_range for label in labels],
-        max_n_ticks=4,
-        **(
-            {
-                "quantiles": [0.16, 0.84],
-                "bins": 25,
-                "color": "#0173b2",
-                "labelpad": 0.12,
-                "plot_contours": False,
-                "plot_density": False,
-                "data_kwargs": {"alpha": 0.6, "ms": 3},
-            }
-            | style
-        ),
-    )
+    size = 1.6 * len(labels)
+    fig = plt.figure(figsize=(size, size), layout="none")  # corner spaces its panels itself
+    usual = {
+        "labels": [label.axis for label in labels],
+        "range": [label.plot_range for label in labels],
+        "quantiles": [0.16, 0.84],
+        "max_n_ticks": 4,
+        "bins": 25,
+        "color": "#0173b2",
+        "labelpad": 0.12,
+        "plot_contours": False,
+        "plot_density": False,
+        "data_kwargs": {"alpha": 0.6, "ms": 3},
+    }
+    corner.corner(values, fig=fig, **(usual | style))
     return fig
 
 
@@ -1693,47 +2161,53 @@ with pytest.raises(LabError, match="at least two stars with the labels TEFF, LOG
 # left behind may stick out ten times higher.
 
 # %%
-#| export
-def plot_raw(
-    spectra: Spectra,
-    rows=(0, 1, 2),  # which stars
-    window=(16_000, 16_150),  # of the zoom [Angstrom]
-):
-    "Some stars, whole on the left and zoomed on the right, each with its error on a second axis; returns the Figure."
-    fig, axes = plt.subplots(
-        len(rows), 2, figsize=(11, 2.2 * len(rows) + 0.3), width_ratios=(3, 2), squeeze=False
-    )
-    for row, pair in zip(rows, axes):
+#| exporti
+def plot_raw(spectra: Spectra, rows=(0, 1, 2), window=(16_000, 16_150)):
+    """Some stars, whole on the left and zoomed on the right, each with its error on a second axis.
+
+    Parameters
+    ----------
+    spectra : Spectra
+        Where they are.
+    rows : sequence of int
+        Which stars.
+    window : tuple of float
+        Of the zoom [Angstrom].
+
+    Returns
+    -------
+    matplotlib Figure
+    """
+    import matplotlib.pyplot as plt
+
+    size = (11, 2.2 * len(rows) + 0.3)
+    fig, axes = plt.subplots(len(rows), 2, figsize=size, width_ratios=(3, 2), squeeze=False)
+    for row, pair in zip(rows, axes, strict=True):
         star, flux, ivar = spectra.stars[row], spectra.flux[row], spectra.ivar[row]
         shown = ivar > 0 if spectra.mask is None else (ivar > 0) & (spectra.mask[row] == 0)
-        for ax, part in zip(pair, (None, window)):
+        for ax, part in zip(pair, (None, window), strict=True):
             plot_spectrum(spectra.wavelength, flux, ivar, part, error=True, ax=ax)
             _show_most(ax, fig.axes[-1], flux[shown], ivar[shown])
             ax.set(xlabel=None, ylabel=None)
-        pair[0].set_title(
-            f"{star['APOGEE_ID']}, $H$ = {star['H']:.1f}, SNR {star['SNR']:.0f}",
-            fontsize="small",
-            loc="left",
-        )
-        fig.axes[-2].set_ylabel(
-            None
-        )  # the error axis of the left panel: the right one's label serves both
+        title = f"{star['APOGEE_ID']}, $H$ = {star['H']:.1f}, SNR {star['SNR']:.0f}"
+        pair[0].set_title(title, fontsize="small", loc="left")
+        fig.axes[-2].set_ylabel(None)  # the right panel's error label serves both
+    raw = r"flux [$10^{-17}$ erg s$^{-1}$ cm$^{-2}$ Å$^{-1}$]"
     normalized = spectra.stars.meta.get("normalized")
-    fig.supylabel(
-        "flux / continuum" if normalized else r"flux [$10^{-17}$ erg s$^{-1}$ cm$^{-2}$ Å$^{-1}$]",
-        fontsize="small",
-    )
+    fig.supylabel("flux / continuum" if normalized else raw, fontsize="small")
     fig.supxlabel("vacuum wavelength [Å]", fontsize="small")
     return fig
 
 
 def _show_most(ax, error_ax, flux, ivar):
     "Limits that show the star; what a sky line left behind may leave the axes."
+    from matplotlib.ticker import MaxNLocator
+
     if len(flux):
         low, high = np.percentile(flux, [0.5, 99.5])
         ax.set_ylim(low - 0.2 * (high - low), high + 0.2 * (high - low))
         error_ax.set_ylim(0, 4 / np.sqrt(np.median(ivar)))
-    ax.xaxis.set_major_locator(plt.MaxNLocator(5))
+    ax.xaxis.set_major_locator(MaxNLocator(5))
 
 
 # %%
@@ -1741,9 +2215,9 @@ order = np.argsort(good.labels()[:, 2])  # poor, middling and rich in metals
 plot_raw(good, order[[0, len(good) // 2, -1]]);
 
 # %% [markdown]
-# **What to see.** The slope over a chip is the star's temperature and the instrument's throughput, and the next chapter takes both away. Where the
-# error jumps, a line of the night sky was subtracted. And from the first star to the last the lines multiply: that is metallicity, before any
-# model.
+# **What to see.** The slope over a chip is the star's temperature and the instrument's throughput, and
+# [the chapter on the continuum](03_normalize.ipynb) takes both away. Where the error jumps, a line of the night sky was subtracted. And from the first
+# star to the last the lines multiply: that is metallicity, before any model.
 
 # %% [markdown]
 # ## The survey's own files
@@ -1753,13 +2227,12 @@ plot_raw(good, order[[0, len(good) // 2, -1]]);
 # %%
 real = real_data()
 if real is None:
-    print(
-        "Skipped: STELLAR_LAB_REAL_DATA is not set, so there are no raw files of the survey to read."
-    )
+    print("Skipped: STELLAR_LAB_REAL_DATA is not set, so there are no raw files of the survey.")
 else:
     raw_paths = [*sorted(real.glob("apStar-*.fits")), real / "mystery_spec_wiped.fits"]
     sky, problems = read_files(raw_paths, progress=False)
     assert not problems and len(sky) == len(raw_paths) and product_of(raw_paths[-1]) == "apstar"
+    assert sky.stars.meta["row"] is None  # one of them is of DR17
     print(sky)
 
 # %%
@@ -1774,18 +2247,20 @@ if real is not None:
 
 # %% [markdown]
 # **What to see** (where the files are at hand). Seven very different stars on one grid. The fourth is faint, seen once, and its flagged blue chip
-# leaves the axes; in the dwarfs the lines are many and blurred. Two traps show in the table. The third star is flagged on nearly all of its blue
-# chip (persistence), though its errors there look like those of the other chips: flux and error alone do not tell, the mask has to. And row 1 of
-# the DR17 file carries *no* flags, while its row 0 does: who reads DR17 takes `row=0`.
+# leaves the axes; in the dwarfs the lines are many and blurred. The third star is flagged on nearly all of its blue chip (persistence), though its errors
+# look like those of the other chips: the mask has to tell.
+
+# %% [markdown]
+# Now the flags of the DR17 file, row by row: had we taken row 1, as in every release before, we would have believed that all its pixels are good.
 
 # %%
 if real is not None:
     seventeen = raw_paths[0]
-    flagged = [(read_files(seventeen, row=k, progress=False)[0].mask != 0).mean() for k in range(3)]
-    print(
-        f"{seventeen.name}: flagged in row 0 {flagged[0]:.1%}, in row 1 {flagged[1]:.1%}, in row 2 (a visit) {flagged[2]:.1%}"
-    )
+    rows = [read_files(seventeen, row=k, progress=False)[0] for k in range(3)]
+    flagged = [(spectra.mask != 0).mean() for spectra in rows]
     assert flagged[0] > 0.05 and flagged[1] == 0
+    assert np.array_equal(rows[0].flux[0], sky.flux[0])  # the row that its release means
+    display(Table({"row": range(3), "pixels flagged": [f"{share:.1%}" for share in flagged]}))
 
 # %% [markdown]
 # Both real catalogues go through the same two functions. In the newer one each star has one row and finds it by TARGET_ID. The older one holds
@@ -1795,37 +2270,27 @@ if real is not None:
 # %%
 if real is not None:
     new = read_catalogue(real / "allStar-dr16-33rows.fits")
-    own = Table(
-        {"APOGEE_ID": new["APOGEE_ID"], "TELESCOPE": new["TELESCOPE"], "FOLDER": new["FIELD"]}
-    )
-    rows, further = match_catalogue(own, new, RELEASES["dr16"])
+    as_files = new["APOGEE_ID", "TELESCOPE", "FIELD"]
+    as_files.rename_column("FIELD", "FOLDER")
+    rows, further = match_catalogue(as_files, new, RELEASES["dr16"])
     assert list(rows) == list(range(len(new))) and not further.any()
-    print(
-        f"{len(new)} rows, labels {', '.join(new.meta['labels'])}; without a [Mg/Fe]: {np.isnan(new['MG_FE']).sum()}"
-    )
+    missing = np.isnan(new["MG_FE"]).sum()
+    print(f"{len(new)} rows, labels {', '.join(new.meta['labels'])}; without a [Mg/Fe]: {missing}")
 
 # %%
 if real is not None:
     old_path = real / "allStar-v603-hipparcos.fits.gz"
     old = read_catalogue(old_path)
-    with pytest.raises(
-        LabError, match="no label MG_FE, SI_FE .* it has TEFF, LOGG, FE_H, M_H, ALPHA_M"
-    ):
+    with pytest.raises(LabError, match="no label MG_FE, SI_FE .* it has TEFF, LOGG, FE_H, M_H"):
         read_catalogue(old_path, ["TEFF", "MG_FE", "SI_FE"])
-    own = Table(
-        {
-            "APOGEE_ID": old["APOGEE_ID"],
-            "TELESCOPE": old["TELESCOPE"],
-            "FOLDER": old["LOCATION_ID"].astype(str),
-        }
-    )
-    rows, further = match_catalogue(own, old, RELEASES["dr14"])
-    assert np.array_equal(old["APOGEE_ID"][rows], old["APOGEE_ID"]) and np.all(
-        old["SNR"][rows] >= old["SNR"]
-    )
-    print(
-        f"{len(old)} rows, {np.isfinite(old['TEFF']).sum()} with a temperature, {np.sum(further > 0)} in company of the same target"
-    )
+    as_files = old["APOGEE_ID", "TELESCOPE"]
+    as_files["FOLDER"] = old["LOCATION_ID"].astype(str)
+    rows, further = match_catalogue(as_files, old, RELEASES["dr14"])
+    assert np.array_equal(old["APOGEE_ID"][rows], old["APOGEE_ID"])
+    assert np.all(old["SNR"][rows] >= old["SNR"])
+    known = np.isfinite(old["TEFF"]).sum()
+    company = np.sum(further > 0)
+    print(f"{len(old)} rows, {known} with a temperature, {company} in company of the same target")
 
 # %% [markdown]
 # **Exercise.** Read the archive with `row=0`, the combination weighted pixel by pixel, and compare it with row 1 star by star. Where do they differ

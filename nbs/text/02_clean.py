@@ -1810,6 +1810,7 @@ def read_archive(
         raise LabError(_nobody(root, product, files, problems, catalogue.meta["catalogue"]))
     stars = _with_labels(spectra.stars, files[places], catalogue[places])
     known = {"release": rules.name.lower(), "archive": record.name}
+    known["dark"] = 0.0 if PRODUCTS[product].normalized else float(dark or 0)
     stars.meta |= known | {"labels": list(catalogue.meta["labels"])}
     if dark and not PRODUCTS[product].normalized:
         # In place: this array is our own, nobody else has seen it.

@@ -14,7 +14,7 @@ import check_generated
 import check_notebooks
 import lab
 import pages
-from notebooks import directives, environment, natural, notebooks, title
+from notebooks import directives, environment, natural, notebooks, read, title
 
 
 def notebook(*cells):
@@ -224,7 +224,9 @@ def test_a_cell_that_hangs_is_stopped():
 # ---- generated files
 
 
-def test_stale_files_are_found_without_touching_them(tmp_path):
+@pytest.fixture
+def small_project(tmp_path):
+    "A copy of the project with one notebook, and with a front door written by hand."
     for name in check_generated.COPIED:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy2)(ROOT / name, tmp_path / name)
@@ -233,23 +235,50 @@ def test_stale_files_are_found_without_touching_them(tmp_path):
         *tmp_path.glob("nbs/text/*.py"),
         *tmp_path.glob("stellar_lab/*.py"),
     ]:
-        if "survey" not in extra.name and extra.name != "__init__.py":
+        if "survey" not in extra.name:
             extra.unlink()
+    (tmp_path / "stellar_lab/__init__.py").write_text(
+        '"""A house."""\n\n__version__ = "0.0.0"\n\n\ndef __getattr__(name):\n    return name\n'
+    )
+    (tmp_path / "stellar_lab/__main__.py").write_text("print('by hand')\n")
     subprocess.run(
         ["sh", "tools/sync.sh"], cwd=tmp_path, env=environment(), check=True, capture_output=True
     )
-    assert list(check_generated.differences(tmp_path)) == []
+    return tmp_path
 
-    module, twin, orphan = (
-        tmp_path / "stellar_lab/survey.py",
-        tmp_path / "nbs/text/00_survey.py",
-        tmp_path / "stellar_lab/orphan.py",
+
+def test_what_is_written_by_hand_stays(small_project):
+    package = small_project / "stellar_lab"
+    version = (ROOT / "settings.ini").read_text().split("\nversion = ")[1].splitlines()[0]
+    assert (package / "__init__.py").read_text() == (
+        f'"""A house."""\n\n__version__ = "{version}"\n\n\n'
+        "def __getattr__(name):\n    return name\n"
     )
+    assert (package / "__main__.py").read_text() == "print('by hand')\n"
+    assert (package / "py.typed").exists()
+
+
+def test_notebooks_name_their_kernel(small_project):
+    (path,) = small_project.glob("nbs/*.ipynb")
+    assert read(path).metadata.kernelspec == {
+        "name": "python3",
+        "display_name": "python3",
+        "language": "python",
+    }
+    (twin,) = small_project.glob("nbs/text/*.py")
+    assert "kernelspec" not in twin.read_text()
+
+
+def test_stale_files_are_found_without_touching_them(small_project):
+    assert list(check_generated.differences(small_project)) == []
+    module = small_project / "stellar_lab/survey.py"
+    twin = small_project / "nbs/text/00_survey.py"
+    orphan = small_project / "stellar_lab/orphan.py"
     module.write_text(module.read_text() + "# by hand\n")
     twin.write_text(twin.read_text().replace("What is a star", "What is a planet"))
     orphan.write_text("x = 1\n")
     before = {path: path.read_bytes() for path in (module, twin, orphan)}
-    wrong = "\n".join(check_generated.differences(tmp_path))
+    wrong = "\n".join(check_generated.differences(small_project))
     assert "-# by hand" in wrong and "-# # What is a planet, to us?" in wrong and "-x = 1" in wrong
     assert before == {path: path.read_bytes() for path in before}
 

@@ -281,13 +281,14 @@ def timed(path, notebook, *arguments):
     return time.monotonic() - begin, problem
 
 
-def run_all(paths, timeout, sharp=False):
-    """Execute notebooks, two at a time and the longest first.
+def run_all(chapters, timeout, sharp=False, ready=None):
+    """Execute notebooks, a dict of path -> notebook, two at a time and the longest first; call
+    `ready(path, notebook)` with each as it is done.
 
-    Returns (path, executed notebook, problem or '') of each in the order of `paths`, and the most
-    memory that all processes took at once [MiB]. Ctrl-C ends both kernels.
+    Returns (path, executed notebook, problem or '') of each in the order given, and the most memory
+    that all processes took at once [MiB]. Ctrl-C ends both kernels.
     """
-    chapters = {path: read(path) for path in paths}
+    paths = list(chapters)
     cells = sum(
         cell.cell_type == "code" and bool(cell.source.strip())
         for notebook in chapters.values()
@@ -311,6 +312,8 @@ def run_all(paths, timeout, sharp=False):
                     times[path], problems[path] = job.result()
                     memory = running.peaks[path.name] / 2**20
                     report(path, chapters[path], times[path], memory, problems[path])
+                    if ready is not None:
+                        ready(path, chapters[path])
             except BaseException:  # Ctrl-C
                 pool.shutdown(wait=False, cancel_futures=True)
                 running.kill()
@@ -345,16 +348,19 @@ def run_lab(archive, profile):
     os.environ.update(STELLAR_LAB_ARCHIVE=str(root), STELLAR_LAB_PROFILE=profile)
     shutil.rmtree(BUILD, ignore_errors=True)
     (BUILD / "notebooks").mkdir(parents=True)
-    paths = notebooks()
-    say(f"== notebooks: {len(paths)} into {BUILD.relative_to(ROOT)}/")
-    executed, memory = run_all(paths, CELL_TIMEOUT[profile], sharp=True)
-    for path, notebook, _ in executed:
+    chapters = {path: read(path) for path in notebooks()}
+    say(f"== notebooks: {len(chapters)} into {BUILD.relative_to(ROOT)}/")
+    book = pages.Book(BUILD, {path.stem: notebook for path, notebook in chapters.items()})
+
+    def ready(path, notebook):
         nbformat.write(notebook, BUILD / "notebooks" / path.name)
+        book.write_chapter(path.stem, notebook)
+
+    executed, memory = run_all(chapters, CELL_TIMEOUT[profile], sharp=True, ready=ready)
     errors, code = error_table(root)
     facts = [f"archive {archive}, profile {profile}"]
     failed = {path.stem: problem.splitlines()[0] for path, _, problem in executed if problem}
-    book = {path.stem: notebook for path, notebook, _ in executed}
-    pages.write(BUILD, book, facts, errors, failed)
+    book.write_index(facts, errors, failed)
     say(f"\nlook at  {BUILD / 'index.html'}")
     say(f"notebooks with their outputs in  {BUILD / 'notebooks'}")
     say(f"{time.monotonic() - begin:.0f} s, at most {memory:.0f} MiB at once")
@@ -416,7 +422,8 @@ def refresh_outputs(names):
     )
     os.environ.pop("STELLAR_LAB_REAL_DATA", None)  # what everyone sees can be made by everyone
     failed = 0
-    executed, _ = run_all(notebooks(names), CELL_TIMEOUT["quick"])
+    chapters = {path: read(path) for path in notebooks(names)}
+    executed, _ = run_all(chapters, CELL_TIMEOUT["quick"])
     for path, notebook, problem in executed:
         failed += bool(problem)
         if not problem:

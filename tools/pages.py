@@ -15,8 +15,9 @@ from latex2mathml.converter import convert as mathml
 from markdown_it import MarkdownIt
 from mdit_py_plugins.dollarmath import dollarmath_plugin
 from nbconvert.exporters import HTMLExporter
-from notebooks import NBS, ROOT, directives, title
 from pygments.formatters import HtmlFormatter
+
+from notebooks import NBS, ROOT, directives, title
 
 STYLE = (Path(__file__).parent / "pages.css").read_text(encoding="utf-8")
 PROGRESS = re.compile(r"\d+%\||\bit/s|s/it\b|\d+it \[")
@@ -85,7 +86,10 @@ def formula(latex, options):
     "A formula as MathML, which browsers draw by themselves."
     block = options["display_mode"]
     try:
-        return with_letters(mathml(latex, display="block" if block else "inline"))
+        made = with_letters(mathml(latex, display="block" if block else "inline"))
+        # A row of its own keeps a big bracket big where it has an exponent.
+        big = r'<mo stretchy="true" fence="true" minsize[^>]*>[^<]*</mo>'
+        return re.sub(big, r"<mrow>\g<0></mrow>", made)
     except Exception:  # a formula that cannot be converted is shown as it was written
         return f"<code>{html.escape(latex)}</code>"
 
@@ -136,6 +140,7 @@ def plain(text):
 
 def last_sentence(text):
     "The end of the last paragraph of a markdown text, without its formulas' signs."
+    text = re.sub(r"^#+ .*$|^\|.*$", "", text, flags=re.MULTILINE)
     paragraphs = [part for part in text.strip().split("\n\n") if part.strip()]
     if not paragraphs:
         return ""
@@ -166,7 +171,7 @@ def describe_figures(cells):
         if cell.cell_type == "markdown":
             headings = re.findall(r"^#+ (.+)$", cell.source, re.MULTILINE)
             heading = plain(headings[-1]) if headings else heading
-            before = last_sentence(cell.source)
+            before = last_sentence(cell.source) or heading
             continue
         for output in cell.get("outputs", []):
             data = output.get("data", {})
@@ -174,7 +179,7 @@ def describe_figures(cells):
                 before = last_sentence(data["text/markdown"])
             for kind in ("image/png", "image/jpeg"):
                 if kind in data:
-                    text = drawn_title(cell.source) or before or heading
+                    text = drawn_title(cell.source) or before or heading or "figure"
                     output.setdefault("metadata", {}).setdefault(kind, {})["alt"] = text
 
 
@@ -256,6 +261,10 @@ def described(made):
     return re.sub(r"<img\b(?![^>]*\balt=)", '<img alt="figure"', made)
 
 
+def unchanged(text):
+    return text
+
+
 def body(notebook):
     "The cells as HTML."
     exporter = HTMLExporter(
@@ -265,6 +274,7 @@ def body(notebook):
         exclude_anchor_links=True,
     )
     exporter.register_filter("markdown2html", render)
+    exporter.register_filter("clean_html", unchanged)  # nbconvert's is slow, and for strangers
     made, _ = exporter.from_notebook_node(presented(notebook))
     made = re.sub(
         r'<div class="input">\s*<div class="inner_cell">\s*<div class="input_area">\s*'
@@ -378,17 +388,32 @@ def index(chapters, facts, errors):
     return page("stellar_lab", content, contents=table_of_contents(sections))
 
 
-def write(folder, book, facts=(), errors="", failed=None):
-    """Write the pages of a book: a dict of name -> executed notebook in the order of reading;
-    `failed` says of a name what went wrong."""
-    titles = {name: title(notebook) for name, notebook in book.items()}
-    names = [None, *book, None]
-    for before, name, after in zip(names, names[1:], names[2:], strict=False):
-        neighbours = [other and (other, titles[other][0]) for other in (before, after)]
-        made = chapter(book[name], *neighbours)
-        (folder / f"{name}.html").write_text(made, encoding="utf-8")
-    chapters = [(name, *titles[name], (failed or {}).get(name, "")) for name in book]
-    (folder / "index.html").write_text(index(chapters, facts, errors), encoding="utf-8")
+class Book:
+    """The pages of a book in a folder: each chapter's as soon as its notebook is ready, then the
+    contents. `notebooks` is a dict of name -> notebook in the order of reading, executed or not."""
+
+    def __init__(self, folder, notebooks):
+        self.folder = folder
+        self.titles = {name: title(notebook) for name, notebook in notebooks.items()}
+
+    def neighbours(self, name):
+        "(name, title) of the chapters before and after, None where there is none."
+        names = [None, *self.titles, None]
+        place = names.index(name)
+        around = (names[place - 1], names[place + 1])
+        return [other and (other, self.titles[other][0]) for other in around]
+
+    def write_chapter(self, name, notebook):
+        made = chapter(notebook, *self.neighbours(name))
+        (self.folder / f"{name}.html").write_text(made, encoding="utf-8")
+
+    def write_index(self, facts=(), errors="", failed=None):
+        "The contents; `failed` says of a name what went wrong."
+        chapters = [
+            (name, *told, (failed or {}).get(name, "")) for name, told in self.titles.items()
+        ]
+        made = index(chapters, facts, errors)
+        (self.folder / "index.html").write_text(made, encoding="utf-8")
 
 
 def outside(made):

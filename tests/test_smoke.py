@@ -56,7 +56,8 @@ def settings():
 
 @pytest.fixture(scope="module")
 def requirements(settings):
-    "All requirements of settings.ini: group -> list. Those of the recipe of the synthetic stars are its own: nobody who uses the package installs them."
+    """All requirements of settings.ini: group -> list. Those of the recipe of the synthetic stars
+    are its own: nobody who uses the package installs them."""
     groups = [
         key
         for key in settings
@@ -192,15 +193,18 @@ sys.path.insert(0, {str(tmp_path)!r})
 from stellar_lab.survey import MissingExtra
 for module in {MODULES}:
     try:
-        importlib.import_module("stellar_lab" if module == "__init__" else f"stellar_lab.{{module}}")
+        name = "stellar_lab" if module == "__init__" else f"stellar_lab.{{module}}"
+        importlib.import_module(name)
     except MissingExtra as error:
         assert module in {NETWORKS} and "stellar_lab[network]" in str(error), (module, error)
     else:
         assert module not in {NETWORKS}, module
-assert sys.modules["stellar_lab"].__file__.startswith({str(tmp_path)!r}), sys.modules["stellar_lab"].__file__
+place = sys.modules["stellar_lab"].__file__
+assert place.startswith({str(tmp_path)!r}), place
 from importlib.resources import files
 found = {{file.name for file in files("stellar_lab.data").iterdir()}}
-assert set({shipped_data()}) <= found and str(files("stellar_lab.data")).startswith({str(tmp_path)!r}), found
+assert set({shipped_data()}) <= found, found
+assert str(files("stellar_lab.data")).startswith({str(tmp_path)!r})
 assert not [name for name in sys.modules if name.split(".")[0] in {EXTRA_ONLY}]
 from stellar_lab.cli import main
 main(["--help"])
@@ -245,7 +249,8 @@ def test_what_a_module_imports_is_a_requirement(requirements):
             canonicalize_name(name) for package in packages for name in distributions[package]
         }
         assert wanted <= declared, (
-            f"stellar_lab.{module} imports {wanted - declared}, which 'requirements' of settings.ini does not list"
+            f"stellar_lab.{module} imports {wanted - declared}, "
+            "which 'requirements' of settings.ini does not list"
         )
 
 

@@ -94,17 +94,20 @@ def formula(latex, options):
         return f"<code>{html.escape(latex)}</code>"
 
 
-MARKDOWN = (
-    MarkdownIt("commonmark", {"html": True})
-    .enable(["table", "strikethrough"])
-    .use(
+def markdown(**options):
+    "A converter of markdown with formulas."
+    converter = MarkdownIt("commonmark", options).enable(["table", "strikethrough"])
+    return converter.use(
         dollarmath_plugin,
         renderer=formula,
         allow_space=False,
         allow_digits=False,
         double_inline=True,
     )
-)
+
+
+MARKDOWN = markdown(html=True)
+LINE = markdown(html=False)  # for titles
 
 
 def render(text):
@@ -366,10 +369,8 @@ def index(chapters, facts, errors):
     parts = {}
     for name, heading, subtitle, problem in chapters:
         failed = f' <span class="failed">failed: {html.escape(problem)}</span>' if problem else ""
-        about = (
-            f'<br><span class="note">{MARKDOWN.renderInline(subtitle)}</span>' if subtitle else ""
-        )
-        link = f'<a href="{name}.html">{MARKDOWN.renderInline(heading)}</a>'
+        about = f'<br><span class="note">{LINE.renderInline(subtitle)}</span>' if subtitle else ""
+        link = f'<a href="{name}.html">{LINE.renderInline(heading)}</a>'
         parts.setdefault(part(name), []).append(f"<li>{link}{about}{failed}</li>")
     lists = "\n".join(
         f"<h2>{html.escape(heading)}</h2>\n<ul class='chapters'>{''.join(items)}</ul>"

@@ -21,7 +21,7 @@ export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env lab test notebook notebooks sync check format archive outputs bench constraints clean FORCE
+.PHONY: help env lab test notebook fromtext sync check format archive outputs bench constraints clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -49,7 +49,7 @@ notebook: archive ## JupyterLab in nbs/
 	@unset MPLBACKEND; $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs \
 		$(if $(filter 0,$(shell id -u)),--allow-root)
 
-notebooks: $(STAMP) ## bring changed text twins (nbs/text) into their notebooks [NB="05_cannon …"]
+fromtext: $(STAMP) ## bring changed text twins (nbs/text) into their notebooks [NB="05_cannon …"]
 	@sh tools/from_text.sh $(NB)
 
 sync: $(STAMP) ## regenerate package and text twins from the notebooks, and clean these

@@ -298,7 +298,9 @@ def test_one_version_everywhere(settings):
 
 def test_the_supported_pythons_are_named_alike(settings):
     pythons = re.findall(r"Python :: (3\.\d+)", (ROOT / "setup.py").read_text())
-    assert re.findall(r'"(3\.\d+)"', (ROOT / ".github/workflows/test.yml").read_text()) == pythons
+    workflow = (ROOT / ".github/workflows/test.yml").read_text()
+    (matrix,) = re.findall(r"python: \[(.*)\]", workflow)
+    assert re.findall(r'"(3\.\d+)"', matrix) == pythons
     assert (
         re.search(r"in ([\d.| ]+)\) ;;", (ROOT / "tools/environment.sh").read_text())
         .group(1)

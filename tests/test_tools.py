@@ -47,11 +47,15 @@ def test_numbers_count_and_letters_come_last():
         "2_clean.ipynb",
         "B_archives.ipynb",
         "00_survey.ipynb",
+        "000_tour.ipynb",
+        "B_a.ipynb",
     ]
     assert sorted(names, key=natural) == [
+        "000_tour.ipynb",
         "00_survey.ipynb",
         "2_clean.ipynb",
         "10_augmentation.ipynb",
+        "B_a.ipynb",
         "B_archives.ipynb",
         "C_cli.ipynb",
     ]
@@ -464,7 +468,7 @@ def make(*arguments, **variables):
     )
 
 
-TARGETS = ("lab", "test", "notebook", "notebooks", "sync", "check", "archive", "outputs", "bench")
+TARGETS = ("lab", "test", "notebook", "fromtext", "sync", "check", "archive", "outputs", "bench")
 
 
 def test_make_alone_lists_the_targets():

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import pages
 from durations import longest_first, remember
-from notebooks import NBS, ROOMY, ROOT, environment, notebooks, read, title
+from notebooks import NBS, ROOMY, ROOT, environment, notebooks, read, thread_share, title
 
 ARCHIVES = ROOT / "data" / "archives"
 BUILD = ROOT / "_build"
@@ -295,7 +295,9 @@ def run_all(chapters, timeout, sharp=False, ready=None):
         for cell in notebook.cells
     )
     workers = min(WORKERS, len(paths), os.cpu_count() or 1)
-    share_threads(workers)
+    if workers > 1:
+        for name, threads in thread_share(workers).items():
+            os.environ.setdefault(name, threads)  # unless the user has decided
     problems = {}
     times = {}
     with tqdm(total=cells, unit="cell", disable=None, leave=False) as progress:
@@ -331,14 +333,6 @@ def report(path, notebook, seconds, memory, problem):
     say(f"{verdict} {path.stem:15} {seconds:5.0f} s {memory:6.0f} MiB  {title(notebook)[0]}")
     if problem:
         say(problem)
-
-
-def share_threads(workers):
-    "Kernels that run side by side get a share of the cores each, unless the user has decided."
-    if workers > 1:
-        threads = max(1, (os.cpu_count() or 1) // workers)
-        for name in ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
-            os.environ.setdefault(name, str(threads))
 
 
 def run_lab(archive, profile):

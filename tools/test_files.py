@@ -9,7 +9,7 @@ from collections import defaultdict
 import pytest
 
 from durations import longest_first, remember
-from notebooks import ROOT, environment
+from notebooks import ROOT, environment, thread_share
 
 TIMEOUT = 300  # seconds that one test may take
 WORKERS = 2
@@ -28,8 +28,7 @@ class Clock:
 def main(arguments):
     files = [argument for argument in arguments if not argument.startswith("-")]
     options = [argument for argument in arguments if argument.startswith("-")]
-    threads = max(1, (os.cpu_count() or 1) // WORKERS)
-    os.environ.update(environment(OMP_NUM_THREADS=str(threads)))
+    os.environ.update(environment(**thread_share(WORKERS)))
     os.chdir(ROOT)
     clock = Clock()
     code = pytest.main(

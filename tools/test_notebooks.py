@@ -12,7 +12,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from durations import longest_first, remember
-from notebooks import ROOT, environment, notebooks
+from notebooks import ROOT, environment, notebooks, thread_share
 
 SETTINGS = {
     "STELLAR_LAB_ARCHIVE": str(ROOT / "data" / "archives" / "clusters"),
@@ -25,7 +25,7 @@ SETTINGS = {
 def test(path, timeout, threads):
     "Test one notebook: (its name, seconds, what went wrong or nothing)."
     begin = time.monotonic()
-    settings = environment(OMP_NUM_THREADS=str(threads), **SETTINGS)
+    settings = environment(**threads, **SETTINGS)
     process = subprocess.Popen(
         ["nbdev_test", "--path", str(path)],
         cwd=ROOT,
@@ -57,7 +57,7 @@ def main():
     )
     options = parser.parse_args()
     paths = notebooks(options.names)
-    threads = max(1, (os.cpu_count() or 1) // options.workers)
+    threads = thread_share(options.workers)
     failed = []
     times = {}
     with ThreadPoolExecutor(options.workers) as pool:

@@ -6,14 +6,41 @@ from pathlib import Path
 from notebooks import ROOT
 
 FILE = ROOT / ".durations.json"  # of this machine; git ignores it
-# Seconds on a quiet core where nothing was measured yet: `run` whole notebooks (make lab), `test`
+# Seconds of a processor where nothing was measured yet: `run` whole notebooks (make lab), `test`
 # the tests in them, `file` the files of tests/. Rooms are named without their number.
-TYPICAL = {
-    "run": {"network": 240, "augmentation": 200, "results": 120, "physics": 90, "synthesis": 60},
-    "test": {"network": 240, "augmentation": 200, "results": 120, "physics": 90, "synthesis": 60},
-    "file": {"results": 100, "cli": 100, "augmentation": 60, "network": 60, "tools": 60},
+NOTEBOOKS = {
+    "network": 240,
+    "augmentation": 200,
+    "results": 120,
+    "physics": 90,
+    "synthesis": 60,
+    "mcmc": 50,
+    "mock": 50,
+    "normalize": 45,
+    "cannon": 40,
+    "clean": 35,
+    "fetch": 15,
+    "survey": 12,
 }
-ELSE = 30
+TYPICAL = {
+    "run": NOTEBOOKS,
+    "test": NOTEBOOKS,
+    "file": {
+        "tools": 45,
+        "augmentation": 34,
+        "archives": 23,
+        "cli": 21,
+        "mcmc": 19,
+        "network": 18,
+        "synthesis": 17,
+        "smoke": 16,
+        "mock": 13,
+        "physics": 12,
+        "fetch": 11,
+        "animation": 10,
+    },
+}
+ELSE = {"run": 30, "test": 30, "file": 5}
 
 
 def room(path):
@@ -31,7 +58,7 @@ def measured():
 def longest_first(kind, paths):
     "The paths, those that take longest first; the order of the others stays."
     known = TYPICAL[kind] | measured().get(kind, {})
-    return sorted(paths, key=lambda path: -known.get(room(path), ELSE))
+    return sorted(paths, key=lambda path: -known.get(room(path), ELSE[kind]))
 
 
 def remember(kind, seconds):

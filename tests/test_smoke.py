@@ -38,6 +38,7 @@ EXTRA_ONLY = (
     "nbconvert",
     "nbdev",
     "nbformat",
+    "psutil",
     "pyarrow",
     "pytest",
     "ruff",

@@ -294,7 +294,7 @@ def run_all(chapters, timeout, sharp=False, ready=None):
         for notebook in chapters.values()
         for cell in notebook.cells
     )
-    workers = min(WORKERS, len(paths), os.cpu_count() or 1)
+    workers = min(WORKERS, len(paths))
     if workers > 1:
         for name, threads in thread_share(workers).items():
             os.environ.setdefault(name, threads)  # unless the user has decided

@@ -13,14 +13,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/stellar_lab.stamp
 CLUSTERS := $(CURDIR)/data/archives/clusters
 
-# The caller's shell must not decide what the tests see. STELLAR_LAB_REAL_DATA, the optional folder of raw survey files, may.
+# The caller's shell must not decide what the tests see. STELLAR_LAB_REAL_DATA, the optional folder
+# of raw survey files, may.
 unexport STELLAR_LAB_ARCHIVE STELLAR_LAB_PROFILE PYTHONPATH PYTHONHOME PYTHONSTARTUP
 export MPLBACKEND = Agg
 export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env lab test notebook sync check archive outputs bench constraints clean FORCE
+.PHONY: help env lab test notebook fromtext sync check format archive outputs bench constraints clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -42,19 +43,29 @@ test: archive check ## all tests: generated files, notebooks, then tests/
 	@echo "== notebooks"
 	@$(BIN)/python tools/test_notebooks.py
 	@echo "== tests"
-	@$(BIN)/python -m pytest tests --timeout 300
+	@$(BIN)/python tools/test_files.py
 
 notebook: archive ## JupyterLab in nbs/
 	@unset MPLBACKEND; $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs \
 		$(if $(filter 0,$(shell id -u)),--allow-root)
 
+fromtext: $(STAMP) ## bring changed text twins (nbs/text) into their notebooks [NB="05_cannon …"]
+	@sh tools/from_text.sh $(NB)
+
 sync: $(STAMP) ## regenerate package and text twins from the notebooks, and clean these
 	@sh tools/sync.sh
 
-check: $(STAMP) ## do package, twins and notebooks agree, and are all outputs there?
+check: $(STAMP) ## formatted, linted, imports in order, package and twins as the notebooks, outputs there?
 	@echo "== checks"
+	@$(BIN)/ruff format --check --quiet . || { echo "not formatted: run 'make format'" >&2; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/python tools/check_imports.py
 	@$(BIN)/python tools/check_generated.py
 	@$(BIN)/python tools/check_notebooks.py
+
+format: $(STAMP) ## format code in notebooks, tests and tools, then as 'make sync'
+	@$(BIN)/ruff format .
+	@sh tools/sync.sh
 
 archive: $(STAMP) ## write the embedded archive of real stars into data/archives/clusters
 	@$(BIN)/python tools/lab.py archive

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from configparser import ConfigParser
 from importlib.metadata import packages_distributions, version
@@ -37,9 +38,12 @@ EXTRA_ONLY = (
     "nbconvert",
     "nbdev",
     "nbformat",
+    "psutil",
     "pyarrow",
     "pytest",
+    "ruff",
     "tensorflow",
+    "xdist",
 )
 NETWORKS = ("augmentation", "network", "results")  # cannot be without TensorFlow, and say so
 
@@ -53,7 +57,8 @@ def settings():
 
 @pytest.fixture(scope="module")
 def requirements(settings):
-    "All requirements of settings.ini: group -> list. Those of the recipe of the synthetic stars are its own: nobody who uses the package installs them."
+    """All requirements of settings.ini: group -> list. Those of the recipe of the synthetic stars
+    are its own: nobody who uses the package installs them."""
     groups = [
         key
         for key in settings
@@ -80,21 +85,82 @@ def shipped_data():
     return sorted(names or (path.name for path in (ROOT / "data").iterdir() if path.is_file()))
 
 
+def build(kind, source, out):
+    "A distribution, built as pip does it but without the network: its path, or what was said."
+    call = f"from setuptools import build_meta; build_meta.build_{kind}({str(out)!r})"
+    done = subprocess.run([sys.executable, "-c", call], cwd=source, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (made,) = out.iterdir()
+    return made
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    "The wheel, built from a copy as pip does it, without the network."
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("settings.ini", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(
-        ROOT / "stellar_lab", source / "stellar_lab", ignore=shutil.ignore_patterns("__pycache__")
-    )
-    (source / "data").mkdir()
+def checkout(tmp_path_factory):
+    "A copy of what git holds, but for notebooks and tools."
+    folder = tmp_path_factory.mktemp("checkout")
+    for path in ROOT.iterdir():
+        if path.is_file() and not path.name.startswith("."):
+            shutil.copy(path, folder)
+    for name in ("stellar_lab", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "data").mkdir()
     for name in shipped_data():
-        shutil.copy(ROOT / "data" / name, source / "data")
-    build = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
-    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
-    return next(out.glob("*.whl"))
+        shutil.copy(ROOT / "data" / name, folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unpacked(checkout, tmp_path_factory):
+    "The source distribution, unpacked."
+    made = build("sdist", checkout, tmp_path_factory.mktemp("sdist"))
+    assert made.name == f"stellar_lab-{stellar_lab.__version__}.tar.gz"
+    folder = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(made) as packed:
+        packed.extractall(folder, filter="data")
+    return folder / made.name.removesuffix(".tar.gz")
+
+
+@pytest.fixture(scope="module")
+def wheel(unpacked, tmp_path_factory):
+    "The wheel, built from the source distribution: both must be whole."
+    return build("wheel", unpacked, tmp_path_factory.mktemp("wheel"))
+
+
+def test_the_source_distribution_carries_what_it_is_built_from(unpacked):
+    names = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
+    needed = {"settings.ini", "setup.py", "constraints.txt", "stellar_lab/py.typed"}
+    told = {"README.md", "CHANGELOG.md", "CITATION.cff", "LICENSE"}
+    assert needed | told <= names
+    assert {f"data/{name}" for name in shipped_data()} <= names
+    assert not [name for name in names if name.startswith(("tests", "nbs", "data/archives"))]
+
+
+def test_a_lost_settings_file_is_named(checkout, tmp_path):
+    for name in ("setup.py", "README.md"):
+        shutil.copy(checkout / name, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode and "settings.ini is missing" in done.stderr
+    assert "KeyError" not in done.stderr
+
+
+def test_links_of_the_description_lead_somewhere_from_anywhere(wheel, settings):
+    "PyPI shows README.md alone: a relative link is dead there, a relative picture empty."
+    (metadata,) = [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("/METADATA")]
+    text = zipfile.ZipFile(wheel).read(metadata).decode()
+    targets = re.findall(r"\]\(([^)\s]+)", text)
+    assert [target for target in targets if not re.match("https?://|#", target)] == []
+    relative = {
+        target
+        for target in re.findall(r"\]\(([^)\s]+)", (ROOT / "README.md").read_text())
+        if "://" not in target and not target.startswith("#")
+    }
+    assert relative
+    for target in relative:
+        kind = "raw" if target.endswith(".png") else "blob"
+        assert f"]({settings['git_url']}/{kind}/main/{target}" in text
+        assert (ROOT / target.split("#")[0]).exists(), f"README.md links to {target}"
 
 
 def test_the_wheel_carries_code_and_data_but_no_notebooks(wheel):
@@ -102,6 +168,7 @@ def test_the_wheel_carries_code_and_data_but_no_notebooks(wheel):
     assert wheel.name.startswith(f"stellar_lab-{stellar_lab.__version__}-py3-none-any")
     assert {f"stellar_lab/{module}.py" for module in MODULES} <= set(names)
     assert {f"stellar_lab/data/{name}" for name in shipped_data()} <= set(names)
+    assert "stellar_lab/py.typed" in names
     assert not [
         name
         for name in names
@@ -127,15 +194,18 @@ sys.path.insert(0, {str(tmp_path)!r})
 from stellar_lab.survey import MissingExtra
 for module in {MODULES}:
     try:
-        importlib.import_module("stellar_lab" if module == "__init__" else f"stellar_lab.{{module}}")
+        name = "stellar_lab" if module == "__init__" else f"stellar_lab.{{module}}"
+        importlib.import_module(name)
     except MissingExtra as error:
         assert module in {NETWORKS} and "stellar_lab[network]" in str(error), (module, error)
     else:
         assert module not in {NETWORKS}, module
-assert sys.modules["stellar_lab"].__file__.startswith({str(tmp_path)!r}), sys.modules["stellar_lab"].__file__
+place = sys.modules["stellar_lab"].__file__
+assert place.startswith({str(tmp_path)!r}), place
 from importlib.resources import files
 found = {{file.name for file in files("stellar_lab.data").iterdir()}}
-assert set({shipped_data()}) <= found and str(files("stellar_lab.data")).startswith({str(tmp_path)!r}), found
+assert set({shipped_data()}) <= found, found
+assert str(files("stellar_lab.data")).startswith({str(tmp_path)!r})
 assert not [name for name in sys.modules if name.split(".")[0] in {EXTRA_ONLY}]
 from stellar_lab.cli import main
 main(["--help"])
@@ -180,7 +250,8 @@ def test_what_a_module_imports_is_a_requirement(requirements):
             canonicalize_name(name) for package in packages for name in distributions[package]
         }
         assert wanted <= declared, (
-            f"stellar_lab.{module} imports {wanted - declared}, which 'requirements' of settings.ini does not list"
+            f"stellar_lab.{module} imports {wanted - declared}, "
+            "which 'requirements' of settings.ini does not list"
         )
 
 
@@ -228,7 +299,9 @@ def test_one_version_everywhere(settings):
 
 def test_the_supported_pythons_are_named_alike(settings):
     pythons = re.findall(r"Python :: (3\.\d+)", (ROOT / "setup.py").read_text())
-    assert re.findall(r'"(3\.\d+)"', (ROOT / ".github/workflows/test.yml").read_text()) == pythons
+    workflow = (ROOT / ".github/workflows/test.yml").read_text()
+    (matrix,) = re.findall(r"python: \[(.*)\]", workflow)
+    assert re.findall(r'"(3\.\d+)"', matrix) == pythons
     assert (
         re.search(r"in ([\d.| ]+)\) ;;", (ROOT / "tools/environment.sh").read_text())
         .group(1)

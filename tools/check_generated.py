@@ -1,4 +1,5 @@
-"""Do package, text twins and notebooks agree? Regenerates all three in a copy, so the work tree is never touched, and compares."""
+"""Do package, text twins and notebooks agree? Regenerates all three in a copy, so that the work
+tree is never touched, and compares."""
 
 import difflib
 import shutil
@@ -9,8 +10,16 @@ from pathlib import Path
 
 from notebooks import ROOT, environment
 
-COPIED = ("settings.ini", "jupytext.toml", "tools/sync.sh", "nbs", "stellar_lab")
+COPIED = (
+    "settings.ini",
+    "jupytext.toml",
+    "tools/sync.sh",
+    "tools/kernelspec.py",
+    "nbs",
+    "stellar_lab",
+)
 COMPARED = ("nbs", "stellar_lab")
+BY_HAND = ("__init__.py", "__main__.py")  # the front door; nbdev writes but the version into it
 
 
 def contents(root):
@@ -32,10 +41,8 @@ def regenerate(root, folder):
         copy = shutil.copytree if (root / name).is_dir() else shutil.copy2
         copy(root / name, folder / name)
     for generated in [*folder.glob("nbs/text/*.py"), *folder.glob("stellar_lab/*.py")]:
-        if (
-            generated.name != "__init__.py"
-        ):  # a twin or module without its notebook shall not survive
-            generated.unlink()
+        if generated.name not in BY_HAND:
+            generated.unlink()  # a twin or module without its notebook shall not survive
     # nbdev also reads settings from the user's configuration folder; the check shall not.
     made = subprocess.run(
         ["sh", "tools/sync.sh"],
@@ -74,7 +81,8 @@ def main():
         print(diff[:2000])
     if wrong:
         print(
-            f"{len(wrong)} file(s) do not agree with the notebooks: run 'make sync', look at the difference, commit it"
+            f"{len(wrong)} file(s) do not agree with the notebooks: "
+            "run 'make sync', look at the difference, commit it"
         )
     else:
         print("package, text twins and notebooks agree")

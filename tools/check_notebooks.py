@@ -1,4 +1,5 @@
-"""Do the notebooks carry their outputs, without errors, warnings or somebody's paths, and are they small enough to read where they lie?"""
+"""Do the notebooks carry their outputs, without errors, warnings or somebody's paths, and are they
+small enough to read where they lie?"""
 
 import ast
 import re
@@ -49,12 +50,14 @@ def complaints(notebook, size):
         (number, cell) for number, cell in enumerate(notebook.cells) if cell.cell_type == "code"
     ]
     if size > ROOMY:
-        yield f"has {size / 1e6:.1f} MB, more than {ROOMY / 1e6:g}: draw fewer points or smaller figures"
+        limit = f"{size / 1e6:.1f} MB, more than {ROOMY / 1e6:g}"
+        yield f"has {limit}: draw fewer points or smaller figures"
     if code and not any(cell.outputs for _, cell in code):
         yield "carries no outputs: run 'make outputs'"
         return
     for number, cell in code:
-        where = f"cell {number} ({cell.source.strip().splitlines()[-1][:50] if cell.source.strip() else 'empty'})"
+        lines = cell.source.strip().splitlines()
+        where = f"cell {number} ({lines[-1][:50] if lines else 'empty'})"
         for output in cell.outputs:
             if output.output_type == "error":
                 yield f"{where} carries an error: {output.ename}: {output.evalue[:200]}"

@@ -1,8 +1,8 @@
-"""The lab's main job: an archive of stars, the notebooks in order, a table of errors.
+"""The main job: an archive of stars, the notebooks, a table of errors.
 
 lab.py run [--archive clusters|mock|URL|folder] [--profile quick|full]   everything, into _build/
-lab.py archive [NAME]                                               write an embedded archive, unless it is there
-lab.py outputs [NOTEBOOK ...]                                       refresh the outputs that the notebooks carry
+lab.py archive [NAME]             write an embedded archive, unless it is there
+lab.py outputs [NOTEBOOK ...]     refresh the outputs that the notebooks carry
 """
 
 import argparse
@@ -11,28 +11,34 @@ import os
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from threading import Event, Lock, Thread
 
 import nbformat
+import psutil
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from tqdm import tqdm
 
 import pages
-from notebooks import NBS, ROOMY, ROOT, environment, notebooks, read, title
+from durations import longest_first, remember
+from notebooks import NBS, ROOMY, ROOT, environment, notebooks, read, thread_share, title
 
 ARCHIVES = ROOT / "data" / "archives"
 BUILD = ROOT / "_build"
 COMMAND = Path(sys.prefix) / "bin" / "stellar-lab"
 CELL_TIMEOUT = {"quick": 300, "full": 7200}  # seconds
+WORKERS = 2  # notebooks that run at a time
+SHARP = ("--InlineBackend.figure_formats={'retina'}",)  # two pixels for one
 SETTINGS = {
-    "JUPYTER_PATH": str(
-        Path(sys.prefix) / "share" / "jupyter"
-    ),  # the kernel of this environment, whatever the user has elsewhere
+    # The kernel of this environment, whatever the user has elsewhere.
+    "JUPYTER_PATH": str(Path(sys.prefix) / "share" / "jupyter"),
     "PYTHONHASHSEED": "0",
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "NO_PROXY": "127.0.0.1,localhost",
@@ -57,7 +63,7 @@ MADE_FROM = {  # embedded archive -> modules and files of data/ that decide its 
 
 
 def recipe(name):
-    "A digest of what an embedded archive is made from: its name, the code that writes it and the data."
+    "A digest of what an archive is made from: its name, the code that writes it and the data."
     modules, patterns = MADE_FROM[name]
     sources = [
         *sorted(file for pattern in patterns for file in (ROOT / "data").glob(pattern)),
@@ -70,7 +76,8 @@ def recipe(name):
 
 
 def write_archive(name):
-    "Write an embedded archive into data/archives unless the one there was made by the same code from the same data; returns its root."
+    """Write an embedded archive into data/archives and return its root; does nothing where the
+    one that is there was made by the same code from the same data."""
     root, stamp = ARCHIVES / name, ARCHIVES / f"{name}.made"
     wanted = recipe(name)
     if root.is_dir() and stamp.is_file() and stamp.read_text() == wanted:
@@ -78,10 +85,8 @@ def write_archive(name):
         return root
     say(f"== archive: writing {root.relative_to(ROOT)}")
     stamp.unlink(missing_ok=True)
-    for old in (
-        root,
-        ARCHIVES / "fetched" / name,
-    ):  # a copy of the old one is no longer a copy of this one
+    # A copy of the old one is no longer a copy of this one.
+    for old in (root, ARCHIVES / "fetched" / name):
         shutil.rmtree(old, ignore_errors=True)
     ARCHIVES.mkdir(parents=True, exist_ok=True)
     if subprocess.run([COMMAND, "archive", name, str(root)]).returncode:
@@ -91,7 +96,7 @@ def write_archive(name):
 
 
 def fetch_archive(archive):
-    "Fetch an archive by its name, its URL or its folder into data/archives/fetched; returns the root of the copy."
+    "Fetch an archive by its name, URL or folder into data/archives/fetched; returns its root."
     from stellar_lab import survey
     from stellar_lab.fetch import fetch, serve
 
@@ -99,14 +104,11 @@ def fetch_archive(archive):
         say(f"== fetch: {source} into {root.relative_to(ROOT)}")
         say(str(fetch(root, source, products=tuple(survey.PRODUCTS), progress=sys.stderr.isatty())))
 
-    if (
-        archive in survey.ARCHIVES and archive != "survey"
-    ):  # an embedded one: served on this machine, to go the way that all others go
-        written, root, stamp = (
-            write_archive(archive),
-            ARCHIVES / "fetched" / archive,
-            ARCHIVES / "fetched" / f"{archive}.made",
-        )
+    # An embedded one is served on this machine, to go the way that all others go.
+    if archive in survey.ARCHIVES and archive != "survey":
+        written = write_archive(archive)
+        root = ARCHIVES / "fetched" / archive
+        stamp = ARCHIVES / "fetched" / f"{archive}.made"
         if root.is_dir() and stamp.is_file() and stamp.read_text() == recipe(archive):
             say(f"== fetch: {root.relative_to(ROOT)} is there")
             return root
@@ -114,14 +116,11 @@ def fetch_archive(archive):
             bring(root, url)
         stamp.write_text(recipe(archive))
         return root
-    source = (
-        archive if re.match(r"https?://", archive) else str(Path(archive).expanduser().resolve())
-    )
-    root = (
-        ARCHIVES
-        / "fetched"
-        / re.sub(r"[^A-Za-z0-9.-]+", "_", re.sub(r"^https?://", "", source)).strip("_.")
-    )
+    source = archive
+    if not re.match(r"https?://", archive):
+        source = str(Path(archive).expanduser().resolve())
+    name = re.sub(r"[^A-Za-z0-9.-]+", "_", re.sub(r"^https?://", "", source)).strip("_.")
+    root = ARCHIVES / "fetched" / name
     bring(root, source)
     return root
 
@@ -133,16 +132,97 @@ class Failed(Exception):
     "A notebook failed: which cell, and why."
 
 
-def run_notebook(notebook, name, timeout, progress=None):
-    "Execute a notebook in place, in a kernel of its own."
+class Running:
+    "The kernels at work: their progress, their memory, and how to end them all."
+
+    def __init__(self, progress=None):
+        self.progress = progress
+        self.lock = Lock()
+        self.clients = {}  # name -> client, in the order of their start
+        self.peaks = {}  # name -> most memory of its kernel and that one's workers [bytes]
+        self.peak = 0  # most memory of all at once, this process included [bytes]
+        self.stopped = Event()
+
+    def begin(self, name, client):
+        with self.lock:
+            self.clients[name] = client
+            self.peaks[name] = 0
+            self.describe()
+
+    def end(self, name):
+        with self.lock:
+            del self.clients[name]
+            self.describe()
+
+    def describe(self):
+        if self.progress is not None:
+            names = [Path(name).stem for name in self.clients]
+            self.progress.set_description(", ".join(names))
+
+    def step(self):
+        with self.lock:
+            if self.progress is not None:
+                self.progress.update()
+
+    def measure(self):
+        "Look at the memory once."
+        with self.lock:
+            kernels = {name: kernel_pid(client) for name, client in self.clients.items()}
+        used = {name: tree_memory(pid) for name, pid in kernels.items() if pid}
+        for name, memory in used.items():
+            self.peaks[name] = max(self.peaks[name], memory)
+        self.peak = max(self.peak, psutil.Process().memory_info().rss + sum(used.values()))
+
+    def watch(self, every=0.5):
+        while not self.stopped.wait(every):
+            self.measure()
+
+    def kill(self):
+        "End all kernels at once, and their workers: each kernel leads a session of its own."
+        self.stopped.set()
+        with self.lock:
+            kernels = [kernel_pid(client) for client in self.clients.values()]
+        for pid in filter(None, kernels):
+            try:
+                os.killpg(pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                pass  # it has just ended
+
+
+def kernel_pid(client):
+    "The process of a client's kernel, or nothing where it has not begun or has ended."
+    provisioner = getattr(client.km, "provisioner", None)
+    return getattr(provisioner, "pid", None)
+
+
+def tree_memory(pid):
+    "Resident memory of a process and all that it started [bytes]."
+    total = 0
+    try:
+        process = psutil.Process(pid)
+        family = [process, *process.children(recursive=True)]
+    except psutil.Error:
+        return 0
+    for process in family:
+        try:
+            total += process.memory_info().rss
+        except psutil.Error:
+            pass  # it has just ended
+    return total
+
+
+def run_notebook(notebook, name, timeout, running=None, sharp=False):
+    "Execute a notebook in place, in a kernel of its own; `sharp` draws figures twice as fine."
+    running = running or Running()
     last = {}
 
     def begun(cell, cell_index):
+        if running.stopped.is_set():
+            raise KeyboardInterrupt
         last.update(cell=cell, index=cell_index)
 
     def done(cell, cell_index, **_):
-        if progress is not None:
-            progress.update()
+        running.step()
 
     client = NotebookClient(
         notebook,
@@ -152,20 +232,21 @@ def run_notebook(notebook, name, timeout, progress=None):
         on_cell_start=begun,
         on_cell_executed=done,
         record_timing=False,
-        extra_arguments=["--log-level=ERROR"],
+        extra_arguments=["--log-level=ERROR", *(SHARP if sharp else ())],
     )
+    running.begin(name, client)
     try:
         client.execute()
     except CellExecutionError as error:
-        raise Failed(
-            failure(name, last, f"{error.ename}: {error.evalue}", trace(last["cell"]))
-        ) from error
+        problem = f"{error.ename}: {error.evalue}"
+        raise Failed(failure(name, last, problem, trace(last["cell"]))) from error
     except CellTimeoutError as error:
-        raise Failed(
-            failure(name, last, f"took longer than {timeout} s, the limit of a cell")
-        ) from error
+        problem = f"took longer than {timeout} s, the limit of a cell"
+        raise Failed(failure(name, last, problem)) from error
     except DeadKernelError as error:
         raise Failed(failure(name, last, "its kernel died (out of memory?)")) from error
+    finally:
+        running.end(name)
 
 
 def trace(cell):
@@ -183,42 +264,75 @@ def failure(name, last, problem, detail=""):
 
 
 def peak_memory():
-    "Peak memory of the largest process so far [MiB]: this one, the kernels, their workers, the commands."
+    "Peak memory of the largest process so far [MiB]: this one, the kernels, the commands."
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB elsewhere
-    return (
-        max(
-            resource.getrusage(who).ru_maxrss
-            for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        )
-        * unit
-        / 2**20
-    )
+    used = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(resource.getrusage(who).ru_maxrss for who in used) * unit / 2**20
 
 
-def run_all(paths, timeout):
-    "Execute the notebooks one after the other; yields (path, executed notebook, problem or '')."
-    read_in = [(path, read(path)) for path in paths]
+def timed(path, notebook, *arguments):
+    "Run a notebook: (seconds, problem or '')."
+    begin = time.monotonic()
+    problem = ""
+    try:
+        run_notebook(notebook, path.name, *arguments)
+    except Failed as error:
+        problem = str(error)
+    return time.monotonic() - begin, problem
+
+
+def run_all(chapters, timeout, sharp=False, ready=None):
+    """Execute notebooks, a dict of path -> notebook, two at a time and the longest first; call
+    `ready(path, notebook)` with each as it is done.
+
+    Returns (path, executed notebook, problem or '') of each in the order given, and the most memory
+    that all processes took at once [MiB]. Ctrl-C ends both kernels.
+    """
+    paths = list(chapters)
     cells = sum(
         cell.cell_type == "code" and bool(cell.source.strip())
-        for _, notebook in read_in
+        for notebook in chapters.values()
         for cell in notebook.cells
     )
+    workers = min(WORKERS, len(paths))
+    if workers > 1:
+        for name, threads in thread_share(workers).items():
+            os.environ.setdefault(name, threads)  # unless the user has decided
+    problems = {}
+    times = {}
     with tqdm(total=cells, unit="cell", disable=None, leave=False) as progress:
-        for path, notebook in read_in:
-            begin, problem = time.monotonic(), ""
-            progress.set_description(path.stem)
+        running = Running(progress)
+        Thread(target=running.watch, daemon=True).start()
+        with ThreadPoolExecutor(workers) as pool:
+            jobs = {
+                pool.submit(timed, path, chapters[path], timeout, running, sharp): path
+                for path in longest_first("run", paths)
+            }
             try:
-                run_notebook(notebook, path.name, timeout, progress)
-            except Failed as error:
-                problem = str(error)
-            verdict, cost = (
-                "FAILED" if problem else "ok    ",
-                f"{time.monotonic() - begin:5.0f} s, peak so far {peak_memory():.0f} MiB",
-            )
-            say(f"{verdict} {path.stem:15} {cost}  {title(notebook)[0]}")
-            if problem:
-                say(problem)
-            yield path, notebook, problem
+                for job in as_completed(jobs):
+                    path = jobs[job]
+                    times[path], problems[path] = job.result()
+                    memory = running.peaks[path.name] / 2**20
+                    report(path, chapters[path], times[path], memory, problems[path])
+                    if ready is not None:
+                        ready(path, chapters[path])
+            except BaseException:  # Ctrl-C
+                pool.shutdown(wait=False, cancel_futures=True)
+                running.kill()
+                raise
+            finally:
+                running.stopped.set()
+    remember("run", times)
+    done = [(path, chapters[path], problems[path]) for path in paths]
+    return done, max(running.peak / 2**20, peak_memory())
+
+
+def report(path, notebook, seconds, memory, problem):
+    "One line on a notebook that ran, and all about its failure."
+    verdict = "FAILED" if problem else "ok    "
+    say(f"{verdict} {path.stem:15} {seconds:5.0f} s {memory:6.0f} MiB  {title(notebook)[0]}")
+    if problem:
+        say(problem)
 
 
 def run_lab(archive, profile):
@@ -228,33 +342,30 @@ def run_lab(archive, profile):
     os.environ.update(STELLAR_LAB_ARCHIVE=str(root), STELLAR_LAB_PROFILE=profile)
     shutil.rmtree(BUILD, ignore_errors=True)
     (BUILD / "notebooks").mkdir(parents=True)
-    paths = notebooks()
-    say(f"== notebooks: {len(paths)} into {BUILD.relative_to(ROOT)}/")
-    chapters = []
-    for number, (path, notebook, problem) in enumerate(run_all(paths, CELL_TIMEOUT[profile])):
+    chapters = {path: read(path) for path in notebooks()}
+    say(f"== notebooks: {len(chapters)} into {BUILD.relative_to(ROOT)}/")
+    book = pages.Book(BUILD, {path.stem: notebook for path, notebook in chapters.items()})
+
+    def ready(path, notebook):
         nbformat.write(notebook, BUILD / "notebooks" / path.name)
-        neighbours = [
-            paths[k].stem if 0 <= k < len(paths) else None for k in (number - 1, number + 1)
-        ]
-        (BUILD / f"{path.stem}.html").write_text(
-            pages.chapter(notebook, *neighbours), encoding="utf-8"
-        )
-        chapters.append((path.stem, *title(notebook), problem.splitlines()[0] if problem else ""))
+        book.write_chapter(path.stem, notebook)
+
+    executed, memory = run_all(chapters, CELL_TIMEOUT[profile], sharp=True, ready=ready)
     errors, code = error_table(root)
     facts = [f"archive {archive}, profile {profile}"]
-    (BUILD / "index.html").write_text(pages.index(chapters, facts, errors), encoding="utf-8")
-    failed = [name for name, *_, problem in chapters if problem]
-    say(
-        f"\nlook at  {BUILD / 'index.html'}\nnotebooks with their outputs in  {BUILD / 'notebooks'}"
-    )
-    say(f"{time.monotonic() - begin:.0f} s, largest process {peak_memory():.0f} MiB")
+    failed = {path.stem: problem.splitlines()[0] for path, _, problem in executed if problem}
+    book.write_index(facts, errors, failed)
+    say(f"\nlook at  {BUILD / 'index.html'}")
+    say(f"notebooks with their outputs in  {BUILD / 'notebooks'}")
+    say(f"{time.monotonic() - begin:.0f} s, at most {memory:.0f} MiB at once")
     if failed:
         say(f"failed: {', '.join(failed)} (see above, and the executed notebook)")
     return 1 if failed else code
 
 
 def error_table(root):
-    "Train on the archive and judge on stars left out by the command line, as a user would: what it printed, and its exit code."
+    """Train on the archive and judge on stars left out by the command line, as a user would: what
+    it printed, and its exit code."""
     arguments = [
         "train",
         str(root.relative_to(ROOT)),
@@ -274,7 +385,8 @@ def error_table(root):
 
 
 def plain(text):
-    "Text without what differs from run to run: the places of the project and of temporary files, ids made of memory addresses."
+    """Text without what differs from run to run: the places of the project and of temporary files,
+    ids made of memory addresses."""
     text = text.replace(f"{ROOT}/", "").replace(str(ROOT), ".")
     text = re.sub(r'(<table) id="table\d+"', r"\1", text)
     return re.sub(re.escape(tempfile.gettempdir()) + r"/[\w.-]+", "…", text)
@@ -298,20 +410,21 @@ def tidy(notebook):
 
 
 def refresh_outputs(names):
-    "Execute notebooks on the embedded archive and keep their outputs in nbs/; returns an exit code."
+    "Execute notebooks on the embedded archive and keep their outputs; returns an exit code."
     os.environ.update(
         STELLAR_LAB_ARCHIVE=str(write_archive("clusters")), STELLAR_LAB_PROFILE="quick"
     )
     os.environ.pop("STELLAR_LAB_REAL_DATA", None)  # what everyone sees can be made by everyone
     failed = 0
-    for path, notebook, problem in run_all(notebooks(names), CELL_TIMEOUT["quick"]):
+    chapters = {path: read(path) for path in notebooks(names)}
+    executed, _ = run_all(chapters, CELL_TIMEOUT["quick"])
+    for path, notebook, problem in executed:
         failed += bool(problem)
         if not problem:
             nbformat.write(tidy(notebook), path)
             if path.stat().st_size > ROOMY:
-                say(
-                    f"{path.name} has {path.stat().st_size / 1e6:.1f} MB, more than {ROOMY / 1e6:g}: draw fewer points or smaller figures"
-                )
+                size = f"{path.stat().st_size / 1e6:.1f} MB, more than {ROOMY / 1e6:g}"
+                say(f"{path.name} has {size}: draw fewer points or smaller figures")
                 failed += 1
     subprocess.run(["nbdev_clean"], cwd=ROOT, check=True)
     return int(bool(failed))
@@ -337,6 +450,9 @@ def main():
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 def run(options):

@@ -21,10 +21,19 @@ def environment(**settings):
     )
 
 
+def thread_share(processes):
+    "Settings that give each of some processes side by side its share of the cores."
+    threads = str(max(1, (os.cpu_count() or 1) // processes))
+    return {"OMP_NUM_THREADS": threads, "TF_NUM_INTRAOP_THREADS": threads}
+
+
 def natural(path):
-    "Sort key: 2 before 10, numbers before letters."
-    room = Path(path).stem.split("_")[0]
-    return (0, int(room), "") if room.isdigit() else (1, 0, room)
+    "Sort key: the tour 000 before 00, 2 before 10, numbers before letters, then the name."
+    name = Path(path).stem
+    number = name.split("_")[0]
+    if number.isdigit():
+        return (0, int(number), -len(number), name)
+    return (1, 0, 0, name)
 
 
 def notebooks(names=()):
@@ -37,9 +46,8 @@ def notebooks(names=()):
         or any(path.stem == Path(name).stem or path.stem.split("_")[0] == name for name in names)
     ]
     if not chosen:
-        raise SystemExit(
-            f"no such notebook: {' '.join(names)}. There are {', '.join(path.stem for path in found)}"
-        )
+        there = ", ".join(path.stem for path in found)
+        raise SystemExit(f"no such notebook: {' '.join(names)}. There are {there}")
     return chosen
 
 

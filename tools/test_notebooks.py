@@ -1,5 +1,7 @@
-"""Runs the tests in the notebooks: nbdev_test on each, some at a time. nbdev_test itself has no timeout, so a notebook that hangs would hang
-everything without saying which it was: here each has its own."""
+"""Runs the tests in the notebooks: nbdev_test on each, two at a time, the longest first.
+
+nbdev_test itself has no timeout, so a notebook that hangs would hang everything without saying
+which it was: here each has its own."""
 
 import argparse
 import os
@@ -7,9 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
-from notebooks import ROOT, environment, notebooks
+from durations import longest_first, remember
+from notebooks import ROOT, environment, notebooks, thread_share
 
 SETTINGS = {
     "STELLAR_LAB_ARCHIVE": str(ROOT / "data" / "archives" / "clusters"),
@@ -22,7 +25,7 @@ SETTINGS = {
 def test(path, timeout, threads):
     "Test one notebook: (its name, seconds, what went wrong or nothing)."
     begin = time.monotonic()
-    settings = environment(OMP_NUM_THREADS=str(threads), **SETTINGS)
+    settings = environment(**threads, **SETTINGS)
     process = subprocess.Popen(
         ["nbdev_test", "--path", str(path)],
         cwd=ROOT,
@@ -54,16 +57,23 @@ def main():
     )
     options = parser.parse_args()
     paths = notebooks(options.names)
-    threads = max(1, (os.cpu_count() or 1) // options.workers)
+    threads = thread_share(options.workers)
     failed = []
+    times = {}
     with ThreadPoolExecutor(options.workers) as pool:
-        for name, seconds, problem in pool.map(
-            lambda path: test(path, options.timeout, threads), paths
-        ):
+        jobs = [
+            pool.submit(test, path, options.timeout, threads)
+            for path in longest_first("test", paths)
+        ]
+        for job in as_completed(jobs):
+            name, seconds, problem = job.result()
             print(f"{'FAILED' if problem else 'ok    '} {name} {seconds:.0f} s", flush=True)
+            times[name] = seconds
             if problem:
                 print(problem, flush=True)
                 failed.append(name)
+    remember("test", times)
+    failed = [path.name for path in paths if path.name in failed]  # in the order of reading
     print(f"failed: {', '.join(failed)}" if failed else f"the tests of {len(paths)} notebooks hold")
     return bool(failed)
 

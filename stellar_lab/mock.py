@@ -22,6 +22,7 @@ from scipy.ndimage import map_coordinates
 from scipy.stats import truncnorm
 
 from .archives import ArchiveSummary, black_body, write_archive
+from .emulator import GRID_LABELS, Emulator, label_matrix, usual_vmicro
 from .kiel import shipped_isochrones, total_metallicity
 from stellar_lab.survey import (
     CHIPS,
@@ -34,7 +35,6 @@ from stellar_lab.survey import (
     on_band,
     wavelength,
 )
-from .synthesis import GRID_LABELS, LIGHT_SPEED, Emulator, label_matrix, usual_vmicro
 
 # %% ../nbs/D_mock.ipynb #241641d2
 STARS = 2723  # the lab's four fields
@@ -275,7 +275,7 @@ def _place_on_sky(table, rng):
     table["GLON"], table["GLAT"] = sky.galactic.l.deg, sky.galactic.b.deg
 
 # %% ../nbs/D_mock.ipynb #974e6b9e
-PIXEL_VELOCITY = LIGHT_SPEED * np.log(10) * LOG10_STEP  # km/s a pixel
+PIXEL_VELOCITY = constants.c / 1e3 * np.log(10) * LOG10_STEP  # km/s a pixel
 _PADDED = np.arange(
     CHIPS["blue"][0] - 58, CHIPS["red"][1] + 58
 )  # full-grid pixels, so that a shifted companion has no edge

@@ -26,11 +26,7 @@ from scipy.stats import qmc
 
 from .archives import clusters, real_stars
 from .cannon import Cannon, Vectorizer, fold_numbers
-from .inversion import MIN_GOOD, Flag, check_spectra, error_table, infer, with_names
-from .normalize import normalize
-from .survey import LabError, Spectra, on_band, plot_spectrum, write_table
-from .survey import wavelength as SURVEY_WAVELENGTH
-from stellar_lab.synthesis import (
+from stellar_lab.emulator import (
     GRID_FIRST,
     GRID_LABELS,
     Emulator,
@@ -40,6 +36,10 @@ from stellar_lab.synthesis import (
     unit_labels,
     usual_vmicro,
 )
+from .inversion import MIN_GOOD, Flag, check_spectra, error_table, infer, with_names
+from .normalize import normalize
+from .survey import LabError, Spectra, on_band, plot_spectrum, write_table
+from .survey import wavelength as SURVEY_WAVELENGTH
 
 # %% ../nbs/E_physics.ipynb #0cdf6182
 DEGREE = 3  # of the pseudo-continuum of each chip

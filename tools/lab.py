@@ -50,7 +50,7 @@ def say(text=""):
 MADE_FROM = {  # embedded archive -> modules and files of data/ that decide its bytes
     "clusters": (("survey", "archives"), ("clusters*",)),
     "mock": (
-        ("survey", "archives", "kiel", "synthesis", "mock"),
+        ("survey", "archives", "kiel", "emulator", "mock"),
         ("isochrones.fits", "synthetic_emulator.fits", "synthetic_dwarfs.fits"),
     ),
 }

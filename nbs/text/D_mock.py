@@ -27,6 +27,7 @@ from scipy.ndimage import map_coordinates
 from scipy.stats import truncnorm
 
 from stellar_lab.archives import ArchiveSummary, black_body, write_archive
+from stellar_lab.emulator import GRID_LABELS, Emulator, label_matrix, usual_vmicro
 from stellar_lab.kiel import shipped_isochrones, total_metallicity
 from stellar_lab.survey import (
     CHIPS,
@@ -39,7 +40,6 @@ from stellar_lab.survey import (
     on_band,
     wavelength,
 )
-from stellar_lab.synthesis import GRID_LABELS, LIGHT_SPEED, Emulator, label_matrix, usual_vmicro
 
 # %%
 #| hide
@@ -386,7 +386,7 @@ if folder:
 
 # %%
 #| export
-PIXEL_VELOCITY = LIGHT_SPEED * np.log(10) * LOG10_STEP  # km/s a pixel
+PIXEL_VELOCITY = constants.c / 1e3 * np.log(10) * LOG10_STEP  # km/s a pixel
 _PADDED = np.arange(
     CHIPS["blue"][0] - 58, CHIPS["red"][1] + 58
 )  # full-grid pixels, so that a shifted companion has no edge

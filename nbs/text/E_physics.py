@@ -27,11 +27,7 @@ from scipy.stats import qmc
 
 from stellar_lab.archives import clusters, real_stars
 from stellar_lab.cannon import Cannon, Vectorizer, fold_numbers
-from stellar_lab.inversion import MIN_GOOD, Flag, check_spectra, error_table, infer, with_names
-from stellar_lab.normalize import normalize
-from stellar_lab.survey import LabError, Spectra, on_band, plot_spectrum, write_table
-from stellar_lab.survey import wavelength as SURVEY_WAVELENGTH
-from stellar_lab.synthesis import (
+from stellar_lab.emulator import (
     GRID_FIRST,
     GRID_LABELS,
     Emulator,
@@ -41,6 +37,10 @@ from stellar_lab.synthesis import (
     unit_labels,
     usual_vmicro,
 )
+from stellar_lab.inversion import MIN_GOOD, Flag, check_spectra, error_table, infer, with_names
+from stellar_lab.normalize import normalize
+from stellar_lab.survey import LabError, Spectra, on_band, plot_spectrum, write_table
+from stellar_lab.survey import wavelength as SURVEY_WAVELENGTH
 
 # %%
 #| hide

@@ -33,7 +33,7 @@ from stellar_lab.survey import (
     archive_record,
     wavelength,
 )
-from stellar_lab.synthesis import GRID_LABELS, Emulator, label_matrix
+from stellar_lab.emulator import GRID_LABELS, Emulator, label_matrix
 
 STARS = 60
 

@@ -537,7 +537,7 @@ def _gas(layers):
 
 # %%
 brackett = _line_columns(lines[species == "H"])
-assert set(brackett["gamvw"]) == set(range(10, 22)) and set(brackett["gamqst"]) == {4}
+assert set(brackett["gamvw"]) == set(range(10, 28)) and set(brackett["gamqst"]) == {4}
 atoms, density = _gas(thin)
 assert np.all(thin["electrons"] < 0.1 * atoms)
 print("levels:", *brackett["gamvw"].astype(int), f"; at the bottom {density[-1]:.1e} g/cm³")

@@ -69,6 +69,40 @@ def _rotation_kernel(vsini, step=_GRID_STEP, limb=0.4):
     kernel = np.add.reduceat(middle, np.arange(0, len(middle), 20))
     return kernel / kernel.sum()
 
+# %% ../nbs/B_emulator.ipynb #f621afc4
+def _giant_branch(logg, fe_h):
+    "Teff [K] of a giant: between raw labels of real stars and calibrated ones of a later release."
+    x = np.asarray(logg) - 2
+    return 4240 + 515 * x - 320 * np.asarray(fe_h) - 50 * x * fe_h - 45 * np.square(fe_h)
+
+
+def _main_sequence(logg, fe_h):
+    "Teff [K] of a dwarf: along MIST's main sequences of 2 to 10 Gyr."
+    x = np.asarray(logg) + 0.1 * np.asarray(fe_h) - 4.5
+    return 5500 - 4460 * x - 7450 * x**2
+
+
+_GIANTS_BOX = {
+    "LOGG": (0.3, 3.9),
+    "FE_H": (-1.25, 0.5),
+    "ALPHA_FE": (-0.2, 0.5),
+    "MG_FE": (-0.3, 0.3),
+    "SI_FE": (-0.3, 0.3),
+    "C_FE": (-0.7, 0.3),
+    "N_FE": (-0.3, 0.9),
+    "VMICRO": (0.9, 2.3),
+}
+_DWARFS_BOX = {
+    "LOGG": (4.1, 4.85),
+    "FE_H": (-1.0, 0.45),
+    "ALPHA_FE": (-0.1, 0.4),
+    "MG_FE": (-0.15, 0.15),
+    "SI_FE": (-0.15, 0.15),
+    "C_FE": (-0.2, 0.2),
+    "N_FE": (-0.2, 0.4),
+    "VMICRO": (0.6, 1.6),
+}
+
 # %% ../nbs/B_emulator.ipynb #d4ef621a
 _CARBON_MARGIN = 0.15  # [C/O] stays below: C/O is 0.55 in the Sun, carbon stars begin at 0.8
 
@@ -117,40 +151,6 @@ class Domain:
         atoms = [mg + fe_h, si + fe_h, alpha + fe_h, carbon - alpha, nitrogen + fe_h]
         columns = np.column_stack([5040 / teff, logg, fe_h, *atoms, vmicro])
         return (columns - self.middle) / self.spread
-
-# %% ../nbs/B_emulator.ipynb #f621afc4
-def _giant_branch(logg, fe_h):
-    "Teff [K] of a giant: between raw labels of real stars and calibrated ones of a later release."
-    x = np.asarray(logg) - 2
-    return 4240 + 515 * x - 320 * np.asarray(fe_h) - 50 * x * fe_h - 45 * np.square(fe_h)
-
-
-def _main_sequence(logg, fe_h):
-    "Teff [K] of a dwarf: along MIST's main sequences of 2 to 10 Gyr."
-    x = np.asarray(logg) + 0.1 * np.asarray(fe_h) - 4.5
-    return 5500 - 4460 * x - 7450 * x**2
-
-
-_GIANTS_BOX = {
-    "LOGG": (0.3, 3.9),
-    "FE_H": (-1.25, 0.5),
-    "ALPHA_FE": (-0.2, 0.5),
-    "MG_FE": (-0.3, 0.3),
-    "SI_FE": (-0.3, 0.3),
-    "C_FE": (-0.7, 0.3),
-    "N_FE": (-0.3, 0.9),
-    "VMICRO": (0.9, 2.3),
-}
-_DWARFS_BOX = {
-    "LOGG": (4.1, 4.85),
-    "FE_H": (-1.0, 0.45),
-    "ALPHA_FE": (-0.1, 0.4),
-    "MG_FE": (-0.15, 0.15),
-    "SI_FE": (-0.15, 0.15),
-    "C_FE": (-0.2, 0.2),
-    "N_FE": (-0.2, 0.4),
-    "VMICRO": (0.6, 1.6),
-}
 
 # %% ../nbs/B_emulator.ipynb #21c47f7a
 DOMAINS = {
@@ -462,9 +462,9 @@ def _write(emulator, path):
     with atomic_path(path) as temporary:
         fits.HDUList([fits.PrimaryHDU(), components, *others]).writeto(temporary)
 
-# %% ../nbs/B_emulator.ipynb #cb2885df
-class Emulator(_Coefficients):
-    """Normalized synthetic spectra for any labels of a domain, in products of matrices.
+# %% ../nbs/B_emulator.ipynb #2db06e90
+class _Stored(_Coefficients):
+    """The arrays of an emulator, from a file or into one.
 
     Parameters
     ----------
@@ -496,7 +496,7 @@ class Emulator(_Coefficients):
         self._kept = None  # the last wavelengths and widths asked for, and the components there
 
     @classmethod
-    def load(cls, path=None, domain="giants") -> "Emulator":
+    def load(cls, path=None, domain="giants"):
         "The shipped emulator of a domain (a name or a `Domain`), or the one in the file `path`."
         if path is not None:
             return cls(**_read(path))
@@ -506,6 +506,10 @@ class Emulator(_Coefficients):
     def save(self, path):
         "Write it as one FITS file."
         _write(self, path)
+
+# %% ../nbs/B_emulator.ipynb #cb2885df
+class Emulator(_Stored):
+    "Normalized synthetic spectra for any labels of a domain, in products of matrices."
 
     def _basis(self, wavelength, fwhm, vsini):
         "(1 + K, P) mean and components as they are seen there; the last answer is kept."

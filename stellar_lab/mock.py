@@ -573,7 +573,7 @@ def mock_stars(stars: int = _STARS, seed: int = 42) -> tuple:
     table.meta = {"product": "aspcapstar", "release": "mock", "archive": "mock", "normalized": True}
     return Spectra(wavelength, flux, ivar, table, mask), truth
 
-
+# %% ../nbs/D_mock.ipynb #a9254b48
 def write_mock(
     root,
     seed: int = 42,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RYDBERG_H', 'check_file', 'shipped_lines', 'air_wavelength', 'vacuum_wavelength', 'read_linemake',
            'read_atmosphere_net', 'Synthesizer', 'lines_that_matter', 'calibrate_lines', 'make_check', 'grid_design',
-           'write_batch', 'read_batch', 'compute_batch', 'read_grid', 'kept_aside', 'emulator_error', 'make_emulator',
+           'write_batch', 'read_batch', 'read_grid', 'compute_batch', 'kept_aside', 'emulator_error', 'make_emulator',
            'aspcap_agreement', 'compare_with_aspcap', 'fit_star']
 
 # %% ../nbs/C_synthesis.ipynb #c2e12b12
@@ -656,6 +656,16 @@ def _calibrator(synthesizer, labels, depths, spectra, row):
     return _Star(response, residual, weight, np.corrcoef(flux[good], model[good])[0, 1])
 
 
+def _round_report(number, stars, common):
+    "A round of the calibration in words."
+    each = [star.correlation for star in stars]
+    species = ", ".join(f"{name} {x:+.3f}" for name, x in zip(_STAR_ELEMENTS, common, strict=True))
+    return (
+        f"round {number}: correlation {np.mean(each):.4f} "
+        f"({', '.join(f'{x:.4f}' for x in each)})\n   of a whole species: {species}"
+    )
+
+# %% ../nbs/C_synthesis.ipynb #888d8d3f
 def calibrate_lines(
     lines: Table, net: dict, spectra: Spectra, rounds: int = 7, progress: Callable = None
 ) -> Table:
@@ -710,16 +720,6 @@ def calibrate_lines(
     lines["LOGGF"] = laboratory
     lines["LOGGF_CAL"] = laboratory + best[1]
     return lines
-
-
-def _round_report(number, stars, common):
-    "A round of the calibration in words."
-    each = [star.correlation for star in stars]
-    species = ", ".join(f"{name} {x:+.3f}" for name, x in zip(_STAR_ELEMENTS, common, strict=True))
-    return (
-        f"round {number}: correlation {np.mean(each):.4f} "
-        f"({', '.join(f'{x:.4f}' for x in each)})\n   of a whole species: {species}"
-    )
 
 # %% ../nbs/C_synthesis.ipynb #9fb56c5a
 _FLUX_STEP = 2e-4  # of the stored spectra
@@ -880,47 +880,6 @@ def read_batch(path) -> tuple:
         return labels, flux, dict(hdus["DEPTH"].header)
 
 # %% ../nbs/C_synthesis.ipynb #de027cf2
-@cache
-def _synthesizer(lines, net):
-    "The synthesizer of calibrated lines and atmospheres in these files, one per process."
-    table = _with_strengths(Table.read(lines), "LOGGF_CAL")
-    return Synthesizer(table, dict(np.load(net)))
-
-
-def compute_batch(path, labels: Table, lines: str, net: str, facts: dict) -> list:
-    """Compute and write one batch of the grid, in a process of its own.
-
-    Parameters
-    ----------
-    path : path
-        The file to write.
-    labels : Table
-        GRID_LABELS, one row per model.
-    lines, net : str
-        Paths of the calibrated lines and of the atmospheres' networks.
-    facts : dict
-        What to note in the file.
-
-    Returns
-    -------
-    list of str
-        What was wrong with the models that failed; empty if all is well.
-    """
-    synthesizer = _synthesizer(lines, net)
-    failures = []
-    flux = []
-    for row in labels:
-        try:
-            flux.append(synthesizer({name: float(row[name]) for name in GRID_LABELS}))
-        except Exception as error:  # whatever PySME raises: the other models are still good
-            failures.append(f"{Path(path).name}: {dict(row)}: {error}")
-            flux.append(np.full(len(grid_wavelength), np.nan))
-    labels = labels.copy()
-    labels["GOOD"] = np.isfinite(flux).all(axis=1)
-    write_batch(path, labels, np.array(flux), facts)
-    return failures
-
-
 def read_grid(paths) -> tuple:
     """All good models of the batches.
 
@@ -961,6 +920,52 @@ def read_grid(paths) -> tuple:
 def _belongs_to(header):
     "Lines, seed and domain of a batch; the oldest batches are of giants and do not say so."
     return header["LINES"], header["SEED"], header.get("DOMAIN", "giants")
+
+# %% ../nbs/C_synthesis.ipynb #b910566f
+def _compute(synthesizer, labels):
+    "(N, 16207) flux of each model, NaN where it failed; what was wrong with those that failed."
+    failures = []
+    flux = []
+    for row in labels:
+        try:
+            flux.append(synthesizer({name: float(row[name]) for name in GRID_LABELS}))
+        except Exception as error:  # whatever PySME raises: the other models are still good
+            failures.append(f"{dict(row)}: {error}")
+            flux.append(np.full(len(grid_wavelength), np.nan))
+    return np.array(flux), failures
+
+# %% ../nbs/C_synthesis.ipynb #044ceea1
+@cache
+def _synthesizer(lines, net):
+    "The synthesizer of calibrated lines and atmospheres in these files, one per process."
+    table = _with_strengths(Table.read(lines), "LOGGF_CAL")
+    return Synthesizer(table, dict(np.load(net)))
+
+
+def compute_batch(path, labels: Table, lines: str, net: str, facts: dict) -> list:
+    """Compute and write one batch of the grid, in a process of its own.
+
+    Parameters
+    ----------
+    path : path
+        The file to write.
+    labels : Table
+        GRID_LABELS, one row per model.
+    lines, net : str
+        Paths of the calibrated lines and of the atmospheres' networks.
+    facts : dict
+        What to note in the file.
+
+    Returns
+    -------
+    list of str
+        What was wrong with the models that failed; empty if all is well.
+    """
+    flux, failures = _compute(_synthesizer(lines, net), labels)
+    labels = labels.copy()
+    labels["GOOD"] = np.isfinite(flux).all(axis=1)
+    write_batch(path, labels, flux, facts)
+    return [f"{Path(path).name}: {failure}" for failure in failures]
 
 # %% ../nbs/C_synthesis.ipynb #b7c3add3
 def _gaussian_process(features, target):

@@ -140,10 +140,56 @@ assert np.isclose(gauss.sum(), 1) and np.isclose(rotated.sum(), 1)
 assert np.isclose(np.sqrt((velocity**2 * gauss).sum()) * np.sqrt(8 * np.log(2)), 13.3, rtol=0.01)
 assert np.all(rotated[np.abs(velocity) > 22.1] == 0) and rotated[200] < gauss[200]
 
+
 # %% [markdown]
 # ## Which stars
-# Nature does not make all combinations of labels, and the emulator need not know those that it leaves out. A `Domain` holds the rules: temperatures around a *branch*
-# of the Kiel diagram, a box for every other label, and magnesium and silicon close to the other alpha elements. Carbon stays below oxygen: from C/O = 0.8 on, CO
+# There are two kinds. Giants are what the survey looks for. Dwarfs, on the main sequence, slip in by their colour. The subgiants between them are in neither. Temperatures
+# lie around a *branch* of the Kiel diagram, every other label in a box.
+
+# %%
+#| export
+def _giant_branch(logg, fe_h):
+    "Teff [K] of a giant: between raw labels of real stars and calibrated ones of a later release."
+    x = np.asarray(logg) - 2
+    return 4240 + 515 * x - 320 * np.asarray(fe_h) - 50 * x * fe_h - 45 * np.square(fe_h)
+
+
+def _main_sequence(logg, fe_h):
+    "Teff [K] of a dwarf: along MIST's main sequences of 2 to 10 Gyr."
+    x = np.asarray(logg) + 0.1 * np.asarray(fe_h) - 4.5
+    return 5500 - 4460 * x - 7450 * x**2
+
+
+_GIANTS_BOX = {
+    "LOGG": (0.3, 3.9),
+    "FE_H": (-1.25, 0.5),
+    "ALPHA_FE": (-0.2, 0.5),
+    "MG_FE": (-0.3, 0.3),
+    "SI_FE": (-0.3, 0.3),
+    "C_FE": (-0.7, 0.3),
+    "N_FE": (-0.3, 0.9),
+    "VMICRO": (0.9, 2.3),
+}
+_DWARFS_BOX = {
+    "LOGG": (4.1, 4.85),
+    "FE_H": (-1.0, 0.45),
+    "ALPHA_FE": (-0.1, 0.4),
+    "MG_FE": (-0.15, 0.15),
+    "SI_FE": (-0.15, 0.15),
+    "C_FE": (-0.2, 0.2),
+    "N_FE": (-0.2, 0.4),
+    "VMICRO": (0.6, 1.6),
+}
+
+# %%
+branch = Table({"log g": [0.5, 1.5, 2.5, 3.5], "[Fe/H]": [0.0, 0.0, 0.0, -1.0]})
+branch["branch [K]"] = _giant_branch(branch["log g"], branch["[Fe/H]"]).round()
+branch
+
+# %% [markdown]
+# ### A domain
+# Nature does not make all combinations of labels, and the emulator need not know those that it leaves out. A `Domain` holds the rules: branch and boxes, and magnesium and
+# silicon close to the other alpha elements. Carbon stays below oxygen: from C/O = 0.8 on, CO
 # binds all oxygen, what carbon is left makes CN and C₂, and the star turns into a carbon star.
 #
 # The lines of a spectrum do not ask for labels but for *features* of them: $1/T$ and not $T$, as in Boltzmann's factor; how much of an element there is and not its
@@ -200,48 +246,12 @@ class Domain:
         return (columns - self.middle) / self.spread
 
 
-# %% [markdown]
-# There are two domains. Giants are what the survey looks for. Dwarfs, on the main sequence, slip in by their colour. The subgiants between them are in neither.
-
 # %%
-#| export
-def _giant_branch(logg, fe_h):
-    "Teff [K] of a giant: between raw labels of real stars and calibrated ones of a later release."
-    x = np.asarray(logg) - 2
-    return 4240 + 515 * x - 320 * np.asarray(fe_h) - 50 * x * fe_h - 45 * np.square(fe_h)
-
-
-def _main_sequence(logg, fe_h):
-    "Teff [K] of a dwarf: along MIST's main sequences of 2 to 10 Gyr."
-    x = np.asarray(logg) + 0.1 * np.asarray(fe_h) - 4.5
-    return 5500 - 4460 * x - 7450 * x**2
-
-
-_GIANTS_BOX = {
-    "LOGG": (0.3, 3.9),
-    "FE_H": (-1.25, 0.5),
-    "ALPHA_FE": (-0.2, 0.5),
-    "MG_FE": (-0.3, 0.3),
-    "SI_FE": (-0.3, 0.3),
-    "C_FE": (-0.7, 0.3),
-    "N_FE": (-0.3, 0.9),
-    "VMICRO": (0.9, 2.3),
-}
-_DWARFS_BOX = {
-    "LOGG": (4.1, 4.85),
-    "FE_H": (-1.0, 0.45),
-    "ALPHA_FE": (-0.1, 0.4),
-    "MG_FE": (-0.15, 0.15),
-    "SI_FE": (-0.15, 0.15),
-    "C_FE": (-0.2, 0.2),
-    "N_FE": (-0.2, 0.4),
-    "VMICRO": (0.6, 1.6),
-}
-
-# %%
-branch = Table({"log g": [0.5, 1.5, 2.5, 3.5], "[Fe/H]": [0.0, 0.0, 0.0, -1.0]})
-branch["branch [K]"] = _giant_branch(branch["log g"], branch["[Fe/H]"]).round()
-branch
+giants_of_one_temperature = Domain(
+    "narrow", "", _giant_branch, 100.0, 3650.0, np.inf, _GIANTS_BOX, (0,) * 9, (1,) * 9, 1
+)
+solar_giant = {"LOGG": np.array([2.4]), "FE_H": np.array([0.0]), "ALPHA_FE": np.array([0.0])}
+giants_of_one_temperature.ranges(solar_giant)["TEFF"]
 
 # %%
 #| export
@@ -273,7 +283,6 @@ DOMAINS = {
 }
 
 # %%
-solar_giant = {"LOGG": np.array([2.4]), "FE_H": np.array([0.0]), "ALPHA_FE": np.array([0.0])}
 for name, (low, high) in DOMAINS["giants"].ranges(solar_giant).items():
     print(f"{name:8s} {np.squeeze(low):8.2f} to {np.squeeze(high):.2f}")
 with pytest.raises(LabError, match="no domain 'hamsters' of synthetic stars: choose giants or"):
@@ -677,13 +686,10 @@ def _write(emulator, path):
         fits.HDUList([fits.PrimaryHDU(), components, *others]).writeto(temporary)
 
 
-# %% [markdown]
-# What is left is to put the pieces together.
-
 # %%
 #| export
-class Emulator(_Coefficients):
-    """Normalized synthetic spectra for any labels of a domain, in products of matrices.
+class _Stored(_Coefficients):
+    """The arrays of an emulator, from a file or into one.
 
     Parameters
     ----------
@@ -715,7 +721,7 @@ class Emulator(_Coefficients):
         self._kept = None  # the last wavelengths and widths asked for, and the components there
 
     @classmethod
-    def load(cls, path=None, domain="giants") -> "Emulator":
+    def load(cls, path=None, domain="giants"):
         "The shipped emulator of a domain (a name or a `Domain`), or the one in the file `path`."
         if path is not None:
             return cls(**_read(path))
@@ -725,6 +731,19 @@ class Emulator(_Coefficients):
     def save(self, path):
         "Write it as one FITS file."
         _write(self, path)
+
+
+# %%
+_Stored.load(domain="dwarfs").facts
+
+
+# %% [markdown]
+# What is left is to put the pieces together.
+
+# %%
+#| export
+class Emulator(_Stored):
+    "Normalized synthetic spectra for any labels of a domain, in products of matrices."
 
     def _basis(self, wavelength, fwhm, vsini):
         "(1 + K, P) mean and components as they are seen there; the last answer is kept."

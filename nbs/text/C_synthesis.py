@@ -1063,6 +1063,44 @@ def _calibrator(synthesizer, labels, depths, spectra, row):
     return _Star(response, residual, weight, np.corrcoef(flux[good], model[good])[0, 1])
 
 
+def _round_report(number, stars, common):
+    "A round of the calibration in words."
+    each = [star.correlation for star in stars]
+    species = ", ".join(f"{name} {x:+.3f}" for name, x in zip(_STAR_ELEMENTS, common, strict=True))
+    return (
+        f"round {number}: correlation {np.mean(each):.4f} "
+        f"({', '.join(f'{x:.4f}' for x in each)})\n   of a whole species: {species}"
+    )
+
+
+# %% [markdown]
+# To compute a star anew takes PySME. With the emulator in its place, which was made with the calibrated lines, two calibrators say how well they are matched already.
+
+# %%
+class EmulatedSynthesizer:
+    "The emulator in the place of PySME."
+
+    def __init__(self, lines):
+        self.lines = lines
+        self.emulator = Emulator.load()
+
+    def __call__(self, labels):
+        return self.emulator(labels, grid_wavelength, fwhm=1.0)[0].astype(float)
+
+
+everyone_names = list(np.asarray(everyone.stars["APOGEE_ID"], str))
+two = everyone[[everyone_names.index(name) for name in _CALIBRATORS[:2]]]
+line_depths = np.asarray(lines["DEPTH"][:, 1], float)
+matched = [
+    _calibrator(EmulatedSynthesizer(lines), labels, line_depths, two, row)
+    for row, labels in enumerate(_star_labels(two.stars))
+]
+assert all(star.correlation > 0.95 for star in matched)
+print(_round_report(0, matched, np.zeros(len(_STAR_ELEMENTS))))
+
+
+# %%
+#| export
 def calibrate_lines(
     lines: Table, net: dict, spectra: Spectra, rounds: int = 7, progress: Callable = None
 ) -> Table:
@@ -1118,19 +1156,6 @@ def calibrate_lines(
     lines["LOGGF_CAL"] = laboratory + best[1]
     return lines
 
-
-def _round_report(number, stars, common):
-    "A round of the calibration in words."
-    each = [star.correlation for star in stars]
-    species = ", ".join(f"{name} {x:+.3f}" for name, x in zip(_STAR_ELEMENTS, common, strict=True))
-    return (
-        f"round {number}: correlation {np.mean(each):.4f} "
-        f"({', '.join(f'{x:.4f}' for x in each)})\n   of a whole species: {species}"
-    )
-
-
-# %%
-print(_round_report(0, toy_stars, common))
 
 # %% [markdown]
 # ### What the stars changed
@@ -1297,8 +1322,7 @@ with check_file() as hdus:
         name: 1 - hdus[name].header["STEP"] * hdus[name].data
         for name in ("LABORATORY", "CALIBRATED", "ASPCAP")
     }
-names = list(np.asarray(everyone.stars["APOGEE_ID"], str))
-spectra = everyone[[names.index(name) for name in checked["APOGEE_ID"]]]
+spectra = everyone[[everyone_names.index(name) for name in checked["APOGEE_ID"]]]
 
 
 def compared(row, model):
@@ -1477,8 +1501,7 @@ assert np.all(0.55 * 10 ** (design["C_FE"] - design["ALPHA_FE"]) < 0.8)  # no ca
 
 
 # %% [markdown]
-# `python tools/synthesis.py grid` computes it, 25 models a file, in as many processes as there are cores; what exists already is kept. A model that fails is left out of
-# the emulator, and does not end a night of computing.
+# `python tools/synthesis.py grid` computes it, 25 models a file, in as many processes as there are cores; what exists already is kept.
 
 # %%
 #| export
@@ -1528,47 +1551,6 @@ again
 
 # %%
 #| export
-@cache
-def _synthesizer(lines, net):
-    "The synthesizer of calibrated lines and atmospheres in these files, one per process."
-    table = _with_strengths(Table.read(lines), "LOGGF_CAL")
-    return Synthesizer(table, dict(np.load(net)))
-
-
-def compute_batch(path, labels: Table, lines: str, net: str, facts: dict) -> list:
-    """Compute and write one batch of the grid, in a process of its own.
-
-    Parameters
-    ----------
-    path : path
-        The file to write.
-    labels : Table
-        GRID_LABELS, one row per model.
-    lines, net : str
-        Paths of the calibrated lines and of the atmospheres' networks.
-    facts : dict
-        What to note in the file.
-
-    Returns
-    -------
-    list of str
-        What was wrong with the models that failed; empty if all is well.
-    """
-    synthesizer = _synthesizer(lines, net)
-    failures = []
-    flux = []
-    for row in labels:
-        try:
-            flux.append(synthesizer({name: float(row[name]) for name in GRID_LABELS}))
-        except Exception as error:  # whatever PySME raises: the other models are still good
-            failures.append(f"{Path(path).name}: {dict(row)}: {error}")
-            flux.append(np.full(len(grid_wavelength), np.nan))
-    labels = labels.copy()
-    labels["GOOD"] = np.isfinite(flux).all(axis=1)
-    write_batch(path, labels, np.array(flux), facts)
-    return failures
-
-
 def read_grid(paths) -> tuple:
     """All good models of the batches.
 
@@ -1616,6 +1598,76 @@ with tempfile.TemporaryDirectory() as folder:
     write_batch(Path(folder) / "batch_0000.fits", few, flux, {"LINES": "abc", "SEED": 1})
     labels, good_flux, _ = read_grid([Path(folder) / "batch_0000.fits"])
 assert labels.shape == (1, 9) and good_flux.shape == (1, len(grid_wavelength))  # only the good one
+
+
+# %% [markdown]
+# A model that fails must not end a night of computing. Its spectrum becomes NaN, and the others are kept. Here a made-up synthesizer knows only the lighter of two stars.
+
+# %%
+#| export
+def _compute(synthesizer, labels):
+    "(N, 16207) flux of each model, NaN where it failed; what was wrong with those that failed."
+    failures = []
+    flux = []
+    for row in labels:
+        try:
+            flux.append(synthesizer({name: float(row[name]) for name in GRID_LABELS}))
+        except Exception as error:  # whatever PySME raises: the other models are still good
+            failures.append(f"{dict(row)}: {error}")
+            flux.append(np.full(len(grid_wavelength), np.nan))
+    return np.array(flux), failures
+
+
+# %%
+def picky(star):
+    if star["LOGG"] > few["LOGG"].min():
+        raise RuntimeError("a heavy star")
+    return np.full(len(grid_wavelength), 0.5)
+
+
+computed, failures = _compute(picky, few)
+assert np.isfinite(computed).all(axis=1).sum() == 1 and len(failures) == 1
+failures[0][-13:]
+
+
+# %%
+#| export
+@cache
+def _synthesizer(lines, net):
+    "The synthesizer of calibrated lines and atmospheres in these files, one per process."
+    table = _with_strengths(Table.read(lines), "LOGGF_CAL")
+    return Synthesizer(table, dict(np.load(net)))
+
+
+def compute_batch(path, labels: Table, lines: str, net: str, facts: dict) -> list:
+    """Compute and write one batch of the grid, in a process of its own.
+
+    Parameters
+    ----------
+    path : path
+        The file to write.
+    labels : Table
+        GRID_LABELS, one row per model.
+    lines, net : str
+        Paths of the calibrated lines and of the atmospheres' networks.
+    facts : dict
+        What to note in the file.
+
+    Returns
+    -------
+    list of str
+        What was wrong with the models that failed; empty if all is well.
+    """
+    flux, failures = _compute(_synthesizer(lines, net), labels)
+    labels = labels.copy()
+    labels["GOOD"] = np.isfinite(flux).all(axis=1)
+    write_batch(path, labels, flux, facts)
+    return [f"{Path(path).name}: {failure}" for failure in failures]
+
+
+# %%
+with pytest.raises(FileNotFoundError):
+    compute_batch("batch_0000.fits", few, "no_such_lines.fits", "no_such_net.npz", {})
 
 
 # %% [markdown]
@@ -2169,7 +2221,6 @@ if rows:
 # %%
 PLEIADES = ("2M03463777+2444517", "2M03403073+2429143", "2M03452219+2328182", "2M03432662+2459395")
 dwarfs = Emulator.load(domain="dwarfs")
-everyone_names = list(np.asarray(everyone.stars["APOGEE_ID"], str))
 rows = []
 for name in PLEIADES:
     row = everyone_names.index(name)

@@ -903,6 +903,13 @@ def mock_stars(stars: int = _STARS, seed: int = 42) -> tuple:
     return Spectra(wavelength, flux, ivar, table, mask), truth
 
 
+# %%
+few, few_truth = mock_stars(20, seed=1)
+few.stars["APOGEE_ID", "SNR", "VHELIO", "TEFF", "TEFF_ERR", "FE_H", "FE_H_ERR"][:4]
+
+
+# %%
+#| export
 def write_mock(
     root,
     seed: int = 42,

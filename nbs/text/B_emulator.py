@@ -40,6 +40,7 @@ from stellar_lab.survey import wavelength as SURVEY_WAVELENGTH
 import tempfile
 from pathlib import Path
 from time import perf_counter
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
@@ -405,7 +406,9 @@ fig, axes = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
 pairs = (("TEFF", "LOGG"), ("FE_H", "MG_FE"), ("C_FE", "ALPHA_FE"))
 for ax, (x, y) in zip(axes, pairs, strict=True):
     for stars in drawn.values():
-        dots = ax.scatter(stars[x], stars[y], c=stars["FE_H"], s=5, vmin=-1.25, vmax=0.5)
+        dots = ax.scatter(
+            stars[x], stars[y], c=stars["FE_H"], s=5, cmap="viridis", vmin=-1.25, vmax=0.5
+        )
     ax.set(xlabel=axis[x], ylabel=axis[y])
 axes[0].invert_xaxis()
 axes[0].invert_yaxis()
@@ -687,6 +690,17 @@ def _write(emulator, path):
 
 
 # %%
+stand_in = SimpleNamespace(**(arrays | {"domain": DOMAINS["giants"]}))
+with tempfile.TemporaryDirectory() as folder:
+    file = Path(folder) / "again.fits"
+    _write(stand_in, file)
+    again = _read(file)
+    print(f"{file.stat().st_size / 1e6:.1f} MB")
+assert np.abs(again["components"] - arrays["components"]).max() < 1e-4
+assert np.array_equal(again["weights"], arrays["weights"]) and again["facts"] == arrays["facts"]
+
+
+# %%
 #| export
 class _Stored(_Coefficients):
     """The arrays of an emulator, from a file or into one.
@@ -803,17 +817,17 @@ class Emulator(_Stored):
 emulator = Emulator.load()
 star = complete_labels({"TEFF": [4600.0], "LOGG": [2.4], "FE_H": [0.0]})
 fig, ax = plt.subplots(figsize=(9, 3.2))
-near = grid_wavelength[(grid_wavelength > 15740) & (grid_wavelength < 15800)]
+near = grid_wavelength[(grid_wavelength > 15735) & (grid_wavelength < 15790)]
 sharp = emulator(star, near, fwhm=1.0)[0]
 ax.plot(near, sharp, color="0.75", lw=0.8, label="perfect eyes")
 plot_spectrum(
     SURVEY_WAVELENGTH,
     emulator(star)[0],
-    window=(15740, 15800),
+    window=(15735, 15790),
     ax=ax,
     label="as the survey sees it",
 )
-ax.set(title="A synthetic red giant of 4600 K", ylabel="flux / continuum")
+ax.set(ylabel="flux / continuum")
 ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2);
 
 # %% [markdown]
@@ -913,7 +927,7 @@ plot_spectrum(
 )
 inside = (SURVEY_WAVELENGTH > window[0]) & (SURVEY_WAVELENGTH < window[1])
 below.plot(SURVEY_WAVELENGTH[inside], 100 * off[typical][inside], lw=0.8)
-ax.set(title="A giant computed and emulated", xlabel="")
+ax.set(xlabel="")
 below.set(xlabel="vacuum wavelength [Å]", ylabel="difference [%]", xlim=window)
 ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2);
 

@@ -792,10 +792,12 @@ def _deeper(depths, change):
 
 # %%
 depth, slope = _growth()
+tau = np.geomspace(1e-5, 300, len(slope))
+width = np.cumsum(slope) * np.log(tau[1] / tau[0])
 fig, ax = plt.subplots(figsize=(5, 2.8))
-ax.plot(depth, slope)
-ax.set(xlabel="depth of the line's centre", ylabel=r"$\mathrm{d}W/\mathrm{d}\ln\tau$")
-ax.set(title="A deep line hardly grows")
+ax.loglog(tau[50:], width[50:])
+ax.set(xlabel=r"optical depth $\tau$ of the line's centre", ylabel="width [Doppler widths]")
+ax.set(title="The curve of growth")
 assert np.isclose(slope[0] / 1e-5, np.sqrt(np.pi), rtol=1e-3)  # a weak line is in proportion to tau
 assert _deeper(0.1, 0.0) == pytest.approx(0.1) and 0.199 > _deeper(0.1, np.log10(2)) > 0.18
 

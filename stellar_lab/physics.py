@@ -33,7 +33,7 @@ from .inversion import infer
 from .normalize import normalize
 from .survey import LabError, Spectra, on_band, plot_spectrum, write_table
 from .survey import wavelength as SURVEY_WAVELENGTH
-from stellar_lab.synthesis import (
+from stellar_lab.emulator import (
     GRID_FIRST,
     GRID_LABELS,
     Emulator,

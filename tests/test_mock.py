@@ -10,18 +10,19 @@ from astropy.table import Table
 from stellar_lab.archives import MYSTERY_FILE, true_continuum
 from stellar_lab.clean import apply_cuts, find_files, read_archive
 from stellar_lab.cli import main
+from stellar_lab.emulator import GRID_LABELS, Emulator, label_matrix
 from stellar_lab.mock import (
-    FIBRES,
-    KINDS,
-    LABEL_ERRORS,
-    catalogue_trend,
-    companion_share,
-    draw_catalogue,
+    _FIBRES,
+    _KINDS,
+    _LABEL_ERRORS,
+    _catalogue_trend,
+    _companion_share,
+    _draw_catalogue,
+    _place_on_isochrones,
     draw_mask,
     draw_population,
     mock_stars,
     observe,
-    place_on_isochrones,
     true_spectra,
 )
 from stellar_lab.survey import (
@@ -33,7 +34,6 @@ from stellar_lab.survey import (
     archive_record,
     wavelength,
 )
-from stellar_lab.synthesis import GRID_LABELS, Emulator, label_matrix
 
 STARS = 60
 
@@ -62,7 +62,7 @@ def people():
 def test_every_kind_is_there_in_its_share(people):
     kinds, counts = np.unique(people["KIND"], return_counts=True)
     assert dict(zip(kinds.tolist(), counts.tolist())) == {"binary": 16, "dwarf": 12, "giant": 772}
-    assert set(KINDS) == set(kinds)
+    assert set(_KINDS) == set(kinds)
     assert np.array_equal(np.isfinite(people["RATIO"]), people["KIND"] == "binary")
 
 
@@ -98,7 +98,7 @@ def test_a_star_stands_on_its_isochrone():
     from stellar_lab.isochrones import isochrone
 
     n = 300
-    stars = place_on_isochrones(
+    stars = _place_on_isochrones(
         np.full(n, 5.0119), np.full(n, -0.25), (0.5, 3.6), 0.8, np.random.default_rng(0)
     )
     line = isochrone(5.0119, -0.25)
@@ -123,12 +123,12 @@ def test_a_single_star_is_its_emulators_spectrum(people):
     assert np.allclose(
         true_spectra(row), Emulator.load()(label_matrix(row), fwhm=row["FWHM"][0]), atol=1e-6
     )
-    assert set(people["FWHM"]) <= set(FIBRES)
+    assert set(people["FWHM"]) <= set(_FIBRES)
 
 
 def test_companions_light(people):
     pairs = people[people["KIND"] == "binary"]
-    share = companion_share(pairs)
+    share = _companion_share(pairs)
     assert share.shape == (len(pairs), len(wavelength)) and np.all((share > 0) & (share < 0.75))
     cooler = np.asarray(pairs["TEFF_2"] < pairs["TEFF"] - 100)
     assert np.all(
@@ -185,12 +185,12 @@ def test_every_bit_of_the_mask_has_its_cause():
 
 def test_catalogue_errors_are_honest_and_grow_with_noise(people):
     bright, faint = (
-        draw_catalogue(people, np.full(len(people), snr), np.random.default_rng(1))
+        _draw_catalogue(people, np.full(len(people), snr), np.random.default_rng(1))
         for snr in (400.0, 40.0)
     )
-    for name in LABEL_ERRORS:
+    for name in _LABEL_ERRORS:
         for table in (bright, faint):
-            rest = (table[name] - people[name] - catalogue_trend(people)[name]) / table[
+            rest = (table[name] - people[name] - _catalogue_trend(people)[name]) / table[
                 f"{name}_ERR"
             ]
             assert abs(np.nanstd(rest) - 1) < 0.15
@@ -233,7 +233,7 @@ def test_truth_stays_in_its_table(root, drawn):
         listed = set(hdus[1].columns.names)
     assert not listed & (
         set(truth.colnames)
-        - {"APOGEE_ID", "LOCATION_ID", "SNR", "H", "RA", "DEC", "GLON", "GLAT", *LABEL_ERRORS}
+        - {"APOGEE_ID", "LOCATION_ID", "SNR", "H", "RA", "DEC", "GLON", "GLAT", *_LABEL_ERRORS}
     )
     sealed = truth[truth["APOGEE_ID"] == "mystery"]
     assert len(sealed) == 1 and sealed["FLAW"][0] == "mystery" and np.isfinite(sealed["TEFF"][0])

@@ -56,7 +56,7 @@ def say(text=""):
 MADE_FROM = {  # embedded archive -> modules and files of data/ that decide its bytes
     "clusters": (("survey", "archives"), ("clusters*",)),
     "mock": (
-        ("survey", "archives", "isochrones", "synthesis", "mock"),
+        ("survey", "archives", "isochrones", "emulator", "mock"),
         ("isochrones.fits", "synthetic_emulator.fits", "synthetic_dwarfs.fits"),
     ),
 }

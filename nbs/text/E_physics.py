@@ -34,7 +34,7 @@ from stellar_lab.inversion import infer
 from stellar_lab.normalize import normalize
 from stellar_lab.survey import LabError, Spectra, on_band, plot_spectrum, write_table
 from stellar_lab.survey import wavelength as SURVEY_WAVELENGTH
-from stellar_lab.synthesis import (
+from stellar_lab.emulator import (
     GRID_FIRST,
     GRID_LABELS,
     Emulator,

@@ -31,7 +31,7 @@ from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from tqdm import tqdm
 
 from .cannon import Cannon
-from .models import outside_training, label_box
+from .models import label_box, outside_training
 from stellar_lab.survey import (
     LABELS,
     LOG10_STEP,

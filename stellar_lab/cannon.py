@@ -92,7 +92,8 @@ class Vectorizer(_Polynomial):
 
     @classmethod
     def of_terms(cls, label_names: Sequence, terms: Sequence) -> "Vectorizer":
-        "The constant and the given terms, such as `TEFF^4` or `TEFF*LOGG`; LabError for unknown ones."
+        """The constant and the given terms, such as `TEFF^4` or `TEFF*LOGG`; LabError for unknown
+        ones."""
         names = tuple(label_names)
         rows = [np.zeros(len(names), dtype=int), *(_exponents(term, names) for term in terms)]
         if len(np.unique(rows, axis=0)) < len(rows):
@@ -167,7 +168,8 @@ def _scatter_step(residual2, ivar, variance, scatter2):
 
 
 def _fit_block(flux, ivar, design, products, place, scatter):
-    "Coefficients (B, T) and scatter (B,) of pixels that have enough stars; flux, ivar (N, B) float64."
+    """Coefficients (B, T) and scatter (B,) of pixels that have enough stars; flux, ivar (N, B)
+    float64."""
     theta = _solve(ivar, flux, design, products, place)
     scatter2 = np.zeros(flux.shape[1])
     if not scatter:
@@ -201,7 +203,7 @@ def _check_terms(n_terms, n_stars, n_labels):
 
 
 def _fit_pixels(flux, ivar, design, min_stars, scatter):
-    """All pixels at once: coefficients (P, T), scatter (P,), and good pixels and chi2 (N,) of each star."""
+    "All pixels at once: coefficients (P, T), scatter (P,), good pixels and chi2 (N,) of each star."
     T = design.shape[1]
     i, j, place = pair_index(T)
     products = design[:, i] * design[:, j]
@@ -234,7 +236,8 @@ _POOR_FIT_QUANTILE = 0.99  # … this quantile of the training stars
 
 
 class _PixelPolynomials(LabelModel):
-    "A trained Cannon: coefficients ``theta_`` (P, T) and ``scatter_`` (P,), and what follows from them."
+    """A trained Cannon: coefficients ``theta_`` (P, T) and ``scatter_`` (P,), and what follows from
+    them."""
 
     @property
     def usable_(self) -> np.ndarray:
@@ -449,7 +452,7 @@ class Cannon(_PixelPolynomials):
         return np.swapaxes(slopes, 1, 2) @ self.theta_.T
 
     def score(self, labels, flux, ivar=None) -> float:
-        """The share of the flux's variance that the model explains, R^2, as scikit-learn defines it.
+        """The share of the flux's variance that the model explains: scikit-learn's R^2.
 
         Parameters
         ----------
@@ -651,7 +654,8 @@ def find_continuum_pixels(
 
 # %% ../nbs/05_cannon.ipynb #8cbc0cb3
 def published_giants(folder):
-    "The Cannon 2's test set of 671 giants: labels, flux, ivar, label names, and what its authors fitted."
+    """The Cannon 2's test set of 671 giants: labels, flux, ivar, label names, and what its authors
+    fitted."""
     with np.load(Path(folder) / "apogee_671_stars_100_pixels.npz") as file:
         giants = dict(file)
     return (

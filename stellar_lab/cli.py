@@ -127,7 +127,6 @@ def _run_train(options):
 
 
 def _run_label(options):
-    from stellar_lab.labelling import label
 
     summary = label(
         options.model,

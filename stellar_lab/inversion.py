@@ -168,13 +168,15 @@ def statistics(model: Cannon, flux: np.ndarray, ivar: np.ndarray, dtype=np.float
 
 # %% ../nbs/06_inversion.ipynb #e4a8edbe
 _DECREMENT = 0.1  # expected gain in chi2 at which a star is done: a third of an error bar
-_RIDGE = 1e-10  # added to second derivatives: a label of which a star says nothing stays, with a huge error
+# added to second derivatives: a label of which a star says nothing stays, with a huge error
+_RIDGE = 1e-10
 _TRIALS = 512  # training stars that the search may start from
 _GAUSS_STEPS = 8  # steps after which a star that still moves gets the full second derivative
 
 
 def _newton_step(hessian, gradient, labels, low, high, damping):
-    "The step (N, K) to the quadratic's minimum, labels at a bound that would leave the box stay; which moved."
+    """The step (N, K) to the quadratic's minimum, labels at a bound that would leave the box stay;
+    which moved."""
     at_low = (labels <= low) & (gradient < 0)
     at_high = (labels >= high) & (gradient > 0)
     free = ~(at_low | at_high)
@@ -303,7 +305,8 @@ def _gradient(basis, terms, flux, ivar):
 
 
 def _finish(model, basis, labels, stats, flux, ivar, box):
-    "Exact Newton steps: scaled labels, chi2, the Hessian (half of chi2's second derivative), who rests."
+    """Exact Newton steps: scaled labels, chi2, the Hessian (half of chi2's second derivative), who
+    rests."""
     labels = labels.copy()
     chi2 = np.empty(len(labels))
     resting = np.zeros(len(labels), dtype=bool)

@@ -106,7 +106,8 @@ def error_table(table: QTable, truth, names: Sequence, scales) -> QTable:
     Returns
     -------
     QTable
-        one row per label: ``label``, ``unit``, ``n`` stars, ``rmse``, ``scaled_rmse``, ``mae`` (mean
+        one row per label: ``label``, ``unit``, ``n`` stars, ``rmse``, ``scaled_rmse``,
+        ``mae`` (mean
         absolute error), ``bias`` (mean of predicted - catalogue), ``robust`` (1.48 MAD)
 
     Raises
@@ -119,14 +120,16 @@ def error_table(table: QTable, truth, names: Sequence, scales) -> QTable:
     >>> import numpy as np
     >>> from astropy.table import QTable
     >>> from stellar_lab import error_table
-    >>> errors = error_table(QTable({"teff": [4510.0, 4790.0]}), np.array([[4500.0], [4800.0]]), ["TEFF"], [100.0])
+    >>> table = QTable({"teff": [4510.0, 4790.0]})
+    >>> errors = error_table(table, np.array([[4500.0], [4800.0]]), ["TEFF"], [100.0])
     >>> float(errors["rmse"][0]), float(errors["bias"][0])
     (10.0, 0.0)
     """
     missing = [name for name in names if name.lower() not in table.colnames]
     if missing:
         raise LabError(
-            f"the table has no label {', '.join(missing)}: it has {table.meta.get('labels', ', '.join(table.colnames))}"
+            f"the table has no label {', '.join(missing)}: it has "
+            f"{table.meta.get('labels', ', '.join(table.colnames))}"
         )
     residual = label_values(table, names) - np.asarray(truth, dtype=float)
     errors = QTable({"label": list(names), "unit": [str(label_record(n).unit) for n in names]})

@@ -75,12 +75,14 @@ def read_continuum_pixels(path) -> np.ndarray:
         values = np.load(path) if path.suffix == ".npy" else np.loadtxt(path, ndmin=1)
     except (OSError, ValueError, EOFError) as error:
         raise LabError(
-            f"cannot read continuum pixels from {path} ({error}): give a .npy file of flags, or text, "
+            f"cannot read continuum pixels from {path} ({error}): give a .npy file of flags, or "
+            f"text, "
             "one wavelength per line"
         ) from error
     if values.ndim != 1 or values.dtype.kind not in "biuf" or not len(values):
         raise LabError(
-            f"{path} holds an array of shape {values.shape} and type {values.dtype}: give one row of "
+            f"{path} holds an array of shape {values.shape} and type {values.dtype}: give one row "
+            f"of "
             "flags, pixel numbers or wavelengths"
         )
     chosen = _chosen_pixels(values, path)
@@ -100,7 +102,8 @@ def _chosen_pixels(values, path):
         return np.flatnonzero(values) if len(values) == N_PIXELS else on_band[values != 0]
     if values.dtype.kind == "b":
         raise LabError(
-            f"{path} holds {len(values)} flags, but the grids have {len(wavelength)} (on the chips) "
+            f"{path} holds {len(values)} flags, but the grids have {len(wavelength)} (on the "
+            f"chips) "
             f"or {N_PIXELS} (all) pixels"
         )
     if path.suffix != ".npy" or values.dtype.kind not in "iu":
@@ -127,7 +130,8 @@ def _pixels_at(wavelengths, path):
     wrong = ~(np.abs(position - pixel) <= 0.25) | (pixel < 0) | (pixel >= N_PIXELS)
     if wrong.any():
         raise LabError(
-            f"{path}: {wrong.sum()} of {len(wavelengths)} wavelengths meet no pixel of the survey's "
+            f"{path}: {wrong.sum()} of {len(wavelengths)} wavelengths meet no pixel of the "
+            f"survey's "
             f"grid, the first is {wavelengths[wrong][0]:.2f}: give vacuum wavelengths in Angstrom "
             "from survey.wavelength"
         )
@@ -268,7 +272,8 @@ def continuum(
             pixels = chip.start + np.flatnonzero(listed[chip])
             if len(pixels) < min_pixels:
                 raise LabError(
-                    f"the list holds {len(pixels)} continuum pixels on the {name} chip, a fit needs "
+                    f"the list holds {len(pixels)} continuum pixels on the {name} chip, a fit "
+                    f"needs "
                     f"{min_pixels}: give a longer list"
                 )
             fit.failed[:, number] = _fit_chip(
@@ -592,7 +597,8 @@ def continuum_steps(meta: dict) -> list:
 
 
 def _dark_as_trained(model, spectra, fraction):
-    "Pixels below `fraction` of a typical star's, each star relative to its own median: (N, P) bool."
+    """Pixels below `fraction` of a typical star's, each star relative to its own median: (N, P)
+    bool."""
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)  # a star without light has no median
         seen = np.where(spectra.ivar > 0, spectra.flux, np.nan)

@@ -26,13 +26,6 @@ from scipy.stats import qmc
 
 from .archives import clusters, real_stars
 from .cannon import Cannon, Vectorizer
-from .models import fold_numbers
-from .models import MIN_GOOD, Flag, check_spectra
-from .judging import error_table
-from .inversion import infer
-from .normalize import normalize
-from .survey import LabError, Spectra, on_band, plot_spectrum, write_table
-from .survey import wavelength as SURVEY_WAVELENGTH
 from stellar_lab.emulator import (
     GRID_FIRST,
     GRID_LABELS,
@@ -43,6 +36,12 @@ from stellar_lab.emulator import (
     unit_labels,
     usual_vmicro,
 )
+from .inversion import infer
+from .judging import error_table
+from .models import MIN_GOOD, Flag, check_spectra, fold_numbers
+from .normalize import normalize
+from .survey import LabError, Spectra, on_band, plot_spectrum, write_table
+from .survey import wavelength as SURVEY_WAVELENGTH
 
 # %% ../nbs/E_physics.ipynb #0cdf6182
 DEGREE = 3  # of the pseudo-continuum of each chip

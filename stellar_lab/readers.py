@@ -22,7 +22,8 @@ class LabelReader(LabelModel):
     """
 
     def _begin(self, labels, flux, ivar, label_names, wavelength):
-        "Training stars as all models take them; learns the typical flux, returns flux and ivar float32."
+        """Training stars as all models take them; learns the typical flux, returns flux and ivar
+        float32."""
         flux, ivar = super()._begin(labels, flux, ivar, label_names, wavelength)
         ivar = np.asarray(ivar, np.float32)
         flux = finite_flux(np.asarray(flux, np.float32), ivar)  # a copy, ours to change
@@ -37,7 +38,8 @@ class LabelReader(LabelModel):
         return flux, ivar
 
     def fill(self, flux: np.ndarray, ivar: np.ndarray) -> np.ndarray:
-        "Flux (N, P) with the training mean in pixels that are unusable in the star or in all training stars."
+        """Flux (N, P) with the training mean in pixels that are unusable in the star or in all
+        training stars."""
         return np.where((ivar > 0) & self.usable_, flux, self.typical_flux_.astype(np.float32))
 
     def _read(self, flux, ivar):

@@ -16,7 +16,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
@@ -33,11 +33,11 @@ from tqdm import tqdm
 from . import __version__
 from .augmentation import AugmentedNetwork, ErrorAwareNetwork
 from .cannon import Cannon
-from .models import LabelModel, fold_numbers, train_test_rows
-from .normalize import training_set
-from .judging import error_table
 from .inversion import infer
+from .judging import error_table
+from .models import LabelModel, fold_numbers, train_test_rows
 from .network import LAB_EPOCHS, LabNetwork, epochs_within, tf
+from .normalize import training_set
 from .readers import RidgeLabels
 from stellar_lab.survey import (
     ARCHIVES,
@@ -505,7 +505,7 @@ def run_scoreboard(
             "stars": len(spectra),
             "device": device(),
             "remark": remark,
-            "date": datetime.now(timezone.utc).date().isoformat(),
+            "date": datetime.now(UTC).date().isoformat(),
             "versions": _versions(),
             "missing": [f"{order[job[3]]}, {job[5].name}" for job in jobs[number + 1 :]],
         }

@@ -8,7 +8,6 @@ __all__ = ['REPORT_FORMAT', 'TrainingReport', 'check_target', 'train', 'count_fl
 # %% ../nbs/F_training.ipynb #d969488d
 import json
 import math
-import os
 import shutil
 import sys
 import tempfile
@@ -29,7 +28,6 @@ from .judging import cross_label, error_table, with_error_model
 from .models import Flag, fold_numbers, read_model_file, train_test_rows
 from stellar_lab.normalize import (
     continuum_steps,
-    lab_continuum_pixels,
     read_continuum_pixels,
     training_set,
 )

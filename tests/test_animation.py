@@ -14,7 +14,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from conftest import make_spectra
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from stellar_lab.animation import (

@@ -21,8 +21,8 @@ from stellar_lab.augmentation import (
     noisy_copies,
     noisy_stream,
 )
-from stellar_lab.judging import cross_label
 from stellar_lab.inversion import infer
+from stellar_lab.judging import cross_label
 from stellar_lab.network import Network, keras, tf
 from stellar_lab.survey import LabError
 

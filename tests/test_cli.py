@@ -14,17 +14,17 @@ import pytest
 from astropy.table import QTable
 
 import stellar_lab
-from stellar_lab import archives, cli, clean, survey
+from stellar_lab import archives, clean, cli, survey
 from stellar_lab.archives import tree_digest, write_clusters
 from stellar_lab.cannon import Cannon
-from stellar_lab.normalize import training_set
 from stellar_lab.clean import find_files
 from stellar_lab.cli import ARCHIVE_WRITERS, PRODUCT_NAMES, main
-from stellar_lab.training import TrainingReport, count_flags, train
+from stellar_lab.inversion import infer
 from stellar_lab.labelling import find_spectra, label
 from stellar_lab.models import Flag
-from stellar_lab.inversion import infer
+from stellar_lab.normalize import training_set
 from stellar_lab.survey import LABELS, PRODUCTS, RELEASES, LabError
+from stellar_lab.training import TrainingReport, count_flags, train
 
 COMMANDS = ("archive", "fetch", "train", "label", "report")
 QUICK = ["--labels", "teff,m_h", "--scatter"]  # six terms: forty stars are enough

@@ -5,9 +5,9 @@ import pytest
 from test_cannon import stars
 
 from stellar_lab.cannon import Cannon
-from stellar_lab.models import Flag, apply_error_model, flag_names
-from stellar_lab.judging import cross_label, error_table, with_error_model
 from stellar_lab.inversion import infer, statistics
+from stellar_lab.judging import cross_label, error_table, with_error_model
+from stellar_lab.models import Flag, apply_error_model, flag_names
 from stellar_lab.survey import LabError
 
 NAMES = ["TEFF", "LOGG", "M_H"]

@@ -12,9 +12,9 @@ from astropy.table import Table
 pytest.importorskip("tensorflow")
 
 from stellar_lab import cli, network
-from stellar_lab.models import Flag
-from stellar_lab.judging import cross_label, with_error_model
 from stellar_lab.inversion import infer
+from stellar_lab.judging import cross_label, with_error_model
+from stellar_lab.models import Flag
 from stellar_lab.network import LabNetwork, Network, keras
 from stellar_lab.readers import RidgeLabels
 from stellar_lab.survey import LabError, Spectra

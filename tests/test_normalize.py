@@ -7,9 +7,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
-from astropy.table import Table
 from conftest import make_spectra
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stellar_lab.clean import read_files
 from stellar_lab.normalize import (
@@ -26,8 +26,8 @@ from stellar_lab.normalize import (
     unusable_pixels,
 )
 from stellar_lab.survey import (
-    LabError,
     N_PIXELS,
+    LabError,
     Spectra,
     chip_slices,
     full_wavelength,

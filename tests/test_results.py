@@ -23,8 +23,6 @@ from stellar_lab.results import (
     leading,
     plot_residual_trends,
     plot_scores,
-)
-from stellar_lab.results import (
     predictions,
     published,
     readable,

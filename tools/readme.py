@@ -90,6 +90,7 @@ def scoreboard():
 def board(archive, table):
     """The recorded scoreboard of one archive."""
     import numpy as np
+
     from stellar_lab.results import against_truth, contests_side_by_side, leading, readable
 
     first, meta, rich = (

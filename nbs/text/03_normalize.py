@@ -125,12 +125,14 @@ def read_continuum_pixels(path) -> np.ndarray:
         values = np.load(path) if path.suffix == ".npy" else np.loadtxt(path, ndmin=1)
     except (OSError, ValueError, EOFError) as error:
         raise LabError(
-            f"cannot read continuum pixels from {path} ({error}): give a .npy file of flags, or text, "
+            f"cannot read continuum pixels from {path} ({error}): give a .npy file of flags, or "
+            f"text, "
             "one wavelength per line"
         ) from error
     if values.ndim != 1 or values.dtype.kind not in "biuf" or not len(values):
         raise LabError(
-            f"{path} holds an array of shape {values.shape} and type {values.dtype}: give one row of "
+            f"{path} holds an array of shape {values.shape} and type {values.dtype}: give one row "
+            f"of "
             "flags, pixel numbers or wavelengths"
         )
     chosen = _chosen_pixels(values, path)
@@ -152,7 +154,8 @@ def _chosen_pixels(values, path):
         return np.flatnonzero(values) if len(values) == N_PIXELS else on_band[values != 0]
     if values.dtype.kind == "b":
         raise LabError(
-            f"{path} holds {len(values)} flags, but the grids have {len(wavelength)} (on the chips) "
+            f"{path} holds {len(values)} flags, but the grids have {len(wavelength)} (on the "
+            f"chips) "
             f"or {N_PIXELS} (all) pixels"
         )
     if path.suffix != ".npy" or values.dtype.kind not in "iu":
@@ -179,7 +182,8 @@ def _pixels_at(wavelengths, path):
     wrong = ~(np.abs(position - pixel) <= 0.25) | (pixel < 0) | (pixel >= N_PIXELS)
     if wrong.any():
         raise LabError(
-            f"{path}: {wrong.sum()} of {len(wavelengths)} wavelengths meet no pixel of the survey's "
+            f"{path}: {wrong.sum()} of {len(wavelengths)} wavelengths meet no pixel of the "
+            f"survey's "
             f"grid, the first is {wavelengths[wrong][0]:.2f}: give vacuum wavelengths in Angstrom "
             "from survey.wavelength"
         )
@@ -330,7 +334,7 @@ assert solvable.all() and np.allclose(coefficients, by_numpy, rtol=1e-10)
 
 # %%
 coefficients, solvable = fit_polynomials(
-    x, np.tile(3 - x + 2 * x**2, (3, 1)), np.eye(3, 50) + [[1], [1], [0]]
+    x, np.tile(3 - x + 2 * x**2, (3, 1)), np.eye(3, 50) + np.array([[1], [1], [0]])
 )
 assert np.allclose(coefficients[:2], [3, -1, 2], atol=1e-12)
 assert not solvable[2] and np.all(coefficients[2] == 0)  # one point determines no parabola
@@ -407,7 +411,8 @@ def continuum(
             pixels = chip.start + np.flatnonzero(listed[chip])
             if len(pixels) < min_pixels:
                 raise LabError(
-                    f"the list holds {len(pixels)} continuum pixels on the {name} chip, a fit needs "
+                    f"the list holds {len(pixels)} continuum pixels on the {name} chip, a fit "
+                    f"needs "
                     f"{min_pixels}: give a longer list"
                 )
             fit.failed[:, number] = _fit_chip(
@@ -581,7 +586,8 @@ def _divide(spectra, curve):
 
 # %%
 def made_up(n_stars=6, seed=0, noise=0.01):
-    "Stars with lines everywhere but at the continuum pixels, on parabolas of very different heights; and these parabolas."
+    """Stars with lines everywhere but at the continuum pixels, on parabolas of very different
+    heights; and these parabolas."""
     rng = np.random.default_rng(seed)
     curve, x = np.empty((n_stars, len(wavelength))), (wavelength - 16_000) / 1_000
     for chip in chips.values():
@@ -687,7 +693,7 @@ assert normalize(result) is result and "CHIPS_FAILED" not in spectra.stars.colna
 # %%
 with pytest.raises(
     LabError,
-    match=r"continuum_pixels has the shape \(8575,\).*one flag \(bool\) for each of the 7214 pixels",
+    match=r"continuum_pixels has the shape \(8575,\).*for each of the 7214 pixels",
 ):
     normalize(spectra, np.ones(N_PIXELS, bool))
 with pytest.raises(
@@ -759,7 +765,8 @@ whole = ~fit.failed.any(axis=1) & (raw.stars["SNR"] > 50)
 typical = np.flatnonzero(whole)[np.argsort(raw.stars["SNR"][whole])[whole.sum() // 2]]
 ax = plot_continuum(raw, fit, typical)
 ax.set_title(
-    f"{raw.stars['APOGEE_ID'][typical]}: flux, continuum (black) and the pixels it was drawn through"
+    f"{raw.stars['APOGEE_ID'][typical]}: flux, continuum (black) and the pixels it was drawn "
+    f"through"
 );
 
 # %% [markdown]
@@ -802,7 +809,8 @@ ax.set_ylabel("flux / continuum");
 rejected, listed = fit.rejected.sum(), (fit.used | fit.rejected).sum()
 failed = ", ".join(f"{number} on the {name}" for name, number in zip(CHIPS, fit.failed.sum(axis=0)))
 Markdown(
-    f"Of {len(raw)} stars and {listed:,} usable continuum pixels the rule drops {rejected:,} ({rejected / listed:.2%}). "
+    f"Of {len(raw)} stars and {listed:,} usable continuum pixels the rule drops {rejected:,} "
+    f"({rejected / listed:.2%}). "
     f"Chips whose fit failed: {failed}."
 )
 
@@ -943,7 +951,9 @@ ranked = np.argsort(values)[: np.isfinite(values).sum()]
 nine = kept[ranked[np.linspace(0, len(ranked) - 1, 9).astype(int)]]
 fig, axes = plt.subplots(9, 1, figsize=(10, 13), sharex=True, sharey=True)
 for n, ax in enumerate(axes):
-    title = f"{nine.stars['APOGEE_ID'][n]}, {LABELS[metal].symbol} {nine.labels([metal])[n, 0]:.2f}, SNR {nine.stars['SNR'][n]:.0f}"
+    value = nine.labels([metal])[n, 0]
+    name = nine.stars["APOGEE_ID"][n]
+    title = f"{name}, {LABELS[metal].symbol} {value:.2f}, SNR {nine.stars['SNR'][n]:.0f}"
     plot_spectrum(wavelength, nine.flux[n], nine.ivar[n], error=True, ax=ax, title=title)
     ax.set(ylim=(0.3, 1.2), xlabel="" if n < 8 else "vacuum wavelength [Å]")
 
@@ -1067,9 +1077,12 @@ def distance_text():
         spectra.ivar[whole] > 0,
     )
     return Markdown(
-        f"Median distance (noisy: SNR < 150; metal-poor: below -1 dex). A straight line through all levels says {per_noise:+.2f} times a pixel's "
-        f"relative noise, and {100 * per_dex:+.2f} % a dex of metallicity. The shape that a parabola cannot follow, from a fit to the known curves "
-        f"themselves without lines or noise, has an rms of {100 * np.median(parabola[1]):.2f} %; what was found with lines and noise is "
+        f"Median distance (noisy: SNR < 150; metal-poor: below -1 dex). A straight line through "
+        f"all levels says {per_noise:+.2f} times a pixel's "
+        f"relative noise, and {100 * per_dex:+.2f} % a dex of metallicity. The shape that a "
+        f"parabola cannot follow, from a fit to the known curves "
+        f"themselves without lines or noise, has an rms of {100 * np.median(parabola[1]):.2f} %; "
+        f"what was found with lines and noise is "
         f"{100 * np.median(shape):.2f} %."
     )
 
@@ -1123,7 +1136,7 @@ if known is not None:
 # same stars and with the same folds.
 
 # %%
-del raw, fit, spectra, known  # `kept` holds what we need
+raw = fit = spectra = known = None  # `kept` holds what we need
 
 
 def targets(spectra):
@@ -1307,7 +1320,8 @@ def continuum_steps(meta: dict) -> list:
 
 
 def _dark_as_trained(model, spectra, fraction):
-    "Pixels below `fraction` of a typical star's, each star relative to its own median: (N, P) bool."
+    """Pixels below `fraction` of a typical star's, each star relative to its own median: (N, P)
+    bool."""
     with warnings.catch_warnings(), np.errstate(invalid="ignore"):
         warnings.simplefilter("ignore", RuntimeWarning)  # a star without light has no median
         seen = np.where(spectra.ivar > 0, spectra.flux, np.nan)
@@ -1415,7 +1429,8 @@ own_pixels = np.roll(lab_continuum_pixels(), 1)
 mine, ledger = training_set(archive_root(), continuum_pixels=own_pixels, progress=False)
 again = continuum_steps(mine.stars.meta)
 print(
-    f"{len(mine)} stars; recipe: {len(again)} step, degree {again[0]['degree']}, {len(again[0]['pixels'])} pixels"
+    f"{len(mine)} stars; recipe: {len(again)} step, degree {again[0]['degree']}, "
+    f"{len(again[0]['pixels'])} pixels"
 )
 assert again[0]["pixels"] == np.flatnonzero(own_pixels).tolist()
 

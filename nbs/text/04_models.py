@@ -132,7 +132,8 @@ train, test = train_test_rows(100)
 numbers = fold_numbers(11, folds=3)
 twice = fold_numbers(11, folds=3, stars=[*"abcdefghij", "a"])
 print(
-    f"{len(train)} stars to learn from, {len(test)} to ask; folds {numbers}, with a star seen twice {twice}"
+    f"{len(train)} stars to learn from, {len(test)} to ask; folds {numbers}, with a star seen "
+    f"twice {twice}"
 )
 assert not set(train) & set(test) and np.ptp(np.bincount(numbers)) <= 1
 assert twice[10] == twice[0] and np.array_equal(twice[:10], numbers[:10])
@@ -247,7 +248,8 @@ def label_values(table, names: Sequence) -> np.ndarray:
 
 
 def _named_labels(labels, names):
-    "Labels as an array (N, K), and their names: those given, those of the table's columns, or numbers."
+    """Labels as an array (N, K), and their names: those given, those of the table's columns, or
+    numbers."""
     columns = getattr(labels, "colnames", getattr(labels, "columns", None))
     if columns is not None:
         names = list(columns) if names is None else names
@@ -563,7 +565,8 @@ def label_box(model: LabelModel) -> tuple:
     Returns
     -------
     tuple of two (K,) arrays
-        lower and upper bound of the scaled labels, a quarter of their range beyond the training stars
+        lower and upper bound of the scaled labels, a quarter of their range beyond the
+        training stars
     """
     check_is_fitted(model)
     scaled = model.scale(model.training_labels_)
@@ -962,7 +965,8 @@ def infer(
     """Labels of stars from their spectra, by any model.
 
     A Cannon is inverted: the labels minimize
-    chi2 = sum_p (f_p - theta_p . v(labels))^2 / (sigma_p^2 + s_p^2) (Ness et al. 2015, ApJ 808, 16).
+    chi2 = sum_p (f_p - theta_p . v(labels))^2 / (sigma_p^2 + s_p^2) (Ness et al. 2015, ApJ 808,
+    16).
     Ridge regression and networks read the labels from the spectrum.
 
     Parameters
@@ -1001,7 +1005,8 @@ def infer(
     >>> from stellar_lab import Cannon, infer
     >>> rng = np.random.default_rng(0)
     >>> labels = rng.normal(size=(200, 2))
-    >>> flux = 1 + labels @ rng.normal(scale=0.05, size=(2, 50)) + rng.normal(scale=0.01, size=(200, 50))
+    >>> flux = 1 + labels @ rng.normal(scale=0.05, size=(2, 50))
+    >>> flux += rng.normal(scale=0.01, size=(200, 50))
     >>> model = Cannon(order=1).fit(labels, flux, np.full(flux.shape, 1e4), ["A", "B"])
     >>> table = infer(model, flux[:3], np.full((3, 50), 1e4), min_good=0)
     >>> bool(np.all(np.abs(table["a"].value - labels[:3, 0]) < 5 * table["a_err"].value))

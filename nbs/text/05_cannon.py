@@ -145,7 +145,8 @@ class Vectorizer(_Polynomial):
 
     @classmethod
     def of_terms(cls, label_names: Sequence, terms: Sequence) -> "Vectorizer":
-        "The constant and the given terms, such as `TEFF^4` or `TEFF*LOGG`; LabError for unknown ones."
+        """The constant and the given terms, such as `TEFF^4` or `TEFF*LOGG`; LabError for unknown
+        ones."""
         names = tuple(label_names)
         rows = [np.zeros(len(names), dtype=int), *(_exponents(term, names) for term in terms)]
         if len(np.unique(rows, axis=0)) < len(rows):
@@ -280,7 +281,8 @@ def _scatter_step(residual2, ivar, variance, scatter2):
 
 
 def _fit_block(flux, ivar, design, products, place, scatter):
-    "Coefficients (B, T) and scatter (B,) of pixels that have enough stars; flux, ivar (N, B) float64."
+    """Coefficients (B, T) and scatter (B,) of pixels that have enough stars; flux, ivar (N, B)
+    float64."""
     theta = _solve(ivar, flux, design, products, place)
     scatter2 = np.zeros(flux.shape[1])
     if not scatter:
@@ -333,7 +335,7 @@ def _check_terms(n_terms, n_stars, n_labels):
 
 
 def _fit_pixels(flux, ivar, design, min_stars, scatter):
-    """All pixels at once: coefficients (P, T), scatter (P,), and good pixels and chi2 (N,) of each star."""
+    "All pixels at once: coefficients (P, T), scatter (P,), good pixels and chi2 (N,) of each star."
     T = design.shape[1]
     i, j, place = pair_index(T)
     products = design[:, i] * design[:, j]
@@ -371,7 +373,8 @@ _POOR_FIT_QUANTILE = 0.99  # … this quantile of the training stars
 
 
 class _PixelPolynomials(LabelModel):
-    "A trained Cannon: coefficients ``theta_`` (P, T) and ``scatter_`` (P,), and what follows from them."
+    """A trained Cannon: coefficients ``theta_`` (P, T) and ``scatter_`` (P,), and what follows from
+    them."""
 
     @property
     def usable_(self) -> np.ndarray:
@@ -588,7 +591,7 @@ class Cannon(_PixelPolynomials):
         return np.swapaxes(slopes, 1, 2) @ self.theta_.T
 
     def score(self, labels, flux, ivar=None) -> float:
-        """The share of the flux's variance that the model explains, R^2, as scikit-learn defines it.
+        """The share of the flux's variance that the model explains: scikit-learn's R^2.
 
         Parameters
         ----------
@@ -620,7 +623,8 @@ class Cannon(_PixelPolynomials):
 
 # %%
 def made_up(n_stars=400, n_pixels=300, noise=0.01, scatter=0.0, seed=1):
-    "A model that is right by construction: labels, flux, ivar and the true coefficients in scaled labels."
+    """A model that is right by construction: labels, flux, ivar and the true coefficients in scaled
+    labels."""
     rng = np.random.default_rng(seed)
     labels = rng.normal([4500, 2.0, -0.3], [400, 0.8, 0.3], size=(n_stars, 3))
     theta = rng.normal(size=(n_pixels, 10)) * 0.03 + np.eye(10)[0]
@@ -639,7 +643,8 @@ scatter = np.where(np.arange(300) < 150, 0.02, 0.0)
 labels, flux, ivar, theta = made_up(scatter=scatter)
 model = Cannon(scatter=True).fit(labels, flux, ivar)
 print(
-    f"scatter put in 0.02, found {model.scatter_[:150].mean():.4f} +- {model.scatter_[:150].std():.4f}; none put in, found {model.scatter_[150:].mean():.4f}"
+    f"scatter put in 0.02, found {model.scatter_[:150].mean():.4f} +- "
+    f"{model.scatter_[:150].std():.4f}; none put in, found {model.scatter_[150:].mean():.4f}"
 )
 
 # %%
@@ -807,8 +812,10 @@ outside = (spectra[test].flux - model.predict(spectra[test].labels(names)))[
     (spectra[test].ivar > 0) & model.usable_
 ]
 Markdown(
-    f"**What to see.** The lines are where the model draws them, and as deep. Over all {len(train)} training stars the rms difference is "
-    f"{residual.std():.4f}, over the {len(test)} stars that it has never seen {outside.std():.4f}: it learned stars, not noise."
+    f"**What to see.** The lines are where the model draws them, and as deep. Over all "
+    f"{len(train)} training stars the rms difference is "
+    f"{residual.std():.4f}, over the {len(test)} stars that it has never seen "
+    f"{outside.std():.4f}: it learned stars, not noise."
 )
 
 # %%
@@ -907,8 +914,10 @@ axes[0].label_outer()
 #| echo: false
 deep = model.theta_[:, 0] < 0.8
 Markdown(
-    f"**What to see.** Half of the pixels have a scatter below {np.nanmedian(model.scatter_):.4f}, where the smallest error that the survey "
-    f"states for a pixel is 0.005; in the {np.nansum(deep)} pixels that are deeper than 0.8 at the mean labels it is "
+    f"**What to see.** Half of the pixels have a scatter below "
+    f"{np.nanmedian(model.scatter_):.4f}, where the smallest error that the survey "
+    f"states for a pixel is 0.005; in the {np.nansum(deep)} pixels that are deeper than 0.8 at "
+    f"the mean labels it is "
     f"{np.nanmedian(model.scatter_[deep]):.4f}."
 )
 
@@ -1125,9 +1134,12 @@ shift = [
     for pixels in (found, theirs)
 ]
 Markdown(
-    f"**What to see.** {(found & theirs).sum()} of our {found.sum()} pixels are among the list's {theirs.sum()}; {chance:.0f} would be by chance. "
-    f"One standard deviation of a label moves ours by {shift[0]:.4f} (rms), the list's by {shift[1]:.4f}: it was found on other stars, "
-    "mostly of solar metallicity. What either costs in labels is measured on [real giants](08_giants.ipynb)."
+    f"**What to see.** {(found & theirs).sum()} of our {found.sum()} pixels are among the list's "
+    f"{theirs.sum()}; {chance:.0f} would be by chance. "
+    f"One standard deviation of a label moves ours by {shift[0]:.4f} (rms), the list's by "
+    f"{shift[1]:.4f}: it was found on other stars, "
+    "mostly of solar metallicity. What either costs in labels is measured on [real "
+    "giants](08_giants.ipynb)."
 )
 
 # %%
@@ -1159,7 +1171,8 @@ assert np.allclose(flat[0], flat[1], rtol=1e-5)
 # %%
 #| export
 def published_giants(folder):
-    "The Cannon 2's test set of 671 giants: labels, flux, ivar, label names, and what its authors fitted."
+    """The Cannon 2's test set of 671 giants: labels, flux, ivar, label names, and what its authors
+    fitted."""
     with np.load(Path(folder) / "apogee_671_stars_100_pixels.npz") as file:
         giants = dict(file)
     return (
@@ -1183,7 +1196,8 @@ if real_data():
     )
     ratio = ours.scatter_[:50] / published["scatter_first_50"]
     print(
-        f"largest rms difference of the predictions, in units of their spread: {difference.max():.1e}"
+        f"largest rms difference of the predictions, in units of their spread: "
+        f"{difference.max():.1e}"
     )
     print(f"scatter, ours / theirs: {ratio.min():.4f} to {ratio.max():.4f}")
     assert difference.max() < 1e-5 and np.all(np.abs(ratio - 1) < 0.01)

@@ -61,7 +61,8 @@ train, test = train_test_rows(len(spectra))
 model = Cannon(scatter=True, labels=names).fit(spectra[train])
 truth = spectra[test].labels(names)
 print(
-    f"{len(train)} stars taught {len(model.vectorizer_)} terms in {len(names)} labels; {len(test)} to ask"
+    f"{len(train)} stars taught {len(model.vectorizer_)} terms in {len(names)} labels; "
+    f"{len(test)} to ask"
 )
 
 
@@ -262,13 +263,15 @@ assert np.allclose(slow, fast, rtol=1e-6)
 # %%
 #| export
 _DECREMENT = 0.1  # expected gain in chi2 at which a star is done: a third of an error bar
-_RIDGE = 1e-10  # added to second derivatives: a label of which a star says nothing stays, with a huge error
+# added to second derivatives: a label of which a star says nothing stays, with a huge error
+_RIDGE = 1e-10
 _TRIALS = 512  # training stars that the search may start from
 _GAUSS_STEPS = 8  # steps after which a star that still moves gets the full second derivative
 
 
 def _newton_step(hessian, gradient, labels, low, high, damping):
-    "The step (N, K) to the quadratic's minimum, labels at a bound that would leave the box stay; which moved."
+    """The step (N, K) to the quadratic's minimum, labels at a bound that would leave the box stay;
+    which moved."""
     at_low = (labels <= low) & (gradient < 0)
     at_high = (labels >= high) & (gradient > 0)
     free = ~(at_low | at_high)
@@ -443,7 +446,8 @@ def _gradient(basis, terms, flux, ivar):
 
 
 def _finish(model, basis, labels, stats, flux, ivar, box):
-    "Exact Newton steps: scaled labels, chi2, the Hessian (half of chi2's second derivative), who rests."
+    """Exact Newton steps: scaled labels, chi2, the Hessian (half of chi2's second derivative), who
+    rests."""
     labels = labels.copy()
     chi2 = np.empty(len(labels))
     resting = np.zeros(len(labels), dtype=bool)
@@ -632,7 +636,8 @@ others = np.array([stats.own_chi2(model.vectorizer_(scaled)[:, 1:]) for scaled i
 deeper = (others.min(axis=0) < lowest - 1).sum()
 stuck = (others > lowest + 1).mean()
 Markdown(
-    f"**What to see.** {stuck:.0%} of the random starts end in a worse minimum: starting well matters. "
+    f"**What to see.** {stuck:.0%} of the random starts end in a worse minimum: starting well "
+    f"matters. "
     f"{deeper} of the 50 stars have a deeper one than ours."
 )
 

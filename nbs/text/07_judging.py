@@ -153,7 +153,8 @@ def error_table(table: QTable, truth, names: Sequence, scales) -> QTable:
     Returns
     -------
     QTable
-        one row per label: ``label``, ``unit``, ``n`` stars, ``rmse``, ``scaled_rmse``, ``mae`` (mean
+        one row per label: ``label``, ``unit``, ``n`` stars, ``rmse``, ``scaled_rmse``,
+        ``mae`` (mean
         absolute error), ``bias`` (mean of predicted - catalogue), ``robust`` (1.48 MAD)
 
     Raises
@@ -166,14 +167,16 @@ def error_table(table: QTable, truth, names: Sequence, scales) -> QTable:
     >>> import numpy as np
     >>> from astropy.table import QTable
     >>> from stellar_lab import error_table
-    >>> errors = error_table(QTable({"teff": [4510.0, 4790.0]}), np.array([[4500.0], [4800.0]]), ["TEFF"], [100.0])
+    >>> table = QTable({"teff": [4510.0, 4790.0]})
+    >>> errors = error_table(table, np.array([[4500.0], [4800.0]]), ["TEFF"], [100.0])
     >>> float(errors["rmse"][0]), float(errors["bias"][0])
     (10.0, 0.0)
     """
     missing = [name for name in names if name.lower() not in table.colnames]
     if missing:
         raise LabError(
-            f"the table has no label {', '.join(missing)}: it has {table.meta.get('labels', ', '.join(table.colnames))}"
+            f"the table has no label {', '.join(missing)}: it has "
+            f"{table.meta.get('labels', ', '.join(table.colnames))}"
         )
     residual = label_values(table, names) - np.asarray(truth, dtype=float)
     errors = QTable({"label": list(names), "unit": [str(label_record(n).unit) for n in names]})
@@ -258,8 +261,10 @@ plot_comparison({"folds": (table, truth)}, names, difference=True);
 #| echo: false
 slope = np.polyfit(truth[:, 0], label_values(table, ["teff"])[:, 0] - truth[:, 0], 1)[0]
 Markdown(
-    "**What to see.** The points lie along the line. The differences show more: they fall with temperature, "
-    f"by {-slope * 1000:.0f} K in 1,000 K. Hot stars are predicted too cool and cool stars too hot, as with any "
+    "**What to see.** The points lie along the line. The differences show more: they fall with "
+    "temperature, "
+    f"by {-slope * 1000:.0f} K in 1,000 K. Hot stars are predicted too cool and cool stars too "
+    f"hot, as with any "
     "estimate that learns from noisy labels."
 )
 
@@ -388,7 +393,8 @@ QTable({"errors": list(within), **shares})
 factor = np.std(pulls(formal, truth[test]), axis=0)
 Markdown(
     "**What to see.** Share of stars within one stated error. The formal errors are "
-    f"{factor.min():.0f} to {factor.max():.0f} times too small. The calibrated ones hold on stars that took no part in finding them."
+    f"{factor.min():.0f} to {factor.max():.0f} times too small. The calibrated ones hold on stars "
+    f"that took no part in finding them."
 )
 
 # %%

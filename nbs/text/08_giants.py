@@ -74,7 +74,8 @@ error_table(table, truth, names, model.scales_)
 flagged = np.mean(table["flags"] > 0)
 Markdown(
     "**What to see.** The test stars (orange) scatter more than the training stars, and "
-    f"{flagged:.1%} of them carry a flag. Bias is the mean of predicted minus catalogue over the *test* "
+    f"{flagged:.1%} of them carry a flag. Bias is the mean of predicted minus catalogue over the "
+    f"*test* "
     "stars; the original lab divided by the number of training stars."
 )
 
@@ -123,7 +124,8 @@ def left_out_labels(stars, names):
 
 
 def judged_by_truth(spectra, names, truth):
-    "RMSE of test stars against catalogue and true labels, and that of the ideal: one row per label."
+    """RMSE of test stars against catalogue and true labels, and that of the ideal: one row per
+    label."""
     labels, trend = true_labels(archive_root(), spectra.stars["APOGEE_ID"][test], names)
     flux = true_spectra(truth)
     ideal = spectra.replace(flux=flux, ivar=np.full(flux.shape, 4e4, "f4"))
@@ -147,7 +149,7 @@ if truth is not None:
     by_truth = judged_by_truth(spectra, names, truth)
     for column in by_truth.colnames[1:]:
         by_truth[column].info.format = ".3g"
-by_truth if truth is not None else "The stars of this archive were observed, not made: nobody knows their true labels."
+by_truth if truth is not None else "These stars were observed: nobody knows their true labels."
 
 # %%
 if truth is not None and len(spectra) > 1000:  # fewer stars, and chance decides
@@ -215,10 +217,14 @@ if results:
         results[key][1]["rmse"][0] for key in ("six", "four", "chain", "own")
     )
     text = (
-        "**What to see.** Carbon and nitrogen as fifth and sixth label make the temperature better by "
-        f"{1 - six / four:.0%}: giants mix, and what is left out of the labels ends up in the others. Our own "
-        f"continuum instead of ASPCAP's costs {chain / four - 1:.0%} in temperature, and other continuum "
-        f"pixels change it by {abs(own_errors / chain - 1):.0%}. (The catalogue was fitted on ASPCAP's normalization.)"
+        "**What to see.** Carbon and nitrogen as fifth and sixth label make the temperature "
+        "better by "
+        f"{1 - six / four:.0%}: giants mix, and what is left out of the labels ends up in the "
+        f"others. Our own "
+        f"continuum instead of ASPCAP's costs {chain / four - 1:.0%} in temperature, and other "
+        f"continuum "
+        f"pixels change it by {abs(own_errors / chain - 1):.0%}. (The catalogue was fitted on "
+        f"ASPCAP's normalization.)"
     )
 Markdown(text)
 
@@ -253,7 +259,8 @@ for key, (table, errors) in results.items():
 
 # %%
 def cluster_table(metallicities, members):
-    "Median and scatter of each cluster's metallicity, by name of the source: (N,) values of its stars."
+    """Median and scatter of each cluster's metallicity, by name of the source: (N,) values of its
+    stars."""
     rows = []
     for cluster in clusters():
         inside = members == cluster["CLUSTER"]
@@ -325,8 +332,10 @@ if results:
     rich = (by_cluster["left out"] - by_cluster["literature"])[poor].max()
     text = (
         "**What to see.** Left out as a whole, an open cluster's median lies within "
-        f"{off[is_open].max():.2f} dex of the literature, and its stars agree more closely than in ASPCAP's own labels. "
-        f"Clusters below -1.7 come out up to {rich:.2f} dex too rich: without them, little in the training set is so poor, "
+        f"{off[is_open].max():.2f} dex of the literature, and its stars agree more closely than "
+        f"in ASPCAP's own labels. "
+        f"Clusters below -1.7 come out up to {rich:.2f} dex too rich: without them, little in the "
+        f"training set is so poor, "
         "and a parabola extrapolates badly."
     )
 Markdown(text)
@@ -359,8 +368,9 @@ def short(table, stars):
     shown = Table({"star": [Path(str(name)).stem for name in stars.stars["FILE"]]})
     for name in names[:4]:
         digits = 0 if name == "TEFF" else 2
-        value, error = table[name.lower()], table[f"{name.lower()}_err"]
-        shown[name] = [f"{v.value:.{digits}f} ± {e.value:.{digits}f}" for v, e in zip(value, error)]
+        value = label_values(table, [name])[:, 0]
+        error = label_values(table, [f"{name}_err"])[:, 0]
+        shown[name] = [f"{v:.{digits}f} ± {e:.{digits}f}" for v, e in zip(value, error)]
     shown["chi2/n"] = np.round(table["chi2"] / table["n_good"], 1)
     shown["flags"] = flag_names(table["flags"])
     return shown

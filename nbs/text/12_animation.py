@@ -44,7 +44,7 @@ from sklearn.preprocessing import PolynomialFeatures, StandardScaler
 from tqdm import tqdm
 
 from stellar_lab.cannon import Cannon
-from stellar_lab.models import outside_training, label_box
+from stellar_lab.models import label_box, outside_training
 from stellar_lab.survey import (
     LABELS,
     LOG10_STEP,

@@ -57,7 +57,8 @@ class LabelReader(LabelModel):
     """
 
     def _begin(self, labels, flux, ivar, label_names, wavelength):
-        "Training stars as all models take them; learns the typical flux, returns flux and ivar float32."
+        """Training stars as all models take them; learns the typical flux, returns flux and ivar
+        float32."""
         flux, ivar = super()._begin(labels, flux, ivar, label_names, wavelength)
         ivar = np.asarray(ivar, np.float32)
         flux = finite_flux(np.asarray(flux, np.float32), ivar)  # a copy, ours to change
@@ -72,7 +73,8 @@ class LabelReader(LabelModel):
         return flux, ivar
 
     def fill(self, flux: np.ndarray, ivar: np.ndarray) -> np.ndarray:
-        "Flux (N, P) with the training mean in pixels that are unusable in the star or in all training stars."
+        """Flux (N, P) with the training mean in pixels that are unusable in the star or in all
+        training stars."""
         return np.where((ivar > 0) & self.usable_, flux, self.typical_flux_.astype(np.float32))
 
     def _read(self, flux, ivar):
@@ -247,8 +249,11 @@ Table(rows)
 #| echo: false
 scaled = {filling: errors["ridge", filling]["scaled_rmse"].mean() for filling in fillings}
 Markdown(
-    f"**What to see.** RMSE of {len(test)} test stars in scaled labels. {np.mean(~good):.0%} of the pixels are bad, and what stands in them decides: {scaled['as it stands']:.3f} with the flux as it stands, {scaled['one']:.3f} with ones, "
-    f"{scaled['training mean']:.3f} with the training mean. The mean is what all our networks put there. It stands inside the model, so nobody has to remember it."
+    f"**What to see.** RMSE of {len(test)} test stars in scaled labels. {np.mean(~good):.0%} of "
+    f"the pixels are bad, and what stands in them decides: {scaled['as it stands']:.3f} with the "
+    f"flux as it stands, {scaled['one']:.3f} with ones, "
+    f"{scaled['training mean']:.3f} with the training mean. The mean is what all our networks put "
+    f"there. It stands inside the model, so nobody has to remember it."
 )
 
 # %%

@@ -53,9 +53,9 @@ from sklearn.base import clone
 from stellar_lab.archives import real_stars
 from stellar_lab.cannon import Cannon
 from stellar_lab.clean import read_files
-from stellar_lab.labelling import label
 from stellar_lab.inversion import infer
 from stellar_lab.judging import cross_label, error_table, plot_comparison, with_error_model
+from stellar_lab.labelling import label
 from stellar_lab.models import fold_numbers
 from stellar_lab.normalize import as_trained, training_set
 from stellar_lab.readers import RidgeLabels

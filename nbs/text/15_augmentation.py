@@ -37,14 +37,13 @@ from IPython.display import Markdown
 from scipy.optimize import minimize
 
 from stellar_lab.cannon import Cannon
-from stellar_lab.models import train_test_rows
-from stellar_lab.normalize import training_set
 from stellar_lab.clean import apply_cuts, read_archive
-from stellar_lab.judging import error_table, plot_comparison
 from stellar_lab.inversion import infer
+from stellar_lab.judging import error_table, plot_comparison
+from stellar_lab.models import train_test_rows
 from stellar_lab.network import LAB_EPOCHS, LAB_LAYERS, epochs_within, plot_history
+from stellar_lab.normalize import count_mask_bits, normalize, training_set
 from stellar_lab.readers import RidgeLabels
-from stellar_lab.normalize import count_mask_bits, normalize
 from stellar_lab.survey import (
     Spectra,
     archive_record,

@@ -24,7 +24,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
@@ -41,11 +41,11 @@ from tqdm import tqdm
 from stellar_lab import __version__
 from stellar_lab.augmentation import AugmentedNetwork, ErrorAwareNetwork
 from stellar_lab.cannon import Cannon
-from stellar_lab.models import LabelModel, fold_numbers, train_test_rows
-from stellar_lab.normalize import training_set
-from stellar_lab.judging import error_table
 from stellar_lab.inversion import infer
+from stellar_lab.judging import error_table
+from stellar_lab.models import LabelModel, fold_numbers, train_test_rows
 from stellar_lab.network import LAB_EPOCHS, LabNetwork, epochs_within, tf
+from stellar_lab.normalize import training_set
 from stellar_lab.readers import RidgeLabels
 from stellar_lab.survey import (
     ARCHIVES,
@@ -845,7 +845,7 @@ def run_scoreboard(
             "stars": len(spectra),
             "device": device(),
             "remark": remark,
-            "date": datetime.now(timezone.utc).date().isoformat(),
+            "date": datetime.now(UTC).date().isoformat(),
             "versions": _versions(),
             "missing": [f"{order[job[3]]}, {job[5].name}" for job in jobs[number + 1 :]],
         }

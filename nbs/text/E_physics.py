@@ -27,13 +27,6 @@ from scipy.stats import qmc
 
 from stellar_lab.archives import clusters, real_stars
 from stellar_lab.cannon import Cannon, Vectorizer
-from stellar_lab.models import fold_numbers
-from stellar_lab.models import MIN_GOOD, Flag, check_spectra
-from stellar_lab.judging import error_table
-from stellar_lab.inversion import infer
-from stellar_lab.normalize import normalize
-from stellar_lab.survey import LabError, Spectra, on_band, plot_spectrum, write_table
-from stellar_lab.survey import wavelength as SURVEY_WAVELENGTH
 from stellar_lab.emulator import (
     GRID_FIRST,
     GRID_LABELS,
@@ -44,6 +37,12 @@ from stellar_lab.emulator import (
     unit_labels,
     usual_vmicro,
 )
+from stellar_lab.inversion import infer
+from stellar_lab.judging import error_table
+from stellar_lab.models import MIN_GOOD, Flag, check_spectra, fold_numbers
+from stellar_lab.normalize import normalize
+from stellar_lab.survey import LabError, Spectra, on_band, plot_spectrum, write_table
+from stellar_lab.survey import wavelength as SURVEY_WAVELENGTH
 
 # %%
 #| hide

@@ -15,7 +15,6 @@
 #| export
 import json
 import math
-import os
 import shutil
 import sys
 import tempfile
@@ -36,7 +35,6 @@ from stellar_lab.judging import cross_label, error_table, with_error_model
 from stellar_lab.models import Flag, fold_numbers, read_model_file, train_test_rows
 from stellar_lab.normalize import (
     continuum_steps,
-    lab_continuum_pixels,
     read_continuum_pixels,
     training_set,
 )
@@ -44,7 +42,6 @@ from stellar_lab.survey import PRODUCTS, LabError, archive_record, atomic_path, 
 
 # %%
 #| hide
-from stellar_lab.survey import archive_root, use_style
 
 # %% [markdown]
 # ## Train

@@ -29,10 +29,9 @@ from stellar_lab.normalize import as_trained
 from stellar_lab.survey import PRODUCTS, TABLE_FORMATS, LabError, require, write_table
 from stellar_lab.training import check_target, count_flags, flag_text, load_model
 
+
 # %%
 #| hide
-from stellar_lab.survey import archive_root, use_style
-
 
 # %% [markdown]
 # ## Label

@@ -41,7 +41,7 @@ EXTRA_ONLY = (
     "pytest",
     "tensorflow",
 )
-NETWORKS = ("augmentation", "network", "results")  # cannot be without TensorFlow, and say so
+NETWORKS = ("augmentation", "network")  # cannot be without TensorFlow, and say so
 
 
 @pytest.fixture(scope="module")

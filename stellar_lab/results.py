@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['contestants', 'with_truth', 'Contest', 'contests', 'predictions', 'judge', 'against_truth', 'averages', 'readable',
-           'plot_residual_trends', 'run_scoreboard', 'records', 'contests_side_by_side', 'plot_scores']
+           'plot_residual_trends', 'records', 'contests_side_by_side', 'run_scoreboard', 'plot_scores']
 
 # %% ../nbs/16_results.ipynb #5e20861a
 import hashlib
@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
@@ -65,13 +65,13 @@ def _epochs(profile, stars):
         "error-aware network": 100,
     }
     quick = {
-        "lab network": epochs_within(600, everyone, 35),
+        "lab network": epochs_within(600, everyone, 20),
         "augmented network": epochs_within(600, learned, 35),
-        "error-aware network": epochs_within(2_000, everyone, 100),
+        "error-aware network": epochs_within(2_000, everyone, 70),
     }
     return {"quick": quick, "full": full}[profile]
 
-
+# %% ../nbs/16_results.ipynb #8dc7ab46
 def contestants(names: Sequence, profile: str = "quick", stars: int = 0) -> dict:
     """The models of the scoreboard; the networks need TensorFlow.
 
@@ -101,13 +101,11 @@ def contestants(names: Sequence, profile: str = "quick", stars: int = 0) -> dict
         models["Cannon, linear"] = Cannon(order=1, scatter=True, labels=names)
     models[_STANDARD] = Cannon(scatter=True, labels=names)
     models["ridge regression"] = RidgeLabels(labels=names)
-    networks = {
-        "lab network": LabNetwork(labels=names, centre=True),
-        "augmented network": AugmentedNetwork(labels=names),
-        "error-aware network": ErrorAwareNetwork(labels=names),
-    }
-    for name, network in networks.items():
-        models[name] = network.set_params(epochs=epochs[name])
+    models["lab network"] = LabNetwork(labels=names, centre=True)
+    models["augmented network"] = AugmentedNetwork(labels=names)
+    models["error-aware network"] = ErrorAwareNetwork(labels=names)
+    for name, number in epochs.items():
+        models[name].set_params(epochs=number)
     return models
 
 # %% ../nbs/16_results.ipynb #2ca22162
@@ -150,7 +148,7 @@ def with_truth(spectra: Spectra, root) -> Spectra:
     if np.allclose(true, spectra.labels(names), rtol=1e-4, atol=1e-4, equal_nan=True):
         return spectra
     stars = spectra.stars.copy()
-    for name, column in zip(names, true.T):
+    for name, column in zip(names, true.T, strict=True):
         stars[f"{name}{_TRUE}"] = column
     return spectra.replace(stars=stars)
 
@@ -191,9 +189,9 @@ def _five_folds(name, spectra, seed):
     stars = spectra.stars["APOGEE_ID"]
     return Contest(name, spectra, fold_numbers(len(spectra), 5, seed, stars))
 
-# %% ../nbs/16_results.ipynb #87523215
+# %% ../nbs/16_results.ipynb #154a5d6b
 def _whole_places(spectra):
-    "Whole clusters left out, in at most five trainings; in an archive without clusters whole fields."
+    "Whole clusters left out, in at most five trainings; whole fields where there are no clusters."
     # a cluster has a location of its own
     column = "LOCATION_ID" if "LOCATION_ID" in spectra.stars.colnames else "FIELD"
     place = np.array([str(value) for value in spectra.stars[column]])
@@ -229,8 +227,9 @@ def contests(spectra: Spectra, profile: str = "quick", seed: int = 0) -> list:
     spectra : Spectra
         with labels, ``APOGEE_ID`` and ``LOCATION_ID`` or ``FIELD``
     profile : {"quick", "full"}, default "quick"
-        "quick": one split. "full": for clusters five folds, whole clusters left out and, where [M/H]
-        is a label, the metal-rich stars among themselves; else one split, five folds, whole fields
+        "quick": one split. "full": for clusters five folds, whole clusters left out and, where
+        [M/H] is a label, the metal-rich stars among themselves; else one split, five folds, whole
+        fields
     seed : int, default 0
         of the folds
 
@@ -277,11 +276,13 @@ def _train_and_label(model, contest, number, progress):
     kept = QTable({"row": test})
     for name in fitted.label_names_:
         kept[name.lower()] = table[name.lower()]
-    times = (seconds, cpu_seconds, 1000 * fastest / len(test))
-    kept.meta = {"labels": ",".join(fitted.label_names_), **dict(zip(_TIMES, times))}
+    kept.meta["labels"] = ",".join(fitted.label_names_)
+    kept.meta["train_seconds"] = seconds
+    kept.meta["train_cpu_seconds"] = cpu_seconds
+    kept.meta["label_ms"] = 1000 * fastest / len(test)
     return kept
 
-
+# %% ../nbs/16_results.ipynb #a371036b
 def _device():
     "What this run computes on, in words."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -291,7 +292,7 @@ def _device():
         words.append(config.experimental.get_device_details(gpu).get("device_name", "GPU"))
     return ", ".join(words)
 
-# %% ../nbs/16_results.ipynb #220c9c9e
+
 def _slug(text):
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
 
@@ -411,8 +412,8 @@ def judge(models: Mapping, contest: Contest, folder=None, progress: bool = True)
     Returns
     -------
     table : QTable
-        one row per model and label: product, contest and model, the columns of `error_table`, errors
-        against the true labels (NaN where unknown), times of a training
+        one row per model and label: product, contest and model, the columns of `error_table`,
+        errors against the true labels (NaN where unknown), times of a training
     labelled : dict
         name -> `predictions`
     """
@@ -422,7 +423,7 @@ def judge(models: Mapping, contest: Contest, folder=None, progress: bool = True)
     scores = [_score(name, table, contest) for name, table in labelled.items()]
     return vstack(scores, metadata_conflicts="silent"), labelled
 
-
+# %% ../nbs/16_results.ipynb #0e8cee8d
 def against_truth(table: QTable) -> QTable:
     """The errors of a table against the labels that the stars were made from.
 
@@ -475,15 +476,15 @@ def averages(table: Table) -> QTable:
     Returns
     -------
     QTable
-        one row per product, contest and model: number of ``labels``, ``scaled_rmse``, and ``ratio`` to
-        the Cannon's on the same labels (NaN without a Cannon)
+        one row per product, contest and model: number of ``labels``, ``scaled_rmse``, and ``ratio``
+        to the Cannon's on the same labels (NaN without a Cannon)
     """
-    heads = ("product", "contest", "model")
+    heads = ["product", "contest", "model"]
     rows = []
-    for product, contest, model in dict.fromkeys(zip(*(map(str, table[head]) for head in heads))):
+    for product, contest, model in dict.fromkeys(table[heads].iterrows()):
         errors = _rows(table, product, contest, model)
         standard = _rows(table, product, contest, _STANDARD)
-        of_label = dict(zip(standard["label"], standard["scaled_rmse"]))
+        of_label = {row["label"]: row["scaled_rmse"] for row in standard}
         same_labels = [of_label.get(label, np.nan) for label in errors["label"]]
         mean = np.mean(errors["scaled_rmse"])
         rows.append((product, contest, model, len(errors), mean, mean / np.mean(same_labels)))
@@ -515,9 +516,9 @@ def readable(table: Table) -> Table:
     Returns
     -------
     Table
-        one row per model: RMSE (bias) of each label, scaled RMSE averaged over the labels, its ratio
-        to the Cannon's on the same labels, the processor's seconds to train, milliseconds to label
-        one star
+        one row per model: RMSE (bias) of each label, scaled RMSE averaged over the labels, its
+        ratio to the Cannon's on the same labels, the processor's seconds to train, milliseconds to
+        label one star
     """
     table = _leading(table)
     labels = list(dict.fromkeys(table["label"]))
@@ -570,7 +571,7 @@ def plot_residual_trends(labelled: Mapping, contest: Contest, bins: int = 8):
     names = list(contest.spectra.label_names)
     fig, axes = _panels(len(names))
     lines = {}
-    for ax, label in zip(axes.flat, label_records(names)):
+    for ax, label in zip(axes.flat, label_records(names), strict=False):
         truth = contest.spectra[contest.judged].labels([label.name])[:, 0]
         parts = np.array_split(np.argsort(truth), bins)
         middle = [np.median(truth[part]) for part in parts]
@@ -588,7 +589,45 @@ def plot_residual_trends(labelled: Mapping, contest: Contest, bins: int = 8):
     fig.legend(handles, shown, loc="outside upper center", ncols=3, frameon=False)
     return fig
 
-# %% ../nbs/16_results.ipynb #318d7df3
+# %% ../nbs/16_results.ipynb #32f00dc2
+def records() -> dict:
+    """The recorded scoreboards that the package carries.
+
+    Returns
+    -------
+    dict
+        name of the archive -> QTable from `run_scoreboard`, for each archive that has one
+    """
+    found = {}
+    for archive in sorted(ARCHIVES):
+        with suppress(LabError), data_file(f"scoreboard_{archive}.ecsv") as path:
+            found[archive] = QTable.read(path, format="ascii.ecsv")
+    return found
+
+# %% ../nbs/16_results.ipynb #24f969f0
+def contests_side_by_side(table: Table) -> Table:
+    """Scaled RMSE averaged over the labels and, in brackets, its ratio to the Cannon's.
+
+    Parameters
+    ----------
+    table : Table
+        from `judge`, `run_scoreboard` or `records`
+
+    Returns
+    -------
+    Table
+        one row per model, one column per contest and product, as text
+    """
+    found = averages(table)
+    columns = dict.fromkeys(f"{row['contest']} ({row['product']})" for row in found)
+    rows = {}
+    for row in found:
+        cells = rows.setdefault(row["model"], {"model": row["model"], **dict.fromkeys(columns, "")})
+        column = f"{row['contest']} ({row['product']})"
+        cells[column] = f"{row['scaled_rmse']:.3f} ({row['ratio']:.2f})"
+    return Table(list(rows.values()))
+
+# %% ../nbs/16_results.ipynb #dc43ba59
 # networks of 13.6 million weights: they come last, and learn from the first product only
 _COSTLY = ("lab network", "augmented network")
 
@@ -624,6 +663,17 @@ def _jobs_of_product(spectra, number, profile, seed, only):
             if number == 0 or name not in _COSTLY:
                 jobs.append(_Job(name, model, contest, (number, place, rank)))
     return jobs
+
+
+def _all_jobs(root, products, profile, seed, only, progress):
+    "The jobs on all products, cheap models first, and the number of stars."
+    jobs = []
+    for number, product in enumerate(products):
+        spectra, _ = training_set(root, product=product, progress=progress)
+        spectra = with_truth(spectra.replace(mask=None), root)
+        jobs += _jobs_of_product(spectra, number, profile, seed, only)
+    jobs.sort(key=lambda job: (job.name in _COSTLY, job.place))
+    return jobs, len(spectra)
 
 
 def _versions():
@@ -676,13 +726,9 @@ def run_scoreboard(
         where a contest is unknown
     """
     record = archive_record(root)
-    jobs = []
-    for number, product in enumerate(products or record.products[:1]):
-        spectra, _ = training_set(root, product=product, progress=progress)
-        spectra = with_truth(spectra.replace(mask=None), root)
-        jobs += _jobs_of_product(spectra, number, profile, seed, only)
-    jobs.sort(key=lambda job: (job.name in _COSTLY, job.place))
-    facts = {"archive": record.name, "profile": profile, "seed": seed, "stars": len(spectra)}
+    products = products or record.products[:1]
+    jobs, stars = _all_jobs(root, products, profile, seed, only, progress)
+    facts = {"archive": record.name, "profile": profile, "seed": seed, "stars": stars}
     facts |= {"device": _device(), "remark": remark}
     scores = {}
     for done, job in enumerate(jobs, 1):
@@ -691,48 +737,10 @@ def run_scoreboard(
         in_order = [scores[place] for place in sorted(scores)]
         table = vstack(in_order, metadata_conflicts="silent")
         missing = [f"{later.name}, {later.contest.name}" for later in jobs[done:]]
-        today = datetime.now(timezone.utc).date().isoformat()
+        today = datetime.now(UTC).date().isoformat()
         table.meta = {**facts, "date": today, "versions": _versions(), "missing": missing}
         write_table(table, out)
     return table
-
-# %% ../nbs/16_results.ipynb #32f00dc2
-def records() -> dict:
-    """The recorded scoreboards that the package carries.
-
-    Returns
-    -------
-    dict
-        name of the archive -> QTable from `run_scoreboard`, for each archive that has one
-    """
-    found = {}
-    for archive in sorted(ARCHIVES):
-        with suppress(LabError), data_file(f"scoreboard_{archive}.ecsv") as path:
-            found[archive] = QTable.read(path, format="ascii.ecsv")
-    return found
-
-# %% ../nbs/16_results.ipynb #24f969f0
-def contests_side_by_side(table: Table) -> Table:
-    """Scaled RMSE averaged over the labels and, in brackets, its ratio to the Cannon's.
-
-    Parameters
-    ----------
-    table : Table
-        from `judge`, `run_scoreboard` or `records`
-
-    Returns
-    -------
-    Table
-        one row per model, one column per contest and product, as text
-    """
-    found = averages(table)
-    columns = dict.fromkeys(f"{row['contest']} ({row['product']})" for row in found)
-    rows = {}
-    for row in found:
-        cells = rows.setdefault(row["model"], {"model": row["model"], **dict.fromkeys(columns, "")})
-        column = f"{row['contest']} ({row['product']})"
-        cells[column] = f"{row['scaled_rmse']:.3f} ({row['ratio']:.2f})"
-    return Table(list(rows.values()))
 
 # %% ../nbs/16_results.ipynb #2003e414
 # label -> RMSE and bias of the Cannon, the network, the network with augmentation
@@ -764,8 +772,8 @@ def plot_scores(tables: Mapping):
     Parameters
     ----------
     tables : dict
-        title -> table from `judge`, `run_scoreboard` or `records`; its first contest is drawn, on its
-        first product
+        title -> table from `judge`, `run_scoreboard` or `records`; its first contest is drawn, on
+        its first product
 
     Returns
     -------
@@ -779,7 +787,7 @@ def plot_scores(tables: Mapping):
     models = dict.fromkeys(str(name) for table in tables.values() for name in table["model"])
     looks = dict(zip(models, cycle(_LOOKS)))
     lines = {}
-    for ax, (title, table) in zip(axes[0], tables.items()):
+    for ax, (title, table) in zip(axes[0], tables.items(), strict=True):
         labels = list(dict.fromkeys(table["label"]))
         for k, (name, (color, marker)) in enumerate(looks.items()):
             errors = table[table["model"] == name]

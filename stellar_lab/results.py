@@ -180,12 +180,14 @@ class Contest:
 
 
 def _one_split(spectra):
+    "A third of the stars left out, once: the split of the original lab."
     groups = np.full(len(spectra), -1)
     groups[train_test_rows(len(spectra))[1]] = 0
     return Contest("one split", spectra, groups)
 
 
 def _five_folds(name, spectra, seed):
+    "Every star left out once, all rows of a star together."
     stars = spectra.stars["APOGEE_ID"]
     return Contest(name, spectra, fold_numbers(len(spectra), 5, seed, stars))
 
@@ -265,7 +267,7 @@ def _timed(work):
 
 
 def _train_and_label(model, contest, number, progress):
-    "Train without one group and label it: names, `row` in the contest; what it took in `meta`."
+    "Train without one group, label it: `row` in the contest, labels; in `meta` what it took."
     test = np.flatnonzero(contest.groups == number)
     train = contest.spectra[contest.groups != number]
     left_out = contest.spectra[test]
@@ -294,6 +296,7 @@ def _device():
 
 
 def _slug(text):
+    "A text as part of a file's name."
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
 
 
@@ -495,6 +498,7 @@ def averages(table: Table) -> QTable:
 
 # %% ../nbs/16_results.ipynb #627b1f1d
 def _heading(label):
+    "Name of a label, with the unit kelvin where it has it."
     return f"{label} [K]" if LABELS[label].unit == u.K else label
 
 
@@ -677,6 +681,7 @@ def _all_jobs(root, products, profile, seed, only, progress):
 
 
 def _versions():
+    "What this run computes with: package -> version."
     packages = ("numpy", "scipy", "scikit-learn", "tensorflow", "keras", "astropy")
     ours = {"stellar_lab": __version__, "python": platform.python_version()}
     return ours | {package: version(package) for package in packages}

@@ -282,7 +282,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     for name in whole.colnames:
         np.testing.assert_array_equal(whole[name], again[name])  # a file keeps every digit
     boards = [
-        judge({"x": Counted(labels=SIX)}, contest, folder, progress=False)[0]
+        judge({"model": Counted(labels=SIX)}, contest, folder, progress=False)[0]
         for folder in (tmp_path, None)
     ]
     assert Counted.fits == 11  # the first of the two trained nothing
@@ -325,7 +325,7 @@ def test_a_whole_run(tmp_path, monkeypatch):
     seen = []
 
     class Slow(RidgeLabels):
-        "Stands for the lab's networks."
+        "Stands for the large networks."
 
     def training_set(root, product, progress):
         spectra = stars(FIVE, archive="survey")
@@ -519,6 +519,19 @@ def test_markdown_keeps_columns():
         "| ------ | ---: |",
         "| a      | 1.25 |",
         "| longer |   10 |",
+    ]
+
+
+def test_errors_are_shown_as_the_command_line_records_them():
+    line = {"label": "TEFF", "unit": "K", "rmse": 87.21, "bias": -26.01}
+    other = {"label": "LOGG", "unit": "dex", "rmse": 0.2169, "bias": -0.0551}
+    unseen = {"training stars": [other, line], "stars left out": [line, other]}
+    lines = readme.errors_table([{"errors": unseen}, {"errors": unseen}]).splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in lines]
+    assert cells[0][1:] == [f"{chain}: RMSE (bias)" for chain in readme.CHAINS.values()]
+    assert cells[2:] == [
+        ["TEFF [K]", "87.2 (-26)", "87.2 (-26)"],
+        ["LOGG", "0.217 (-0.055)", "0.217 (-0.055)"],
     ]
 
 

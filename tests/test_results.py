@@ -1,5 +1,7 @@
-"""The scoreboard: contests, what is kept of an interrupted run, tables, the recorded file and the README that shows it."""
+"""The scoreboard: contests, interrupted runs, tables, recorded files and pages that show them."""
 
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -20,24 +22,19 @@ from stellar_lab.results import (
     contests,
     contests_side_by_side,
     judge,
-    leading,
     plot_residual_trends,
     plot_scores,
     predictions,
-    published,
     readable,
-    recorded,
     records,
     run_scoreboard,
-    score,
-    whole_groups,
     with_truth,
 )
 from stellar_lab.survey import ARCHIVES, LABELS, LabError, Spectra
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
-import readme
+import readme  # noqa: E402
 
 FIVE = ARCHIVES["survey"].labels
 SIX = ARCHIVES["clusters"].labels
@@ -54,7 +51,7 @@ def stars(names=SIX, n=120, pixels=60, seed=0, archive="clusters"):
     )
     columns = {
         name: (4500 + 300 * column if name == "TEFF" else -1 + column)
-        for name, column in zip(names, scaled.T)
+        for name, column in zip(names, scaled.T, strict=True)
     }
     table = Table(
         {
@@ -110,7 +107,7 @@ def test_many_stars_need_fewer_epochs_but_not_in_the_full_profile():
         for profile, stars in (("quick", 320), ("quick", 1824), ("full", 1824))
     )
     names = ("lab network", "augmented network", "error-aware network")
-    assert [few[name].epochs for name in names] == [35, 35, 100] and [
+    assert [few[name].epochs for name in names] == [20, 35, 100] and [
         full[name].epochs for name in names
     ] == [250, 250, 100]
     assert [many[name].epochs for name in names] == [11, 14, 36]
@@ -128,7 +125,7 @@ def test_contests_leave_out_whole_places():
     )
     assert (
         len(folds.judged) == 120
-        and np.all(rich.spectra.labels(["M_H"]) > results.METAL_RICH)
+        and np.all(rich.spectra.labels(["M_H"]) > results._METAL_RICH)
         and len(rich.spectra) < 120
     )
 
@@ -143,12 +140,30 @@ def test_contests_of_the_surveys_labels():
     )
     without = spectra.replace(
         stars=Table(
-            {name: spectra.stars[name] for name in ("FIELD", *FIVE)}, meta=spectra.stars.meta
+            {name: spectra.stars[name] for name in ("APOGEE_ID", "FIELD", *FIVE)},
+            meta=spectra.stars.meta,
         )
     )
-    assert np.array_equal(whole_groups(without).groups, apart.groups)
+    assert np.array_equal(contests(without, "full")[2].groups, apart.groups)
     with pytest.raises(LabError, match="all stars have the same FIELD"):
-        whole_groups(without[np.arange(0, 120, 7)])
+        contests(without[np.arange(0, 120, 7)], "full")
+
+
+def test_all_rows_of_a_star_are_left_out_together():
+    spectra = stars()
+    spectra.stars["APOGEE_ID"][[50, 90]] = spectra.stars["APOGEE_ID"][3]  # in three clusters
+    spectra.stars["APOGEE_ID"][11] = spectra.stars["APOGEE_ID"][4]  # twice in one
+    folds, apart, rich = contests(spectra, "full")
+    for contest in (folds, apart, rich):
+        names = np.array(contest.spectra.stars["APOGEE_ID"])
+        for name in set(names):
+            assert len(set(contest.groups[names == name])) == 1
+    before = contests(stars(), "full")[0]
+    assert set(np.flatnonzero(folds.groups != before.groups)) <= {11, 50, 90}
+    assert len(folds.judged) == 120
+    # a star in places that are left out at different times takes no part
+    assert len(apart.judged) == 117 and "2M3" not in set(apart.spectra.stars["APOGEE_ID"])
+    assert set(apart.spectra.stars["APOGEE_ID"]) >= {"2M4", "2M5"}
 
 
 def test_another_seed_is_another_order():
@@ -162,7 +177,7 @@ def test_stars_are_judged_by_strangers_and_in_order(board):
     inside = contest.groups[contest.judged] == 3
     np.testing.assert_allclose(
         labelled["ridge regression"]["logg"].value[inside],
-        model.predict(contest.spectra[contest.groups == 3])[:, 1],
+        model.read(contest.spectra[contest.groups == 3])[:, 1],
     )
     assert np.array_equal(labelled["ridge regression"]["row"], contest.judged)
     assert list(labelled["Cannon, four labels"].colnames) == [
@@ -176,7 +191,7 @@ def test_stars_are_judged_by_strangers_and_in_order(board):
 
 def test_scaled_rmse_has_one_scale(board):
     contest, table, _ = board
-    spread = dict(zip(SIX, contest.spectra.labels(SIX).std(axis=0)))
+    spread = dict(zip(SIX, contest.spectra.labels(SIX).std(axis=0), strict=True))
     assert np.allclose(
         table["rmse"] / table["scaled_rmse"], [spread[label] for label in table["label"]]
     )
@@ -192,7 +207,7 @@ def test_scaled_rmse_has_one_scale(board):
 def test_averages_compare_the_same_labels(board):
     _, table, _ = board
     found = averages(table)
-    ratio = dict(zip(found["model"], found["ratio"]))
+    ratio = dict(zip(found["model"], found["ratio"], strict=True))
     six, four = (
         table["scaled_rmse"][table["model"] == name] for name in ("Cannon", "Cannon, four labels")
     )
@@ -266,9 +281,12 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     assert Counted.fits == 6
     for name in whole.colnames:
         np.testing.assert_array_equal(whole[name], again[name])  # a file keeps every digit
-    assert (
-        score("x", whole, contest)["rmse"].tolist() == score("x", again, contest)["rmse"].tolist()
-    )
+    boards = [
+        judge({"model": Counted(labels=SIX)}, contest, folder, progress=False)[0]
+        for folder in (tmp_path, None)
+    ]
+    assert Counted.fits == 11  # the first of the two trained nothing
+    assert boards[0]["rmse"].tolist() == boards[1]["rmse"].tolist()
 
 
 def test_what_is_kept_belongs_to_stars_and_parameters(tmp_path, monkeypatch):
@@ -303,11 +321,11 @@ def test_a_contest_without_training_stars():
 
 
 def test_a_whole_run(tmp_path, monkeypatch):
-    "Cheap models first; the lab's networks on the first product only; the table names what is missing while it grows."
+    "Cheap models first; the large ones on one product; while it grows it names what is missing."
     seen = []
 
     class Slow(RidgeLabels):
-        "Stands for the lab's networks."
+        "Stands for the large networks."
 
     def training_set(root, product, progress):
         spectra = stars(FIVE, archive="survey")
@@ -318,7 +336,6 @@ def test_a_whole_run(tmp_path, monkeypatch):
         seen.append(list(table.meta["missing"]))
         QTable(table).write(path, overwrite=True, format="ascii.ecsv")
 
-    monkeypatch.setattr(results, "LabNetwork", Slow)
     monkeypatch.setattr(results, "training_set", training_set)
     monkeypatch.setattr(
         results,
@@ -329,17 +346,21 @@ def test_a_whole_run(tmp_path, monkeypatch):
         },
     )
     monkeypatch.setattr(results, "write_table", write)
-    run = lambda **options: run_scoreboard(
-        tmp_path,
-        tmp_path / "board.ecsv",
-        None,
-        products=["apstar", "aspcapstar"],
-        remark="a test",
-        progress=False,
-        **options,
-    )
+
+    def run(only):
+        return run_scoreboard(
+            tmp_path,
+            tmp_path / "board.ecsv",
+            None,
+            products=["apstar", "aspcapstar"],
+            remark="a test",
+            progress=False,
+            only=only,
+        )
+
     table = run(only=["five folds", "fields left out"])
-    assert list(dict.fromkeys(zip(table["product"], table["contest"], table["model"]))) == [
+    heads = ["product", "contest", "model"]
+    assert list(dict.fromkeys(table[heads].iterrows())) == [
         ("apstar", "five folds", "lab network"),
         ("apstar", "five folds", "Cannon"),
         ("apstar", "fields left out", "lab network"),
@@ -351,7 +372,7 @@ def test_a_whole_run(tmp_path, monkeypatch):
         "lab network, five folds",
         "lab network, fields left out",
     ]
-    assert set(leading(run(only=["one split"]))["contest"]) == {"one split"}
+    assert set(run(only=["one split"])["contest"]) == {"one split"}
     with pytest.raises(
         LabError,
         match="no contest 'clusters left out': choose from one split, five folds, fields left out",
@@ -372,7 +393,7 @@ def test_a_whole_run(tmp_path, monkeypatch):
 
 
 def made_up(folder, shift=0.1, lost=()):
-    "Stars whose catalogue lies `shift` above the truth in every label, and their archive's truth table without the stars `lost`."
+    "Stars whose catalogue lies `shift` above the truth, which is not known of the stars `lost`."
     spectra = stars(FIVE, archive="mock")
     truth = Table(
         {name: np.asarray(spectra.stars[name]) - shift for name in FIVE}
@@ -430,7 +451,7 @@ def test_errors_against_the_truth(tmp_path):
 
 
 def test_published_table():
-    table = published()
+    table = results._published()
     assert (
         len(table) == 15
         and set(table["label"]) == set(FIVE)
@@ -452,21 +473,91 @@ def test_published_table():
 
 
 def test_recorded_run():
-    table = recorded()
-    assert recorded("atlantis") is None
+    assert records().get("atlantis") is None
+    table = records()["clusters"]
     assert table.meta["archive"] == "clusters" and table.meta["profile"] == "full"
     assert {"date", "device", "versions", "seed", "stars"} <= set(table.meta)
     folds = averages(table[(table["contest"] == "five folds") & (table["product"] == "apstar")])
     assert list(folds["model"]) == list(contestants(SIX)) and set(
         table["n"][table["contest"] == "five folds"]
     ) == {table.meta["stars"]}
-    ratio = dict(zip(folds["model"], folds["ratio"]))
+    ratio = dict(zip(folds["model"], folds["ratio"], strict=True))
     assert ratio["error-aware network"] <= 0.9 and ratio["augmented network"] <= 1.1
 
 
-def test_readme_shows_the_recorded_run():
+def test_what_was_recorded_is_read_without_tensorflow_and_without_plots():
+    code = """
+import sys
+for package in ("tensorflow", "keras"):
+    sys.modules[package] = None  # an import of it fails
+from stellar_lab.results import contests_side_by_side, readable, records
+for table in records().values():
+    assert len(readable(table)) == len(contests_side_by_side(table)) == 6
+import stellar_lab.results
+assert not hasattr(stellar_lab.results, "plt")
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_a_part_between_markers_is_replaced_and_nothing_else():
+    begin, end = readme.SCOREBOARD
+    text = f"# Title\n\n{begin}| old |\n{end}\n\nafter \u00e9\n"
+    assert readme.between(text, begin, end) == "| old |\n"
+    new = readme.put(text, begin, end, "| new |\n| row |\n")
+    assert new == text.replace("| old |\n", "| new |\n| row |\n")
+    assert readme.put(new, begin, end, "| old |\n") == text
+    for broken in ("", begin, end + begin, text + text, text.replace(end, "")):
+        with pytest.raises(ValueError, match="end of scoreboard"):
+            readme.put(broken, begin, end, "x")
+
+
+def test_markdown_keeps_columns():
+    lines = readme.markdown(Table({"model": ["a", "longer"], "x": ["1.25", "10"]})).splitlines()
+    assert lines == [
+        "| model  |    x |",
+        "| ------ | ---: |",
+        "| a      | 1.25 |",
+        "| longer |   10 |",
+    ]
+
+
+def test_errors_are_shown_as_the_command_line_records_them():
+    line = {"label": "TEFF", "unit": "K", "rmse": 87.21, "bias": -26.01}
+    other = {"label": "LOGG", "unit": "dex", "rmse": 0.2169, "bias": -0.0551}
+    unseen = {"training stars": [other, line], "stars left out": [line, other]}
+    lines = readme.errors_table([{"errors": unseen}, {"errors": unseen}]).splitlines()
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in lines]
+    assert cells[0][1:] == [f"{chain}: RMSE (bias)" for chain in readme.CHAINS.values()]
+    assert cells[2:] == [
+        ["TEFF [K]", "87.2 (-26)", "87.2 (-26)"],
+        ["LOGG", "0.217 (-0.055)", "0.217 (-0.055)"],
+    ]
+
+
+def test_scoreboard_shows_the_recorded_runs():
+    text = (ROOT / "SCOREBOARD.md").read_text(encoding="utf-8")
+    errors = readme.between(text, *readme.ERRORS)
+    assert readme.document(errors) == text
+    for cells in ("87.2 (-26)", "75.4 (-8.1)", "0.181 (-0.002)"):
+        assert cells in errors
+    for archive in records():
+        assert f"scoreboard_{archive}.ecsv" in text
+
+
+def test_readme_shows_six_rows():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.between(text, *readme.SCOREBOARD) == readme.scoreboard()
+    assert readme.between(text, *readme.SCOREBOARD) == readme.six_rows()
+
+
+def test_six_rows_are_those_of_the_records():
+    lines = readme.six_rows().splitlines()
+    assert max(map(len, lines)) <= 100
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:8]]
+    assert [row[0] for row in cells][1:] == list(contestants(SIX))[1:]
+    assert lines[8] == "" and "SCOREBOARD.md" in lines[-1]
+    assert cells[1] == ["Cannon", "0.456", "0.609", "0.341", "0.8", "0.61"]
+    assert cells[5] == ["error-aware network", "0.391", "0.580", "0.165", "35", "0.91"]
 
 
 def test_readme_shows_a_second_record(tmp_path, monkeypatch):
@@ -476,16 +567,13 @@ def test_readme_shows_a_second_record(tmp_path, monkeypatch):
         contests(spectra)[0],
         progress=False,
     )
-    table.meta = recorded().meta | {"archive": "mock", "stars": 120}
-    monkeypatch.setattr(
-        results,
-        "recorded",
-        lambda name="clusters": {"clusters": recorded(), "mock": table}.get(name),
-    )
+    clusters = records()["clusters"]
+    table.meta = clusters.meta | {"archive": "mock", "stars": 120}
     assert list(records()) == ["clusters", "mock"]
-    text = readme.scoreboard()
+    monkeypatch.setattr(results, "records", lambda: {"clusters": clusters, "mock": table})
+    text = readme.document("")
     assert (
-        text.index("**Real stars") < text.index("**Synthetic stars")
+        text.index("## Real stars") < text.index("## Synthetic stars")
         and text.count("Recorded on") == 2
     )
     assert (

@@ -45,7 +45,7 @@ EXTRA_ONLY = (
     "tensorflow",
     "xdist",
 )
-NETWORKS = ("augmentation", "network", "results")  # cannot be without TensorFlow, and say so
+NETWORKS = ("augmentation", "network")  # cannot be without TensorFlow, and say so
 
 
 @pytest.fixture(scope="module")

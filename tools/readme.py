@@ -1,7 +1,7 @@
-"""Writes what README.md shows: the recorded scoreboard, a picture, and errors, for which it trains on the embedded archive as a user would and judges in five folds.
+"""Writes SCOREBOARD.md, README.md's table of six rows, and README.md's picture.
 
-readme.py              all
-readme.py scoreboard   the scoreboard alone; it trains nothing
+readme.py              all; for the table of errors it trains on the embedded archive, as users do
+readme.py scoreboard   what was recorded alone; it trains nothing and keeps the table of errors
 readme.py picture      the picture alone: a figure that a notebook carries"""
 
 import base64
@@ -10,136 +10,243 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ERRORS = "<!-- errors: written by tools/readme.py -->\n", "<!-- end of errors -->"
-SCOREBOARD = "<!-- scoreboard: written by tools/readme.py -->\n", "<!-- end of scoreboard -->"
+README = ROOT / "README.md"
+BOARD = ROOT / "SCOREBOARD.md"
 PICTURE = ROOT / "nbs" / "real_star.png"
+PICTURED = ROOT / "nbs" / "E_physics.ipynb"
+
+# what stands between two markers is written here; the rest of README.md is anyone's
+SCOREBOARD = ("<!-- scoreboard: written by tools/readme.py -->\n", "<!-- end of scoreboard -->")
+ERRORS = ("<!-- errors: written by tools/readme.py -->\n", "<!-- end of errors -->")
+
 CHAINS = {"apstar": "raw flux, normalized here", "aspcapstar": "normalized by the survey"}
+TITLES = {
+    "clusters": "Real stars of 18 clusters",
+    "mock": "Synthetic stars whose true labels are known",
+    "survey": "The survey's own stars",
+}
 
 
-def judge(product):
-    """The error table of stars left out of training, as the command line records it."""
-    with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "model.asdf"
-        command = [
-            "stellar-lab",
-            "train",
-            "data/archives/clusters",
-            "--model",
-            str(model),
-            "--product",
-            product,
-            "--scatter",
-            "--folds",
-            "5",
-            "--seed",
-            "0",
-        ]
-        subprocess.run(
-            command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        return json.loads(model.with_suffix(".json").read_text())
-
-
-def rows(records):
-    """The table as markdown, a label a line."""
-    yield "| label | " + " | ".join(f"{text}: RMSE (bias)" for text in CHAINS.values()) + " |"
-    yield "|---|" + "---|" * len(CHAINS)
-    tables = [
-        record["errors"][list(record["errors"])[-1]] for record in records
-    ]  # the last one judges stars left out
-    for lines in zip(*tables):
-        cells = (
-            f"{line['rmse']:.3g} ({line['bias']:+.2g})"
-            if line["unit"] == "K"
-            else f"{line['rmse']:.3f} ({line['bias']:+.3f})"
-            for line in lines
-        )
-        yield (
-            f"| {lines[0]['label']}{' [K]' if lines[0]['unit'] == 'K' else ''} | "
-            + " | ".join(cells)
-            + " |"
-        )
-
-
-def markdown(table):
-    """An astropy table of text as markdown."""
-    lines = [table.colnames, ["---"] * len(table.colnames), *table.iterrows()]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
-def scoreboard():
-    """The recorded scoreboards of the full runs: all models in the archive's first contest, the others as averages, errors against the truth where one is known, and where it all comes from."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    from stellar_lab.results import records
-
-    parts = {archive: board(archive, table) for archive, table in records().items()}
-    titles = {
-        "clusters": "Real stars of 18 clusters (`clusters`)",
-        "mock": "Synthetic stars whose truth is known (`mock`)",
-        "survey": "The survey's own stars",
-    }
-    return "\n".join(
-        f"**{titles[archive]}.**\n\n{part}" if len(parts) > 1 else part
-        for archive, part in parts.items()
-    )
-
-
-def board(archive, table):
-    """The recorded scoreboard of one archive."""
-    import numpy as np
-
-    from stellar_lab.results import against_truth, contests_side_by_side, leading, readable
-
-    first, meta, rich = (
-        leading(table),
-        table.meta,
-        table["n"][table["contest"] == "metal-rich, five folds"],
-    )
-    remark = f", {meta['remark']}" if meta["remark"] else ""
-    text = f"{markdown(readable(first))}\n\n"
-    if "true_rmse" in first.colnames and np.isfinite(first["true_rmse"]).any():
-        text += f"The same answers against the labels that the stars were made from:\n\n{markdown(readable(against_truth(first)))}\n\n"
-    where = (
-        f" (metal-rich: the {rich[0]} stars above [M/H] = -1.3 among themselves)"
-        if len(rich)
-        else ""
-    )
-    text += f"Scaled RMSE averaged over the labels and, in brackets, beside the Cannon's on the same labels, in all contests{where}:\n\n{markdown(contests_side_by_side(table))}\n\n"
-    command = (
-        "python tools/scoreboard.py"
-        + ("" if archive == "clusters" else f" --archive data/archives/{archive}")
-        + ("" if meta["profile"] == "full" else f" --profile {meta['profile']}")
-    )
-    return (
-        f"{text}Recorded on {meta['date']} by `{command}` ({meta['profile']} profile, {meta['stars']} stars, {meta['device']}{remark}; tensorflow {meta['versions']['tensorflow']}); "
-        f"the figures are those of `data/scoreboard_{archive}.ecsv`.\n"
-    )
-
-
-def picture():
-    """The star under its synthetic fit, as the notebook drew it, in a file that README.md can show."""
-    cells = json.loads((ROOT / "nbs" / "D_sky.ipynb").read_text(encoding="utf-8"))["cells"]
-    images = [
-        output["data"]["image/png"]
-        for cell in cells
-        for output in cell.get("outputs", ())
-        if "image/png" in output.get("data", {}) and "plot_star(" in "".join(cell["source"])
-    ]
-    PICTURE.write_bytes(base64.b64decode("".join(images[0])))
+# ---- parts between markers
 
 
 def between(text, begin, end):
     """What stands between two markers."""
+    _check_markers(text, begin, end)
     return text.split(begin)[1].split(end)[0]
 
 
 def put(text, begin, end, part):
-    """The text with another part between the markers."""
+    """The text with another part between the markers; nothing else changes."""
+    _check_markers(text, begin, end)
     before, rest = text.split(begin)
     return before + begin + part + end + rest.split(end)[1]
+
+
+def _check_markers(text, begin, end):
+    once = text.count(begin) == 1 and text.count(end) == 1
+    if not once or text.index(end) < text.index(begin):
+        raise ValueError(f"the text needs the lines {begin.strip()} and {end}, once and in order")
+
+
+# ---- tables as markdown
+
+
+def markdown(table):
+    """An astropy table of text as markdown, in columns: the first to the left, others right."""
+    lines = [table.colnames, *([str(cell) for cell in row] for row in table.iterrows())]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(table.colnames))]
+    rules = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join(_row(line, widths) for line in (lines[0], rules, *lines[1:]))
+
+
+def _row(cells, widths):
+    first, *others = zip(cells, widths, strict=True)
+    padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+    return f"| {' | '.join(padded)} |"
+
+
+# ---- errors, trained anew
+
+
+def judge(product):
+    """The error table of stars left out of training, as the command line records it."""
+    options = f"--product {product} --scatter --folds 5 --seed 0".split()
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model.asdf"
+        command = ["stellar-lab", "train", "data/archives/clusters", "--model", str(model)]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        subprocess.run([*command, *options], cwd=ROOT, check=True, **quiet)
+        return json.loads(model.with_suffix(".json").read_text())
+
+
+def errors_table(records):
+    """The errors of the trainings in `CHAINS` as markdown, one row per label."""
+    from astropy.table import Table
+
+    # the last table of a record judges stars left out
+    tables = [record["errors"][list(record["errors"])[-1]] for record in records]
+    rows = []
+    for lines in zip(*tables, strict=True):
+        label = lines[0]["label"] + (" [K]" if lines[0]["unit"] == "K" else "")
+        row = {"label": label}
+        for chain, line in zip(CHAINS.values(), lines, strict=True):
+            row[f"{chain}: RMSE (bias)"] = _error(line)
+        rows.append(row)
+    return markdown(Table(rows)) + "\n"
+
+
+def _error(line):
+    if line["unit"] == "K":
+        return f"{line['rmse']:.3g} ({line['bias']:+.2g})"
+    return f"{line['rmse']:.3f} ({line['bias']:+.3f})"
+
+
+# ---- what was recorded
+
+
+def six_rows():
+    """The six models in one table for README.md, and what its figures mean."""
+    from astropy.table import Table
+
+    from stellar_lab.results import against_truth, averages, readable, records
+
+    boards = records()
+    real = boards["clusters"][boards["clusters"]["product"] == "apstar"]
+    made = against_truth(boards["mock"])
+    means = {(row["contest"], row["model"]): row for row in averages(real)}
+    costs = {row["model"]: row for row in readable(real)}
+    true = {row["model"]: row["scaled_rmse"] for row in averages(made)}
+    # the smaller Cannon, the first, is another one on synthetic stars
+    if list(costs)[1:] != list(true)[1:]:
+        raise ValueError("the records of real and of synthetic stars hold other models")
+    rows = []
+    for name, synthetic in zip(costs, true.values(), strict=True):
+        row = {"model": name if rows else "smaller Cannon *"}
+        row["five folds"] = f"{means['five folds', name]['scaled_rmse']:.3f}"
+        row["whole clusters"] = f"{means['clusters left out', name]['scaled_rmse']:.3f}"
+        row["synthetic"] = f"{synthetic:.3f}"
+        row["training [s]"] = costs[name]["training [s]"]
+        row["labelling [ms]"] = costs[name]["labelling [ms/star]"]
+        rows.append(row)
+    note = textwrap.wrap(_note(real, made, means, next(iter(costs))), 100, break_on_hyphens=False)
+    return "\n".join([markdown(Table(rows)), "", *note]) + "\n"
+
+
+def _note(real, made, means, smaller):
+    """What the figures of the six rows mean."""
+    folds = means["five folds", smaller]["ratio"]
+    apart = means["clusters left out", smaller]["ratio"]
+    return (
+        "Scaled RMSE, the mean of all labels; 1 is no better than naming an average star. Real "
+        f"stars: {real.meta['stars']} giants of 18 clusters against the survey's labels, left out "
+        f"in five folds, or as whole clusters. Synthetic stars: {made['n'][0]} of "
+        f"{made.meta['stars']:,} against their true labels, left out at once. Training: the "
+        "processor's time, all cores added up; labelling: one real star. (* On real stars four "
+        f"labels instead of six, with {folds:.2f} and {apart:.2f} times the Cannon's figure on the "
+        "same four; on synthetic stars linear instead of quadratic.) All figures: "
+        "[SCOREBOARD.md](SCOREBOARD.md)."
+    )
+
+
+def board(archive, table):
+    """The recorded scoreboard of one archive: its first contest, the truth, all contests."""
+    import numpy as np
+
+    from stellar_lab.results import against_truth, contests_side_by_side, readable
+
+    parts = [f"## {TITLES[archive]} (`{archive}`)"]
+    parts += [f"{_first_contest(table)} RMSE with bias in brackets:", markdown(readable(table))]
+    if "true_rmse" in table.colnames and np.isfinite(table["true_rmse"]).any():
+        parts.append("The same answers against the labels that the stars were made from:")
+        parts.append(markdown(readable(against_truth(table))))
+    rich = table["n"][table["contest"] == "metal-rich, five folds"]
+    where = ""
+    if len(rich):
+        where = f" (metal-rich: the {rich[0]} stars above [M/H] = -1.3 among themselves)"
+    parts.append(
+        "Scaled RMSE averaged over the labels and, in brackets, its ratio to the Cannon's on the "
+        f"same labels, in all contests{where}:"
+    )
+    parts += [markdown(contests_side_by_side(table)), _provenance(archive, table.meta)]
+    return "\n\n".join(parts)
+
+
+def _first_contest(table):
+    product = table["product"][0]
+    return f"{table['contest'][0].capitalize()}, {CHAINS[product]} (`{product}`)."
+
+
+def _provenance(archive, meta):
+    command = "python tools/scoreboard.py"
+    if archive != "clusters":
+        command += f" --archive data/archives/{archive}"
+    if meta["profile"] != "full":
+        command += f" --profile {meta['profile']}"
+    remark = f", {meta['remark']}" if meta["remark"] else ""
+    return (
+        f"Recorded on {meta['date']} by `{command}` ({meta['profile']} profile, {meta['stars']} "
+        f"stars, {meta['device']}{remark}; tensorflow {meta['versions']['tensorflow']}); the "
+        f"figures are those of `data/scoreboard_{archive}.ecsv`."
+    )
+
+
+HEAD = """\
+# The scoreboard
+
+What each model of this book reads from spectra that took no part in its training, and what that
+costs. `tools/readme.py` writes this page from what was recorded; change nothing here by hand.
+[The chapter on results](nbs/16_results.ipynb) says how the contests are held.
+
+- *RMSE*: root mean square of predicted minus catalogue; *bias*, in brackets: their mean.
+- *Scaled RMSE*: RMSE divided by the spread of the label over the judged stars. At 1 a model is no
+  better than naming an average star.
+- *training*: the processor's time for one training, all cores added up.
+- The settings of the error-aware network were chosen on two of the five folds.
+
+## The Cannon as `stellar-lab train` makes it
+
+Labels of 478 real giants, each left out of training once (five folds), quadratic in six labels with
+a scatter per pixel, against the survey's calibrated labels. The first column is the whole chain
+from raw flux, the second takes the survey's own normalization. The giants run from [M/H] -2.5 to
++0.5.
+"""
+
+
+def document(errors):
+    """SCOREBOARD.md, around the table of errors."""
+    from stellar_lab.results import records
+
+    parts = [HEAD, ERRORS[0] + errors + ERRORS[1] + "\n"]
+    parts += [board(archive, table) + "\n" for archive, table in records().items()]
+    return "\n".join(parts)
+
+
+def write_recorded(errors):
+    """Write SCOREBOARD.md and README.md's table of six rows."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    BOARD.write_text(document(errors), encoding="utf-8")
+    text = put(README.read_text(encoding="utf-8"), *SCOREBOARD, six_rows())
+    README.write_text(text, encoding="utf-8")
+
+
+# ---- the picture
+
+
+def picture():
+    """The star under its synthetic fit, as the notebook drew it, in a file for README.md."""
+    cells = json.loads(PICTURED.read_text(encoding="utf-8"))["cells"]
+    for cell in cells:
+        if "plot_star(" in "".join(cell["source"]):
+            for output in cell.get("outputs", ()):
+                if "image/png" in output.get("data", {}):
+                    PICTURE.write_bytes(base64.b64decode("".join(output["data"]["image/png"])))
+                    return
+    raise ValueError(f"{PICTURED.name} carries no picture of a cell that calls plot_star")
 
 
 def main(parts=()):
@@ -147,11 +254,11 @@ def main(parts=()):
         picture()
     if "picture" in parts:
         return 0
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    if "scoreboard" not in parts:
-        text = put(text, *ERRORS, "\n".join(rows([judge(product) for product in CHAINS])) + "\n")
-    readme.write_text(put(text, *SCOREBOARD, scoreboard()), encoding="utf-8")
+    if "scoreboard" in parts:
+        errors = between(BOARD.read_text(encoding="utf-8"), *ERRORS)
+    else:
+        errors = errors_table([judge(product) for product in CHAINS])
+    write_recorded(errors)
     return 0
 
 

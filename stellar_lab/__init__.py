@@ -35,9 +35,11 @@ __all__ = list(_FRONT_DOOR)
 def __getattr__(name):
     if name not in _FRONT_DOOR:
         raise AttributeError(f"module 'stellar_lab' has no attribute {name!r}")
-    value = getattr(import_module(f"stellar_lab.{_FRONT_DOOR[name]}"), name)
-    globals()[name] = value
-    return value
+    room = import_module(f"stellar_lab.{_FRONT_DOOR[name]}")
+    if name == _FRONT_DOOR[name]:
+        return room  # `normalize`: the room has the function's name, and can be called
+    globals()[name] = getattr(room, name)
+    return globals()[name]
 
 
 def __dir__():

@@ -166,6 +166,14 @@ def plot_comparison(tables: dict, names: Sequence, difference: bool = False, axe
     Returns
     -------
     array of Axes
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from astropy.table import QTable
+    >>> from stellar_lab import plot_comparison
+    >>> table = QTable({"teff": [4510.0, 4790.0]})
+    >>> axes = plot_comparison({"stars": (table, np.array([[4500.0], [4800.0]]))}, ["TEFF"])
     """
     import matplotlib.pyplot as plt
 
@@ -253,7 +261,15 @@ def with_error_model(model: LabelModel, table: QTable, truth) -> LabelModel:
 
     Examples
     --------
-    The errors that `stellar-lab train` gives a model come from here; see `stellar_lab.train`.
+    >>> from stellar_lab import Cannon, cross_label, fold_numbers, infer, with_error_model
+    >>> from stellar_lab.archives import real_stars
+    >>> stars = real_stars()[:150]
+    >>> model = Cannon(order=1, labels=["TEFF", "LOGG", "M_H"]).fit(stars)
+    >>> left_out = cross_label(model, stars, fold_numbers(len(stars), 2), progress=False)
+    >>> truth = stars.labels(model.label_names_)
+    >>> model = with_error_model(model, left_out, truth)
+    >>> infer(model, stars[:1]).meta["errors"]
+    'calibrated'
     """
     residual = label_values(table, model.label_names_) - np.asarray(truth, dtype=float)
     formal2 = label_values(table, [f"{name}_err" for name in model.label_names_]) ** 2

@@ -684,6 +684,16 @@ def training_set(
     ------
     LabError
         where there is no archive, or no star is left
+
+    Examples
+    --------
+    >>> from stellar_lab import training_set
+    >>> from stellar_lab.survey import archive_record, archive_root
+    >>> root = archive_root()
+    >>> fields = archive_record(root).fields[:2]
+    >>> spectra, ledger = training_set(root, fields=fields, progress=False)
+    >>> len(spectra) == ledger.left
+    True
     """
     spectra, ledger = read_archive(
         root, product=product, fields=fields, labels=labels, progress=progress

@@ -6,11 +6,11 @@ import pydoc
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_val_score
@@ -20,9 +20,9 @@ from sklearn.preprocessing import StandardScaler
 import stellar_lab
 from stellar_lab.survey import LabError
 
-MODULES = sorted(
-    path.stem for path in (ROOT / "stellar_lab").glob("[a-z]*.py") if path.stem != "py"
-)
+ROOT = Path(__file__).resolve().parents[1]
+MODULES = sorted(path.stem for path in (ROOT / "stellar_lab").glob("[a-z]*.py"))
+PLOTS = "{'matplotlib.pyplot', 'seaborn', 'corner', 'pandas', 'tensorflow'}"
 
 
 def make_stars(n=120, pixels=40, seed=0):
@@ -70,11 +70,10 @@ def test_the_front_door_is_lazy_and_complete():
 
 @pytest.mark.parametrize("room", ["survey", "clean", "normalize", "models", "cannon", "judging"])
 def test_rooms_without_plots_load_no_plotting(room):
-    code = (
-        f"import sys, stellar_lab.{room}; "
-        "print({'matplotlib.pyplot', 'seaborn', 'corner', 'pandas', 'tensorflow'} & set(sys.modules))"
+    code = f"import sys, stellar_lab.{room}; print({PLOTS} & set(sys.modules))"
+    answer = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT
     )
-    answer = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert answer.stdout.strip() == "set()"
 
 
@@ -93,9 +92,10 @@ def test_a_table_names_its_labels():
     assert model.label_names_ == ("TEFF", "age")
     table = stellar_lab.infer(model, flux[:3], np.full((3, 40), 1e4), min_good=0)
     assert table["teff"].unit == "K"
-    assert np.allclose(model.predict(table), model.predict(np.column_stack([
-        table["teff"].value, table["age"].value
-    ])))
+    assert np.allclose(
+        model.predict(table),
+        model.predict(np.column_stack([table["teff"].value, table["age"].value])),
+    )
 
 
 def test_what_has_not_learned_says_so():

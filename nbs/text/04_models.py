@@ -114,6 +114,12 @@ def fold_numbers(n: int, folds: int = 5, seed: int = 0, stars: Sequence = None) 
     ------
     LabError
         where there cannot be so many folds
+
+    Examples
+    --------
+    >>> from stellar_lab import fold_numbers
+    >>> fold_numbers(6, folds=3, stars=["a", "b", "c", "d", "e", "a"]).tolist()
+    [1, 2, 1, 0, 0, 1]
     """
     if not 2 <= folds <= n:
         raise LabError(f"{folds} folds of {n} stars: choose from 2 to {n}")

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stellar_lab.animation import (
-    COLORS,
-    WRITERS,
-    Picture,
-    Player,
+    _COLORS,
+    _WRITERS,
+    _Picture,
+    _Player,
+    _titles,
     brackett,
     check_lines,
     film,
@@ -167,8 +168,8 @@ def test_frames_beyond_the_training_stars_are_marked(model):
         np.array_equal(made.outside[made.values > top], np.ones((made.values > top).sum(), bool))
         and not made.outside[0]
     )
-    inside, beyond = (Picture(made).frame(k) for k in (0, 60))
-    color = np.array([int(COLORS["mark"][i : i + 2], 16) for i in (1, 3, 5)])
+    inside, beyond = (_Picture(made).frame(k) for k in (0, 60))
+    color = np.array([int(_COLORS["mark"][i : i + 2], 16) for i in (1, 3, 5)])
     corner = np.s_[-20:, -300:]
     assert (np.abs(beyond[corner] - color).sum(axis=2) < 60).any() and not (
         np.abs(inside[corner].astype(int) - color).sum(axis=2) < 60
@@ -184,14 +185,13 @@ def test_one_frame_and_labels_without_a_record(tmp_path):
     still = film(plain, "label_1", 0.5, 0.5, frames=1)
     write_film(still, tmp_path / "still.gif", **SMALL)
     assert (
-        len(read_back(tmp_path / "still.gif")[0]) == 1
-        and Picture(still).titles(0)[0] == "LABEL_1 = 0.50"
+        len(read_back(tmp_path / "still.gif")[0]) == 1 and _titles(still, 0)[0] == "LABEL_1 = 0.50"
     )
     assert len(still.lines) == 0  # a spectrum without lines has no names
 
 
 def test_unusable_pixels_and_gaps_break_the_curve(model):
-    picture = Picture(film(model, "FE_H", -1, 0.4, 3, window=None))
+    picture = _Picture(film(model, "FE_H", -1, 0.4, 3, window=None))
     drawn = picture.flux.get_xdata()
     assert np.isnan(drawn).sum() == 2  # three chips
     picture.frame(1)
@@ -204,12 +204,11 @@ def test_unusable_pixels_and_gaps_break_the_curve(model):
     st.integers(2, 400),
 )
 def test_every_frame_has_its_own_title(case, frames):
-    film_, picture = object.__new__(type(SHORT)), object.__new__(Picture)
+    film_ = object.__new__(type(SHORT))
     vars(film_).update(
         vars(SHORT) | {"moving": case[0], "labels": label_path(MODEL, *case, frames)}
     )
-    picture.film = film_
-    assert len({picture.titles(k)[0] for k in range(frames)}) == frames
+    assert len({_titles(film_, k)[0] for k in range(frames)}) == frames
 
 
 # ---- lines
@@ -289,7 +288,7 @@ def test_gif_read_back(short, tmp_path, interval):
 
 def test_a_gif_shows_what_was_drawn(short, tmp_path):
     write_film(short, tmp_path / "film.gif", **SMALL)
-    picture = Picture(short, SMALL["size"], SMALL["dpi"])
+    picture = _Picture(short, SMALL["size"], SMALL["dpi"])
     for k, frame in enumerate(read_back(tmp_path / "film.gif")[0]):
         assert np.abs(frame.astype(int) - picture.frame(k)).mean() < 3  # 64 colours instead of all
 
@@ -305,7 +304,7 @@ def test_same_bytes_whatever_the_session_draws_like(short, tmp_path):
 
 def test_a_film_that_fails_leaves_nothing(short, tmp_path, monkeypatch):
     (tmp_path / "film.gif").write_bytes(b"the old one")
-    monkeypatch.setattr(Picture, "frame", lambda self, k: 1 / 0)
+    monkeypatch.setattr(_Picture, "frame", lambda self, k: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         write_film(short, tmp_path / "film.gif", **SMALL)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [
@@ -357,7 +356,7 @@ def embedded(html):
 
 def test_the_player_needs_nothing_else(short, tmp_path):
     made = player(short)
-    assert isinstance(made, Player) and made._repr_html_() == made.html and len(repr(made)) < 60
+    assert isinstance(made, _Player) and made._repr_html_() == made.html and len(repr(made)) < 60
     assert len(embedded(made.html)) == 5 and not re.search(r"https?:|src=\"(?!data:)", made.html)
     write_film(short, tmp_path / "film.html", **SMALL)
     page = (tmp_path / "film.html").read_text(encoding="utf-8")
@@ -413,7 +412,7 @@ def test_a_model_without_wavelengths(model):
 def test_files_that_cannot_be(short, tmp_path, name, interval, message):
     with pytest.raises(LabError, match=message):
         write_film(short, tmp_path / name, interval=interval, **SMALL)
-    assert set(WRITERS) == {".gif", ".mp4", ".html"} and not list(tmp_path.iterdir())
+    assert set(_WRITERS) == {".gif", ".mp4", ".html"} and not list(tmp_path.iterdir())
 
 
 MODEL = made_up()

@@ -458,6 +458,7 @@ def training_set(
     labels: Sequence = None,
     continuum_pixels: np.ndarray = None,
     progress: bool = True,
+    row: int = None,
 ) -> tuple:
     """Normalized spectra of the stars to learn from, and the account of those that fell.
 
@@ -475,6 +476,8 @@ def training_set(
         the 529 of the original lab by default
     progress : bool, default True
         show a bar
+    row : int, optional
+        of apStar files: 0 and 1 are the combinations, the visits follow; the release's own by default
 
     Returns
     -------
@@ -487,7 +490,7 @@ def training_set(
         where there is no archive, or no star is left
     """
     spectra, ledger = read_archive(
-        root, product=product, fields=fields, labels=labels, progress=progress
+        root, product=product, fields=fields, labels=labels, row=row, progress=progress
     )
     spectra, ledger = apply_cuts(spectra, ledger=ledger)
     spectra = normalize(spectra, continuum_pixels=continuum_pixels)

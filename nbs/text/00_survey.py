@@ -1026,7 +1026,13 @@ def atomic_path(path):
         temporary.unlink(missing_ok=True)
 
 
-TABLE_FORMATS = {".fits": "fits", ".ecsv": "ascii.ecsv", ".parquet": "parquet"}
+TABLE_FORMATS = {
+    ".fits": "fits",
+    ".ecsv": "ascii.ecsv",
+    ".parquet": "parquet",
+    ".csv": "ascii.csv",
+    ".vot": "votable",
+}
 
 
 def write_table(

@@ -180,7 +180,7 @@ def check_target(path, suffixes, what: str) -> Path:
 
 # %% ../nbs/F_training.ipynb #c7fed25a
 def _label_list(root, labels):
-    "The names of the labels to learn, those of the archive by default; LabError if one comes twice."
+    "The names of the labels to learn, the archive's by default; LabError if one comes twice."
     records = label_records(archive_record(root).labels if labels is None else labels)
     names = [label.name for label in records]
     if not names or len(set(names)) < len(names):
@@ -446,7 +446,7 @@ def train(
     progress : bool, default True
         show bars
     row : int, optional
-        of apStar files: 0 and 1 are the combinations, the visits follow; the release's own by default
+        of apStar files: 0 and 1 are the combinations, the visits follow; the release's by default
 
     Returns
     -------

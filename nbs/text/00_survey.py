@@ -1026,13 +1026,7 @@ def atomic_path(path):
         temporary.unlink(missing_ok=True)
 
 
-TABLE_FORMATS = {
-    ".fits": "fits",
-    ".ecsv": "ascii.ecsv",
-    ".parquet": "parquet",
-    ".csv": "ascii.csv",
-    ".vot": "votable",
-}
+TABLE_FORMATS = {".fits": "fits", ".ecsv": "ascii.ecsv", ".parquet": "parquet"}
 
 
 def write_table(

@@ -915,16 +915,6 @@ def _catalogue_errors(path):
         ) from error
 
 
-# What an older or a newer release measured instead: metals as a whole, alpha elements as a whole.
-_NEAREST = {"FE_H": "M_H", "M_H": "FE_H", "MG_FE": "ALPHA_M", "SI_FE": "ALPHA_M", "ALPHA_M": "MG_FE"}
-
-
-def _nearest_labels(lacking, has):
-    "A hint at the labels that are there and come nearest to those that are not."
-    pairs = [(_NEAREST[name], name) for name in lacking if _NEAREST.get(name) in has]
-    return "".join(f"; {near} comes nearest to {name}" for near, name in pairs)
-
-
 def _label_columns(path, known, labels):
     "label -> {label: its column, label_ERR: its error's column or None}"
     has = {name: pair for name, label in LABELS.items() for pair in [_pair(label, known)] if pair}
@@ -936,7 +926,6 @@ def _label_columns(path, known, labels):
         tried = ", ".join(column for name in lacking for column in LABELS[name].columns)
         raise LabError(
             f"{path} has no label {', '.join(lacking)} (looked for the columns {tried}): it has {', '.join(has) or 'none'}"
-            + _nearest_labels(lacking, has)
         )
     return {name: has[name] for name in names}
 

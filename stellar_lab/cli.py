@@ -235,16 +235,17 @@ def _run_train(options):
 
 # %% ../nbs/H_cli.ipynb #29bac1c7
 _TRAINED = {  # option -> its help
-    "--labels": "teff, logg, fe_h, mg_fe, si_fe, m_h, alpha_m, c_m, n_m (default: the archive's own)",
+    "--labels": "teff, logg, fe_h, mg_fe, si_fe, m_h, alpha_m, c_m, n_m "
+    "(default: the archive's own)",
     "--fields": "fields to learn from, or 'all' (default: the archive's own)",
-    "--product": "apstar: raw flux, normalized here; aspcapstar: normalized by the survey "
-    "(default: apstar if there are any)",
-    "--continuum-pixels": "pixels for the continuum of apstar spectra: .npy of flags or pixel numbers, "
-    "or text, one vacuum wavelength per line (default: the original lab's 529)",
-    "--scatter": "fit an intrinsic scatter per pixel, so that pixels that the labels do not explain "
-    "weigh less (default: off, as in the original lab)",
-    "--folds": "judge in K folds instead: each star is left out once, with all its spectra; the model "
-    "itself learns from all",
+    "--product": "apstar: raw flux, normalized here; aspcapstar: normalized by "
+    "the survey (default: apstar if there are any)",
+    "--continuum-pixels": "pixels for the continuum of apstar spectra: .npy of flags or pixel "
+    "numbers, or text, one vacuum wavelength per line (default: the original lab's 529)",
+    "--scatter": "fit an intrinsic scatter per pixel, so that pixels that the labels do not "
+    "explain weigh less (default: off, as in the original lab)",
+    "--folds": "judge in K folds instead: each star is left out once, with all its spectra; "
+    "the model itself learns from all",
 }
 _ROW = "of apstar files: 0 and 1 are combinations of all visits, 2, 3, … the visits"
 

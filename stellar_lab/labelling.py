@@ -60,9 +60,12 @@ def _kind_of_name(name):
 def _counted(kinds):
     "Kinds of files in words, such as: 2 aspcapStar files, 1 other FITS file."
     counts = Counter(kinds)
-    words = {kind: f"{counts[kind]} {text}" for kind, text in _KINDS.items() if counts[kind]}
-    singular = {kind: words[kind].replace("files", "file", 1) for kind in words if counts[kind] == 1}
-    return ", ".join((words | singular).values())
+    words = []
+    for kind, text in _KINDS.items():
+        if counts[kind]:
+            text = text.replace("files", "file", 1) if counts[kind] == 1 else text
+            words.append(f"{counts[kind]} {text}")
+    return ", ".join(words)
 
 
 def _raise(error):
@@ -112,7 +115,8 @@ def _find(paths, product):
         for file, kind in stars:
             found.setdefault(os.path.abspath(file), (str(file), kind))
         seen |= {os.path.abspath(file): kind for file, kind in everything}
-    return list(found.values()), _counted(kind for place, kind in seen.items() if place not in found)
+    left_out = [kind for place, kind in seen.items() if place not in found]
+    return list(found.values()), _counted(left_out)
 
 
 def find_spectra(paths, product: str = None) -> list:
@@ -335,6 +339,10 @@ def _for_csv(table):
             plain[name] = MaskedColumn(plain[name], mask=np.isnan(plain[name]))
     return plain
 
+# %% ../nbs/G_labelling.ipynb #a73f290f
+def _write_csv(table, path):
+    _for_csv(table).write(path, format="ascii.csv")
+
 
 def _write_votable(table, path):
     "A VOTable whose units the Virtual Observatory knows, and the meta as INFO."
@@ -347,10 +355,13 @@ def _write_votable(table, path):
     infos = votable.get_first_table().infos
     for key, value in table.meta.items():
         infos.append(Info(name=key, value=str(value)))
-    with atomic_path(path) as temporary:
-        votable.to_xml(str(temporary))
+    votable.to_xml(str(path))
 
-# %% ../nbs/G_labelling.ipynb #a73f290f
+
+_MORE_FORMATS = {".csv": _write_csv, ".vot": _write_votable}
+_FORMATS = (*TABLE_FORMATS, *_MORE_FORMATS)
+
+# %% ../nbs/G_labelling.ipynb #2ebf8ad4
 def write_labels(table: QTable, path):
     """Write a table of labels, whole or not at all.
 
@@ -368,14 +379,14 @@ def write_labels(table: QTable, path):
         where the extension is another
     """
     suffix = Path(path).suffix.lower()
-    if suffix == ".vot":
-        _write_votable(table, path)
+    if suffix in _MORE_FORMATS:
+        with atomic_path(path) as temporary:
+            _MORE_FORMATS[suffix](table, temporary)
         return
-    layout = {".fits": _for_fits, ".csv": _for_csv}.get(suffix)
     with warnings.catch_warnings():
         # dex; astropy keeps it another way
         warnings.filterwarnings("ignore", message=".*could not be saved in native FITS format")
-        write_table(table if layout is None else layout(table), path)
+        write_table(_for_fits(table) if suffix == ".fits" else table, path)
 
 # %% ../nbs/G_labelling.ipynb #cb6b3ec4
 def label(
@@ -426,7 +437,7 @@ def label(
     >>> summary = label("giants.asdf", "stars", "labels.fits")  # doctest: +SKIP
     >>> print(summary)  # doctest: +SKIP
     """
-    if out is not None and check_target(out, tuple(TABLE_FORMATS), "a table").suffix == ".parquet":
+    if out is not None and check_target(out, _FORMATS, "a table").suffix.lower() == ".parquet":
         require("pyarrow", "parquet")
     name = str(model) if isinstance(model, (str, os.PathLike)) else ""
     model = load_model(model) if name else model

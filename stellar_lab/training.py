@@ -360,9 +360,7 @@ def _error_facts(model):
     if model.errors_ != "calibrated":
         return None
     found = zip(model.label_names_, model.error_inflation_, model.error_floor_)
-    return {
-        name: {"inflation": float(a), "floor": float(np.sqrt(b))} for name, a, b in found
-    }
+    return {name: {"inflation": float(a), "floor": float(np.sqrt(b))} for name, a, b in found}
 
 # %% ../nbs/F_training.ipynb #1e9256af
 def _facts(model, spectra, arguments, root, path):

@@ -1,6 +1,6 @@
 """A small archive and a model of it, for the tests of training, labelling and command line.
 
-A test module that wants the fixtures says `pytest_plugins = ["forty_stars"]`.
+A test module that wants these fixtures says `pytest_plugins = ["forty_stars"]`.
 """
 
 import numpy as np
@@ -57,7 +57,13 @@ def run(capsys):
     return run
 
 
-def same_labels(table, expected, model):
+@pytest.fixture(scope="session")
+def same_labels():
+    "Assert that two tables hold the same labels."
+    return _same_labels
+
+
+def _same_labels(table, expected, model):
     "To a millionth, errors to a ten-thousandth: the covariance comes from float32 products."
     for name in model.label_names_:
         for column, rtol in ((name.lower(), 1e-6), (f"{name.lower()}_err", 1e-4)):

@@ -1,4 +1,4 @@
-"""The command line: what it says, and how it fails. What it leaves behind: test_training, test_labelling."""
+"""The command line: what it says, and how it fails."""
 
 import os
 import re
@@ -13,7 +13,6 @@ import stellar_lab
 from stellar_lab import archives, clean, cli, labelling, survey, training
 from stellar_lab.archives import tree_digest
 from stellar_lab.clean import find_files
-from stellar_lab.cli import main
 from stellar_lab.models import Flag
 from stellar_lab.survey import LABELS, PRODUCTS, RELEASES
 

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from astropy.table import QTable, Table
-from forty_stars import same_labels
 
 from stellar_lab import survey
 from stellar_lab.cannon import Cannon
@@ -27,7 +26,7 @@ FACTS = ["snr", "ra", "dec", "field", "telescope"]
 
 
 @pytest.mark.parametrize("suffix", [".fits", ".ecsv", ".parquet"])
-def test_round_trip_of_the_table(run, model, good_files, tmp_path, suffix):
+def test_round_trip_of_the_table(run, model, good_files, tmp_path, suffix, same_labels):
     files, spectra = good_files
     trained, out = Cannon.load(model), tmp_path / f"labels{suffix}"
     code, said, err = run("label", "--model", model, *files, "--out", out)
@@ -89,7 +88,7 @@ def test_roots_folders_and_files_name_the_same_stars(run, root, model, tmp_path)
     ]
 
 
-def test_batches_do_not_matter(model, good_files):
+def test_batches_do_not_matter(model, good_files, same_labels):
     files, _ = good_files
     whole = label(model, files[:9], progress=False)
     loaded = Cannon.load(model)
@@ -119,7 +118,7 @@ def test_the_other_product_is_refused(run, root, model, tmp_path):
     assert run("label", nameless, "--model", model, "--out", tmp_path / "o.fits")[0] == 2
 
 
-def test_a_model_that_does_not_know_its_product(good_files):
+def test_a_model_that_does_not_know_its_product(good_files, same_labels):
     files, spectra = good_files
     bare = Cannon(scatter=True).fit(
         spectra.labels(("TEFF", "M_H")), spectra.flux, spectra.ivar, label_names=("TEFF", "M_H")
@@ -133,7 +132,9 @@ def test_a_model_that_does_not_know_its_product(good_files):
     )
 
 
-def test_new_spectra_are_treated_as_the_training_spectra_were(root, good_files, tmp_path):
+def test_new_spectra_are_treated_as_the_training_spectra_were(
+    root, good_files, tmp_path, same_labels
+):
     "A model's own continuum pixels travel with it."
     files, _ = good_files
     pixels = survey.wavelength[np.arange(7214) % 20 == 3]
@@ -215,7 +216,7 @@ def test_a_failed_run_leaves_the_old_table(run, model, good_files, tmp_path, mon
 # --- what travels with a model
 
 
-def test_own_continuum_pixels_travel_from_python(root, good_files, tmp_path):
+def test_own_continuum_pixels_travel_from_python(root, good_files, tmp_path, same_labels):
     "A model that was trained without `train` labels with its own pixels, too."
     files, _ = good_files
     pixels = np.arange(7214) % 20 == 3
@@ -228,7 +229,7 @@ def test_own_continuum_pixels_travel_from_python(root, good_files, tmp_path):
     assert np.abs(infer(model, usual, any_recipe=True)["teff"] - table["teff"]).max().value > 1
 
 
-def test_rows(run, model, good_files, root, tmp_path):
+def test_rows(run, model, good_files, root, tmp_path, same_labels):
     "The row of the files' release, that of the model, or the one that is asked for."
     files, _ = good_files
     several = [file for file in files if survey_rows(file) > 2][:3]

@@ -1192,7 +1192,7 @@ def training_set(
     progress : bool, default True
         show a bar
     row : int, optional
-        of apStar files: 0 and 1 are the combinations, the visits follow; the release's by default
+        of apStar files: 0 and 1 are the combinations, the visits follow; the release's own by default
 
     Returns
     -------

@@ -253,7 +253,6 @@ few = archive_record(archive_root()).fields[:6]
 other_row, _ = training_set(archive_root(), fields=few, row=0, progress=False)
 assert _row_of(model) is None and _row_of(Cannon(order=1).fit(other_row)) == 0
 
-
 # %% [markdown]
 # ## Labels in batches
 # Labels come in batches, so that a hundred thousand files need no more memory than a few dozen. What fails is collected, file by file.
@@ -309,7 +308,6 @@ print(*problems, sep="\n")
 assert len(table) == 3 and len(problems) == 1 and "cut short" in problems[0].reason
 assert list(table["apogee_id"]) == sorted(known[:3]) and table["ra"].unit == u.deg
 table["apogee_id", "teff", "teff_err", "flags", "snr", "ra", "dec", "field", "telescope"]
-
 
 # %% [markdown]
 # ## What a table should say

@@ -418,7 +418,6 @@ Examples:
   stellar-lab label --model giants.asdf stars --out labels.parquet
 """
 
-
 # %%
 #| export
 _LONGEST = 1000  # characters of a command that a table keeps: a shell may spell out every file

@@ -389,6 +389,19 @@ def write_labels(table: QTable, path):
         write_table(_for_fits(table) if suffix == ".fits" else table, path)
 
 # %% ../nbs/G_labelling.ipynb #cb6b3ec4
+def _check_out(out):
+    "LabError if the table could not be written, before anything slow begins."
+    if out is None:
+        return
+    if check_target(out, _FORMATS, "a table").suffix.lower() == ".parquet":
+        require("pyarrow", "parquet")
+
+
+def _few(problems, number=3):
+    "The first problems as text."
+    return "; ".join(map(str, problems[:number])) + ("; …" if len(problems) > number else "")
+
+# %% ../nbs/G_labelling.ipynb #f9e8882e
 def label(
     model,
     paths,
@@ -414,8 +427,8 @@ def label(
     progress : bool, default True
         show a bar
     row : int, optional
-        of apStar files: 0 and 1 are the combinations, the visits follow; by default the one that the
-        model learned from
+        of apStar files: 0 and 1 are the combinations, the visits follow; by default as the model
+        learned
     notes : dict, optional
         goes into the table's meta, such as a date
     batch : int, default 64
@@ -437,8 +450,7 @@ def label(
     >>> summary = label("giants.asdf", "stars", "labels.fits")  # doctest: +SKIP
     >>> print(summary)  # doctest: +SKIP
     """
-    if out is not None and check_target(out, _FORMATS, "a table").suffix.lower() == ".parquet":
-        require("pyarrow", "parquet")
+    _check_out(out)
     name = str(model) if isinstance(model, (str, os.PathLike)) else ""
     model = load_model(model) if name else model
     check_is_fitted(model)
@@ -448,8 +460,7 @@ def label(
     row = _row_of(model) if row is None else row
     table, problems = _label_files(model, files, row, any_product, batch, progress)
     if table is None:
-        some = "; ".join(map(str, problems[:3])) + ("; …" if len(problems) > 3 else "")
-        raise LabError(f"none of {len(files)} files gave labels: {some}")
+        raise LabError(f"none of {len(files)} files gave labels: {_few(problems)}")
     table.meta |= {"model": name, "files": len(files), "failed": len(problems)} | (notes or {})
     if out is not None:
         write_labels(table, out)

@@ -123,6 +123,16 @@ def _ledger_lines(ledger, width):
 
 
 # %%
+scratch = tempfile.TemporaryDirectory()
+here = Path(scratch.name)
+ledger = Ledger(3).drop("too noisy", ["2M00000000+0000000"], reason="keep 50 < SNR")
+print(*_ledger_lines(ledger, width=100), "", *_ledger_lines(ledger, width=40), sep="\n")
+(here / "other.json").write_text('{"format": 1}')
+with pytest.raises(LabError, match="other.json is not the record of a training"):
+    _read_record(here / "other.json")
+
+
+# %%
 #| export
 @dataclass
 class TrainingReport:
@@ -180,16 +190,10 @@ class TrainingReport:
 # A record of a training that never was, written and read back:
 
 # %%
-scratch = tempfile.TemporaryDirectory()
-here = Path(scratch.name)
-ledger = Ledger(3).drop("too noisy", ["2M00000000+0000000"])
 report = TrainingReport({"notes": ["a made-up training"]}, ledger, {"test stars": made_up})
 report.save(here / "made_up.json")
 again = TrainingReport.load(here / "made_up.json")
 assert str(again) == str(report) and again.ledger == ledger
-(here / "other.json").write_text('{"format": 1}')
-with pytest.raises(LabError, match="other.json is not the record of a training"):
-    TrainingReport.load(here / "other.json")
 print(again)
 
 
@@ -289,6 +293,12 @@ def _check_fields(root, product, fields):
     )
 
 
+# %%
+print(_label_list(archive_root(), ["teff", "M_H"]))
+with pytest.raises(LabError, match="labels are TEFF, TEFF: name each once"):
+    _label_list(archive_root(), ["teff", "TEFF"])
+
+
 # %% [markdown]
 # Own continuum pixels and a row make sense for raw spectra only. An aspcapStar file is normalized already, and it holds one spectrum.
 
@@ -333,7 +343,6 @@ def _check_terms(n_stars, n_labels, order):
 
 # %%
 wishes = {
-    "labels": lambda: _label_list(archive_root(), ["teff", "TEFF"]),
     "folds": lambda: _check_numbers(order=2, test_size=None, folds=1, seed=42),
     "fields": lambda: _check_fields(archive_root(), None, ["Orion"]),
     "row": lambda: _check_treatment("aspcapstar", None, row=0),
@@ -549,6 +558,16 @@ def _report(model, spectra, ledger, sets, arguments, root, path):
     facts["notes"] = [_flag_note(kind, table), error_note, *_useless_notes(errors[kind])]
     return TrainingReport(facts, ledger, errors, model)
 
+
+# %%
+request = {"labels": ["TEFF", "M_H"], "seed": 42}
+small = _report(model, spectra, ledger, sets, request, archive_root(), None)
+print(*small.facts, sep=", ")
+assert small.model.errors_ == "calibrated" and small.facts["flagged"] == count_flags(table["flags"])
+
+
+# %% [markdown]
+# The one function for it all:
 
 # %%
 #| export
@@ -811,6 +830,10 @@ def _model_lines(model, versions):
         ("versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
     ]
     return _paragraphs(pairs)
+
+
+# %%
+print(*_model_lines(model, {"stellar_lab": "0.1"})[-6:], sep="\n")
 
 
 # %%

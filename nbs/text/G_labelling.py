@@ -466,6 +466,10 @@ def _for_csv(table):
 
 
 # %%
+print(*[name for name in _for_csv(table).colnames if name.startswith("cov")][:4], "…", sep="\n")
+
+
+# %%
 #| export
 def _write_csv(table, path):
     _for_csv(table).write(path, format="ascii.csv")
@@ -525,7 +529,7 @@ with warnings.catch_warnings():
         write_labels(table, here / f"labels{suffix}")
     votable = Table.read(here / "labels.vot")
 frame = pd.read_csv(here / "labels.csv")
-print(*[name for name in frame.columns if name.startswith("cov")][:4], "…", sep="\n")
+print(votable["teff", "teff_err", "logg", "logg_err"].info)
 assert np.allclose(frame["cov_teff_logg"], table["covariance"][:, 0, 1])
 assert np.allclose(votable["covariance"], table["covariance"])
 assert votable["teff"].unit == u.K and votable["logg"].description == "in dex"
@@ -538,6 +542,27 @@ assert frame["apogee_id"].tolist() == list(table["apogee_id"])
 #
 # A table should say where it comes from. Model and version stand in its meta. Date and command would, too, but then the same input would not give the same bytes; so only who asks for them, as the command line does,
 # gets them, through `notes`.
+
+# %%
+#| export
+def _check_out(out):
+    "LabError if the table could not be written, before anything slow begins."
+    if out is None:
+        return
+    if check_target(out, _FORMATS, "a table").suffix.lower() == ".parquet":
+        require("pyarrow", "parquet")
+
+
+def _few(problems, number=3):
+    "The first problems as text."
+    return "; ".join(map(str, problems[:number])) + ("; …" if len(problems) > number else "")
+
+
+# %%
+with pytest.raises(LabError, match="its extension must be .fits or .ecsv or"):
+    _check_out(here / "labels.doc")
+print(_few(problems * 5))
+
 
 # %%
 #| export
@@ -566,8 +591,8 @@ def label(
     progress : bool, default True
         show a bar
     row : int, optional
-        of apStar files: 0 and 1 are the combinations, the visits follow; by default the one that the
-        model learned from
+        of apStar files: 0 and 1 are the combinations, the visits follow; by default as the model
+        learned
     notes : dict, optional
         goes into the table's meta, such as a date
     batch : int, default 64
@@ -589,8 +614,7 @@ def label(
     >>> summary = label("giants.asdf", "stars", "labels.fits")  # doctest: +SKIP
     >>> print(summary)  # doctest: +SKIP
     """
-    if out is not None and check_target(out, _FORMATS, "a table").suffix.lower() == ".parquet":
-        require("pyarrow", "parquet")
+    _check_out(out)
     name = str(model) if isinstance(model, (str, os.PathLike)) else ""
     model = load_model(model) if name else model
     check_is_fitted(model)
@@ -600,8 +624,7 @@ def label(
     row = _row_of(model) if row is None else row
     table, problems = _label_files(model, files, row, any_product, batch, progress)
     if table is None:
-        some = "; ".join(map(str, problems[:3])) + ("; …" if len(problems) > 3 else "")
-        raise LabError(f"none of {len(files)} files gave labels: {some}")
+        raise LabError(f"none of {len(files)} files gave labels: {_few(problems)}")
     table.meta |= {"model": name, "files": len(files), "failed": len(problems)} | (notes or {})
     if out is not None:
         write_labels(table, out)
@@ -689,10 +712,11 @@ learned = set(known) | set(report.facts["stars"]["training stars"])
 strange = np.array([str(name) not in learned for name in summary.table["apogee_id"]])
 flagged = summary.table["flags"] > 0
 Markdown(
-    "**What to see.** Hot on the left, as astronomers draw it: the giant branch, metal-poor stars (dark) on its hot "
-    f"side. Of the stars that were in neither set, {flagged[strange].mean():.0%} carry a flag (crosses), of the "
-    f"others {flagged[~strange].mean():.1%}. The model answers for a dwarf, too, with the labels of some giant; "
-    "without the column `flags` nobody would know."
+    "**What to see.** Hot on the left, as astronomers draw it: the giant branch, metal-poor "
+    "stars (dark) on its hot side. Of the stars that were in neither set, "
+    f"{flagged[strange].mean():.0%} carry a flag (crosses), of the others "
+    f"{flagged[~strange].mean():.1%}. The model answers for a dwarf, too, with the labels of "
+    "some giant; without the column `flags` nobody would know."
 )
 
 # %%

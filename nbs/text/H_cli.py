@@ -354,6 +354,12 @@ def _add_spectra_options(option):
 
 
 # %%
+parser = argparse.ArgumentParser()
+_add_spectra_options(parser.add_argument)
+print(parser.parse_args(["stars", "--model", "m.asdf", "--labels", "teff,m_h", "--row", "0"]))
+
+
+# %%
 #| export
 def _add_train(commands):
     parser = _command(
@@ -452,6 +458,10 @@ def _run_label(options):
 
 
 # %%
+print(_notes(["label", "my star.fits", "--model", "m.asdf"])["command"])
+assert len(_notes(["label", *["star.fits"] * 10_000])["command"]) < 1100
+
+# %%
 #| export
 _MODEL = "a model: what 'stellar-lab train' wrote or Python saved (.asdf), or a network (.keras)"
 
@@ -479,7 +489,6 @@ def _add_label(commands):
 # %%
 show_help(_add_label, "label")
 assert _notes(["label", "my star.fits"])["command"] == "stellar-lab label 'my star.fits'"
-assert len(_notes(["label", *["star.fits"] * 10_000])["command"]) < 1100
 
 # %% [markdown]
 # ### `report`
@@ -603,6 +612,10 @@ def _main(words):
     except KeyboardInterrupt:
         print(f"\nstellar-lab: interrupted: {options.interrupted}", file=sys.stderr)
         return 130
+
+
+# %%
+assert _main(["--version"]) == 0
 
 
 # %%

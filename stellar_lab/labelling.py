@@ -247,12 +247,17 @@ def _label_lines(table):
 
 def _wide_errors(model, table):
     "A sentence for each label whose errors are as wide as the training stars are spread."
-    typical = np.nanmedian(label_values(table, [f"{n}_err" for n in model.label_names_]), axis=0)
-    return [
-        f"{name} says nothing: its error is typically as wide as the training stars are spread"
-        for name, error, spread in zip(model.label_names_, typical, model.scales_)
-        if error >= spread
-    ]
+    spreads = dict(zip(model.label_names_, getattr(model, "scales_", ())))
+    said = []
+    for name, spread in spreads.items():
+        errors = label_values(table, [f"{name}_err"])
+        known = errors[np.isfinite(errors)]
+        if len(known) and np.median(known) >= spread:
+            said.append(
+                f"{name} says nothing: its error is typically as wide as the training stars "
+                "are spread"
+            )
+    return said
 
 # %% ../nbs/G_labelling.ipynb #1f7be53d
 @dataclass

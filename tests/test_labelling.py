@@ -334,7 +334,7 @@ def test_few_stars_are_shown(model, good_files):
 
 
 def test_csv_and_votable(run, model, good_files, tmp_path):
-    "Opened by whoever comes, without a warning."
+    "They open without a warning."
     files, spectra = good_files
     expected = infer(Cannon.load(model), spectra)
     with warnings.catch_warnings():
@@ -387,3 +387,12 @@ def test_a_ridge_regression_labels_and_is_described(run, good_files, tmp_path):
     assert np.allclose(QTable.read(out)["teff"], infer(ridge, spectra)["teff"], rtol=1e-6)
     code, said, _ = run("report", "--model", tmp_path / "ridge.asdf")
     assert code == 0 and "a RidgeLabels" in said and "errors       formal" in said
+
+
+def test_labels_that_say_nothing_are_named(model, good_files):
+    files, _ = good_files
+    loaded = Cannon.load(model)
+    assert "says nothing" not in str(label(loaded, files[:6], progress=False))
+    loaded.error_floor_ = loaded.scales_**2 * [2, 0.01]
+    said = str(label(loaded, files[:6], progress=False))
+    assert "TEFF says nothing" in said and "M_H says nothing" not in said

@@ -560,6 +560,23 @@ def _report(model, spectra, ledger, sets, arguments, root, path):
 
 
 # %%
+#| export
+def _stars(root, request, pixels, progress):
+    "The stars to learn from, and their ledger, if nothing is wrong with the request."
+    product = request["product"]
+    row = request["row"]
+    _check_numbers(*(request[name] for name in ("order", "test_size", "folds", "seed")))
+    _check_treatment(product, pixels, row)
+    _check_fields(root, product, request["fields"])
+    spectra, ledger = training_set(
+        root, product, request["fields"], request["labels"], pixels, progress, row
+    )
+    _check_treatment(spectra.stars.meta["product"], pixels, row)
+    _check_terms(len(spectra), len(request["labels"]), request["order"])
+    return spectra, ledger
+
+
+# %%
 request = {"labels": ["TEFF", "M_H"], "seed": 42}
 small = _report(model, spectra, ledger, sets, request, archive_root(), None)
 print(*small.facts, sep=", ")
@@ -634,14 +651,9 @@ def train(
     >>> report = train("stars", "giants.asdf", scatter=True)  # doctest: +SKIP
     >>> print(report)  # doctest: +SKIP
     """
-    names = _label_list(root, labels)
-    _check_numbers(order, test_size, folds, seed)
     pixels, source = _chosen_pixels(continuum_pixels)
-    _check_treatment(product, pixels, row)
-    _check_fields(root, product, fields)
-    path = None if path is None else check_target(path, (".asdf",), "the model")
-    arguments = {
-        "labels": names,
+    request = {
+        "labels": _label_list(root, labels),
         "fields": fields,
         "product": product,
         "continuum_pixels": None if pixels is None else source,
@@ -652,13 +664,12 @@ def train(
         "folds": folds,
         "seed": seed,
     }
-    spectra, ledger = training_set(root, product, fields, names, pixels, progress, row)
-    _check_treatment(spectra.stars.meta["product"], pixels, row)
-    _check_terms(len(spectra), len(names), order)
+    path = None if path is None else check_target(path, (".asdf",), "the model")
+    spectra, ledger = _stars(root, request, pixels, progress)
     spectra.stars.meta["continuum_source"] = source
-    model = Cannon(order=order, scatter=scatter, labels=names)
+    model = Cannon(order=order, scatter=scatter, labels=request["labels"])
     model, sets = _judge(model, spectra, test_size, folds, seed, progress)
-    report = _report(model, spectra, ledger, sets, arguments, root, path)
+    report = _report(model, spectra, ledger, sets, request, root, path)
     if path is not None:
         report.model.save(path)
         report.save(path.with_suffix(".json"))
@@ -773,6 +784,8 @@ def _inside(model):
             ("weights", f"{model.net_.count_params():,}"),
             ("training", f"{epochs} epochs, at the end {', '.join(last)}"),
         ]
+    if hasattr(model, "alpha_"):
+        return [("penalty", f"{model.alpha_:.3g} on the squared weights")]
     return []
 
 

@@ -349,12 +349,17 @@ def _label_lines(table):
 
 def _wide_errors(model, table):
     "A sentence for each label whose errors are as wide as the training stars are spread."
-    typical = np.nanmedian(label_values(table, [f"{n}_err" for n in model.label_names_]), axis=0)
-    return [
-        f"{name} says nothing: its error is typically as wide as the training stars are spread"
-        for name, error, spread in zip(model.label_names_, typical, model.scales_)
-        if error >= spread
-    ]
+    spreads = dict(zip(model.label_names_, getattr(model, "scales_", ())))
+    said = []
+    for name, spread in spreads.items():
+        errors = label_values(table, [f"{name}_err"])
+        known = errors[np.isfinite(errors)]
+        if len(known) and np.median(known) >= spread:
+            said.append(
+                f"{name} says nothing: its error is typically as wide as the training stars "
+                "are spread"
+            )
+    return said
 
 
 # %%
@@ -428,7 +433,7 @@ print(LabelSummary(table, len(found), problems, left_out=left_out))
 
 # %% [markdown]
 # ## One table, five formats
-# FITS and [ECSV](https://docs.astropy.org/en/stable/io/ascii/ecsv.html) keep everything, units included. Parquet is for many rows. CSV and VOTable need a little care, so that whoever opens them sees numbers and no warnings:
+# FITS and [ECSV](https://docs.astropy.org/en/stable/io/ascii/ecsv.html) keep everything, units included. Parquet is for many rows. CSV and VOTable need a little care, so that a reader sees numbers and no warnings:
 #
 # - CSV has no matrices. The covariance is spread over columns such as `cov_teff_logg`; the variances are the squares of the `_err` columns. A number that is not there is an empty cell, for `pandas`, astropy and TOPCAT agree on
 #   nothing else. There are no comment lines, since `pandas` would take them for data; so units and meta stay behind.

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['MIN_GOOD', 'train_test_rows', 'fold_numbers', 'single_threaded', 'in_blocks', 'pair_index', 'label_values',
            'plain_value', 'read_model_file', 'LabelModel', 'outside_training', 'label_box', 'Flag', 'flag_names',
-           'Answer', 'answer', 'check_spectra', 'finite_flux', 'apply_error_model', 'label_table', 'infer']
+           'count_flags', 'Answer', 'answer', 'check_spectra', 'finite_flux', 'apply_error_model', 'label_table',
+           'infer']
 
 # %% ../nbs/04_models.ipynb #f0e41f31
 import hashlib
@@ -480,6 +481,22 @@ def flag_names(flags) -> list:
     """
     values = [int(value) for value in np.atleast_1d(flags)]
     return [" ".join(flag.name for flag in Flag if value & flag) for value in values]
+
+# %% ../nbs/04_models.ipynb #192b6bff
+def count_flags(flags) -> dict:
+    """How many stars carry each flag.
+
+    Parameters
+    ----------
+    flags : (N,) int array
+
+    Returns
+    -------
+    dict
+        name of a flag -> number of stars; flags that no star carries are left out
+    """
+    counts = {flag.name: int(np.count_nonzero(np.asarray(flags, int) & flag)) for flag in Flag}
+    return {name: count for name, count in counts.items() if count}
 
 # %% ../nbs/04_models.ipynb #06d361d9
 @dataclass

@@ -1388,6 +1388,7 @@ def training_set(
     labels: Sequence = None,
     continuum_pixels: np.ndarray = None,
     progress: bool = True,
+    row: int = None,
 ) -> tuple:
     """Normalized spectra of the stars to learn from, and the account of those that fell.
 
@@ -1405,6 +1406,8 @@ def training_set(
         the 529 of the original lab by default
     progress : bool, default True
         show a bar
+    row : int, optional
+        of apStar files: 0 and 1 are the combinations, the visits follow; the release's own by default
 
     Returns
     -------
@@ -1427,7 +1430,7 @@ def training_set(
     True
     """
     spectra, ledger = read_archive(
-        root, product=product, fields=fields, labels=labels, progress=progress
+        root, product=product, fields=fields, labels=labels, row=row, progress=progress
     )
     spectra, ledger = apply_cuts(spectra, ledger=ledger)
     spectra = normalize(spectra, continuum_pixels=continuum_pixels)

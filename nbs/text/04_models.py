@@ -645,7 +645,26 @@ def flag_names(flags) -> list:
 
 
 # %%
+#| export
+def count_flags(flags) -> dict:
+    """How many stars carry each flag.
+
+    Parameters
+    ----------
+    flags : (N,) int array
+
+    Returns
+    -------
+    dict
+        name of a flag -> number of stars; flags that no star carries are left out
+    """
+    counts = {flag.name: int(np.count_nonzero(np.asarray(flags, int) & flag)) for flag in Flag}
+    return {name: count for name, count in counts.items() if count}
+
+
+# %%
 assert flag_names([0, 5]) == ["", "NOT_CONVERGED OUTSIDE_TRAINING"]
+assert count_flags([0, 5, 4]) == {"NOT_CONVERGED": 1, "OUTSIDE_TRAINING": 2}
 flag_names([0, 5, 16])
 
 

@@ -1,6 +1,6 @@
 # %% [markdown]
 # # How is a model trained, and what must be kept of it?
-# > One training and its record: an archive goes in, a model comes out, and beside it the account of every star and every error.
+# > One training and its record: an archive goes in, a model comes out, and with it the account of every star and every error.
 #
 # **Question.** A notebook is for understanding. Next year somebody wants to know how a model came about, from which stars, and how wrong it is. What has to be written down?
 #
@@ -32,107 +32,84 @@ from stellar_lab.cannon import Cannon
 from stellar_lab.clean import Ledger, find_files
 from stellar_lab.inversion import infer
 from stellar_lab.judging import cross_label, error_table, with_error_model
-from stellar_lab.models import Flag, fold_numbers, read_model_file, train_test_rows
-from stellar_lab.normalize import (
-    continuum_steps,
-    read_continuum_pixels,
-    training_set,
+from stellar_lab.models import (
+    count_flags,
+    fold_numbers,
+    plain_value,
+    read_model_file,
+    train_test_rows,
 )
+from stellar_lab.normalize import continuum_steps, read_continuum_pixels, training_set
 from stellar_lab.survey import PRODUCTS, LabError, archive_record, atomic_path, label_records
 
 # %%
 #| hide
+import pytest
+
+from stellar_lab.normalize import lab_continuum_pixels
+from stellar_lab.survey import archive_root
+
 
 # %% [markdown]
-# ## Train
-# A training is more than the model that comes out. Its record says from which archive, which stars fell to which rule, which were learned from and
-# which were left out, how far the predicted labels are from the catalogue for both, and which versions computed it. It holds no date and no duration:
-# the same command gives the same record.
+# ## The record
+# A record holds three things: the *facts* (arguments, archive, seed, versions), the *ledger* that says which star fell to which rule, and a *table of errors* for each set of stars. It is kept as
+# [JSON](https://www.json.org), which every language reads and a person can, too. It holds no date and no duration: the same command gives the same record.
+#
+# JSON has no word for "not a number". An error that could not be computed is written as `null`.
 
 # %%
 #| export
-REPORT_FORMAT = 1
-
-
-@dataclass
-class TrainingReport:
-    "How a model was trained and how wrong it is. `print` shows it; `save` and `load` keep it as JSON beside the model."
-
-    facts: (
-        dict  # plain data: arguments, archive, product, stars, continuum pixels, seed, versions, …
-    )
-    ledger: "Ledger"  # clean.Ledger: which star fell to which rule
-    errors: dict  # name of a set of stars -> inversion.error_table
-    model: "Cannon" = None  # as trained; None for a report that was read
-
-    def to_dict(self) -> dict:
-        "Plain data, for JSON."
-        ledger = self.ledger.to_dict() | {"dropped": self.ledger.dropped}
-        return {
-            "format": REPORT_FORMAT,
-            **self.facts,
-            "ledger": ledger,
-            "errors": {name: _plain_rows(table) for name, table in self.errors.items()},
-        }
-
-    def save(self, path):
-        "Write the record as JSON, whole or not at all."
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
-        with atomic_path(path) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path) -> "TrainingReport":
-        "Read a record that `save` wrote; LabError for any other file."
-        try:
-            plain = json.loads(Path(path).read_text(encoding="utf-8"))
-            if plain.pop("format") != REPORT_FORMAT:
-                raise ValueError("another format")
-            ledger, errors = Ledger.from_dict(plain.pop("ledger")), plain.pop("errors")
-            return cls(plain, ledger, {name: _error_rows(rows) for name, rows in errors.items()})
-        except FileNotFoundError as error:
-            raise LabError(
-                f"there is no record {path}: 'stellar-lab train' writes it beside the model"
-            ) from error
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise LabError(
-                f"{path} is not the record of a training ({error or type(error).__name__}): train the model again"
-            ) from error
-
-    def __str__(self):
-        return "\n".join(self.lines())
-
-    def lines(
-        self,
-        width: int = None,  # columns to fill; those of the terminal by default
-    ) -> list:
-        "The ledger and the tables of errors as text."
-        text = _ledger_lines(self.ledger, width or shutil.get_terminal_size().columns)
-        for name, table in self.errors.items():
-            text += ["", f"errors of the {name}:", *table.pformat(max_lines=-1, max_width=-1)]
-        return [*text, "", *self.facts["notes"]]
-
-
 def _plain_rows(table):
     "A table as a list of plain rows; None stands for NaN, which JSON does not have."
-    columns = [
-        [
-            None if isinstance(value, float) and math.isnan(value) else value
-            for value in table[name].tolist()
-        ]
-        for name in table.colnames
-    ]
-    return [dict(zip(table.colnames, row)) for row in zip(*columns)]
+
+    def or_none(value):
+        return None if isinstance(value, float) and math.isnan(value) else value
+
+    columns = {name: map(or_none, table[name].tolist()) for name in table.colnames}
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
 def _error_rows(rows):
-    table = QTable(
-        {name: [math.nan if row[name] is None else row[name] for row in rows] for name in rows[0]}
-    )
-    for name in table.colnames:
+    "The table of errors again, from its plain rows."
+    table = QTable()
+    for name in rows[0]:
+        table[name] = [math.nan if row[name] is None else row[name] for row in rows]
         if table[name].dtype.kind == "f":
             table[name].info.format = ".4g"
     return table
+
+
+# %%
+made_up = QTable({"label": ["TEFF", "M_H"], "n": [2, 0], "rmse": [61.25, math.nan]})
+print(json.dumps(_plain_rows(made_up)))
+assert _error_rows(_plain_rows(made_up))["rmse"].tolist()[0] == 61.25
+
+# %% [markdown]
+# To read a record is easy; to recognize a file that is none takes most of the lines below. The ledger's reasons make wide lines, so they are left out where the terminal is narrow.
+
+# %%
+#| export
+_REPORT_FORMAT = 1
+
+
+def _read_record(path):
+    "What a record's file holds, as a dict; LabError for any other file."
+    try:
+        plain = json.loads(Path(path).read_text(encoding="utf-8"))
+        if plain.pop("format") != _REPORT_FORMAT:
+            raise ValueError("another format")
+        plain["ledger"] = Ledger.from_dict(plain["ledger"])
+        plain["errors"] = {name: _error_rows(rows) for name, rows in plain["errors"].items()}
+        return plain
+    except FileNotFoundError as error:
+        raise LabError(
+            f"there is no record {path}: 'stellar-lab train' writes it with the model"
+        ) from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise LabError(
+            f"{path} is not the record of a training ({error or type(error).__name__}): "
+            "train the model again"
+        ) from error
 
 
 def _ledger_lines(ledger, width):
@@ -145,18 +122,109 @@ def _ledger_lines(ledger, width):
     return [line.rstrip() for line in text]
 
 
-# %% [markdown]
-# New spectra must be treated as the training spectra were: another product or another list of continuum pixels shifts the labels by more than their
-# errors (chapter 3 measures it). So the model carries the product and the pixels in its own file, and `inversion.as_trained` follows them.
+# %%
+scratch = tempfile.TemporaryDirectory()
+here = Path(scratch.name)
+ledger = Ledger(3).drop("too noisy", ["2M00000000+0000000"], reason="keep 50 < SNR")
+print(*_ledger_lines(ledger, width=100), "", *_ledger_lines(ledger, width=40), sep="\n")
+(here / "other.json").write_text('{"format": 1}')
+with pytest.raises(LabError, match="other.json is not the record of a training"):
+    _read_record(here / "other.json")
 
-# %% [markdown]
-# Before anything slow begins, all that can be wrong with the request is looked at: a run of an hour must not fail at its last line because the folder
-# for its result cannot be written.
 
 # %%
 #| export
-def check_target(path, suffixes, what):
-    "A file of a right kind can be written at `path`, else LabError."
+@dataclass
+class TrainingReport:
+    """How a model was trained and how wrong it is; `print` shows it.
+
+    Attributes
+    ----------
+    facts : dict
+        plain data: arguments, archive, product, stars, continuum pixels, seed, versions, notes
+    ledger : Ledger
+        which star fell to which rule
+    errors : dict
+        name of a set of stars -> its `error_table`
+    model : Cannon
+        as trained, with calibrated errors; None for a report that was read
+    """
+
+    facts: dict
+    ledger: Ledger
+    errors: dict
+    model: Cannon = None
+
+    def to_dict(self) -> dict:
+        "Plain data, for JSON."
+        ledger = self.ledger.to_dict() | {"dropped": self.ledger.dropped}
+        errors = {name: _plain_rows(table) for name, table in self.errors.items()}
+        return {"format": _REPORT_FORMAT, **self.facts, "ledger": ledger, "errors": errors}
+
+    def save(self, path):
+        "Write the record as JSON, whole or not at all."
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
+        with atomic_path(path) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path) -> "TrainingReport":
+        "Read a record that `save` wrote; LabError for any other file."
+        facts = _read_record(path)
+        ledger = facts.pop("ledger")
+        errors = facts.pop("errors")
+        return cls(facts, ledger, errors)
+
+    def lines(self, width: int = None) -> list:
+        "Ledger, tables of errors and notes as text for `width` columns, the terminal's by default."
+        text = _ledger_lines(self.ledger, width or shutil.get_terminal_size().columns)
+        for name, table in self.errors.items():
+            text += ["", f"errors of the {name}:", *table.pformat(max_lines=-1, max_width=-1)]
+        return [*text, "", *self.facts["notes"]]
+
+    def __str__(self):
+        return "\n".join(self.lines())
+
+
+# %% [markdown]
+# A record of a training that never was, written and read back:
+
+# %%
+report = TrainingReport({"notes": ["a made-up training"]}, ledger, {"test stars": made_up})
+report.save(here / "made_up.json")
+again = TrainingReport.load(here / "made_up.json")
+assert str(again) == str(report) and again.ledger == ledger
+print(again)
+
+
+# %% [markdown]
+# ## Before anything slow begins
+# A run of an hour must not fail at its last line because the folder for its result cannot be written. So first we look at all that can be wrong with a request: the place for the result, the labels and
+# numbers, the fields.
+
+# %%
+#| export
+def check_target(path, suffixes, what: str) -> Path:
+    """A file can be written at `path`, and its extension is a right one.
+
+    Parameters
+    ----------
+    path : str or Path
+        the folders above it are made
+    suffixes : sequence of str
+        extensions to choose from, such as ``(".asdf",)``
+    what : str
+        goes there, for the message
+
+    Returns
+    -------
+    Path
+
+    Raises
+    ------
+    LabError
+        where the extension is another, or nothing can be written there
+    """
     path = Path(path)
     if path.suffix.lower() not in suffixes:
         raise LabError(
@@ -174,143 +242,146 @@ def check_target(path, suffixes, what):
     return path
 
 
-def _check_request(root, labels, product, order, test_size, folds, seed):
-    "LabError for what no archive can make right; returns the names of the labels."
-    names = [
-        label.name
-        for label in label_records(archive_record(root).labels if labels is None else labels)
-    ]
-    checks = (
-        (
-            names and len(set(names)) == len(names),
-            f"labels are {', '.join(names) or 'none'}: name each once",
-        ),
-        (
-            product in (None, *PRODUCTS),
-            f"unknown product {product!r}: choose from {', '.join(PRODUCTS)}",
-        ),
-        (order == int(order) and order >= 1, f"order is {order}: it must be 1, 2, …"),
-        (
-            folds is not None or 0 < test_size < 1,
-            f"test_size is {test_size}: give a share of the stars between 0 and 1",
-        ),
-        (
-            folds is None or folds == int(folds) and folds >= 2,
-            f"folds is {folds}: it must be 2 at least",
-        ),
-        (
-            0 <= seed < 2**32 and seed == int(seed),
-            f"seed is {seed}: give a whole number from 0 to {2**32 - 1}",
-        ),
-    )
-    for right, problem in checks:
-        if not right:
-            raise LabError(problem)
-    return names
+# %%
+print(check_target(here / "new" / "giants.asdf", (".asdf",), "the model").name)
+with pytest.raises(LabError, match="its extension must be .asdf"):
+    check_target("giants.pkl", (".asdf",), "the model")
+with pytest.raises(LabError, match="it is a folder"):
+    check_target(here, ("",), "the model")
 
-
-def _check_fields(root, product, fields):
-    "Every field that was asked for has files."
-    if fields is None or isinstance(fields, str) or not Path(root).is_dir():
-        return
-    products = archive_record(root).products if product is None else (product,)
-    empty = [
-        name
-        for name in map(str, fields)
-        if not any(len(find_files(root, each, [name])) for each in products)
-    ]
-    if empty:
-        there = sorted(
-            {str(name) for each in products for name in find_files(root, each, "all")["FOLDER"]}
-        )
-        some = ", ".join(there[:12]) + (f" and {len(there) - 12} more" if len(there) > 12 else "")
-        raise LabError(
-            f"no {' or '.join(products)} files of field {', '.join(empty)} below {root}: it has {some or 'none of any field'}"
-        )
-
-
-# %% [markdown]
-# Judging comes in two ways. With a *test share* the model learns from the rest and is judged on the share, as the lab does. In *folds* every star is
-# left out once by a model that learned from the others; the model that is kept learns from all. Either way the left-out stars teach the error model
-# of chapter 5.
 
 # %%
 #| export
-def train(
-    root,  # archive root
-    path=None,  # .asdf file for the model, its record goes beside it as .json; nothing is written by default
-    labels=None,  # label names in any case; the archive's by default
-    fields=None,  # fields to take, or "all"; the archive's by default
-    product: str = None,  # "apstar" or "aspcapstar"; the archive's first that has files by default
-    continuum_pixels=None,  # (P,) bool, or a file for normalize.read_continuum_pixels; the lab's 529 by default
-    order: int = 2,  # of the polynomial
-    scatter: bool = False,  # fit an intrinsic scatter per pixel
-    test_size: float = 0.33,  # share of the stars left out for testing, unless `folds`
-    folds: int = None,  # leave out every star once, in this many folds
-    seed: int = 42,  # of the split or the folds
-    progress: bool = True,  # show bars
-) -> TrainingReport:  # its `.model` is the Cannon
-    "Train a Cannon on an archive, judge it on stars left out, and keep both. LabError for what the user can mend."
-    names = _check_request(root, labels, product, order, test_size, folds, seed)
-    _check_fields(root, product, fields)
-    path = None if path is None else check_target(path, (".asdf",), "the model")
-    pixels, source = _chosen_pixels(continuum_pixels)
-    spectra, ledger = training_set(root, product, fields, names, pixels, progress)
-    _check_training(spectra, names, order, pixels)
-    spectra.stars.meta["continuum_source"] = source
-    model, sets = _judge(
-        Cannon(order=order, scatter=scatter, labels=names),
-        spectra,
-        test_size,
-        folds,
-        seed,
-        progress,
+def _label_list(root, labels):
+    "The names of the labels to learn, the archive's by default; LabError if one comes twice."
+    records = label_records(archive_record(root).labels if labels is None else labels)
+    names = [label.name for label in records]
+    if not names or len(set(names)) < len(names):
+        raise LabError(f"labels are {', '.join(names) or 'none'}: name each once")
+    return names
+
+
+def _check_numbers(order, test_size, folds, seed):
+    "LabError for a number that no archive can make right."
+    if order < 1 or order != int(order):
+        raise LabError(f"order is {order}: it must be 1, 2, …")
+    if folds is None and not 0 < test_size < 1:
+        raise LabError(f"test_size is {test_size}: give a share of the stars between 0 and 1")
+    if folds is not None and (folds < 2 or folds != int(folds)):
+        raise LabError(f"folds is {folds}: it must be 2 at least")
+    if not 0 <= seed < 2**32 or seed != int(seed):
+        raise LabError(f"seed is {seed}: give a whole number from 0 to {2**32 - 1}")
+
+
+def _check_fields(root, product, fields):
+    "LabError if a field that was asked for has no files."
+    if fields is None or isinstance(fields, str) or not Path(root).is_dir():
+        return
+    products = archive_record(root).products if product is None else (product,)
+    wanted = [str(name) for name in fields]
+    empty = [n for n in wanted if not any(len(find_files(root, each, [n])) for each in products)]
+    if not empty:
+        return
+    there = set()
+    for each in products:
+        there |= set(map(str, find_files(root, each, "all")["FOLDER"]))
+    some = ", ".join(sorted(there)[:12]) or "none of any field"
+    more = f" and {len(there) - 12} more" if len(there) > 12 else ""
+    raise LabError(
+        f"no {' or '.join(products)} files of field {', '.join(empty)} below {root}: "
+        f"it has {some}{more}"
     )
-    arguments = {
-        "labels": names,
-        "fields": fields,
-        "product": product,
-        "continuum_pixels": None if pixels is None else source,
-        "order": order,
-        "scatter": scatter,
-        "test_size": test_size if folds is None else None,
-        "folds": folds,
-        "seed": seed,
-    }
-    report = _report(model, spectra, ledger, sets, arguments, root, path)
-    if path is not None:
-        report.model.save(path)
-        report.save(path.with_suffix(".json"))
-    return report
+
+
+# %%
+print(_label_list(archive_root(), ["teff", "M_H"]))
+with pytest.raises(LabError, match="labels are TEFF, TEFF: name each once"):
+    _label_list(archive_root(), ["teff", "TEFF"])
+
+
+# %% [markdown]
+# Own continuum pixels and a row make sense for raw spectra only. An aspcapStar file is normalized already, and it holds one spectrum.
+
+# %%
+#| export
+def _check_treatment(product, pixels, row):
+    "LabError for a wish that spectra of this product cannot meet."
+    if product not in (None, *PRODUCTS):
+        raise LabError(f"unknown product {product!r}: choose from {', '.join(PRODUCTS)}")
+    if product is None or not PRODUCTS[product].normalized:
+        return
+    if pixels is not None:
+        raise LabError(
+            f"{product} spectra are normalized already, continuum pixels change nothing: "
+            "leave them out, or choose product apstar"
+        )
+    if row is not None:
+        raise LabError(
+            f"an {product} file holds one spectrum, and no rows: leave the row out, "
+            "or choose product apstar"
+        )
 
 
 def _chosen_pixels(continuum_pixels):
-    "Flags of the continuum pixels (None: the lab's), and where they come from."
+    "Flags of the continuum pixels (None: the original lab's), and where they come from."
     if continuum_pixels is None:
-        return None, "the lab's list"
+        return None, "the original lab's list"
     if isinstance(continuum_pixels, np.ndarray):
         return continuum_pixels, "an array"
     return read_continuum_pixels(continuum_pixels), Path(continuum_pixels).name
 
 
-def _check_training(spectra, names, order, pixels):
-    product, terms = spectra.stars.meta["product"], math.comb(len(names) + order, order)
-    if pixels is not None and PRODUCTS[product].normalized:
+def _check_terms(n_stars, n_labels, order):
+    "LabError if there are more coefficients per pixel than stars to determine them."
+    terms = math.comb(n_labels + order, order)
+    if terms > n_stars:
         raise LabError(
-            f"{product} spectra are normalized already, continuum pixels change nothing: leave them out, or choose product apstar"
+            f"{n_stars} stars cannot determine {terms} terms (order {order} in {n_labels} "
+            "labels): take more stars, a lower order or fewer labels"
         )
-    if terms > len(spectra):
+
+
+# %%
+wishes = {
+    "folds": lambda: _check_numbers(order=2, test_size=None, folds=1, seed=42),
+    "fields": lambda: _check_fields(archive_root(), None, ["Orion"]),
+    "row": lambda: _check_treatment("aspcapstar", None, row=0),
+    "terms": lambda: _check_terms(20, n_labels=6, order=2),
+}
+for check in wishes.values():
+    with pytest.raises(LabError) as problem:
+        check()
+    print(str(problem.value).replace(str(archive_root()), "<archive>"))
+
+
+# %% [markdown]
+# ## Judge
+# Judging comes in two ways. With a *test share* the model learns from the rest and is judged on the share, as in the original lab. In *folds* every star is left out once by a model that learned from the others;
+# the model that is kept learns from all. A star that was observed in two fields has two rows, and both lie in the same fold: else the model would be asked about a star that it knows.
+#
+# Either way the left-out stars teach [the error model](07_judging.ipynb).
+
+# %%
+#| export
+def _split(n, test_size, seed):
+    "Rows to learn from and rows to leave out; LabError where there are too few stars."
+    try:
+        return train_test_rows(n, test_size, seed)
+    except ValueError as error:
         raise LabError(
-            f"{len(spectra)} stars cannot determine {terms} terms (order {order} in {len(names)} labels): "
-            "take more stars, a lower order or fewer labels"
-        )
+            f"{n} stars cannot be split with a test size of {test_size} ({error})"
+        ) from error
 
 
 def _judge(model, spectra, test_size, folds, seed, progress):
-    "The fitted model, and name of a set -> (rows, their `infer` table); the set of left-out stars comes last."
+    """The fitted model, and the answers it is judged by.
+
+    A dict: name of a set -> (rows, table of `infer`); the set of left-out stars comes last.
+    """
     everyone = np.arange(len(spectra))
     if folds is not None:
-        left_out = cross_label(model, spectra, fold_numbers(len(spectra), folds, seed), progress)
+        numbers = fold_numbers(len(spectra), folds, seed, stars=spectra.stars["APOGEE_ID"])
+        left_out = cross_label(model, spectra, numbers, progress)
         model.fit(spectra)
         return model, {
             "training stars": (everyone, infer(model, spectra)),
@@ -324,84 +395,89 @@ def _judge(model, spectra, test_size, folds, seed, progress):
     }
 
 
-def _split(n, test_size, seed):
-    try:
-        return train_test_rows(n, test_size, seed)
-    except ValueError as error:
-        raise LabError(
-            f"{n} stars cannot be split with a test size of {test_size} ({error})"
-        ) from error
-
-
 # %% [markdown]
-# From the two tables of labels follow the tables of errors, the error model, and the share of left-out stars that carry a flag.
+# Two tables of labels are worth a few sentences. How many left-out stars carry a flag? Of what kind are the errors of new labels? And is there a label that the model does not know at all? That is so where its RMSE
+# exceeds the label's spread: then the mean of all training stars would be the better answer. An error can be calibrated and the label useless all the same.
 
 # %%
 #| export
-def _report(model, spectra, ledger, sets, arguments, root, path):
-    names = list(model.label_names_)
-    errors = {
-        name: error_table(table, spectra[rows].labels(names), names, model.scales_)
-        for name, (rows, table) in sets.items()
-    }
-    kind, (rows, table) = list(sets.items())[-1]
-    flagged = count_flags(table["flags"])
-    notes = [f"{kind} with a flag: {sum(table['flags'] > 0)} of {len(table)}{flag_text(flagged)}"]
+def _flag_note(kind, table):
+    "How many stars of a set carry a flag, and which."
+    counts = count_flags(table["flags"])
+    which = ", ".join(f"{count} {name}" for name, count in counts.items())
+    flagged = np.count_nonzero(table["flags"])
+    return f"{kind} with a flag: {flagged} of {len(table)}{f' ({which})' if which else ''}"
+
+
+def _useless_notes(errors):
+    "A sentence for each label of which the model knows less than the mean does."
+    return [
+        f"{row['label']} says nothing: its RMSE is {row['scaled_rmse']:.2g} times the spread of "
+        "the label, the mean of the training stars would be nearer. Do not use it"
+        for row in errors
+        if row["scaled_rmse"] > 1
+    ]
+
+
+def _calibrated(model, kind, table, truth):
+    "The model with calibrated errors if the left-out stars are enough, and a sentence about them."
     try:
-        model = with_error_model(model, table, spectra[rows].labels(names))
-        notes.append(
-            f"the errors of new labels are honest: inflated to fit the {len(table)} {kind}"
-        )
+        calibrated = with_error_model(model, table, truth)
     except LabError as error:
-        notes.append(
-            f"the errors of new labels are formal, photon noise alone and much too small: {error}"
-        )
-    facts = _facts(model, spectra, arguments, root, path)
-    ids = [str(name) for name in spectra.stars["APOGEE_ID"]]
-    facts["stars"] = {name: [ids[row] for row in rows] for name, (rows, _) in sets.items()}
-    return TrainingReport(facts | {"flagged": flagged, "notes": notes}, ledger, errors, model)
+        note = "the errors of new labels are formal, photon noise alone and much too small"
+        return model, f"{note}: {error}"
+    note = "the errors of new labels are calibrated: inflated to fit"
+    return calibrated, f"{note} the {len(table)} {kind}"
 
 
-def count_flags(flags) -> dict:
-    "How many stars carry each flag; those that none carries are left out."
-    counts = {flag.name: int(np.count_nonzero(np.asarray(flags, int) & flag)) for flag in Flag}
-    return {name: count for name, count in counts.items() if count}
+# %% [markdown]
+# Look at it on real stars, with two labels, in three folds:
+
+# %%
+spectra, ledger = training_set(archive_root(), labels=["TEFF", "M_H"], progress=False)
+two = Cannon(order=1, labels=["TEFF", "M_H"])
+model, sets = _judge(two, spectra, test_size=None, folds=3, seed=42, progress=False)
+kind, (rows, table) = list(sets.items())[-1]
+truth = spectra[rows].labels(["TEFF", "M_H"])
+errors = error_table(table, truth, ["TEFF", "M_H"], model.scales_)
+model, note = _calibrated(model, kind, table, truth)
+print(_flag_note(kind, table), note, sep="\n")
+assert model.errors_ == "calibrated" and not _useless_notes(errors)
+errors
+
+# %%
+stars = np.array(spectra.stars["APOGEE_ID"], dtype=str)
+numbers = fold_numbers(len(stars), 3, 42, stars=stars)
+twice = {star for star in stars if np.sum(stars == star) > 1}
+assert all(len(set(numbers[stars == star])) == 1 for star in twice)
+answers = table.copy()
+answers["teff"] = np.roll(answers["teff"], 1)  # everybody gets a stranger's temperature
+wrong = error_table(answers, truth, ["TEFF", "M_H"], model.scales_)
+print(*_useless_notes(wrong))
+assert len(_useless_notes(wrong)) == 1
 
 
-def flag_text(counts):
-    return f" ({', '.join(f'{count} {name}' for name, count in counts.items())})" if counts else ""
+# %% [markdown]
+# ## The facts
+# New spectra must be treated as the training spectra were: another product or another list of continuum pixels shifts the labels by more than their errors
+# ([the chapter on the continuum](03_normalize.ipynb) measures it). So the model carries this recipe in its own file, [and `as_trained` follows it](03_normalize.ipynb). The record names it once more, for the reader.
+
+# %%
+#| export
+def _plain(value):
+    "A value as JSON takes it."
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(part) for part in value]
+    return plain_value(value)
 
 
-def _facts(model, spectra, arguments, root, path):
-    "What a record holds beside ledger and errors: plain data."
-    record, meta = archive_record(root), spectra.stars.meta
-    honest = hasattr(model, "error_floor_")
+def _versions():
+    "Of what computed the model."
+    packages = ("numpy", "scipy", "scikit-learn", "astropy")
     return {
-        "arguments": {name: _plain(value) for name, value in arguments.items()},
-        "archive": {
-            "root": str(root),
-            "name": record.name,
-            "title": record.title,
-            "release": meta["release"],
-        },
-        "product": meta["product"],
-        "seed": arguments["seed"],
-        "model": {
-            "file": None if path is None else path.name,
-            "digest": model.training_digest_,
-            "labels": list(model.label_names_),
-            "terms": model.vectorizer_.terms,
-            "scatter_median": float(np.nanmedian(model.scatter_)),
-            "pixels": int(model.usable_.sum()),
-        },
-        "continuum_pixels": _continuum_facts(meta),
-        "error_model": {
-            name: {"inflation": float(a), "floor": float(np.sqrt(b))}
-            for name, a, b in zip(model.label_names_, model.error_inflation_, model.error_floor_)
-        }
-        if honest
-        else None,
-        "versions": _versions(),
+        "stellar_lab": __version__,
+        "python": ".".join(map(str, sys.version_info[:3])),
+        **{name: version(name) for name in packages},
     }
 
 
@@ -413,24 +489,211 @@ def _continuum_facts(meta):
     return {"source": meta.get("continuum_source", "unknown"), "pixels": steps[-1]["pixels"]}
 
 
-def _plain(value):
-    "A value as JSON takes it."
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    return value.item() if hasattr(value, "item") else [_plain(part) for part in value]
-
-
-def _versions():
-    packages = ("numpy", "scipy", "scikit-learn", "astropy")
+def _model_facts(model, path):
+    "What the record says of the model itself."
     return {
-        "stellar_lab": __version__,
-        "python": ".".join(map(str, sys.version_info[:3])),
-        **{name: version(name) for name in packages},
+        "file": None if path is None else path.name,
+        "digest": model.training_digest_,
+        "labels": list(model.label_names_),
+        "terms": model.vectorizer_.terms,
+        "scatter_median": float(np.nanmedian(model.scatter_)),
+        "pixels": int(model.usable_.sum()),
     }
 
 
+def _error_facts(model):
+    "Inflation and floor of each label; None for formal errors."
+    if model.errors_ != "calibrated":
+        return None
+    found = zip(model.label_names_, model.error_inflation_, model.error_floor_)
+    return {name: {"inflation": float(a), "floor": float(np.sqrt(b))} for name, a, b in found}
+
+
+# %%
+facts = _model_facts(model, None)
+print(facts["terms"], _error_facts(model))
+pixels = _continuum_facts(spectra.stars.meta)["pixels"]
+assert pixels == np.flatnonzero(lab_continuum_pixels()).tolist()
+assert json.dumps(_plain({"a": 1}["a"])) == "1" and _plain((np.float32(2), "x")) == [2.0, "x"]
+
+
+# %% [markdown]
+# ## Train
+# All pieces are there. `_report` judges the answers, `train` does the rest.
+
+# %%
+#| export
+def _facts(model, spectra, arguments, root, path):
+    "What a record holds apart from ledger, errors, stars and notes: plain data."
+    record = archive_record(root)
+    meta = spectra.stars.meta
+    archive = {"root": str(root), "name": record.name, "title": record.title}
+    return {
+        "arguments": {name: _plain(value) for name, value in arguments.items()},
+        "archive": archive | {"release": meta["release"]},
+        "product": meta["product"],
+        "seed": arguments["seed"],
+        "model": _model_facts(model, path),
+        "continuum_pixels": _continuum_facts(meta),
+        "error_model": _error_facts(model),
+        "versions": _versions(),
+    }
+
+
+def _report(model, spectra, ledger, sets, arguments, root, path):
+    "The record of a training, with the model in it."
+    names = list(model.label_names_)
+    truth = {name: spectra[rows].labels(names) for name, (rows, _) in sets.items()}
+    errors = {
+        name: error_table(table, truth[name], names, model.scales_)
+        for name, (_, table) in sets.items()
+    }
+    kind = list(sets)[-1]
+    rows, table = sets[kind]
+    model, error_note = _calibrated(model, kind, table, truth[kind])
+    facts = _facts(model, spectra, arguments, root, path)
+    ids = [str(name) for name in spectra.stars["APOGEE_ID"]]
+    facts["stars"] = {name: [ids[row] for row in rows] for name, (rows, _) in sets.items()}
+    facts["flagged"] = count_flags(table["flags"])
+    facts["notes"] = [_flag_note(kind, table), error_note, *_useless_notes(errors[kind])]
+    return TrainingReport(facts, ledger, errors, model)
+
+
+# %%
+#| export
+def _stars(root, request, pixels, progress):
+    "The stars to learn from, and their ledger, if nothing is wrong with the request."
+    product = request["product"]
+    row = request["row"]
+    _check_numbers(*(request[name] for name in ("order", "test_size", "folds", "seed")))
+    _check_treatment(product, pixels, row)
+    _check_fields(root, product, request["fields"])
+    spectra, ledger = training_set(
+        root, product, request["fields"], request["labels"], pixels, progress, row
+    )
+    _check_treatment(spectra.stars.meta["product"], pixels, row)
+    _check_terms(len(spectra), len(request["labels"]), request["order"])
+    return spectra, ledger
+
+
+# %%
+request = {"labels": ["TEFF", "M_H"], "seed": 42}
+small = _report(model, spectra, ledger, sets, request, archive_root(), None)
+print(*small.facts, sep=", ")
+assert small.model.errors_ == "calibrated" and small.facts["flagged"] == count_flags(table["flags"])
+
+
+# %% [markdown]
+# The one function for it all:
+
+# %%
+#| export
+def train(
+    root,
+    path=None,
+    labels=None,
+    fields=None,
+    product: str = None,
+    continuum_pixels=None,
+    order: int = 2,
+    scatter: bool = False,
+    test_size: float = 0.33,
+    folds: int = None,
+    seed: int = 42,
+    progress: bool = True,
+    row: int = None,
+) -> TrainingReport:
+    """Train a Cannon on an archive, judge it on stars left out, and keep both.
+
+    Parameters
+    ----------
+    root : str or Path
+        of the archive
+    path : str or Path, optional
+        .asdf file for the model; its record gets the same name with .json. Nothing is written by
+        default
+    labels : sequence of str, optional
+        in any case; the archive's by default
+    fields : sequence of str or "all", optional
+        the archive's by default
+    product : {"apstar", "aspcapstar"}, optional
+        the archive's first that has files by default
+    continuum_pixels : (P,) bool array or path, optional
+        flags, or a file for `read_continuum_pixels`; the 529 of the original lab by default
+    order : int, default 2
+        of the polynomial in the labels
+    scatter : bool, default False
+        fit an intrinsic scatter per pixel
+    test_size : float, default 0.33
+        share of the stars left out for testing, unless `folds`
+    folds : int, optional
+        leave out every star once, in so many folds
+    seed : int, default 42
+        of the split or the folds
+    progress : bool, default True
+        show bars
+    row : int, optional
+        of apStar files: 0 and 1 are the combinations, the visits follow; the release's by default
+
+    Returns
+    -------
+    TrainingReport
+        its ``model`` is the Cannon, with calibrated errors where the left-out stars are enough
+
+    Raises
+    ------
+    LabError
+        for what the user can mend
+
+    Examples
+    --------
+    >>> from stellar_lab import train
+    >>> report = train("stars", "giants.asdf", scatter=True)  # doctest: +SKIP
+    >>> print(report)  # doctest: +SKIP
+    """
+    pixels, source = _chosen_pixels(continuum_pixels)
+    request = {
+        "labels": _label_list(root, labels),
+        "fields": fields,
+        "product": product,
+        "continuum_pixels": None if pixels is None else source,
+        "row": row,
+        "order": order,
+        "scatter": scatter,
+        "test_size": test_size if folds is None else None,
+        "folds": folds,
+        "seed": seed,
+    }
+    path = None if path is None else check_target(path, (".asdf",), "the model")
+    spectra, ledger = _stars(root, request, pixels, progress)
+    spectra.stars.meta["continuum_source"] = source
+    model = Cannon(order=order, scatter=scatter, labels=request["labels"])
+    model, sets = _judge(model, spectra, test_size, folds, seed, progress)
+    report = _report(model, spectra, ledger, sets, request, root, path)
+    if path is not None:
+        report.model.save(path)
+        report.save(path.with_suffix(".json"))
+    return report
+
+
+# %%
+report = train(archive_root(), here / "giants.asdf", scatter=True, progress=False)
+print(report)
+
+# %% [markdown]
+# The record that was written is the record that was printed, and no star is in both sets.
+
+# %%
+again = TrainingReport.load(here / "giants.json")
+assert again.to_dict() == report.to_dict() and again.model is None
+sets = report.facts["stars"]
+assert len(sets["training stars"]) + len(sets["test stars"]) == report.ledger.left
+assert report.facts["error_model"] and "errors of new labels are calibrated" in str(report)
+assert report.model.errors_ == "calibrated"
+
 # %% [markdown]
 # ## A model from its file
+# A file says what kind of model it holds. Each kind is at home in a room of its own, and only that room is opened: a Cannon's file needs no TensorFlow.
 
 # %%
 #| export
@@ -466,134 +729,191 @@ def load_model(path):
     return getattr(room, kind)._from_tree(tree)
 
 
-# %% [markdown]
-# ## Report
-# What a model is stands in its own file; how it did stands in the record beside it. If the two are not from the same training, it says so.
-
-# %%
-#| export
-def describe(
-    path,  # .asdf file of a Cannon, .keras file of a network
-    width: int = None,  # columns to fill; those of the terminal by default
-) -> str:
-    "What a model is and, from the record beside it, how it was trained and how wrong it is."
-    model, record = load_model(path), Path(path).with_suffix(".json")
-    text = [f"{path}: a {type(model).__name__}", *_model_lines(model, _versions_of(path)), ""]
-    try:
-        report = TrainingReport.load(record)
-    except LabError as error:
-        return "\n".join([*text, f"no record: {error}"])
-    if report.facts["model"]["digest"] != model.training_digest_:
-        return "\n".join(
-            [
-                *text,
-                f"{record} is the record of another training: nothing more is known of this model",
-            ]
-        )
-    return "\n".join([*text, *_training_lines(report.facts), "", *report.lines(width)])
-
-
 def _versions_of(path):
+    "What a model's file says it was computed with."
     if Path(path).suffix.lower() == ".keras":
         return import_module("stellar_lab.network").network_facts(path)["versions"]
-
     return read_model_file(path)["versions"]
 
 
-def _inside_lines(model):
-    "What a model is made of, and its errors: a Cannon's terms and scatter, or a network's weights and training."
+# %%
+model = load_model(here / "giants.asdf")
+print(type(model).__name__, model.label_names_, _versions_of(here / "giants.asdf"))
+assert np.array_equal(model.theta_, report.model.theta_, equal_nan=True)
+with pytest.raises(LabError, match="giants.json is not a model of stellar_lab"):
+    load_model(here / "giants.json")
+
+# %% [markdown]
+# ## What is this file?
+# A year later somebody finds `giants.asdf`. What a model is stands in its own file; how it did stands in the record with the same name. If the two are not from the same training, `describe` says so.
+
+# %%
+#| export
+_NAME_WIDTH = 15  # columns for the names on the left
+
+
+def _paragraphs(pairs):
+    "Names on the left, texts on the right, wrapped to 100 columns or the terminal."
+    width = min(shutil.get_terminal_size().columns, 100)
+    wrapper = textwrap.TextWrapper(
+        width,
+        subsequent_indent=" " * _NAME_WIDTH,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+    lines = []
+    for name, text in pairs:
+        wrapper.initial_indent = f"  {name}".ljust(_NAME_WIDTH)
+        lines += wrapper.wrap(text)
+    return lines
+
+
+def _inside(model):
+    "What a model is made of: pairs of name and text, as far as its kind is known here."
     if hasattr(model, "vectorizer_"):
         terms = model.vectorizer_.terms
-        scatter = (
-            f"{np.nanmedian(model.scatter_):.4f} in the median pixel"
-            if model.scatter
-            else "none fitted"
-        )
+        scatter = f"{np.nanmedian(model.scatter_):.4f} in the median pixel"
         return [
             ("terms", f"{len(terms)}: {', '.join(terms)}"),
-            ("scatter", scatter),
-        ], "formal: photon noise alone, much too small"
-    losses = ", ".join(
-        f"{name} {values[-1]:.4g}" for name, values in model.history_.items() if values
-    )
-    return [
-        ("weights", f"{model.net_.count_params():,}"),
-        ("training", f"{len(model.history_['loss'])} epochs, at the end {losses}"),
-    ], "as the network gives them"
+            ("scatter", scatter if model.scatter else "none fitted"),
+        ]
+    if hasattr(model, "net_"):
+        last = [f"{name} {kept[-1]:.4g}" for name, kept in model.history_.items() if kept]
+        epochs = len(model.history_["loss"])
+        return [
+            ("weights", f"{model.net_.count_params():,}"),
+            ("training", f"{epochs} epochs, at the end {', '.join(last)}"),
+        ]
+    if hasattr(model, "alpha_"):
+        return [("penalty", f"{model.alpha_:.3g} on the squared weights")]
+    return []
 
 
-def _model_lines(model, versions):
-    names = model.label_names_
-    inside, errors = _inside_lines(model)
-    grid = (
-        ""
-        if model.wavelength_ is None
-        else f" from {model.wavelength_[0]:.2f} to {model.wavelength_[-1]:.2f} Angstrom"
-    )
-    low, high = model.training_labels_.min(axis=0), model.training_labels_.max(axis=0)
-    lines = [
-        ("labels", ", ".join(f"{name} {a:.4g} to {b:.4g}" for name, a, b in zip(names, low, high))),
-        *inside[:1],
-        ("trained on", f"{len(model.training_labels_)} stars, {_origin(model.metadata_)}"),
-        ("pixels", f"{model.usable_.sum()} of {len(model.usable_)}{grid}"),
-        *inside[1:],
-        ("errors", "honest" if hasattr(model, "error_floor_") else errors),
-        ("digest", model.training_digest_[:16]),
-        ("versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
-    ]
-    return _paragraphs(lines)
+# %%
+print(*_paragraphs(_inside(model)), sep="\n")
 
 
-def _origin(meta):
-    parts = [meta.get("product", "of unknown product")]
+# %%
+#| export
+def _errors_text(model):
+    "Of what kind a model's errors are."
+    if model.errors_ != "formal":
+        return model.errors_
+    if hasattr(model, "vectorizer_"):
+        return "formal: photon noise alone, much too small"
+    return "formal: as the model states them, not compared with left-out stars"
+
+
+def _origin(model):
+    "The stars that a model learned from."
+    meta = model.metadata_
+    stars = getattr(model, "training_labels_", ())
+    parts = [f"{len(stars)} stars", meta.get("product", "of unknown product")]
     parts += [f"archive {meta['archive']}"] if meta.get("archive") else []
     parts += [f"release {meta['release'].upper()}"] if meta.get("release") else []
+    parts += [f"row {meta['row']}"] if meta.get("row") is not None else []
     continuum = _continuum_facts(meta)
     if continuum:
         parts.append(f"{len(continuum['pixels'])} continuum pixels ({continuum['source']})")
     return ", ".join(parts)
 
 
-def _training_lines(facts):
-    asked = {name: value for name, value in facts["arguments"].items() if value is not None}
-    said = ", ".join(
-        f"{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-        for name, value in asked.items()
-    )
-    floors = facts["error_model"] or {}
-    return _paragraphs(
-        [
-            ("archive", f"{facts['archive']['root']}: {facts['archive']['title']}"),
-            ("asked for", said),
-            *(
-                [
-                    (
-                        "error floor",
-                        ", ".join(f"{name} {part['floor']:.3g}" for name, part in floors.items()),
-                    )
-                ]
-                if floors
-                else []
-            ),
-        ]
-    )
+def _ranges(model):
+    "Each label with its range among the training stars."
+    stars = getattr(model, "training_labels_", None)
+    if stars is None:
+        return ", ".join(model.label_names_)
+    ranges = zip(model.label_names_, stars.min(axis=0), stars.max(axis=0))
+    return ", ".join(f"{name} {low:.4g} to {high:.4g}" for name, low, high in ranges)
 
 
-def _paragraphs(pairs):
-    "Names on the left, texts on the right, wrapped to 100 columns or the terminal."
-    width = min(shutil.get_terminal_size().columns, 100)
-    return [
-        line
-        for name, text in pairs
-        for line in textwrap.wrap(
-            text,
-            width,
-            initial_indent=f"  {name:<13}",
-            subsequent_indent=" " * 15,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
+def _model_lines(model, versions):
+    "What a model's own file says of it."
+    pixels = f"{model.usable_.sum()} of {len(model.usable_)}"
+    grid = model.wavelength_
+    if grid is not None:
+        pixels += f" from {grid[0]:.2f} to {grid[-1]:.2f} Angstrom"
+    pairs = [
+        ("labels", _ranges(model)),
+        *_inside(model),
+        ("trained on", _origin(model)),
+        ("pixels", pixels),
+        ("errors", _errors_text(model)),
+        ("digest", model.training_digest_[:16]),
+        ("versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
     ]
+    return _paragraphs(pairs)
+
+
+# %%
+print(*_model_lines(model, {"stellar_lab": "0.1"})[-6:], sep="\n")
+
+
+# %%
+#| export
+def _training_lines(facts):
+    "What a record says of the request."
+    asked = []
+    for name, value in facts["arguments"].items():
+        if value is not None:
+            said = " ".join(map(str, value)) if isinstance(value, list) else value
+            asked.append(f"{name} {said}")
+    pairs = [
+        ("archive", f"{facts['archive']['root']}: {facts['archive']['title']}"),
+        ("asked for", ", ".join(asked)),
+    ]
+    if facts["error_model"]:
+        floors = [f"{name} {said['floor']:.3g}" for name, said in facts["error_model"].items()]
+        pairs.append(("error floor", ", ".join(floors)))
+    return _paragraphs(pairs)
+
+
+def describe(path, width: int = None) -> str:
+    """What a model is and, from its record, how it was trained and how wrong it is.
+
+    Parameters
+    ----------
+    path : str or Path
+        of a model, as for `load_model`; the record has the same name with .json
+    width : int, optional
+        columns for the ledger; those of the terminal by default
+
+    Returns
+    -------
+    str
+        many lines
+
+    Raises
+    ------
+    LabError
+        where there is no model
+    """
+    model = load_model(path)
+    record = Path(path).with_suffix(".json")
+    text = [f"{path}: a {type(model).__name__}", *_model_lines(model, _versions_of(path)), ""]
+    try:
+        report = TrainingReport.load(record)
+    except LabError as error:
+        return "\n".join([*text, f"no record: {error}"])
+    if report.facts["model"]["digest"] != model.training_digest_:
+        unknown = "is the record of another training: nothing more is known of this model"
+        return "\n".join([*text, f"{record} {unknown}"])
+    return "\n".join([*text, *_training_lines(report.facts), "", *report.lines(width)])
+
+
+# %%
+text = describe(here / "giants.asdf", width=100)
+print(text.split("\n\n")[0].replace(str(here), "<here>"))
+assert "529 continuum pixels" in " ".join(text.split()) and "calibrated" in text
+
+# %% [markdown]
+# Without its record a model still says what it is.
+
+# %%
+(here / "giants.json").unlink()
+text = describe(here / "giants.asdf")
+assert "no record: there is no record" in text and "TEFF" in text and "rmse" not in text
+scratch.cleanup()
 
 # %% [markdown]
 # **Exercise.** Train twice with the same seed and compare the two records. Then change the seed: which numbers move, and by how much more than you expected?

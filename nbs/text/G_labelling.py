@@ -13,97 +13,390 @@
 
 # %%
 #| export
+import math
 import os
 import warnings
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import astropy.units as u
 import numpy as np
-from astropy.table import QTable, vstack
+from astropy.io.votable import from_table
+from astropy.io.votable.tree import Info
+from astropy.table import MaskedColumn, QTable, Table, vstack
+from sklearn.utils.validation import check_is_fitted
 from tqdm import tqdm
 
 from stellar_lab import __version__
 from stellar_lab.clean import FILE_NAME, Problem, product_of, read_stars
 from stellar_lab.inversion import infer
+from stellar_lab.models import count_flags, flag_names, label_values
 from stellar_lab.normalize import as_trained
-from stellar_lab.survey import PRODUCTS, TABLE_FORMATS, LabError, require, write_table
-from stellar_lab.training import check_target, count_flags, flag_text, load_model
-
+from stellar_lab.survey import (
+    PRODUCTS,
+    RELEASES,
+    TABLE_FORMATS,
+    LabError,
+    Release,
+    atomic_path,
+    require,
+    write_table,
+)
+from stellar_lab.training import check_target, load_model
 
 # %%
 #| hide
+import shutil
+import tempfile
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+from IPython.display import Markdown
+
+from stellar_lab.cannon import Cannon
+from stellar_lab.clean import find_files, read_archive
+from stellar_lab.normalize import normalize, training_set
+from stellar_lab.survey import LABELS, archive_record, archive_root, use_style
+from stellar_lab.training import train
 
 # %% [markdown]
-# ## Label
-# Spectra are named as files or folders. A folder is searched down to the last one for the survey's file names; a visit's file is not a star and stays
-# out, and of a folder that holds both products only the model's is taken. A file of the other product is refused: its labels would look fine and be
-# wrong.
+# ## Which files?
+# Spectra are named as files or folders. A folder is searched down to the last one for the survey's file names. The file of a single visit is not a star and stays out. Of a folder that holds both products only the
+# model's is taken. Whatever stays out is counted: a spectrum that somebody renamed should not vanish without a word.
 
 # %%
 #| export
-def find_spectra(
-    paths,  # files, folders, archive roots
-    product: str = None,  # "apstar" or "aspcapstar"; of a folder that holds both only these are taken
-) -> list:  # of (path, product); "" where neither name nor content says it
-    "The stars' files that `paths` name, each once, in order; a folder's sorted. LabError where there is nothing."
-    found = {}
-    for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
-        if path.is_dir():
-            inside = _search(path)
-            if not inside:
-                raise LabError(
-                    f"{path} holds no apStar or aspcapStar file, neither does a folder in it (they are known by name)"
-                )
-            inside = [pair for pair in inside if pair[1] == product] or inside
-        elif path.exists():
-            inside = [(path, product_of(path) or "")]
-        else:
-            raise LabError(f"there is no file or folder {path}")
-        for file, kind in inside:
-            found.setdefault(os.path.abspath(file), (str(file), kind))
-    return list(found.values())
+_KINDS = {  # what a name says of a file -> how we count it
+    "apstar": "apStar files",
+    "aspcapstar": "aspcapStar files",
+    "visit": "files of single visits",
+    "other": "other FITS files",
+}
 
 
-def _search(folder):
-    "(path, product) of each star's file below a folder; visits left out."
-    found, seen = [], set()
-    for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = (
-            [] if real in seen else sorted(folders)
-        )  # a link may lead back to where it stands
-        for name in [] if real in seen else sorted(files):
-            match = FILE_NAME.fullmatch(name)
-            if match and name[match.end("id") :].startswith(".fits"):
-                found.append(
-                    (Path(parent) / name, "aspcapstar" if match["kind"] == "aspcap" else "apstar")
-                )
-        seen.add(real)
-    return found
+def _kind_of_name(name):
+    "What a file's name says of it, a key of `_KINDS`; None if it is no FITS file."
+    match = FILE_NAME.fullmatch(name)
+    if not match:
+        return "other" if name.endswith((".fits", ".fits.gz")) else None
+    if not name[match.end("id") :].startswith(".fits"):
+        return "visit"
+    return "aspcapstar" if match["kind"] == "aspcap" else "apstar"
+
+
+def _counted(kinds):
+    "Kinds of files in words, such as: 2 aspcapStar files, 1 other FITS file."
+    counts = Counter(kinds)
+    words = []
+    for kind, text in _KINDS.items():
+        if counts[kind]:
+            text = text.replace("files", "file", 1) if counts[kind] == 1 else text
+            words.append(f"{counts[kind]} {text}")
+    return ", ".join(words)
 
 
 def _raise(error):
     raise error
 
 
-# %% [markdown]
-# Labels come in batches, so that a hundred thousand files need no more memory than a few dozen. What fails is counted and said, file by file.
-# The model is a Cannon's file (`.asdf`) or a network's (`.keras`, chapter 9); the table is the same, with no $\chi^2$ from a network.
+def _search(folder):
+    "(path, kind) of each FITS file below a folder, sorted."
+    found = []
+    seen = set()
+    for parent, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+        real = os.path.realpath(parent)
+        if real in seen:  # a link led back to where we were
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        kinds = [(Path(parent) / name, _kind_of_name(name)) for name in sorted(files)]
+        found += [pair for pair in kinds if pair[1]]
+    return found
+
+
+# %%
+assert _counted(["visit", "other", "visit"]) == "2 files of single visits, 1 other FITS file"
+for name in ("apStar-r8-2M00085893+5748452.fits", "allStar-l31c.2.fits", "notes.txt"):
+    print(f"{name:36}{_kind_of_name(name)}")
+
 
 # %%
 #| export
-LABEL_BATCH = 64  # files in memory at a time
+def _inside(folder, product):
+    "(path, product) of the stars to take from a folder, and (path, kind) of all its FITS files."
+    everything = _search(folder)
+    stars = [pair for pair in everything if pair[1] in PRODUCTS]
+    if not stars:
+        others = _counted(kind for _, kind in everything)
+        raise LabError(
+            f"{folder} holds no apStar or aspcapStar file, neither does a folder in it "
+            f"(they are known by name){f'; it has {others}: name these' if others else ''}"
+        )
+    return [pair for pair in stars if pair[1] == product] or stars, everything
 
 
+def _find(paths, product):
+    "What `find_spectra` finds, and in words what it leaves out."
+    found = {}
+    seen = {}
+    for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
+        if path.is_dir():
+            stars, everything = _inside(path, product)
+        elif path.exists():
+            stars = everything = [(path, product_of(path) or "")]
+        else:
+            raise LabError(f"there is no file or folder {path}")
+        for file, kind in stars:
+            found.setdefault(os.path.abspath(file), (str(file), kind))
+        seen |= {os.path.abspath(file): kind for file, kind in everything}
+    left_out = [kind for place, kind in seen.items() if place not in found]
+    return list(found.values()), _counted(left_out)
+
+
+def find_spectra(paths, product: str = None) -> list:
+    """The stars' files that some paths name, each once, in order; those of a folder are sorted.
+
+    Parameters
+    ----------
+    paths : path or sequence of paths
+        files, folders, roots of archives
+    product : {"apstar", "aspcapstar"}, optional
+        of a folder that holds both products only this one is taken
+
+    Returns
+    -------
+    list of (str, str)
+        path and product; the product is empty where neither name nor content says it
+
+    Raises
+    ------
+    LabError
+        where there is nothing
+    """
+    return _find(paths, product)[0]
+
+
+# %% [markdown]
+# A night's folder for this chapter: three stars as apStar, two of them as aspcapStar, one star under a name of its own, one file that is cut short.
+
+# %%
+scratch = tempfile.TemporaryDirectory()
+here = Path(scratch.name)
+report = train(archive_root(), here / "giants.asdf", scatter=True, progress=False)
+model = report.model
+known = report.facts["stars"]["test stars"]
+night = here / "night"
+night.mkdir()
+for product, number in (("apstar", 3), ("aspcapstar", 2)):
+    files = find_files(archive_root(), product)
+    places = {str(star): path for star, path in zip(files["APOGEE_ID"], files["path"])}
+    for star in known[:number]:
+        shutil.copy(places[star], night)
+    if product == "apstar":
+        shutil.copy(places[known[3]], night / "my_star.fits")
+        whole = Path(places[known[4]])
+        (night / whole.name).write_bytes(whole.read_bytes()[:100_000])
+
+# %%
+found, left_out = _find(night, "apstar")
+print(*(f"{Path(path).name}  {kind}" for path, kind in found), f"left out: {left_out}", sep="\n")
+assert len(found) == 4 and left_out == "2 aspcapStar files, 1 other FITS file"
+assert find_spectra(night / "my_star.fits") == [(str(night / "my_star.fits"), "apstar")]
+assert _find([night, night / "my_star.fits"], "apstar")[1] == "2 aspcapStar files"
+
+
+# %% [markdown]
+# ## The right treatment
+# A file of the other product is refused: its labels would look fine and be wrong. And an apStar file has rows: two combinations of all visits, then the visits one by one. A model that learned from its release's own
+# combination reads that of each file's release. A model that was asked to learn from another row reads the same one again.
+
+# %%
+#| export
+def _check_products(model, files, any_product):
+    "LabError if some files are of another product than the model's."
+    product = model.metadata_.get("product")
+    others = [(path, kind) for path, kind in files if kind and kind != product]
+    if not others or any_product:
+        return
+    path, kind = others[0]
+    said = "the model does not say from which product it learned"
+    if product:
+        said = f"the model learned from {product} files"
+    raise LabError(
+        f"{said}, but {path} is an {kind} file ({len(others)} of {len(files)} are). "
+        f"Another normalization shifts the labels: give it {product or 'its own'} files, "
+        "or insist with --any-product (any_product=True)"
+    )
+
+
+def _row_of(model):
+    "The row that a model was asked to learn from; None if that was its release's own."
+    release = RELEASES.get(model.metadata_.get("release"), Release)
+    row = model.metadata_.get("row")
+    return None if row == release.row else row
+
+
+def _check_row(row, files):
+    "LabError if a row was asked for, and no file has rows."
+    kinds = {kind for _, kind in files if kind}
+    if row is not None and kinds and all(PRODUCTS[kind].normalized for kind in kinds):
+        raise LabError(f"{files[0][0]} holds one spectrum, and no rows: leave the row out")
+
+
+# %%
+with pytest.raises(LabError, match="the model learned from apstar files, but"):
+    _check_products(model, find_spectra(night, "aspcapstar"), any_product=False)
+few = archive_record(archive_root()).fields[:6]
+other_row, _ = training_set(archive_root(), fields=few, row=0, progress=False)
+assert _row_of(model) is None and _row_of(Cannon(order=1).fit(other_row)) == 0
+
+# %% [markdown]
+# ## Labels in batches
+# Labels come in batches, so that a hundred thousand files need no more memory than a few dozen. What fails is collected, file by file.
+#
+# The table has what `infer` gives, then what the files know of their stars and a join with a catalogue needs: `snr`, `ra`, `dec`, `field`, `telescope`. The last column is the file.
+
+# %%
+#| export
+_FACTS = {"snr": None, "ra": u.deg, "dec": u.deg, "field": None, "telescope": None}  # and units
+
+
+def _label_batch(model, paths, product, row, any_product):
+    "The table of some files of one product (None if none can be read), and the problems."
+    rules = PRODUCTS[product]
+    row = None if rules.normalized else row
+    spectra, places, problems = read_stars(paths, rules, row=row, progress=False)
+    if not len(spectra):
+        return None, problems
+    table = infer(model, as_trained(model, spectra), any_recipe=any_product)
+    for name, unit in _FACTS.items():
+        column = np.asarray(spectra.stars[name.upper()])
+        table[name] = column if unit is None else column * unit
+    table["file"] = [paths[place] for place in places]
+    table.meta |= {"product": product, "made_by": f"stellar_lab {__version__}"}
+    blind = table["file"][np.isnan(table[model.label_names_[0].lower()])]
+    problems += [Problem(str(file), "no usable pixel, or too few for the model") for file in blind]
+    return table, problems
+
+
+def _label_files(model, files, row, any_product, batch, progress):
+    "One table of all files that give labels (None if none does), and the problems of the others."
+    usual = model.metadata_.get("product") or "apstar"
+    by_kind = {}
+    for path, kind in files:
+        by_kind.setdefault(kind or usual, []).append(path)
+    tables = []
+    problems = []
+    bar = tqdm(total=len(files), desc="labelling", unit="star", disable=not progress, leave=False)
+    with bar:
+        for kind, paths in sorted(by_kind.items()):
+            for start in range(0, len(paths), batch):
+                some = paths[start : start + batch]
+                table, bad = _label_batch(model, some, kind, row, any_product)
+                tables += [] if table is None else [table]
+                problems += bad
+                bar.update(len(some))
+    return (vstack(tables, metadata_conflicts="silent") if tables else None), problems
+
+
+# %%
+table, problems = _label_files(model, found, None, False, batch=2, progress=False)
+print(*problems, sep="\n")
+assert len(table) == 3 and len(problems) == 1 and "cut short" in problems[0].reason
+assert list(table["apogee_id"]) == sorted(known[:3]) and table["ra"].unit == u.deg
+table["apogee_id", "teff", "teff_err", "flags", "snr", "ra", "dec", "field", "telescope"]
+
+# %% [markdown]
+# ## What a table should say
+# A few stars are answered with their labels, rounded as their errors deserve. Ten thousand stars are answered with a few lines. Of these the most important is of what kind the errors are: a *formal* error may be ten
+# times too small. And a calibrated error that is as wide as the training stars are spread says, in one number, that the label was not found.
+
+# %%
+#| export
+_FEW = 5  # so many stars are shown one by one
+_ERRORS = {
+    "calibrated": "calibrated on stars left out of training",
+    "formal": "formal, as the model states them; nobody compared them with left-out stars",
+}
+
+
+def _rounded(value, error):
+    "A number and its error with two digits of the error."
+    if not np.isfinite(value):
+        return "none"
+    if not error > 0:
+        return f"{value:.5g}"
+    digits = max(0, 1 - math.floor(math.log10(error)))
+    return f"{value:.{digits}f} +- {error:.{digits}f}"
+
+
+def _label_lines(table):
+    "The labels of a few stars as text: one row per label, one column per star."
+    rows = [["", *table["apogee_id"]]]
+    for name in table.meta["labels"].lower().split(","):
+        unit = table[name].unit
+        values = label_values(table, [name, f"{name}_err"])
+        rows.append([f"{name} [{unit}]" if str(unit) else name, *(_rounded(*v) for v in values)])
+    if any(table["flags"] > 0):
+        rows.append(["flags", *(names or "none" for names in flag_names(table["flags"]))])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(str(text).ljust(w) for text, w in zip(row, widths)) for row in rows]
+    return [line.rstrip() for line in lines]
+
+
+def _wide_errors(model, table):
+    "A sentence for each label whose errors are as wide as the training stars are spread."
+    spreads = dict(zip(model.label_names_, getattr(model, "scales_", ())))
+    said = []
+    for name, spread in spreads.items():
+        errors = label_values(table, [f"{name}_err"])
+        known = errors[np.isfinite(errors)]
+        if len(known) and np.median(known) >= spread:
+            said.append(
+                f"{name} says nothing: its error is typically as wide as the training stars "
+                "are spread"
+            )
+    return said
+
+
+# %%
+print(*_label_lines(table), sep="\n")
+assert (_rounded(4523.7, 42.6), _rounded(-0.123, 0.0456)) == ("4524 +- 43", "-0.123 +- 0.046")
+assert not _wide_errors(model, table)
+
+
+# %%
+#| export
 @dataclass
 class LabelSummary:
-    "The table of labels, and what could not be labelled."
+    """The table of labels, and what could not be labelled; `print` says it in a few lines.
 
-    table: "QTable"  # as `infer`, with the column `file`
-    files: int  # how many were looked at
-    problems: list = field(default_factory=list)  # of clean.Problem: files that gave no labels
+    Attributes
+    ----------
+    table : QTable
+        as `infer` gives it, with snr, ra, dec, field, telescope and file
+    files : int
+        how many were looked at
+    problems : list of Problem
+        files that gave no labels, and why
+    model, out : str
+        where the model came from and the table went, if these are files
+    left_out : str
+        what the folders hold that was not looked at, in words
+    notes : list of str
+        what else a user of the labels should know
+    """
+
+    table: QTable
+    files: int
+    problems: list = field(default_factory=list)
     model: str = ""
     out: str = ""
+    left_out: str = ""
+    notes: list = field(default_factory=list)
 
     @property
     def labelled(self) -> int:
@@ -116,115 +409,329 @@ class LabelSummary:
         return not self.problems
 
     def __str__(self):
+        by = f" by {self.model}" if self.model else ""
+        where = f", in {self.out}" if self.out else ""
+        kind = self.table.meta["errors"]
         lost = {problem.path for problem in self.problems}
         flags = self.table["flags"][[file not in lost for file in self.table["file"]]]
-        doubtful = sum(flags > 0)
-        by, where = (
-            f" by {self.model}" if self.model else "",
-            f", in {self.out}" if self.out else "",
-        )
+        which = ", ".join(f"{count} {name}" for name, count in count_flags(flags).items())
         lines = [
             f"{self.labelled} of {self.files} stars labelled{by}{where}",
-            f"with a flag: {doubtful}{flag_text(count_flags(flags))}",
+            f"errors: {_ERRORS.get(kind, kind)}",
+            f"with a flag: {np.count_nonzero(flags)}{f' ({which})' if which else ''}",
         ]
-        return "\n".join(
-            lines + ([f"without labels: {len(self.problems)}"] if self.problems else [])
-        )
+        lines += [f"left out: {self.left_out}"] if self.left_out else []
+        lines += [f"without labels: {len(self.problems)}"] if self.problems else []
+        lines += self.notes
+        lines += ["", *_label_lines(self.table)] if len(self.table) <= _FEW else []
+        return "\n".join(lines)
 
 
-def label(
-    model,  # a fitted model, or the file of one: .asdf of a Cannon, .keras of a network
-    paths,  # apStar or aspcapStar files, folders, archive roots
-    out=None,  # .fits, .ecsv or .parquet for the table; nothing is written by default
-    any_product: bool = False,  # take spectra of another product than the model's, although their labels are biased
-    progress: bool = True,  # show a bar
-) -> LabelSummary:  # its `.table` holds the labels
-    "Labels of stars from their files, treated as the model's training spectra were. LabError if there are none."
-    if (
-        out is not None
-        and check_target(out, tuple(TABLE_FORMATS), "a table").suffix.lower() == ".parquet"
-    ):
-        require("pyarrow", "parquet")
-    name = str(model) if isinstance(model, (str, os.PathLike)) else ""
-    model = load_model(model) if name else model
-    files = find_spectra(paths, model.metadata_.get("product"))
-    _check_products(model, files, any_product)
-    table, problems = _label_files(model, files, progress)
-    if table is None:
-        raise LabError(
-            f"none of {len(files)} files gave labels: {'; '.join(map(str, problems[:3]))}{'; …' if len(problems) > 3 else ''}"
-        )
-    if out is not None:
-        write_labels(table, out)
-    return LabelSummary(table, len(files), problems, name, "" if out is None else str(out))
+# %%
+print(LabelSummary(table, len(found), problems, left_out=left_out))
 
 
-def _check_products(model, files, any_product):
-    product = model.metadata_.get("product")
-    others = [(path, kind) for path, kind in files if kind and kind != product]
-    if others and not any_product:
-        path, kind = others[0]
-        said = (
-            f"the model learned from {product} files"
-            if product
-            else "the model does not say from which product it learned"
-        )
-        raise LabError(
-            f"{said}, but {path} is an {kind} file ({len(others)} of {len(files)} are). Another normalization shifts the labels: "
-            f"give it {product or 'its own'} files, or insist with --any-product (any_product=True)"
-        )
+# %% [markdown]
+# ## One table, five formats
+# FITS and [ECSV](https://docs.astropy.org/en/stable/io/ascii/ecsv.html) keep everything, units included. Parquet is for many rows. CSV and VOTable need a little care, so that a reader sees numbers and no warnings:
+#
+# - CSV has no matrices. The covariance is spread over columns such as `cov_teff_logg`; the variances are the squares of the `_err` columns. A number that is not there is an empty cell, for `pandas`, astropy and TOPCAT agree on
+#   nothing else. There are no comment lines, since `pandas` would take them for data; so units and meta stay behind.
+# - VOTable knows no unit "dex". It goes into the column's description. The meta becomes `INFO` elements.
+# - A FITS header is plain ASCII, and so is the text in a FITS table; other letters in the names of files are encoded.
+
+# %%
+#| export
+def _for_fits(table):
+    "The table with text that FITS can hold: names of files in UTF-8, meta in ASCII."
+    table = table.copy(copy_data=False)
+    table["file"] = np.char.encode(np.asarray(table["file"], str), "utf-8", "surrogateescape")
+    for key, value in table.meta.items():
+        if isinstance(value, str):
+            table.meta[key] = value.encode("unicode_escape").decode("ascii")
+    return table
+
+
+def _for_csv(table):
+    "Plain columns: covariances spread out, an empty cell instead of NaN."
+    labels = table.meta["labels"].lower().split(",")
+    plain = Table()
+    for name in table.colnames:
+        values = np.asarray(getattr(table[name], "value", table[name]))
+        if name != "covariance":
+            plain[name] = values
+            continue
+        for i, first in enumerate(labels):
+            for j in range(i + 1, len(labels)):
+                plain[f"cov_{first}_{labels[j]}"] = values[:, i, j]
+    for name in plain.colnames:
+        if plain[name].dtype.kind == "f":
+            plain[name] = MaskedColumn(plain[name], mask=np.isnan(plain[name]))
+    return plain
+
+
+# %%
+print(*[name for name in _for_csv(table).colnames if name.startswith("cov")][:4], "…", sep="\n")
 
 
 # %%
 #| export
-def _label_files(model, files, progress):
-    "One table of all files that give labels (None if none does), and the problems of the others."
-    own = model.metadata_.get("product") or "apstar"
-    kinds = {
-        kind: [path for path, its in files if (its or own) == kind]
-        for kind in sorted({kind or own for _, kind in files})
-    }
-    parts, problems = [], []
-    with tqdm(
-        total=len(files), desc="labelling", unit="star", disable=not progress, leave=False
-    ) as bar:
-        for kind, paths in kinds.items():
-            for start in range(0, len(paths), LABEL_BATCH):
-                batch = paths[start : start + LABEL_BATCH]
-                part, bad = _label_batch(model, batch, kind)
-                parts += [] if part is None else [part]
-                problems += bad
-                bar.update(len(batch))
-    return (vstack(parts, metadata_conflicts="silent") if parts else None), problems
+def _write_csv(table, path):
+    _for_csv(table).write(path, format="ascii.csv")
 
 
-def _label_batch(model, paths, product):
-    spectra, places, problems = read_stars(paths, PRODUCTS[product], row=1, progress=False)
-    if not len(spectra):
-        return None, problems
-    table = infer(model, as_trained(model, spectra))
-    table["file"] = [paths[place] for place in places]
-    table.meta |= {"product": product, "made_by": f"stellar_lab {__version__}"}
-    blind = [
-        Problem(str(file), "no usable pixel, or too few for the model")
-        for file in table["file"][np.isnan(table[model.label_names_[0].lower()])]
-    ]
-    return table, problems + blind
+def _write_votable(table, path):
+    "A VOTable whose units the Virtual Observatory knows, and the meta as INFO."
+    table = Table(table)
+    for name in table.colnames:
+        if table[name].unit == u.dex:
+            table[name].unit = None
+            table[name].description = "in dex"
+    votable = from_table(table)
+    infos = votable.get_first_table().infos
+    for key, value in table.meta.items():
+        infos.append(Info(name=key, value=str(value)))
+    votable.to_xml(str(path))
 
 
-def write_labels(
-    table,  # QTable of `label`
-    path,  # .fits, .ecsv or .parquet
-):
-    "Write a table of labels, whole or not at all. Parquet has no matrices: there `covariance` is a row of K*K numbers."
-    if Path(path).suffix.lower() == ".fits":  # its text is ASCII; a file's name need not be
-        table = table.copy(copy_data=False)
-        table["file"] = np.char.encode(np.asarray(table["file"], str), "utf-8", "surrogateescape")
+_MORE_FORMATS = {".csv": _write_csv, ".vot": _write_votable}
+_FORMATS = (*TABLE_FORMATS, *_MORE_FORMATS)
+
+
+# %%
+#| export
+def write_labels(table: QTable, path):
+    """Write a table of labels, whole or not at all.
+
+    Parameters
+    ----------
+    table : QTable
+        of `label`
+    path : str or Path
+        .fits, .ecsv, .parquet, .csv or .vot. In .parquet, a covariance is a row of K*K numbers; in
+        .csv, it is spread over columns such as ``cov_teff_logg``, and there is no meta
+
+    Raises
+    ------
+    LabError
+        where the extension is another
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix in _MORE_FORMATS:
+        with atomic_path(path) as temporary:
+            _MORE_FORMATS[suffix](table, temporary)
+        return
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message=".*could not be saved in native FITS format"
-        )  # dex; astropy keeps it another way
-        write_table(table, path)
+        # dex; astropy keeps it another way
+        warnings.filterwarnings("ignore", message=".*could not be saved in native FITS format")
+        write_table(_for_fits(table) if suffix == ".fits" else table, path)
+
+
+# %%
+with warnings.catch_warnings():
+    warnings.simplefilter("error")  # nobody who opens these files shall be warned
+    for suffix in _FORMATS:
+        write_labels(table, here / f"labels{suffix}")
+    votable = Table.read(here / "labels.vot")
+frame = pd.read_csv(here / "labels.csv")
+print(votable["teff", "teff_err", "logg", "logg_err"].info)
+assert np.allclose(frame["cov_teff_logg"], table["covariance"][:, 0, 1])
+assert np.allclose(votable["covariance"], table["covariance"])
+assert votable["teff"].unit == u.K and votable["logg"].description == "in dex"
+assert frame["apogee_id"].tolist() == list(table["apogee_id"])
+
+
+# %% [markdown]
+# ## Label
+# The model is any file that `load_model` reads: a Cannon, a ridge regression, the physics model, a network. The table looks the same; where nothing was fitted, `chi2` is empty.
+#
+# A table should say where it comes from. Model and version stand in its meta. Date and command would, too, but then the same input would not give the same bytes; so only who asks for them, as the command line does,
+# gets them, through `notes`.
+
+# %%
+#| export
+def _check_out(out):
+    "LabError if the table could not be written, before anything slow begins."
+    if out is None:
+        return
+    if check_target(out, _FORMATS, "a table").suffix.lower() == ".parquet":
+        require("pyarrow", "parquet")
+
+
+def _few(problems, number=3):
+    "The first problems as text."
+    return "; ".join(map(str, problems[:number])) + ("; …" if len(problems) > number else "")
+
+
+# %%
+with pytest.raises(LabError, match="its extension must be .fits or .ecsv or"):
+    _check_out(here / "labels.doc")
+print(_few(problems * 5))
+
+
+# %%
+#| export
+def label(
+    model,
+    paths,
+    out=None,
+    any_product: bool = False,
+    progress: bool = True,
+    row: int = None,
+    notes: dict = None,
+    batch: int = 64,
+) -> LabelSummary:
+    """Labels of stars from their files, treated as the model's training spectra were.
+
+    Parameters
+    ----------
+    model : LabelModel or path
+        fitted, or the file of one, as for `load_model`
+    paths : path or sequence of paths
+        apStar or aspcapStar files, folders, roots of archives
+    out : str or Path, optional
+        file for the table, as for `write_labels`; nothing is written by default
+    any_product : bool, default False
+        take spectra of another product than the model's, although their labels are biased
+    progress : bool, default True
+        show a bar
+    row : int, optional
+        of apStar files: 0 and 1 are the combinations, the visits follow; by default as the model
+        learned
+    notes : dict, optional
+        goes into the table's meta, such as a date
+    batch : int, default 64
+        files in memory at a time
+
+    Returns
+    -------
+    LabelSummary
+        its ``table`` holds the labels
+
+    Raises
+    ------
+    LabError
+        where no file gives labels, or model and files do not go together
+
+    Examples
+    --------
+    >>> from stellar_lab import label
+    >>> summary = label("giants.asdf", "stars", "labels.fits")  # doctest: +SKIP
+    >>> print(summary)  # doctest: +SKIP
+    """
+    _check_out(out)
+    name = str(model) if isinstance(model, (str, os.PathLike)) else ""
+    model = load_model(model) if name else model
+    check_is_fitted(model)
+    files, left_out = _find(paths, model.metadata_.get("product"))
+    _check_products(model, files, any_product)
+    _check_row(row, files)
+    row = _row_of(model) if row is None else row
+    table, problems = _label_files(model, files, row, any_product, batch, progress)
+    if table is None:
+        raise LabError(f"none of {len(files)} files gave labels: {_few(problems)}")
+    table.meta |= {"model": name, "files": len(files), "failed": len(problems)} | (notes or {})
+    if out is not None:
+        write_labels(table, out)
+    said = _wide_errors(model, table)
+    where = "" if out is None else str(out)
+    return LabelSummary(table, len(files), problems, name, where, left_out, said)
+
+
+# %%
+summary = label(here / "giants.asdf", night, here / "night.ecsv", progress=False)
+print(str(summary).replace(f"{here}/", ""))
+again = QTable.read(here / "night.ecsv")
+assert not summary.ok and summary.labelled == 3
+assert again.meta["errors"] == "calibrated" and "date" not in again.meta
+assert np.allclose(again["teff"].value, table["teff"].value, rtol=1e-6)  # however they are read
+
+# %% [markdown]
+# ## The recipe is followed
+# A Python user normalizes with continuum pixels of her own and trains. Her model labels new files with the same pixels: file by file, the labels are those of the training spectra. The 529 of the original lab would
+# give others.
+
+# %%
+pixels = np.zeros(len(model.usable_), dtype=bool)
+pixels[3::20] = True
+spectra, _ = training_set(archive_root(), fields=few, continuum_pixels=pixels, progress=False)
+own = Cannon(order=1, scatter=True).fit(spectra)
+files = find_files(archive_root(), "apstar", few)
+stars, counts = np.unique(files["APOGEE_ID"], return_counts=True)
+once = np.isin(spectra.stars["APOGEE_ID"], stars[counts == 1])  # the others have two files
+some = spectra[once][:5]
+paths = [files["path"][files["APOGEE_ID"] == star][0] for star in some.stars["APOGEE_ID"]]
+answers = label(own, paths, progress=False)
+expected = infer(own, some)
+names = own.label_names_
+formal = label_values(expected, [f"{name}_err" for name in names])
+moved = label_values(answers.table, names) - label_values(expected, names)
+print(f"largest difference: {np.abs(moved / formal).max():.0e} formal errors")
+assert np.abs(moved / formal).max() < 1e-3
+print(answers)
+
+# %% [markdown]
+# The recipe has another part, the rule for dark pixels. We leave it out and look at how far the labels move, in units of their formal errors. And who is labelled with a star must not matter to it.
+
+# %%
+raw, _ = read_archive(archive_root(), dark=0, fields=few, progress=False)
+raw = raw[np.isin(raw.stars["APOGEE_ID"], spectra.stars["APOGEE_ID"])]
+same = infer(own, as_trained(own, raw))
+without = label_values(infer(own, normalize(raw, continuum_pixels=pixels)), names)
+formal = label_values(same, [f"{name}_err" for name in names])
+moved = np.nanmax(np.abs(label_values(same, names) - without) / formal, axis=0)
+print("largest shift in formal errors:", dict(zip(names, moved.round(2).tolist())))
+lonely = infer(own, as_trained(own, raw[3]))
+assert np.allclose(lonely["teff"].value, same["teff"].value[3], rtol=1e-7)
+
+# %% [markdown]
+# ## A whole folder
+# The archive at hand, dwarfs and damaged files included.
+
+# %%
+use_style()
+summary = label(here / "giants.asdf", archive_root(), progress=False)
+print(str(summary).replace(f"{here}/", ""))
+good = summary.table[summary.table["flags"] == 0]
+doubtful = summary.table[summary.table["flags"] > 0]
+fig, ax = plt.subplots(figsize=(6.5, 4.2))
+x, y, z = label_values(good, ["TEFF", "LOGG", "M_H"]).T
+error = label_values(good, ["TEFF_err", "LOGG_err"]).T
+ax.errorbar(x, y, error[1], error[0], fmt="none", color="0.8", lw=0.5, zorder=0)
+points = ax.scatter(x, y, c=z, s=9, cmap="viridis")
+crosses = label_values(doubtful, ["TEFF", "LOGG"]).T
+ax.plot(*crosses, "x", color="C3", ms=4, mew=0.8, label="flagged")
+ax.legend(frameon=False, loc="lower left")
+fig.colorbar(points, label=LABELS["M_H"].axis)
+ax.set(
+    xlabel=LABELS["TEFF"].axis,
+    ylabel=LABELS["LOGG"].axis,
+    xlim=LABELS["TEFF"].plot_range[::-1],
+    ylim=LABELS["LOGG"].plot_range[::-1],
+    title="Labels of all spectra of the archive",
+);
+
+# %%
+#| echo: false
+learned = set(known) | set(report.facts["stars"]["training stars"])
+strange = np.array([str(name) not in learned for name in summary.table["apogee_id"]])
+flagged = summary.table["flags"] > 0
+Markdown(
+    "**What to see.** Hot on the left, as astronomers draw it: the giant branch, metal-poor "
+    "stars (dark) on its hot side. Of the stars that were in neither set, "
+    f"{flagged[strange].mean():.0%} carry a flag (crosses), of the others "
+    f"{flagged[~strange].mean():.1%}. The model answers for a dwarf, too, with the labels of "
+    "some giant; without the column `flags` nobody would know."
+)
+
+# %%
+assert summary.labelled + len(summary.problems) == summary.files
+assert "aspcapStar" in summary.left_out
+with pytest.raises(LabError, match="there is no file or folder"):
+    label(model, here / "nowhere")
+with pytest.raises(LabError, match="its extension must be .fits or .ecsv"):
+    label(model, night, here / "labels.doc")
+scratch.cleanup()
 
 # %% [markdown]
 # **Exercise.** Label the archive with a model of three labels and with one of six. For which stars do the two disagree by more than their errors?

@@ -1,0 +1,256 @@
+"""A training: what it prints and records, and what it refuses."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stellar_lab import training
+from stellar_lab.cannon import Cannon
+from stellar_lab.labelling import label
+from stellar_lab.models import count_flags
+from stellar_lab.training import TrainingReport, train
+
+pytest_plugins = ["forty_stars"]
+QUICK = ["--labels", "teff,m_h", "--scatter"]  # six terms: forty stars are enough
+
+
+def test_training_prints_and_records(run, root, tmp_path):
+    path = tmp_path / "new" / "giants.asdf"
+    code, out, err = run(
+        "train", root, "--model", path, *QUICK, "--test-size", "0.4", "--seed", "3"
+    )
+    assert (code, err) == (0, "") and sorted(file.name for file in path.parent.iterdir()) == [
+        "giants.asdf",
+        "giants.json",
+    ]
+    record = json.loads(
+        path.with_suffix(".json").read_text(),
+        parse_constant=lambda name: pytest.fail(f"{name} is not JSON"),
+    )
+    assert record["arguments"] == {
+        "labels": ["TEFF", "M_H"],
+        "fields": None,
+        "product": None,
+        "continuum_pixels": None,
+        "row": None,
+        "order": 2,
+        "scatter": True,
+        "test_size": 0.4,
+        "folds": None,
+        "seed": 3,
+    }
+    assert (
+        record["archive"]["name"] == "clusters"
+        and record["product"] == "apstar"
+        and len(record["continuum_pixels"]["pixels"]) == 529
+    )
+    assert {"stellar_lab", "python", "numpy"} <= set(record["versions"])
+    learned, kept = (set(record["stars"][name]) for name in ("training stars", "test stars"))
+    assert (
+        not learned & kept
+        and len(learned | kept) == record["ledger"]["left"]
+        and abs(len(kept) / record["ledger"]["left"] - 0.4) < 0.03
+    )
+    assert set(record["ledger"]["dropped"].values()) >= {
+        "damaged",
+        "no row in the catalogue",
+        "dwarf",
+    }
+    for name in ("rmse", "scaled_rmse", "mae", "bias"):
+        assert name in out and all(
+            np.isfinite(row[name]) for rows in record["errors"].values() for row in rows
+        )
+    assert (
+        "files found" in out
+        and "errors of the training stars" in out
+        and "errors of the test stars" in out
+        and str(path) in out
+    )
+    report = TrainingReport.load(path.with_suffix(".json"))
+    report.save(tmp_path / "again.json")
+    assert (tmp_path / "again.json").read_text() == path.with_suffix(".json").read_text()
+    assert str(report).splitlines()[0] == out.splitlines()[0]
+
+
+def test_same_seed_same_record_and_model(root, model, tmp_path):
+    for seed in (42, 43):
+        train(
+            root,
+            tmp_path / str(seed) / model.name,
+            labels=["teff", "M_H"],
+            scatter=True,
+            seed=seed,
+            progress=False,
+        )
+    same, other = (tmp_path / str(seed) / model.name for seed in (42, 43))
+    assert (
+        same.with_suffix(".json").read_text()
+        == model.with_suffix(".json").read_text()
+        != other.with_suffix(".json").read_text()
+    )
+    files = [str(path) for path in sorted(root.rglob("apStar-*.fits"))[:5]]
+    first, second = (label(path, files, progress=False).table for path in (model, same))
+    assert all(
+        np.array_equal(np.asarray(first[name]), np.asarray(second[name]))
+        for name in first.colnames
+        if name != "file"
+    )
+
+
+def test_folds(root, tmp_path):
+    report = train(
+        root, labels=("TEFF", "M_H"), folds=3, product="aspcapstar", fields="all", progress=False
+    )
+    assert set(report.errors) == {"training stars", "stars left out in 3 folds"}
+    assert (
+        np.all(report.errors["stars left out in 3 folds"]["n"] == report.ledger.left)
+        and len(report.model.training_labels_) == report.ledger.left
+    )
+    assert (
+        report.facts["product"] == "aspcapstar"
+        and report.facts["continuum_pixels"] is None
+        and report.facts["arguments"]["test_size"] is None
+    )
+    assert hasattr(report.model, "error_floor_") and not list(tmp_path.iterdir())
+
+
+def test_all_spectra_of_a_star_lie_in_one_fold(root, monkeypatch):
+    real_set = training.training_set
+    real_cross = training.cross_label
+    asked = {}
+
+    def twice(*request):
+        spectra, ledger = real_set(*request)
+        return spectra[np.tile(np.arange(len(spectra)), 2)], ledger
+
+    def cross(model, spectra, groups, progress):
+        asked["stars"] = np.array(spectra.stars["APOGEE_ID"], dtype=str)
+        asked["groups"] = np.asarray(groups)
+        return real_cross(model, spectra, groups, progress)
+
+    monkeypatch.setattr(training, "training_set", twice)
+    monkeypatch.setattr(training, "cross_label", cross)
+    train(root, labels=["m_h"], folds=4, progress=False)
+    half = len(asked["stars"]) // 2
+    assert np.array_equal(asked["stars"][:half], asked["stars"][half:])
+    assert np.array_equal(asked["groups"][:half], asked["groups"][half:])
+    assert len(set(asked["groups"])) == 4
+
+
+def test_the_row_that_was_asked_for(root, tmp_path):
+    path = tmp_path / "row.asdf"
+    report = train(root, path, labels=["teff", "m_h"], row=0, progress=False)
+    usual = train(root, labels=["teff", "m_h"], progress=False)
+    assert report.facts["arguments"]["row"] == 0
+    assert Cannon.load(path).metadata_["row"] == 0 and usual.model.metadata_["row"] == 1
+    assert report.facts["model"]["digest"] != usual.facts["model"]["digest"]
+    assert "row 0" in training.describe(path)
+
+
+def test_a_label_that_says_nothing_is_not_praised(root, monkeypatch):
+    "Calibrated errors of a label that is worse than the mean: the record says so."
+    real_set = training.training_set
+
+    def shuffled(*request):
+        spectra, ledger = real_set(*request)
+        stars = spectra.stars.copy()
+        stars["TEFF"] = np.random.default_rng(0).permutation(stars["TEFF"])
+        return spectra.replace(stars=stars), ledger
+
+    assert not re.search("says nothing", str(train(root, labels=["m_h"], progress=False)))
+    monkeypatch.setattr(training, "training_set", shuffled)
+    report = train(root, labels=["teff"], progress=False)
+    (errors,) = report.errors["test stars"]
+    assert errors["scaled_rmse"] > 1
+    assert re.search("TEFF says nothing: its RMSE is .* Do not use it", str(report))
+    assert any("TEFF says nothing" in note for note in report.to_dict()["notes"])
+
+
+def test_too_few_stars_for_an_error_model(run, root, tmp_path):
+    code, out, _ = run(
+        "train", root, "--model", tmp_path / "m.asdf", "--labels", "m_h", "--test-size", "0.1"
+    )
+    assert code == 0 and "too few for an error model" in out and "much too small" in out
+    assert json.loads((tmp_path / "m.json").read_text())["error_model"] is None
+    assert "formal: photon noise alone" in run("report", "--model", tmp_path / "m.asdf")[1]
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--labels", "teff,mass"], "unknown label 'mass': choose from TEFF"),
+        (["--labels", "teff,TEFF"], "name each once"),
+        (["--labels", "fe_h"], "has no label FE_H"),
+        (["--fields", "4105,9"], "no apstar or aspcapstar files of field 9 below"),
+        (["--test-size", "1.5"], "test_size is 1.5"),
+        (["--test-size", "nan"], "test_size is nan"),
+        (["--folds", "1"], "folds is 1"),
+        (["--folds", "1000"], "1000 folds of"),
+        (["--order", "0"], "order is 0"),
+        (["--order", "40"], "stars cannot determine 12341 terms"),
+        (["--seed", "-1"], "seed is -1"),
+        (["--row", "-1"], "row must be 0, 1, 2"),
+        (["--row", "0", "--product", "aspcapstar"], "leave the row out"),
+        (["--continuum-pixels", "nowhere.npy"], "cannot read continuum pixels from nowhere.npy"),
+        (["--test-size", "0.95"], "take more stars, a lower order or fewer labels"),
+    ],
+)
+def test_training_requests_that_cannot_be_met(run, root, tmp_path, words, message):
+    words = words if "--labels" in words else ["--labels", "teff,m_h,alpha_m", *words]
+    code, out, err = run("train", root, "--model", tmp_path / "m.asdf", *words)
+    assert (
+        (code, out) == (2, "")
+        and err.startswith("stellar-lab: ")
+        and message in err
+        and not list(tmp_path.iterdir())
+    )
+
+
+# --- report
+
+
+def test_report(run, model, tmp_path):
+    code, out, err = run("report", "--model", model)
+    assert (code, err) == (0, "")
+    for words in (
+        "TEFF",
+        "6: 1, TEFF, M_H, TEFF^2",
+        "apstar",
+        "529 continuum pixels",
+        "7214 from 15168",
+        "calibrated",
+        "files found",
+        "rmse",
+        Cannon.load(model).training_digest_[:16],
+    ):
+        assert words in " ".join(out.split()), words
+    alone = Path(shutil.copy(model, tmp_path / "alone.asdf"))
+    code, out, _ = run("report", "--model", alone)
+    assert code == 0 and "no record: there is no record" in out and "TEFF" in out
+    alone.with_suffix(".json").write_text('{"format": 1}')
+    assert "is not the record of a training" in run("report", "--model", alone)[1]
+    record = json.loads(model.with_suffix(".json").read_text())
+    record["model"]["digest"] = "0" * 64
+    alone.with_suffix(".json").write_text(json.dumps(record))
+    code, out, _ = run("report", "--model", alone)
+    assert code == 0 and "is the record of another training" in out and "rmse" not in out
+
+
+def test_the_ledger_keeps_its_reasons_where_they_fit(model):
+    report = TrainingReport.load(model.with_suffix(".json"))
+    wide, narrow = report.lines(150), report.lines(80)
+    assert any("the model is one of giants" in line for line in wide) and not any(
+        "giants" in line for line in narrow
+    )
+    assert max(map(len, narrow)) <= 80 and len(wide) == len(narrow)
+
+
+def test_count_flags():
+    assert (
+        count_flags([0, 8, 9, 4, 0]) == {"NOT_CONVERGED": 1, "OUTSIDE_TRAINING": 1, "POOR_FIT": 2}
+        and count_flags([]) == {}
+    )

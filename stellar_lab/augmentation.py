@@ -140,7 +140,7 @@ class _Local(keras.layers.Layer):
     "Flux and ivar -> deviation from the typical flux, gated by its error, filled from neighbours."
 
     def __init__(self, edges, tau=0.04, reach=4, **options):
-        super().__init__(**options)
+        super().__init__(**{"name": "local"} | options)
         self.edges = list(edges)  # first pixels of the chips, and the end
         self.tau = tau  # at the start
         self.reach = reach  # pixels that the kernel reaches
@@ -185,7 +185,7 @@ class _Experts(keras.layers.Layer):
     "Several small networks: features (N, R) -> means and log errors (N, members, 2, K)."
 
     def __init__(self, members, width, n_labels, **options):
-        super().__init__(**options)
+        super().__init__(**{"name": "experts"} | options)
         self.members = members
         self.width = width
         self.n_labels = n_labels
@@ -224,7 +224,7 @@ class _Mixture(keras.layers.Layer):
     "Means and log errors (N, M, 2, K), scaled -> labels (N, K), covariance (N, K, K), physical."
 
     def __init__(self, scales, pivots, **options):
-        super().__init__(**options)
+        super().__init__(**{"name": "mixture"} | options)
         self.scales = list(scales)
         self.pivots = list(pivots)
 

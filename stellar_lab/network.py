@@ -62,7 +62,7 @@ class _Prepare(keras.layers.Layer):
     "Flux and ivar as read -> flux with typical values in unusable pixels, centred if wanted."
 
     def __init__(self, centre=False, **options):
-        super().__init__(**options)
+        super().__init__(**{"name": "prepare"} | options)
         self.centre = centre
 
     def build(self, flux_shape, ivar_shape):
@@ -83,6 +83,9 @@ class _Prepare(keras.layers.Layer):
 # %% ../nbs/14_network.ipynb #80816e30
 class _FusedAdam(keras.optimizers.Adam):
     "Keras' Adam with amsgrad, each step TensorFlow's single operation for it (on the processor)."
+
+    def __init__(self, learning_rate=0.001, name="fused_adam", **options):
+        super().__init__(learning_rate, name=name, **options)
 
     # It leans on names that Keras 3 keeps to itself; the next cell and the tests guard it.
     def update_step(self, gradient, variable, learning_rate):

@@ -1,4 +1,4 @@
-"""Augmentation and the error-aware network: the original lab's rules, bad pixels, files, interrupted trainings, refusals."""
+"""Augmentation and the error-aware network: rules, bad pixels, files, refusals."""
 
 import numpy as np
 import pytest
@@ -14,16 +14,16 @@ from stellar_lab.augmentation import (
     _BAD_JITTER,
     AugmentedNetwork,
     ErrorAwareNetwork,
-    _Local,
-    _Mixture,
     _draw_chances,
     _feature_axes,
+    _Local,
+    _Mixture,
+    _noisy_stream,
     jitter_scale,
     noisy_copies,
-    _noisy_stream,
 )
-from stellar_lab.judging import cross_label
 from stellar_lab.inversion import infer
+from stellar_lab.judging import cross_label
 from stellar_lab.network import Network, keras, tf
 from stellar_lab.survey import LabError
 

@@ -1,4 +1,4 @@
-"""Networks: what a file keeps, trainings that are interrupted, answers that do not depend on bad pixels or company, errors."""
+"""Networks: files, interrupted trainings, answers that bad pixels do not change, errors."""
 
 import gc
 import json

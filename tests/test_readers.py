@@ -1,4 +1,4 @@
-"""Readers without TensorFlow: ridge regression in folds, answers that do not depend on bad pixels, stars without an answer."""
+"""Readers without TensorFlow: ridge regression in folds, bad pixels, stars without an answer."""
 
 import subprocess
 import sys

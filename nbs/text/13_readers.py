@@ -343,9 +343,9 @@ Table(rows)
 # %%
 #| echo: false
 Markdown(
-    f"**What to see.** RMSE of {len(test)} test stars in scaled labels. {np.mean(~good):.0%} of the "
-    "pixels are bad, and what stands in them decides. The training mean is best. It stands inside "
-    "the model, so nobody has to remember it, and all our networks use it."
+    f"**What to see.** RMSE of {len(test)} test stars in scaled labels. {np.mean(~good):.0%} of "
+    "the pixels are bad, and what stands in them decides. The training mean is best. It stands "
+    "inside the model, so nobody has to remember it, and all our networks use it."
 )
 
 # %%
@@ -364,8 +364,8 @@ residual = label_values(table, ["teff"]) - truth[:, :1]
 inside = np.abs(residual) < label_values(table, ["teff_err"])
 Markdown(
     "**What to see.** A straight line follows all labels over their whole range. Its formal errors "
-    f"know the photons alone: {inside.mean():.0%} of the temperatures lie within one of them, where "
-    "68 % should."
+    f"know the photons alone: {inside.mean():.0%} of the temperatures lie within one of them, "
+    "where 68 % should."
 )
 
 # %% [markdown]

@@ -122,7 +122,7 @@ class _Prepare(keras.layers.Layer):
     "Flux and ivar as read -> flux with typical values in unusable pixels, centred if wanted."
 
     def __init__(self, centre=False, **options):
-        super().__init__(**options)
+        super().__init__(**{"name": "prepare"} | options)
         self.centre = centre
 
     def build(self, flux_shape, ivar_shape):
@@ -165,6 +165,9 @@ assert np.allclose(_Prepare()(flux, ivar), [[0.9, 1, 0.7]])
 #| export
 class _FusedAdam(keras.optimizers.Adam):
     "Keras' Adam with amsgrad, each step TensorFlow's single operation for it (on the processor)."
+
+    def __init__(self, learning_rate=0.001, name="fused_adam", **options):
+        super().__init__(learning_rate, name=name, **options)
 
     # It leans on names that Keras 3 keeps to itself; the next cell and the tests guard it.
     def update_step(self, gradient, variable, learning_rate):
@@ -262,11 +265,10 @@ step, loss_of = _compiled(
 )
 flux = tf.constant(np.linspace(-1, 1, 20, dtype="f4")[:, None])
 losses = [float(step(flux, tf.ones_like(flux), 2 * flux)) for _ in range(100)]
-print(
-    f"loss {losses[0]:.2f}, after 100 steps {losses[-1]:.1e}; weight {float(line.trainable_variables[0][0, 0]):.3f}"
-)
+slope = float(line.trainable_variables[0][0, 0])
+print(f"loss {losses[0]:.2f}, after 100 steps {losses[-1]:.1e}; weight {slope:.3f}")
 assert np.isclose(loss_of(flux, tf.ones_like(flux), 2 * flux), losses[-1], atol=1e-3)
-assert abs(float(line.trainable_variables[0][0, 0]) - 2) < 0.02
+assert abs(slope - 2) < 0.02
 
 
 # %% [markdown]
@@ -402,9 +404,7 @@ with tempfile.TemporaryDirectory() as folder:
     epoch, history, best = _State(path, "mine", [weight]).begin({"loss": []})
     with pytest.raises(LabError, match="another training"):
         _State(path, "another", [weight]).begin({"loss": []})
-print(
-    f"taken up after epoch {epoch} with the loss {history['loss'][-1]} and the weights {weight.numpy()}"
-)
+print(f"taken up after epoch {epoch}, loss {history['loss'][-1]}, weights {weight.numpy()}")
 assert epoch == 3 and weight.numpy().tolist() == [1, 2]
 
 
@@ -898,10 +898,9 @@ ivar[np.random.default_rng(1).random(ivar.shape) < 0.1] = 0
 flux[ivar == 0] = np.nan
 small = OneLayer(epochs=60, learning_rate=0.05).fit(labels, flux, ivar, three, progress=False)
 residual = small.scale(label_values(infer(small, flux, ivar), three)) - small.scale(labels)
-print(
-    f"loss at the start {small.history_['loss'][0]:.2f}, at the end {small.history_['loss'][-1]:.3f}"
-)
-assert small.history_["loss"][-1] < 0.05 and np.sqrt(np.mean(residual[:, 0] ** 2)) < 0.2
+losses = small.history_["loss"]
+print(f"loss at the start {losses[0]:.2f}, at the end {losses[-1]:.3f}")
+assert losses[-1] < 0.05 and np.sqrt(np.mean(residual[:, 0] ** 2)) < 0.2
 
 # %% [markdown]
 # Without bad pixels the map itself must come back: labels of new stars to a hundredth of their spread.
@@ -1138,8 +1137,8 @@ Markdown(
     "**What to see.** Solid: training stars, dashed: test stars, grey: a network that answers the "
     f"mean. Fed with flux as it is, the network starts at a loss of {raw['loss'][0]:.0f}; with the "
     f"flux centred at {centred['loss'][0]:.2f}. At the end the training stars' loss is "
-    f"{centred['loss'][-1]:.3f} and the test stars' {centred['val_loss'][-1]:.3f}: with more weights "
-    "than stars, one can learn the stars by heart."
+    f"{centred['loss'][-1]:.3f} and the test stars' {centred['val_loss'][-1]:.3f}: with more "
+    "weights than stars, one can learn the stars by heart."
 )
 
 # %%
@@ -1196,10 +1195,10 @@ Table({"label": names, "correlation of the two rows": np.round(alike, 2)})
 #| echo: false
 size = [np.linalg.norm(rows / network.scales_[:, None]) for rows in lines.values()]
 Markdown(
-    "**What to see.** Scaled label per unit of flux. Both lines read the same features. The weights "
-    f"of the network are {size[0] / size[1]:.1f} times as long as those of the ridge. A Cannon's "
-    "derivative shows which pixels change with a label; these weights also say what to subtract so "
-    "that the other labels do not show."
+    "**What to see.** Scaled label per unit of flux. Both lines read the same features. The "
+    f"weights of the network are {size[0] / size[1]:.1f} times as long as those of the ridge. A "
+    "Cannon's derivative shows which pixels change with a label; these weights also say what to "
+    "subtract so that the other labels do not show."
 )
 
 # %%
@@ -1238,10 +1237,10 @@ Table(rows)
 mean = {name: errors["scaled_rmse"].mean() for name, errors in judged.items()}
 Markdown(
     f"**What to see.** RMSE (bias) of {len(test)} test stars, {profile()} profile. The network is "
-    f"behind the line that ridge regression finds: {mean['network'] / mean['Cannon']:.2f} times the "
-    f"Cannon's error against {mean['ridge'] / mean['Cannon']:.2f}. In the first panels training stars "
-    "lie on the diagonal and test stars do not. That is learning by heart, which the ridge's penalty "
-    "holds back."
+    f"behind the line that ridge regression finds: {mean['network'] / mean['Cannon']:.2f} times "
+    f"the Cannon's error against {mean['ridge'] / mean['Cannon']:.2f}. In the first panels "
+    "training stars lie on the diagonal and test stars do not. That is learning by heart, which "
+    "the ridge's penalty holds back."
 )
 
 # %%
@@ -1279,8 +1278,8 @@ formal_size = {
 Markdown(
     "**What to see.** Share of stars within one error. The network's formal errors hold more often "
     f"than the Cannon's, for they are larger: {formal_size['network']:.0f} K in temperature, where "
-    f"the Cannon's are {formal_size['Cannon']:.0f} K. The Cannon gives a noisy pixel little weight; "
-    "the line gives each pixel its fixed weight, however noisy it is in this star."
+    f"the Cannon's are {formal_size['Cannon']:.0f} K. The Cannon gives a noisy pixel little "
+    "weight; the line gives each pixel its fixed weight, however noisy it is in this star."
 )
 
 # %%
@@ -1307,7 +1306,8 @@ with tempfile.TemporaryDirectory() as folder:
         files = sorted(archive_root().rglob("apStar-*.fits"))[:3]
     by_command = label(path, files, progress=False).table if files else None
 print(
-    f"read back: a {type(loaded).__name__}, {loaded.net_.count_params():,} weights, errors {loaded.errors_}"
+    f"read back: a {type(loaded).__name__}, {loaded.net_.count_params():,} weights, "
+    f"errors {loaded.errors_}"
 )
 assert type(loaded) is LabNetwork and loaded.get_params() == calibrated.get_params()
 assert loaded.training_digest_ == calibrated.training_digest_

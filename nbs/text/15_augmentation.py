@@ -213,7 +213,7 @@ Table({"of the copies": list(facts), "value": list(facts.values())})
 
 # %%
 class Narrow(Network):
-    "The original lab's network, layers a tenth as wide (the last hidden one as it is): quick to try."
+    "The original lab's network with layers a tenth as wide (the last hidden one as it is)."
 
     layer = {"activation": "linear"}
 
@@ -418,10 +418,10 @@ Table(
 #| echo: false
 stars_each = 0.8 * len(train)
 Markdown(
-    f"**What to see.** {len(test)} test stars, {profile()} profile. The noise gains little over the "
-    "plain network, if anything. Noise acts on a linear map as a penalty on its weights, "
-    "$\\sum_p W_p^2\\sigma_p^2$: it is ridge regression by dice, with a heavier hand on noisy pixels. "
-    f"An epoch holds {stars_each * 7214 * 4 / 2**20:.0f} MiB, the original lab's array "
+    f"**What to see.** {len(test)} test stars, {profile()} profile. The noise gains little over "
+    "the plain network, if anything. Noise acts on a linear map as a penalty on its weights, "
+    "$\\sum_p W_p^2\\sigma_p^2$: it is ridge regression by dice, with a heavier hand on noisy "
+    f"pixels. An epoch holds {stars_each * 7214 * 4 / 2**20:.0f} MiB, the original lab's array "
     f"{10_000 * 7214 * 4 / 2**20:.0f}."
 )
 
@@ -522,11 +522,12 @@ Table(
 # %%
 #| echo: false
 Markdown(
-    f"**What to see.** The nonlinear network, which the original lab saw stuck at a loss of 1, ends "
-    f"at {final_loss['nonlinear, flux as it is']:.2f} on the flux as it is, at "
-    f"{final_loss['nonlinear, centred']:.2f} on centred flux, and with weights as large at the start "
-    "as rectified units need them it beats the linear one. Nonlinearity was not the obstacle. Only "
-    f"{np.mean(odd & (spectra.ivar > 0)):.3%} of the pixels are good and yet below 0 or above 1.1."
+    f"**What to see.** The nonlinear network, which the original lab saw stuck at a loss of 1, "
+    f"ends at {final_loss['nonlinear, flux as it is']:.2f} on the flux as it is, at "
+    f"{final_loss['nonlinear, centred']:.2f} on centred flux, and with weights as large at the "
+    "start as rectified units need them it beats the linear one. Nonlinearity was not the "
+    f"obstacle. Only {np.mean(odd & (spectra.ivar > 0)):.3%} of the pixels are good and yet odd "
+    "(below 0 or above 1.1)."
 )
 
 # %%
@@ -572,8 +573,8 @@ if bits:
     alone = (raw.mask != 0) & (raw.mask & (raw.mask - 1) == 0)  # a power of two: a single bit
     together = 1 - alone.sum() / np.count_nonzero(raw.mask)
     text = (
-        f"**What to see.** {together:.0%} of the flagged pixels carry more than one bit, so letting "
-        "in a single one brings few pixels back, and these do not help."
+        f"**What to see.** {together:.0%} of the flagged pixels carry more than one bit, so "
+        "letting in a single one brings few pixels back, and these do not help."
     )
 Markdown(text)
 
@@ -647,7 +648,7 @@ class _Local(keras.layers.Layer):
     "Flux and ivar -> deviation from the typical flux, gated by its error, filled from neighbours."
 
     def __init__(self, edges, tau=0.04, reach=4, **options):
-        super().__init__(**options)
+        super().__init__(**{"name": "local"} | options)
         self.edges = list(edges)  # first pixels of the chips, and the end
         self.tau = tau  # at the start
         self.reach = reach  # pixels that the kernel reaches
@@ -745,7 +746,7 @@ class _Experts(keras.layers.Layer):
     "Several small networks: features (N, R) -> means and log errors (N, members, 2, K)."
 
     def __init__(self, members, width, n_labels, **options):
-        super().__init__(**options)
+        super().__init__(**{"name": "experts"} | options)
         self.members = members
         self.width = width
         self.n_labels = n_labels
@@ -797,7 +798,7 @@ class _Mixture(keras.layers.Layer):
     "Means and log errors (N, M, 2, K), scaled -> labels (N, K), covariance (N, K, K), physical."
 
     def __init__(self, scales, pivots, **options):
-        super().__init__(**options)
+        super().__init__(**{"name": "mixture"} | options)
         self.scales = list(scales)
         self.pivots = list(pivots)
 
@@ -1139,10 +1140,11 @@ Table(
 # %%
 #| echo: false
 Markdown(
-    f"**What to see.** The scaled RMSE is {found['error-aware network'] / found['Cannon']:.2f} times "
-    f"the Cannon's ({profile()} profile). The stated errors hold for {within.mean():.0%} of the "
-    "labels, where 68 % would be right. The dashes rise: each member for itself becomes too sure of "
-    "what it learned by heart. It is their scatter, counted as error, that keeps the mixture right."
+    f"**What to see.** The scaled RMSE is {found['error-aware network'] / found['Cannon']:.2f} "
+    f"times the Cannon's ({profile()} profile). The stated errors hold for {within.mean():.0%} of "
+    "the labels, where 68 % would be right. The dashes rise: each member for itself becomes too "
+    "sure of what it learned by heart. It is their scatter, counted as error, that keeps the "
+    "mixture right."
 )
 
 # %%
@@ -1200,10 +1202,11 @@ Table({"model": list(broken), **columns})
 #| echo: false
 rise = {name: errors["30 % bad"] / errors["as they are"] for name, errors in broken.items()}
 Markdown(
-    "**What to see.** Scaled RMSE. With 30 % of the pixels known to be bad, the error-aware network's "
-    f"is {rise['error-aware']:.2f} times what it was, also when it never lost more than 15 % in "
-    f"training (last row); that of the plain network, with means filled in, {rise['plain network']:.2f} "
-    "times. The last column is what the errors are for. No model survives that."
+    "**What to see.** Scaled RMSE. With 30 % of the pixels known to be bad, the error-aware "
+    f"network's is {rise['error-aware']:.2f} times what it was, also when it never lost more than "
+    f"15 % in training (last row). The plain network's, with means filled in, is "
+    f"{rise['plain network']:.2f} times what it was. The last column is what the errors are for. "
+    "No model survives that."
 )
 
 # %%

@@ -539,21 +539,26 @@ class ByHand(_Training, LabelReader):
     def _build(self, n_pixels, n_labels):
         return keras.Sequential([keras.Input((n_pixels,)), keras.layers.Dense(n_labels)])
 
+    def fit(self, labels, flux, ivar, names):
+        keras.utils.set_random_seed(self.seed)
+        flux, ivar = self._begin(labels, flux, ivar, names, None)
+        data, held = self._sets(flux, ivar, None)
+        self._assemble()
+        self._train(data, held, checkpoint=None, progress=False)
+        return self
+
 
 # %%
 three = ["TEFF", "LOGG", "M_H"]
 labels, flux, ivar = made_up()
-keras.utils.set_random_seed(42)
-by_hand = ByHand()
-flux, ivar = by_hand._begin(labels, flux, ivar, three, None)
-data, held = by_hand._sets(flux, ivar, None)
-by_hand._assemble()
-by_hand._train(data, held, checkpoint=None, progress=False)
-Table({"loss": by_hand.history_["loss"], "of stars set aside": by_hand.history_["val_loss"]})[::5]
+by_hand = ByHand().fit(labels, flux, ivar, three)
+losses = by_hand.history_
+Table({"loss": losses["loss"], "of stars set aside": losses["val_loss"]})[::5]
 
 # %%
+data, held = by_hand._sets(flux, ivar, None)
 assert len(data[0]) == 240 and len(held[0]) == 60
-assert by_hand.history_["val_loss"][-1] < 0.1 * by_hand.history_["val_loss"][0]
+assert losses["val_loss"][-1] < 0.1 * losses["val_loss"][0]
 
 # %% [markdown]
 # ### Kept in a file

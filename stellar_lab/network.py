@@ -271,6 +271,13 @@ def _identity(model, held):
         identity.update(np.asarray(array).tobytes())
     return identity.hexdigest()
 
+
+def _release_memory():
+    "Collect what refers to itself; give free memory back to the machine where C allows it."
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
 # %% ../nbs/14_network.ipynb #0a533817
 class _Training(_Layers):
     "Stars become tensors, layers become models, and the epochs go by."
@@ -329,6 +336,71 @@ class _Training(_Layers):
             self.best_epoch_ = int(np.argmin(self.history_["val_loss"]))
         if best is not None:
             self.core_.set_weights(best)
+
+# %% ../nbs/14_network.ipynb #094f02cd
+class _Trainable(_Training, LabelReader):
+    "A reader of labels that is trained in epochs."
+
+    def fit(
+        self,
+        labels,
+        flux: np.ndarray = None,
+        ivar: np.ndarray = None,
+        label_names: Sequence = None,
+        wavelength: np.ndarray = None,
+        *,
+        validation: Spectra = None,
+        checkpoint=None,
+        progress: bool = True,
+    ) -> "Network":
+        """Train on stars with known labels; the same seed gives the same network on one machine.
+
+        Parameters
+        ----------
+        labels, flux, ivar, label_names, wavelength
+            as for `Cannon.fit`; a `Spectra` alone holds all of it
+        validation : Spectra, optional
+            other stars to follow the loss on; by default the share ``validation`` of these
+        checkpoint : str or Path, optional
+            file for the state of the training, from which an interrupted one goes on
+        progress : bool, default True
+            show a bar
+
+        Returns
+        -------
+        Network
+            itself, with the losses of all epochs in ``history_``
+
+        Raises
+        ------
+        LabError
+            where the loss is no longer finite, or the checkpoint is of another training
+        """
+        flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
+        data, held = self._sets(flux, ivar, validation)
+        del labels, flux, ivar, validation  # the tensors are all that is needed, and are copies
+        keras.utils.set_random_seed(self.seed)
+        tf.config.experimental.enable_op_determinism()
+        self._look(*data)
+        self._assemble()
+        self._train(data, held, checkpoint, progress)
+        del data, held
+        _release_memory()
+        return self
+
+    def _read(self, flux, ivar):
+        check_is_fitted(self, "keras_")
+        outputs = _block_by_block(lambda *block: self.keras_(_as_tensors(block)), flux, ivar)
+        if isinstance(outputs[0], dict):
+            covariance = np.concatenate([output["covariance"] for output in outputs]).astype(float)
+            outputs = [output["labels"] for output in outputs]
+            return np.concatenate(outputs).astype(float), covariance
+        labels = np.concatenate(outputs).astype(float)
+        return labels, self._covariance(labels, ivar)
+
+    def _covariance(self, labels, ivar):
+        "Covariance (N, K, K) of labels where the Keras model does not give one: unknown."
+        return np.full((*labels.shape, labels.shape[1]), np.nan)
 
 # %% ../nbs/14_network.ipynb #c934a68d
 _NETWORK_FORMAT = 1
@@ -489,14 +561,7 @@ class _InKerasFile:
         return _rebuilt(kind, tree, path)
 
 # %% ../nbs/14_network.ipynb #4070fab1
-def _release_memory():
-    "Collect what refers to itself; give free memory back to the machine where C allows it."
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-# %% ../nbs/14_network.ipynb #7d48eed0
-class Network(_InKerasFile, _Training, LabelReader):
+class Network(_InKerasFile, _Trainable):
     """A Keras network from spectrum to labels.
 
     A subclass says in `_build` which layers it has, and may override what else `_Layers` lists.
@@ -539,67 +604,6 @@ class Network(_InKerasFile, _Training, LabelReader):
         self.validation = validation
         self.keep_best = keep_best
         self.seed = seed
-
-    def fit(
-        self,
-        labels,
-        flux: np.ndarray = None,
-        ivar: np.ndarray = None,
-        label_names: Sequence = None,
-        wavelength: np.ndarray = None,
-        *,
-        validation: Spectra = None,
-        checkpoint=None,
-        progress: bool = True,
-    ) -> "Network":
-        """Train on stars with known labels; the same seed gives the same network on one machine.
-
-        Parameters
-        ----------
-        labels, flux, ivar, label_names, wavelength
-            as for `Cannon.fit`; a `Spectra` alone holds all of it
-        validation : Spectra, optional
-            other stars to follow the loss on; by default the share ``validation`` of these
-        checkpoint : str or Path, optional
-            file for the state of the training, from which an interrupted one goes on
-        progress : bool, default True
-            show a bar
-
-        Returns
-        -------
-        Network
-            itself, with the losses of all epochs in ``history_``
-
-        Raises
-        ------
-        LabError
-            where the loss is no longer finite, or the checkpoint is of another training
-        """
-        flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
-        data, held = self._sets(flux, ivar, validation)
-        del labels, flux, ivar, validation  # the tensors are all that is needed, and are copies
-        keras.utils.set_random_seed(self.seed)
-        tf.config.experimental.enable_op_determinism()
-        self._look(*data)
-        self._assemble()
-        self._train(data, held, checkpoint, progress)
-        del data, held
-        _release_memory()
-        return self
-
-    def _read(self, flux, ivar):
-        check_is_fitted(self, "keras_")
-        outputs = _block_by_block(lambda *block: self.keras_(_as_tensors(block)), flux, ivar)
-        if isinstance(outputs[0], dict):
-            covariance = np.concatenate([output["covariance"] for output in outputs]).astype(float)
-            outputs = [output["labels"] for output in outputs]
-            return np.concatenate(outputs).astype(float), covariance
-        labels = np.concatenate(outputs).astype(float)
-        return labels, self._covariance(labels, ivar)
-
-    def _covariance(self, labels, ivar):
-        "Covariance (N, K, K) of labels where the Keras model does not give one: unknown."
-        return np.full((*labels.shape, labels.shape[1]), np.nan)
 
 # %% ../nbs/14_network.ipynb #5cc8747f
 LAB_EPOCHS = 250

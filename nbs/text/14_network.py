@@ -410,8 +410,8 @@ assert epoch == 3 and weight.numpy().tolist() == [1, 2]
 
 # %% [markdown]
 # ### All epochs
-# An epoch is one pass over all stars. Its loss is the mean over stars, although the last batch may be smaller. A loss that is no longer a number is answered at once. And a state belongs to one training only, so each training has a
-# fingerprint.
+# An epoch is one pass over all stars. Its loss is the mean over stars, although the last batch may be smaller. A loss that is no longer a number is answered at once. A state belongs to one training only, so each training has a
+# fingerprint. And after a training Python has to find the graph and the optimizer, which refer to each other, and the C library to give back the pages that fell free.
 
 # %%
 #| export
@@ -442,6 +442,13 @@ def _identity(model, held):
     for array in held or ():
         identity.update(np.asarray(array).tobytes())
     return identity.hexdigest()
+
+
+def _release_memory():
+    "Collect what refers to itself; give free memory back to the machine where C allows it."
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 # %%
@@ -515,7 +522,96 @@ class _Training(_Layers):
 
 
 # %% [markdown]
-# By hand, step by step, on made-up stars that follow three labels exactly. Network and training are what was built above; in a moment `Network` will do these steps in its `fit`.
+# Ten stars again, a fifth of them set aside:
+
+# %%
+class TenStarsSplit(_Training):
+    validation = 0.2
+    keep_best = False
+    seed = 42
+    training_labels_ = np.arange(10.0)[:, None]
+
+    def scale(self, labels):
+        return labels
+
+
+data, held = TenStarsSplit()._sets(np.ones((10, 3)), np.ones((10, 3)), None)
+print(f"{len(data[0])} to learn from, {len(held[0])} set aside")
+assert not set(data[2].numpy().ravel()) & set(held[2].numpy().ravel())
+
+
+# %% [markdown]
+# A reader that is trained: `fit` takes the steps in their order, and `_read` asks the Keras model.
+
+# %%
+#| export
+class _Trainable(_Training, LabelReader):
+    "A reader of labels that is trained in epochs."
+
+    def fit(
+        self,
+        labels,
+        flux: np.ndarray = None,
+        ivar: np.ndarray = None,
+        label_names: Sequence = None,
+        wavelength: np.ndarray = None,
+        *,
+        validation: Spectra = None,
+        checkpoint=None,
+        progress: bool = True,
+    ) -> "Network":
+        """Train on stars with known labels; the same seed gives the same network on one machine.
+
+        Parameters
+        ----------
+        labels, flux, ivar, label_names, wavelength
+            as for `Cannon.fit`; a `Spectra` alone holds all of it
+        validation : Spectra, optional
+            other stars to follow the loss on; by default the share ``validation`` of these
+        checkpoint : str or Path, optional
+            file for the state of the training, from which an interrupted one goes on
+        progress : bool, default True
+            show a bar
+
+        Returns
+        -------
+        Network
+            itself, with the losses of all epochs in ``history_``
+
+        Raises
+        ------
+        LabError
+            where the loss is no longer finite, or the checkpoint is of another training
+        """
+        flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
+        data, held = self._sets(flux, ivar, validation)
+        del labels, flux, ivar, validation  # the tensors are all that is needed, and are copies
+        keras.utils.set_random_seed(self.seed)
+        tf.config.experimental.enable_op_determinism()
+        self._look(*data)
+        self._assemble()
+        self._train(data, held, checkpoint, progress)
+        del data, held
+        _release_memory()
+        return self
+
+    def _read(self, flux, ivar):
+        check_is_fitted(self, "keras_")
+        outputs = _block_by_block(lambda *block: self.keras_(_as_tensors(block)), flux, ivar)
+        if isinstance(outputs[0], dict):
+            covariance = np.concatenate([output["covariance"] for output in outputs]).astype(float)
+            outputs = [output["labels"] for output in outputs]
+            return np.concatenate(outputs).astype(float), covariance
+        labels = np.concatenate(outputs).astype(float)
+        return labels, self._covariance(labels, ivar)
+
+    def _covariance(self, labels, ivar):
+        "Covariance (N, K, K) of labels where the Keras model does not give one: unknown."
+        return np.full((*labels.shape, labels.shape[1]), np.nan)
+
+
+# %% [markdown]
+# On made-up stars that follow three labels exactly, with a single layer and all choices written out:
 
 # %%
 def made_up(seed=3):
@@ -526,7 +622,7 @@ def made_up(seed=3):
     return labels, flux.astype("f4"), np.full(flux.shape, 1e4, "f4")
 
 
-class ByHand(_Training, LabelReader):
+class WrittenOut(_Trainable):
     labels = None
     epochs = 20
     batch_size = 100
@@ -539,26 +635,17 @@ class ByHand(_Training, LabelReader):
     def _build(self, n_pixels, n_labels):
         return keras.Sequential([keras.Input((n_pixels,)), keras.layers.Dense(n_labels)])
 
-    def fit(self, labels, flux, ivar, names):
-        keras.utils.set_random_seed(self.seed)
-        flux, ivar = self._begin(labels, flux, ivar, names, None)
-        data, held = self._sets(flux, ivar, None)
-        self._assemble()
-        self._train(data, held, checkpoint=None, progress=False)
-        return self
-
 
 # %%
 three = ["TEFF", "LOGG", "M_H"]
 labels, flux, ivar = made_up()
-by_hand = ByHand().fit(labels, flux, ivar, three)
-losses = by_hand.history_
+first = WrittenOut().fit(labels, flux, ivar, three, progress=False)
+losses = first.history_
 Table({"loss": losses["loss"], "of stars set aside": losses["val_loss"]})[::5]
 
 # %%
-data, held = by_hand._sets(flux, ivar, None)
-assert len(data[0]) == 240 and len(held[0]) == 60
 assert losses["val_loss"][-1] < 0.1 * losses["val_loss"][0]
+assert first.read(flux, ivar).shape == (300, 3)
 
 # %% [markdown]
 # ### Kept in a file
@@ -682,7 +769,7 @@ def _rebuilt(kind, tree, path):
 
 
 # %%
-facts = _facts(by_hand)
+facts = _facts(first)
 print(facts["stellar_lab_model"], "learned", ", ".join(facts["learned"]))
 assert not {"keras_", "core_", "net_"} & set(facts["learned"])
 
@@ -746,40 +833,27 @@ class _InKerasFile:
 
 
 # %%
-class KeptByHand(_InKerasFile, ByHand):
+class Kept(_InKerasFile, WrittenOut):
     "The network above, with a file."
 
 
-by_hand.__class__ = KeptByHand
+kept = Kept().fit(labels, flux, ivar, three, progress=False)
 with tempfile.TemporaryDirectory() as folder:
-    path = Path(folder) / "by_hand.keras"
-    by_hand.save(path)
+    path = Path(folder) / "kept.keras"
+    kept.save(path)
     facts = network_facts(path)
-    again = KeptByHand.load(path)
+    again = Kept.load(path)
 print("the file says:", facts["stellar_lab_model"], "for", ", ".join(again.label_names_))
-for one, two in zip(by_hand.net_.get_weights(), again.net_.get_weights()):
-    assert np.array_equal(one, two)
-
-
-# %% [markdown]
-# After a training Python has to find the graph and the optimizer, which refer to each other, and the C library to give back the pages that fell free.
-
-# %%
-#| export
-def _release_memory():
-    "Collect what refers to itself; give free memory back to the machine where C allows it."
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+assert np.array_equal(again.read(flux, ivar), kept.read(flux, ivar))
 
 
 # %% [markdown]
 # ### The network
-# All together, and the parameters that networks share.
+# All together, and the parameters that networks share. This is the class to build on.
 
 # %%
 #| export
-class Network(_InKerasFile, _Training, LabelReader):
+class Network(_InKerasFile, _Trainable):
     """A Keras network from spectrum to labels.
 
     A subclass says in `_build` which layers it has, and may override what else `_Layers` lists.
@@ -822,67 +896,6 @@ class Network(_InKerasFile, _Training, LabelReader):
         self.validation = validation
         self.keep_best = keep_best
         self.seed = seed
-
-    def fit(
-        self,
-        labels,
-        flux: np.ndarray = None,
-        ivar: np.ndarray = None,
-        label_names: Sequence = None,
-        wavelength: np.ndarray = None,
-        *,
-        validation: Spectra = None,
-        checkpoint=None,
-        progress: bool = True,
-    ) -> "Network":
-        """Train on stars with known labels; the same seed gives the same network on one machine.
-
-        Parameters
-        ----------
-        labels, flux, ivar, label_names, wavelength
-            as for `Cannon.fit`; a `Spectra` alone holds all of it
-        validation : Spectra, optional
-            other stars to follow the loss on; by default the share ``validation`` of these
-        checkpoint : str or Path, optional
-            file for the state of the training, from which an interrupted one goes on
-        progress : bool, default True
-            show a bar
-
-        Returns
-        -------
-        Network
-            itself, with the losses of all epochs in ``history_``
-
-        Raises
-        ------
-        LabError
-            where the loss is no longer finite, or the checkpoint is of another training
-        """
-        flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
-        data, held = self._sets(flux, ivar, validation)
-        del labels, flux, ivar, validation  # the tensors are all that is needed, and are copies
-        keras.utils.set_random_seed(self.seed)
-        tf.config.experimental.enable_op_determinism()
-        self._look(*data)
-        self._assemble()
-        self._train(data, held, checkpoint, progress)
-        del data, held
-        _release_memory()
-        return self
-
-    def _read(self, flux, ivar):
-        check_is_fitted(self, "keras_")
-        outputs = _block_by_block(lambda *block: self.keras_(_as_tensors(block)), flux, ivar)
-        if isinstance(outputs[0], dict):
-            covariance = np.concatenate([output["covariance"] for output in outputs]).astype(float)
-            outputs = [output["labels"] for output in outputs]
-            return np.concatenate(outputs).astype(float), covariance
-        labels = np.concatenate(outputs).astype(float)
-        return labels, self._covariance(labels, ivar)
-
-    def _covariance(self, labels, ivar):
-        "Covariance (N, K, K) of labels where the Keras model does not give one: unknown."
-        return np.full((*labels.shape, labels.shape[1]), np.nan)
 
 
 # %% [markdown]

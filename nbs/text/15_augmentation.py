@@ -387,7 +387,7 @@ class AugmentedNetwork(LabNetwork):
 # On the stars: as many epochs as the profile allows, the same chances and noise as the original lab's, validation split by star and the best epoch kept. A plain network, without noise, is stopped at the same epoch.
 
 # %%
-epochs = LAB_EPOCHS if full else epochs_within(240, round(0.8 * len(train)))
+epochs = LAB_EPOCHS if full else epochs_within(200, round(0.8 * len(train)))
 augmented = AugmentedNetwork(labels=names, epochs=epochs).fit(spectra[train], progress=False)
 plain = LabNetwork(labels=names, epochs=augmented.best_epoch_ + 1, centre=True)
 plain.fit(spectra[train], progress=False)
@@ -475,7 +475,7 @@ class Spiky(Narrow):
 # %%
 odd = (spectra.flux > 1.1) | (spectra.flux < 0)
 ones = spectra.replace(flux=np.where(odd, np.float32(1), spectra.flux))
-common = {"labels": names, "epochs": epochs_within(600 if full else 300, len(train), most=60)}
+common = {"labels": names, "epochs": epochs_within(600 if full else 200, len(train), most=60)}
 tries = {
     "as it is": (Narrow(**common), spectra),
     "linear distance": (LinearDistance(**common), spectra),

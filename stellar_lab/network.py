@@ -152,6 +152,7 @@ class _Layers:
     "What a network may choose; all but `_build` have a usual choice."
 
     paced = False  # does the learning rate follow a course over all epochs?
+    _by_blocks = staticmethod(_block_by_block)
 
     def _build(self, n_pixels, n_labels):
         "The trainable Keras model: what `_prepare` gives -> what `_loss` and `_finish` take."
@@ -390,7 +391,9 @@ class _Trainable(_Training, LabelReader):
 
     def _read(self, flux, ivar):
         check_is_fitted(self, "keras_")
-        outputs = _block_by_block(lambda *block: self.keras_(_as_tensors(block)), flux, ivar)
+        outputs = self._by_blocks(
+            lambda *block: self.keras_(_as_tensors(block), training=False), flux, ivar
+        )
         if isinstance(outputs[0], dict):
             covariance = np.concatenate([output["covariance"] for output in outputs]).astype(float)
             outputs = [output["labels"] for output in outputs]

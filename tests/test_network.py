@@ -169,17 +169,17 @@ def test_the_best_epoch_is_kept():
 
 def test_file_gives_the_same_bits(trained, tmp_path):
     path = tmp_path / "small.keras"
-    honest = with_error_model(
+    calibrated = with_error_model(
         trained, infer(trained, stars(50, seed=6)), stars(50, seed=6).labels(NAMES)
     )
-    honest.save(path)
+    calibrated.save(path)
     loaded = Network.load(path)
     assert (
         type(loaded) is Small
         and loaded.metadata_ == trained.metadata_
         and loaded.label_names_ == tuple(NAMES)
     )
-    one, two = infer(honest, stars(seed=7)), infer(loaded, stars(seed=7))
+    one, two = infer(calibrated, stars(seed=7)), infer(loaded, stars(seed=7))
     for name in one.colnames:
         np.testing.assert_array_equal(one[name], two[name])
     assert np.isfinite(two["teff_err"]).all()

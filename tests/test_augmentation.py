@@ -1,4 +1,4 @@
-"""Augmentation and the error-aware network: the lab's rules, bad pixels, files, interrupted trainings, refusals."""
+"""Augmentation and the error-aware network: rules, bad pixels, files, refusals."""
 
 import numpy as np
 import pytest
@@ -7,24 +7,30 @@ from hypothesis import strategies as st
 
 pytest.importorskip("tensorflow")
 
-from test_network import NAMES, leftovers, stars
+from test_network import leftovers
+from test_readers import NAMES, stars
 
 from stellar_lab.augmentation import (
-    BAD_JITTER,
+    _BAD_JITTER,
     AugmentedNetwork,
     ErrorAwareNetwork,
-    Local,
-    Mixture,
-    draw_weights,
-    feature_axes,
+    _draw_chances,
+    _feature_axes,
+    _Local,
+    _Mixture,
+    _noisy_stream,
     jitter_scale,
     noisy_copies,
-    noisy_stream,
 )
 from stellar_lab.inversion import infer
 from stellar_lab.judging import cross_label
-from stellar_lab.network import Network, keras, tf
+from stellar_lab.network import Network, tf
 from stellar_lab.survey import LabError
+
+
+class SmallLayers(AugmentedNetwork):
+    widths = (20, 10)
+
 
 SMALL = dict(epochs=3, members=2, width=8, components=5)
 
@@ -33,18 +39,18 @@ SMALL = dict(epochs=3, members=2, width=8, components=5)
 @given(st.lists(st.floats(1e-4, 1e3), min_size=2, max_size=6))
 def test_the_jitter_is_the_error_or_that_of_a_bad_pixel(errors):
     errors = np.array([errors])
-    expected = np.where(errors > 0.1, BAD_JITTER, errors)
+    expected = np.where(errors > 0.1, _BAD_JITTER, errors)
     close = np.abs(errors - 0.1) < 1e-6  # rounding decides there
     assert np.allclose(jitter_scale(errors**-2)[~close], expected[~close], rtol=1e-6)
     assert np.allclose(
         np.asarray(jitter_scale(tf.constant(errors**-2)))[~close], expected[~close], rtol=1e-6
     )
-    assert np.all(jitter_scale(np.zeros((1, 3))) == np.float32(BAD_JITTER))
+    assert np.all(jitter_scale(np.zeros((1, 3))) == np.float32(_BAD_JITTER))
 
 
 def test_a_precise_star_is_drawn_more_often_and_copies_follow_the_seed():
     ivar = np.array([[1e6] * 2000, [400.0] * 2000])  # errors 0.001 and 0.05
-    weights = draw_weights(ivar)
+    weights = _draw_chances(ivar)
     assert np.isclose(weights.sum(), 1) and np.isclose(
         weights[0] / weights[1], (100 + 100) / (100 + 2)
     )
@@ -67,19 +73,14 @@ def test_the_stream_pairs_each_copy_with_its_own_labels():
     flux = tf.repeat(truth, 5, axis=1)
     seen = [
         (f.numpy(), t.numpy())
-        for f, _, t in noisy_stream(flux, tf.fill((20, 5), np.float32(1e6)), truth, 30, 8, (1, 0))
+        for f, _, t in _noisy_stream(flux, tf.fill((20, 5), np.float32(1e6)), truth, 30, 8, (1, 0))
     ]
     assert [len(f) for f, _ in seen] == [8, 8, 8, 6]
     assert all(np.allclose(f, t, atol=0.01) for f, t in seen)
 
 
 def test_an_augmented_network_holds_stars_back_not_copies():
-    small = type(
-        "SmallAugmented",
-        (AugmentedNetwork,),
-        {"_build": lambda self, P, K: keras.Sequential([keras.Input((P,)), keras.layers.Dense(K)])},
-    )
-    sets = small(epochs=1, draws=3)
+    sets = SmallLayers(epochs=1, draws=3)
     sets.fit(stars(100), progress=False)
     data, held = sets._sets(
         *(np.asarray(part, "f4") for part in (stars(100).flux, stars(100).ivar)), None
@@ -93,7 +94,11 @@ def test_an_augmented_network_holds_stars_back_not_copies():
 
 
 def test_gates_limit_the_reach_of_a_pixel_and_of_a_chip():
-    layer, flux, ivar = Local([0, 12, 24]), np.full((1, 24), 0.9, "f4"), np.full((1, 24), 1e4, "f4")
+    layer, flux, ivar = (
+        _Local([0, 12, 24]),
+        np.full((1, 24), 0.9, "f4"),
+        np.full((1, 24), 1e4, "f4"),
+    )
     calm = np.asarray(layer(flux, ivar))
     moved = flux.copy()
     moved[0, 11] = 0.1
@@ -104,7 +109,7 @@ def test_gates_limit_the_reach_of_a_pixel_and_of_a_chip():
 
 
 def test_a_gap_is_filled_with_what_the_neighbours_say():
-    layer, flux, ivar = Local([0, 30]), np.full((1, 30), 0.8, "f4"), np.full((1, 30), 1e8, "f4")
+    layer, flux, ivar = _Local([0, 30]), np.full((1, 30), 0.8, "f4"), np.full((1, 30), 1e8, "f4")
     ivar[0, 14:16] = 0
     assert np.allclose(
         np.asarray(layer(flux, ivar))[0, 14:16], -0.2, atol=0.01
@@ -121,7 +126,7 @@ def test_the_kernel_learns_the_same_where_a_chip_has_no_pixels():
     )
 
     def slope(edges):
-        layer = Local(edges)
+        layer = _Local(edges)
         with tf.GradientTape() as tape:
             total = tf.reduce_sum(layer(flux, ivar) * weight)
         return np.asarray(tape.gradient(total, layer.log_kernel))
@@ -140,19 +145,19 @@ def test_axes_are_orthogonal_and_features_of_the_size_wanted():
         @ np.diag([3, 1, 0.3, 0.1])
         @ np.random.default_rng(1).normal(size=(4, 50))
     )
-    axes = feature_axes(spectra, 4)
+    axes = _feature_axes(spectra, 4)
     off = axes.T @ axes - np.diag(np.diag(axes.T @ axes))
     assert axes.shape == (50, 4) and np.abs(off).max() < 1e-4 * np.abs(axes.T @ axes).max()
     assert np.isclose(
         np.sqrt(np.mean(((spectra - spectra.mean(axis=0)) @ axes) ** 2)), 0.15, rtol=0.05
     )
-    assert feature_axes(spectra[:3], 64).shape[1] == 3
+    assert _feature_axes(spectra[:3], 64).shape[1] == 3
 
 
 def test_a_mixture_of_equals_has_their_error():
     same = np.zeros((1, 4, 2, 2), "f4")
     same[:, :, 0], same[:, :, 1] = [0.5, -1], np.log([0.1, 0.2])
-    out = Mixture([10.0, 1.0], [100.0, 0.0])(same)
+    out = _Mixture([10.0, 1.0], [100.0, 0.0])(same)
     assert np.allclose(out["labels"], [[105, -1]]) and np.allclose(
         out["covariance"], [np.diag([1, 0.04])], atol=1e-6
     )
@@ -179,7 +184,7 @@ def test_the_error_aware_network_keeps_its_word(tmp_path):
 
 @pytest.mark.parametrize(
     "model",
-    [AugmentedNetwork(epochs=2), ErrorAwareNetwork(**SMALL)],
+    [SmallLayers(epochs=2), ErrorAwareNetwork(**SMALL)],
     ids=["augmented", "error-aware"],
 )
 def test_a_training_leaves_its_weights_and_nothing_else(model):
@@ -194,7 +199,7 @@ def test_an_interrupted_training_ends_as_the_whole_one(tmp_path, monkeypatch):
     whole.fit(sample, progress=False)
     halted = ErrorAwareNetwork(**SMALL | {"epochs": 4})
     batches = ErrorAwareNetwork._batches
-    monkeypatch.setattr("stellar_lab.network.SAVE_EVERY", 0)
+    monkeypatch.setattr("stellar_lab.network._SAVE_EVERY", 0)
     monkeypatch.setattr(
         ErrorAwareNetwork,
         "_batches",
@@ -207,7 +212,7 @@ def test_an_interrupted_training_ends_as_the_whole_one(tmp_path, monkeypatch):
     monkeypatch.setattr(ErrorAwareNetwork, "_batches", batches)
     halted.fit(sample, checkpoint=tmp_path / "state.npz", progress=False)
     assert halted.history_ == whole.history_ and np.array_equal(
-        halted.predict(sample), whole.predict(sample)
+        halted.read(sample), whole.read(sample)
     )
     with pytest.raises(
         LabError, match="another training"

@@ -1,0 +1,75 @@
+"""Readers without TensorFlow: ridge regression in folds, bad pixels, stars without an answer."""
+
+import subprocess
+import sys
+
+import numpy as np
+from astropy.table import Table
+
+from stellar_lab import readers
+from stellar_lab.judging import cross_label
+from stellar_lab.models import Flag, infer
+from stellar_lab.readers import RidgeLabels
+from stellar_lab.survey import Spectra
+
+NAMES = ["TEFF", "LOGG", "M_H"]
+
+
+def stars(n=200, pixels=40, seed=0, bad=0.1):
+    rng = np.random.default_rng(seed)
+    labels = rng.normal([4500, 2, -0.3], [300, 0.7, 0.4], size=(n, 3))
+    slopes = 0.05 * np.random.default_rng(1).normal(size=(3, pixels))
+    flux = (
+        0.9
+        + (labels - [4500, 2, -0.3]) / [300, 0.7, 0.4] @ slopes
+        + 0.01 * rng.normal(size=(n, pixels))
+    )
+    ivar = np.where(rng.random((n, pixels)) < bad, 0, 1e4).astype("f4")
+    table = Table(
+        {"APOGEE_ID": [f"2M{k}" for k in range(n)], **dict(zip(NAMES, labels.T))},
+        meta={"product": "apstar", "normalized": True},
+    )
+    return Spectra(np.linspace(15200, 15300, pixels), flux.astype("f4"), ivar, table)
+
+
+def test_the_room_needs_no_tensorflow():
+    code = "import sys, stellar_lab.readers; print({'tensorflow', 'keras'} & set(sys.modules))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "set()"
+
+
+def test_in_folds():
+    spectra = stars()
+    table = cross_label(
+        RidgeLabels(labels=NAMES), spectra, np.arange(len(spectra)) % 3, progress=False
+    )
+    assert np.sqrt(np.mean((table["teff"].value - spectra.labels(["TEFF"])[:, 0]) ** 2)) < 0.5 * 300
+
+
+def test_bad_pixels_do_not_matter_and_blocks_are_seamless(monkeypatch):
+    ridge = RidgeLabels(labels=NAMES).fit(stars())
+    spectra = stars(30, seed=4)
+    before = spectra.flux.copy()
+    whole = infer(ridge, spectra)
+    nonsense = np.where(spectra.ivar > 0, spectra.flux, np.nan).astype("f4")
+    np.testing.assert_array_equal(ridge.read(nonsense, spectra.ivar), ridge.read(spectra))
+    np.testing.assert_array_equal(spectra.flux, before)
+    monkeypatch.setattr(readers, "_READ_BLOCK", 7)
+    np.testing.assert_allclose(infer(ridge, spectra)["logg"].value, whole["logg"].value, rtol=1e-5)
+
+
+def test_a_reader_that_has_no_answer_is_flagged_not_fatal():
+    class Silent(RidgeLabels):
+        def _read(self, flux, ivar):
+            labels, covariance = super()._read(flux, ivar)
+            labels[0] = np.nan
+            return labels, covariance
+
+    sample = stars(60)
+    table = infer(Silent(labels=NAMES).fit(sample), sample)
+    assert (
+        np.isnan(table["teff"][0])
+        and np.all(np.isnan(table["covariance"][0]))
+        and table["flags"][0] & Flag.NOT_CONVERGED
+    )
+    assert np.all(np.isfinite(table["teff"][1:].value))

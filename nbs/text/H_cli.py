@@ -149,8 +149,9 @@ Write an archive of stars that stellar_lab carries: spectra, catalogue and
 all, in the survey's own files and folders. No network is needed.
 
   clusters   553 real giants and dwarfs of 18 star clusters and the Pleiades
-             (SDSS DR10), as apStar and as aspcapStar files of DR14, some 600
-             stars with the copies that carry planted flaws; 0.9 GB
+             (SDSS DR10), one of them the nameless mystery star, as apStar and
+             as aspcapStar files of DR14, some 600 stars with the copies that
+             carry planted flaws; 0.9 GB
   mock       2,723 synthetic giants in four fields, with the survey's noise,
              masks and label errors, a few dwarfs and binaries among them;
              truth.fits knows their true labels; 3 GB

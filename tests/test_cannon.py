@@ -1,4 +1,4 @@
-"""Properties of The Cannon that hold for any stars: units, order, other stars' pixels, what a file keeps."""
+"""Properties of The Cannon for any stars: units, order, other stars' pixels, what a file keeps."""
 
 import asdf
 import numpy as np
@@ -138,7 +138,7 @@ def test_foreign_files_are_refused(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda a: (a[0][:5], a[1][:5], a[2][:5]), "5 training stars determine only 5 of 10 terms"),
+        (lambda a: (a[0][:5], a[1][:5], a[2][:5]), "5 training stars cannot determine 10 terms"),
         (
             lambda a: (np.where(np.arange(150)[:, None] == 4, np.nan, a[0]), *a[1:]),
             r"1 of 150 training stars lack a label \(first: row 4\)",

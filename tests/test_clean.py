@@ -1047,7 +1047,7 @@ def test_dark_pixels_of_few_stars():
     not real_data(), reason="STELLAR_LAB_REAL_DATA names no folder with raw survey files"
 )
 def test_every_real_file_is_read():
-    paths = sorted(real_data().glob("apStar-*.fits")) + [real_data() / "mystery_spec_wiped.fits"]
+    paths = [*sorted(real_data().glob("apStar-*.fits")), real_data() / "mystery_spec_wiped.fits"]
     spectra, problems = read_files(paths, progress=False)
     assert len(spectra) == len(paths) and not problems
     for n, path in enumerate(paths):

@@ -22,7 +22,7 @@ from stellar_lab.survey import LabError
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(path.stem for path in (ROOT / "stellar_lab").glob("[a-z]*.py"))
-PLOTS = "{'matplotlib.pyplot', 'seaborn', 'corner', 'pandas', 'tensorflow'}"
+PLOTS = "{'matplotlib.pyplot', 'seaborn', 'corner', 'tensorflow'}"
 
 
 def make_stars(n=120, pixels=40, seed=0):

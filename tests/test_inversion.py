@@ -1,4 +1,4 @@
-"""Properties of the inversion: answers that do not depend on the company, errors that follow the noise, flags that fire."""
+"""The inversion: answers that do not depend on company, errors that follow noise, flags."""
 
 import numpy as np
 import pytest

@@ -94,7 +94,7 @@ def test_same_seed_same_stars(people):
 
 
 def test_a_star_stands_on_its_isochrone():
-    "All of one age and metallicity, none selected: they lie on the line that the isochrones' own reader draws."
+    "Stars of one age and metallicity lie on the line that the isochrones' own reader draws."
     from stellar_lab.isochrones import isochrone
 
     n = 300
@@ -137,7 +137,7 @@ def test_companions_light(people):
 
 
 def test_companion_moves_to_the_red(people):
-    "With all light from the companion, the spectrum is the companion's own, shifted as Doppler says."
+    "With all light from the companion, the spectrum is its own, shifted as Doppler says."
     pair = people[people["KIND"] == "binary"][:1].copy()
     pair["RATIO"], pair["VELOCITY_2"] = 1e9, 30.0
     ours = true_spectra(pair)[0]

@@ -1159,6 +1159,13 @@ find_catalogue(root).relative_to(root)
 #| export
 _KEYS = ("APOGEE_ID", "TARGET_ID", "TELESCOPE", "FIELD", "LOCATION_ID")  # to find a row by
 _FLAGS = ("STARFLAG", "ASPCAPFLAG")  # a cut may ask for them
+_NEAREST = {
+    "FE_H": "M_H",
+    "M_H": "FE_H",
+    "MG_FE": "ALPHA_M",
+    "SI_FE": "ALPHA_M",
+    "ALPHA_M": "MG_FE",
+}  # where one catalogue has no such label, the other's that says most of it
 
 
 def _label_columns(path, known, labels):
@@ -1173,9 +1180,15 @@ def _label_columns(path, known, labels):
         tried = ", ".join(column for name in lacking for column in LABELS[name].columns)
         raise LabError(
             f"{path} has no label {', '.join(lacking)} (looked for the columns {tried}): "
-            f"it has {', '.join(has) or 'none'}"
+            f"it has {', '.join(has) or 'none'}{_nearest_labels(lacking, has)}"
         )
     return {name: has[name] for name in names}
+
+
+def _nearest_labels(lacking, has):
+    "Which of the labels that are there comes nearest to one that is not."
+    pairs = [(_NEAREST[name], name) for name in lacking if _NEAREST.get(name) in has]
+    return "".join(f"; {near} comes nearest to {name}" for near, name in pairs)
 
 
 def _pair(label, known):
@@ -1795,6 +1808,16 @@ def read_archive(
     ------
     LabError
         If there are no files, no catalogue or no star with both; or an unknown label or release.
+
+    Examples
+    --------
+    >>> from stellar_lab import read_archive
+    >>> from stellar_lab.survey import archive_record, archive_root
+    >>> root = archive_root()
+    >>> fields = archive_record(root).fields[:1]
+    >>> spectra, ledger = read_archive(root, fields=fields, progress=False)
+    >>> len(spectra) == ledger.left
+    True
     """
     record = archive_record(root)
     rules = _rules(record, release)

@@ -442,7 +442,7 @@ class _Kept:
         if tree["stellar_lab_model"] != cls.__name__:
             raise LabError(
                 f"{path} holds a {tree['stellar_lab_model']}, not a {cls.__name__}: "
-                "stellar_lab.labelling.load_model reads either"
+                "stellar_lab.load_model reads either"
             )
         return cls._from_tree(tree)
 

@@ -386,7 +386,7 @@ short(table, stars) if mystery else "this archive has no mystery star"
 # %%
 if real_data():
     stars, table = label_files(
-        sorted(real_data().glob("apStar-*.fits")) + [real_data() / "mystery_spec_wiped.fits"]
+        [*sorted(real_data().glob("apStar-*.fits")), real_data() / "mystery_spec_wiped.fits"]
     )
 short(table, stars) if real_data() else "skipped: STELLAR_LAB_REAL_DATA is not set"
 

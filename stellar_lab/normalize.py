@@ -676,7 +676,7 @@ def training_set(
     progress : bool, default True
         show a bar
     row : int, optional
-        of apStar files: 0 and 1 are the combinations, the visits follow; the release's own by default
+        of apStar files: 0 and 1 are the combinations, the visits follow; by default the release's
 
     Returns
     -------

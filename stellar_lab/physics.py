@@ -520,8 +520,10 @@ class _PhysicsFile(_PhysicsFacts):
         "Fingerprint of all that the answers depend on."
         digest = hashlib.sha256(self.cannon_.training_digest_.encode())
         digest.update(_emulator_digest(self.stars_.emulator).encode())
-        digest.update(repr((self.stars_.degree, self.fe_h_scale_, self.knowledge)).encode())
-        for array in (self.cannon_.theta_, self.cannon_.scatter_):  # the correction is in them
+        digest.update(repr((self.stars_.degree, *self.fe_h_scale_)).encode())
+        known = np.column_stack(_known_rows(self.knowledge))
+        # the correction is in the Cannon's coefficients and scatter
+        for array in (known, self.cannon_.theta_, self.cannon_.scatter_):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 

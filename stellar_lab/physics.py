@@ -453,7 +453,7 @@ def _emulator_digest(emulator):
         digest.update(np.ascontiguousarray(getattr(emulator, name)).tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/E_physics.ipynb #d5f16a59
+# %% ../nbs/E_physics.ipynb #40c8352d
 class _PhysicsFacts(LabelModel):
     "What the contract asks of every model, answered from the Cannon and the synthetic stars."
 
@@ -497,7 +497,7 @@ class _PhysicsFacts(LabelModel):
 
     @property
     def errors_(self) -> str:
-        "Of what kind the errors are: ``calibrated`` on left-out stars, or formal with fewer pixels."
+        "Of what kind the errors are: ``calibrated`` on left-out stars, or ``formal, …``."
         calibrated = hasattr(self, "error_inflation_")
         return "calibrated" if calibrated else f"formal, {_EVIDENCE} pixels counted as one"
 

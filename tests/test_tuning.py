@@ -1,4 +1,4 @@
-"""The recorded experiment with networks that saw synthetic stars first, and the tool that makes it."""
+"""The experiment with networks that saw synthetic stars first: its record, and the tool."""
 
 import sys
 from pathlib import Path

@@ -607,6 +607,13 @@ class Correction:
 
 
 # %%
+deeper = Correction(np.full(7214, 2.0), np.zeros(7214), np.full(7214, 0.01))
+flux = stars(giant_star)
+print(f"the deepest line: {1 - flux.min():.2f}, with a gain of 2: {1 - deeper(flux).min():.2f}")
+assert np.allclose(deeper.of_cannon(cannon).predict(giant_star), deeper(cannon.predict(giant_star)))
+
+
+# %%
 #| export
 def _learned_correction(spectra, flux):
     "Medians over the stars, pixel by pixel."
@@ -713,6 +720,15 @@ def _emulator_digest(emulator):
 
 
 # %%
+middle = labels_from_unit(np.full((1, 9), 0.5))
+print("a star in the middle of the domain:", _from_centre(np.column_stack([middle, [13.8]])))
+print("the emulator of giants:", _emulator_digest(stars.emulator)[:16])
+assert [step["degree"] for step in _recipe(3)] == [2, 3]
+assert _emulator_digest(stars.emulator) == _emulator_digest(Emulator.load())
+assert _emulator_digest(stars.emulator) != _emulator_digest(Emulator.load(domain="dwarfs"))
+
+
+# %%
 #| export
 class _PhysicsFacts(LabelModel):
     "What the contract asks of every model, answered from the Cannon and the synthetic stars."
@@ -757,7 +773,7 @@ class _PhysicsFacts(LabelModel):
 
     @property
     def errors_(self) -> str:
-        "Of what kind the errors are: ``calibrated`` on left-out stars, or formal with fewer pixels."
+        "Of what kind the errors are: ``calibrated`` on left-out stars, or ``formal, …``."
         calibrated = hasattr(self, "error_inflation_")
         return "calibrated" if calibrated else f"formal, {_EVIDENCE} pixels counted as one"
 
@@ -778,7 +794,7 @@ facts.cannon_ = cannon
 facts.fe_h_scale_ = [1.0, 0.0]
 dwarf = np.array([[5200, 4.6, 0, 0, 0, 0, 0, 0, 1.0, 13.8]])
 print(f"errors: {facts.errors_}; outside: {facts._outside(np.vstack([giant_star, dwarf]))}")
-assert [step["degree"] for step in _recipe(3)] == [2, 3]
+assert facts._outside(np.vstack([giant_star, dwarf])).tolist() == [False, True]
 
 
 # %% [markdown]
@@ -837,9 +853,15 @@ class _PhysicsFile(_PhysicsFacts):
 
 
 # %%
-print("the emulator of giants:", _emulator_digest(stars.emulator)[:16])
-assert _emulator_digest(stars.emulator) == _emulator_digest(Emulator.load())
-assert _emulator_digest(stars.emulator) != _emulator_digest(Emulator.load(domain="dwarfs"))
+facts = _PhysicsFile()
+facts.cannon_ = cannon
+facts.stars_ = stars
+facts.fe_h_scale_ = [1.0, 0.0]
+facts.knowledge = KNOWN
+before = facts.training_digest_
+facts.fe_h_scale_ = [1.1, 0.0]
+print(f"fingerprint {before[:8]}; with another scale of [Fe/H] {facts.training_digest_[:8]}")
+assert facts.training_digest_ != before
 
 # %%
 #| export
@@ -911,6 +933,15 @@ class PhysicsModel(_PhysicsFile):
         if isinstance(labels, (Table, Row)):
             labels = label_values(Table(labels), PHYSICS_LABELS)
         return self.stars_(self._on_own_scale(np.atleast_2d(labels)))
+
+
+# %%
+plain = PhysicsModel(rounds=0)
+plain.stars_ = stars
+plain.fe_h_scale_ = [1.2, 0.05]
+richer = giant_star + 0.05 * (np.array(PHYSICS_LABELS) == "FE_H")
+print("parameters:", list(plain.get_params()), " spectra:", plain.predict(richer).shape)
+assert np.allclose(plain.predict(richer), stars(giant_star), atol=1e-6)
 
 
 # %% [markdown]
@@ -1496,10 +1527,11 @@ inner_clusters = others[others["literature"] > line_starts]
 poorest = others[np.argmin(others["literature"])]
 apart = distance_from_literature(others)
 inner = distance_from_literature(inner_clusters)
+of_poorest = {name: poorest[name] - poorest["literature"] for name in apart}
 selections = {
     f"rms of {len(others)} clusters of no part": apart,
     f"rms of the {len(inner_clusters)} on the line's range": inner,
-    f"{poorest['cluster']} minus literature": {n: poorest[n] - poorest["literature"] for n in apart},
+    f"{poorest['cluster']} minus literature": of_poorest,
 }
 Table(
     [

@@ -108,7 +108,7 @@ class SyntheticStars:
         self.basis = np.concatenate(on_survey).astype("f4")  # (3 (1 + K), P)
 
     def corrected(self, correction: "Correction") -> "SyntheticStars":
-        "The same stars with a correction, or with None without one."
+        "The same stars with another correction; None takes it away."
         other = copy.copy(self)
         other.correction = correction
         return other

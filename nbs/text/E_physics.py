@@ -168,7 +168,7 @@ class SyntheticStars:
         self.basis = np.concatenate(on_survey).astype("f4")  # (3 (1 + K), P)
 
     def corrected(self, correction: "Correction") -> "SyntheticStars":
-        "The same stars with a correction, or with None without one."
+        "The same stars with another correction; None takes it away."
         other = copy.copy(self)
         other.correction = correction
         return other
@@ -259,6 +259,9 @@ fig.colorbar(axes[0].collections[0], ax=axes, label="[Fe/H]")
 fig.suptitle("Labels of 512 synthetic stars")
 axes[0].invert_xaxis()
 axes[0].invert_yaxis()
+
+# %% [markdown]
+# **What to see.** The points fill the giant branch evenly, whatever their metallicity. Magnesium follows the other alpha elements, and microturbulence falls with gravity, both within a band.
 
 # %%
 assert stars.emulator.inside(drawn[:, :-1]).mean() > 0.9
@@ -1031,7 +1034,18 @@ def _answer(model, spectra, max_steps):
 # %%
 unscaled = PhysicsModel(rounds=0).fit(made[:60], None, stars, cannon)
 one = infer(unscaled, made[60:])
-one["teff", "teff_err", "fe_h", "fe_h_err", "correlation", "flags"][:3]
+
+
+def excerpt(table, names, rows):
+    "Some rows and columns of a table, with few digits."
+    part = table[names.split()][rows]
+    for name in part.colnames:
+        if part[name].dtype.kind == "f":
+            part[name].info.format = ".0f" if name.startswith("teff") else ".3f"
+    return part
+
+
+excerpt(one, "teff teff_err fe_h fe_h_err correlation flags", slice(3))
 
 # %%
 drawn_again = unscaled.predict(one)
@@ -1145,7 +1159,7 @@ model = physics_model(stars, cannon)
 table = infer(model, real, any_recipe=True)
 labels = label_values(table, PHYSICS_LABELS)
 flags = np.asarray(table["flags"])
-table["apogee_id", "teff", "logg", "fe_h", "mg_fe", "correlation", "flags"][-3:]
+excerpt(table, "apogee_id teff logg fe_h mg_fe correlation flags", slice(-3, None))
 
 # %% [markdown]
 # ## From a file, to a file
@@ -1250,7 +1264,7 @@ compared["model", "last step", "scatter, calibrated", "scatter, raw"]
 compared["model", "last step", "offset, calibrated", "offset, raw", "correlation"]
 
 # %% [markdown]
-# **What to see.** Temperature, log g and [M/H]: robust scatter (1.48 MAD) and median offset. Real stars of four clusters improve the correlation of all others. Before the line, [M/H] agrees with the raw catalogue; with the line, it agrees with the calibrated one.
+# **What to see.** Temperature, log g and [M/H]: robust scatter (1.48 MAD) and median offset. Real stars of four clusters improve the correlation of all others. Before the line, [M/H] follows the raw catalogue closely; the line brings it nearer to the calibrated one.
 
 # %% [markdown]
 # How sure are such scatters? Judges drawn anew with replacement tell what another sample of the same stars would give. A Cannon of another seed has seen other synthetic stars, and tells what chance in the training adds.
@@ -1289,16 +1303,18 @@ fig, axes = plt.subplots(1, 3, figsize=(10, 3.6))
 shown = judge | corrector & giant
 groups = list(np.unique(cluster[shown]))
 colors = dict(zip(groups, plt.get_cmap("tab20")(np.arange(len(groups)) * 2 % 19)))
-names = ("$T_\\mathrm{eff}$ [K]", "log g [dex]", "[M/H] [dex]")
+names = ("$T_\\mathrm{eff}$", "log g", "[M/H]")
+units = ("K", "dex", "dex")
 limits = ((-450, 250), (-1.0, 1.2), (-0.4, 0.4))
-for k, (ax, name, limit) in enumerate(zip(axes, names, limits)):
+for k, (ax, name, unit, limit) in enumerate(zip(axes, names, units, limits)):
     for group in groups:
         rows = shown & (cluster == group)
         x = catalogue["calibrated"][rows, k]
         marker = "x" if corrector[rows].any() else "o"
         ax.plot(x, labels[rows, k] - x, marker, ms=4, color=colors[group], label=group)
     ax.axhline(0, color="0.5", lw=0.8)
-    ax.set(xlabel=f"ASPCAP, calibrated {name}", ylabel="ours minus ASPCAP", ylim=limit)
+    ax.set(xlabel=f"ASPCAP, calibrated {name} [{unit}]", ylabel=f"ours minus ASPCAP [{unit}]")
+    ax.set_ylim(limit)
 fig.suptitle("Labels from physics compared with ASPCAP's calibrated labels")
 fig.legend(
     *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False
@@ -1535,7 +1551,7 @@ selections = {
 }
 Table(
     [
-        {"what": what} | {name: f"{number:+.3f}" for name, number in numbers.items()}
+        {"what": what} | {name: f"{number:.3f}" for name, number in numbers.items()}
         for what, numbers in selections.items()
     ]
 )
@@ -1743,6 +1759,9 @@ title = (
 plot_star(real, row, model.predict(labels[row])[0], title=title);
 
 # %% [markdown]
+# **What to see.** Nearly every dip of the star is a line that the computation knows, at nearly the right depth. Gaps are pixels that the survey marks as bad. Where the two curves part, a line is missing or its strength is wrong in this star.
+
+# %% [markdown]
 # ## A network that saw synthetic stars first
 # Real stars with labels are few, synthetic ones are as many as we like. Does [the network that takes errors in](15_augmentation.ipynb) gain from seeing 1,000 synthetic stars before the real ones? The same real stars and folds, three ways: trained on the real stars alone; first on synthetic ones, with noise and bad pixels of real stars, then on the real ones; and on synthetic ones only. And once more with 40 of the real training stars. The networks are small (eight members).
 #
@@ -1779,9 +1798,9 @@ gain = {n: mean["synthetic, then real", n] / mean["real", n] - 1 for n in ("all"
 Markdown(
     f"**What to see.** RMSE (bias) of {tuning.meta['stars']} giants, each left out once. Synthetic "
     f"stars first change the scaled RMSE by {gain['all']:+.0%} with all real stars, and by "
-    f"{gain['40']:+.0%} with 40. Synthetic ones only do badly: most stars of this archive are "
-    "poorer in metals than the emulator's domain. Trained longer, as in the chapter of the "
-    "network, real stars alone do better than here."
+    f"{gain['40']:+.0%} with 40. Synthetic stars alone do badly: most stars of this archive are "
+    "poorer in metals than the emulator's domain. A network that is trained longer on real stars "
+    "does better than the one here."
 )
 
 # %%

@@ -454,7 +454,34 @@ def _emulator_digest(emulator):
     return digest.hexdigest()
 
 # %% ../nbs/E_physics.ipynb #40c8352d
-class _PhysicsFacts(LabelModel):
+class _PhysicsSpectra(LabelModel):
+    "From labels to spectra."
+
+    def predict(self, labels) -> np.ndarray:
+        """Spectra of stars with these labels.
+
+        Parameters
+        ----------
+        labels : (N, 10) array, or a table of `infer`
+            in the order of PHYSICS_LABELS; beyond the domain the formula is prolonged
+
+        Returns
+        -------
+        (N, 7214) float32 array
+        """
+        if isinstance(labels, (Table, Row)):
+            labels = label_values(Table(labels), PHYSICS_LABELS)
+        return self.stars_(self._on_own_scale(np.atleast_2d(labels)))
+
+    def _on_own_scale(self, labels):
+        "Labels (N, 10) with the [Fe/H] of the fit, from [Fe/H] on the literature's scale."
+        slope, intercept = self.fe_h_scale_
+        labels = np.array(labels, dtype=float)
+        labels[:, _FE_H] = (labels[:, _FE_H] - intercept) / slope
+        return labels
+
+# %% ../nbs/E_physics.ipynb #26ab70f4
+class _PhysicsFacts(_PhysicsSpectra):
     "What the contract asks of every model, answered from the Cannon and the synthetic stars."
 
     label_names_ = PHYSICS_LABELS
@@ -503,13 +530,6 @@ class _PhysicsFacts(LabelModel):
 
     def _outside(self, labels):
         return ~(_from_centre(self._on_own_scale(labels)) <= 0.5 + _EDGE)
-
-    def _on_own_scale(self, labels):
-        "Labels (N, 10) with the [Fe/H] of the fit, from [Fe/H] on the literature's scale."
-        slope, intercept = self.fe_h_scale_
-        labels = np.array(labels, dtype=float)
-        labels[:, _FE_H] = (labels[:, _FE_H] - intercept) / slope
-        return labels
 
 # %% ../nbs/E_physics.ipynb #ffdf7ee5
 class _PhysicsFile(_PhysicsFacts):
@@ -614,22 +634,6 @@ class PhysicsModel(_PhysicsFile):
             where `held` names no label of the model, or there is no star
         """
         return _fit(self, spectra, held or {}, stars, cannon)
-
-    def predict(self, labels) -> np.ndarray:
-        """Spectra of stars with these labels.
-
-        Parameters
-        ----------
-        labels : (N, 10) array, or a table of `infer`
-            in the order of PHYSICS_LABELS; beyond the domain the formula is prolonged
-
-        Returns
-        -------
-        (N, 7214) float32 array
-        """
-        if isinstance(labels, (Table, Row)):
-            labels = label_values(Table(labels), PHYSICS_LABELS)
-        return self.stars_(self._on_own_scale(np.atleast_2d(labels)))
 
 # %% ../nbs/E_physics.ipynb #46e1a0de
 def _fit(model, spectra, held, stars, cannon):

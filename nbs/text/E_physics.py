@@ -57,6 +57,7 @@ import pytest
 from astropy.table import QTable
 from IPython.display import Markdown
 from scipy.stats import spearmanr
+from sklearn.exceptions import NotFittedError
 
 from stellar_lab.clean import read_files
 from stellar_lab.models import Flag, flag_names
@@ -733,7 +734,45 @@ assert _emulator_digest(stars.emulator) != _emulator_digest(Emulator.load(domain
 
 # %%
 #| export
-class _PhysicsFacts(LabelModel):
+class _PhysicsSpectra(LabelModel):
+    "From labels to spectra."
+
+    def predict(self, labels) -> np.ndarray:
+        """Spectra of stars with these labels.
+
+        Parameters
+        ----------
+        labels : (N, 10) array, or a table of `infer`
+            in the order of PHYSICS_LABELS; beyond the domain the formula is prolonged
+
+        Returns
+        -------
+        (N, 7214) float32 array
+        """
+        if isinstance(labels, (Table, Row)):
+            labels = label_values(Table(labels), PHYSICS_LABELS)
+        return self.stars_(self._on_own_scale(np.atleast_2d(labels)))
+
+    def _on_own_scale(self, labels):
+        "Labels (N, 10) with the [Fe/H] of the fit, from [Fe/H] on the literature's scale."
+        slope, intercept = self.fe_h_scale_
+        labels = np.array(labels, dtype=float)
+        labels[:, _FE_H] = (labels[:, _FE_H] - intercept) / slope
+        return labels
+
+
+# %%
+plain = _PhysicsSpectra()
+plain.stars_ = stars
+plain.fe_h_scale_ = [1.2, 0.05]
+richer = giant_star + 0.05 * (np.array(PHYSICS_LABELS) == "FE_H")
+print("spectra:", plain.predict(richer).shape)
+assert np.allclose(plain.predict(richer), stars(giant_star), atol=1e-6)
+
+
+# %%
+#| export
+class _PhysicsFacts(_PhysicsSpectra):
     "What the contract asks of every model, answered from the Cannon and the synthetic stars."
 
     label_names_ = PHYSICS_LABELS
@@ -782,13 +821,6 @@ class _PhysicsFacts(LabelModel):
 
     def _outside(self, labels):
         return ~(_from_centre(self._on_own_scale(labels)) <= 0.5 + _EDGE)
-
-    def _on_own_scale(self, labels):
-        "Labels (N, 10) with the [Fe/H] of the fit, from [Fe/H] on the literature's scale."
-        slope, intercept = self.fe_h_scale_
-        labels = np.array(labels, dtype=float)
-        labels[:, _FE_H] = (labels[:, _FE_H] - intercept) / slope
-        return labels
 
 
 # %%
@@ -921,30 +953,11 @@ class PhysicsModel(_PhysicsFile):
         """
         return _fit(self, spectra, held or {}, stars, cannon)
 
-    def predict(self, labels) -> np.ndarray:
-        """Spectra of stars with these labels.
-
-        Parameters
-        ----------
-        labels : (N, 10) array, or a table of `infer`
-            in the order of PHYSICS_LABELS; beyond the domain the formula is prolonged
-
-        Returns
-        -------
-        (N, 7214) float32 array
-        """
-        if isinstance(labels, (Table, Row)):
-            labels = label_values(Table(labels), PHYSICS_LABELS)
-        return self.stars_(self._on_own_scale(np.atleast_2d(labels)))
-
 
 # %%
-plain = PhysicsModel(rounds=0)
-plain.stars_ = stars
-plain.fe_h_scale_ = [1.2, 0.05]
-richer = giant_star + 0.05 * (np.array(PHYSICS_LABELS) == "FE_H")
-print("parameters:", list(plain.get_params()), " spectra:", plain.predict(richer).shape)
-assert np.allclose(plain.predict(richer), stars(giant_star), atol=1e-6)
+print("parameters:", ", ".join(PhysicsModel(rounds=0).get_params()))
+with pytest.raises(NotFittedError):
+    PhysicsModel().save("nowhere.asdf")
 
 
 # %% [markdown]

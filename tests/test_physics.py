@@ -1,33 +1,38 @@
-"""Labels without a survey: properties of the pieces, faults that a user can cause, stars that must be flagged, the recorded networks."""
+"""Labels without a survey: properties of the pieces, a model that goes through a file to real ones,
+faults that a user can cause, stars that must be flagged."""
+
+import copy
 
 import numpy as np
 import pytest
-from astropy.table import QTable, Table
+from astropy.table import Table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stellar_lab import sky as rooms
-from stellar_lab.archives import real_stars
-from stellar_lab.models import Flag
+from stellar_lab import physics as room
+from stellar_lab.archives import real_stars, write_clusters
+from stellar_lab.clean import read_files
+from stellar_lab.inversion import infer
+from stellar_lab.labelling import label
+from stellar_lab.models import Flag, label_values
+from stellar_lab.normalize import as_trained, normalize
 from stellar_lab.physics import (
     KNOWN,
-    SKY_LABELS,
+    PHYSICS_LABELS,
     Correction,
-    SyntheticSky,
+    Knowledge,
+    PhysicsModel,
+    SyntheticStars,
     draw_stars,
-    known_rows,
-    learn_correction,
-    literature_fe_h,
-    literature_scale,
     redraw,
-    sky_model,
 )
-from stellar_lab.survey import LabError, Spectra, data_file, real_data, wavelength
+from stellar_lab.survey import LabError, Spectra, real_data, wavelength
+from stellar_lab.training import load_model
 
 
 @pytest.fixture(scope="module")
-def sky():
-    return SyntheticSky()
+def stars():
+    return SyntheticStars()
 
 
 @pytest.fixture(scope="module")
@@ -36,49 +41,49 @@ def real():
 
 
 @pytest.fixture(scope="module")
-def model(sky, real):
-    mine = real[np.isin(np.asarray(real.stars["CLUSTER"], str), rooms.CALIBRATION_CLUSTERS)]
-    return sky_model(mine, sky, rounds=1, known={"FE_H": literature_fe_h(mine)})
+def clusters(real):
+    "Name of each real star's cluster."
+    return np.asarray(real.stars["CLUSTER"], str)
 
 
-def stars(flux, ivar=1e6):
-    return Spectra(
-        wavelength,
-        flux.astype("f4"),
-        np.full(flux.shape, ivar, "f4"),
-        Table({"STAR": np.arange(len(flux))}),
-    )
+@pytest.fixture(scope="module")
+def model(stars, real, clusters):
+    spectra = real[np.isin(clusters, ("M67", "NGC 188", "NGC 2158", "M71"))]
+    fe_h = room._literature_fe_h(spectra)
+    return PhysicsModel(rounds=1).fit(spectra, {"FE_H": fe_h}, stars)
+
+
+def table_of(model, spectra):
+    "Labels of spectra that the survey normalized and `redraw` has drawn anew."
+    return infer(model, spectra, any_recipe=True)
+
+
+def made_up(flux, ivar=1e6):
+    weights = np.full(flux.shape, ivar, "f4")
+    return Spectra(wavelength, flux.astype("f4"), weights, Table({"STAR": np.arange(len(flux))}))
 
 
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 10_000), st.integers(1, 200))
 def test_drawn_stars_repeat_grow_and_stay_in_their_ranges(seed, n):
     labels = draw_stars(n, seed)
-    assert labels.shape == (n, len(SKY_LABELS)) and np.isfinite(labels).all()
+    assert labels.shape == (n, len(PHYSICS_LABELS)) and np.isfinite(labels).all()
     assert np.array_equal(labels, draw_stars(n, seed))
-    assert (
-        labels[:, 0].min() > 3600
-        and np.all((labels[:, -1] >= 12) & (labels[:, -1] <= 17))
-        and np.all((labels[:, 8] >= 0.9) & (labels[:, 8] <= 2.3))
-    )
+    assert labels[:, 0].min() > 3600
+    assert np.all((labels[:, -1] >= 12) & (labels[:, -1] <= 17))
+    assert np.all((labels[:, 8] >= 0.9) & (labels[:, 8] <= 2.3))
 
 
 @settings(deadline=None, max_examples=25)
-@given(st.floats(0.3, 3.0), st.floats(-0.05, 0.05), st.integers(0, 1000))
-def test_a_correction_of_one_gain_is_found_again(gain, offset, seed):
+@given(st.floats(0.3, 3.0), st.integers(0, 1000))
+def test_a_correction_of_one_gain_is_found_again(gain, seed):
     flux = 1 - np.random.default_rng(seed).uniform(0.1, 0.5, (20, 50)).astype("f4")
-    correction = learn_correction(
-        Spectra(
-            wavelength[:50],
-            1 - np.float32(gain) * (1 - flux),
-            np.ones_like(flux),
-            Table({"STAR": np.arange(20)}),
-        ),
-        flux,
-    )
-    assert np.allclose(correction.gain, gain, atol=1e-3) and np.allclose(
-        correction.offset, 0, atol=1e-3
-    )
+    deeper = 1 - np.float32(gain) * (1 - flux)
+    names = Table({"STAR": np.arange(20)})
+    spectra = Spectra(wavelength[:50], deeper, np.ones_like(flux), names)
+    correction = Correction.learned(spectra, flux)
+    assert np.allclose(correction.gain, gain, atol=1e-3)
+    assert np.allclose(correction.offset, 0, atol=1e-3)
 
 
 @settings(deadline=None, max_examples=25)
@@ -87,17 +92,19 @@ def test_the_line_of_the_scale_is_found_again_whatever_the_numbers_of_stars(slop
     rng = np.random.default_rng(seed)
     literature = np.repeat([-0.8, -0.3, 0.0, 0.1], rng.integers(5, 40, 4))
     fitted = (literature - intercept) / slope
-    fitted[rng.choice(len(fitted), 2, replace=False)] = [
-        3.0,
-        np.nan,
-    ]  # a star gone astray and one without an answer do not matter
-    assert np.allclose(literature_scale(fitted, literature), (slope, intercept), atol=1e-6)
+    # a star gone astray and one without an answer do not matter
+    fitted[rng.choice(len(fitted), 2, replace=False)] = [3.0, np.nan]
+    found = room._literature_scale(fitted, literature)
+    assert np.allclose(found, (slope, intercept), atol=1e-6)
 
 
 def test_what_is_known_holds_for_an_ordinary_giant():
-    rows, values = known_rows()
-    star = np.array([4600, 2.4, 0.0, 0, 0, 0, -0.05, 0.2, 2.24 - 0.72, 13.8])
-    assert len(rows) == len(KNOWN) and np.allclose(rows @ star, values)
+    star = [4600, 2.4, 0.0, 0, 0, 0, -0.05, 0.2, 2.24 - 0.72, 13.8]
+    column = dict(zip(PHYSICS_LABELS, star))
+    for one in KNOWN:
+        said = sum(factor * column[name] for name, factor in one.factors.items())
+        assert np.isclose(said, one.value) and one.error > 0
+    assert len(KNOWN) == 5
 
 
 def test_the_continuum_is_forgotten_and_nothing_given_is_changed(real):
@@ -108,97 +115,153 @@ def test_the_continuum_is_forgotten_and_nothing_given_is_changed(real):
     assert np.abs(again.flux - few.flux)[few.ivar > 0].max() < 1e-3
 
 
-def test_broader_stars_are_shallower(sky):
-    star = np.array(
-        [[4300, 1.8, 0.0, 0, 0, 0, -0.05, 0.2, 1.7, width] for width in (12.0, 14.0, 17.0)]
-    )
-    depth = 1 - sky(star).min(axis=1)
+def test_broader_stars_are_shallower(stars):
+    labels = [[4300, 1.8, 0.0, 0, 0, 0, -0.05, 0.2, 1.7, width] for width in (12.0, 14.0, 17.0)]
+    depth = 1 - stars(np.array(labels)).min(axis=1)
     assert depth[0] > depth[1] > depth[2]
 
 
-def test_a_correction_on_the_cannon_is_the_correction_of_its_spectra(model, sky):
+def test_a_correction_on_the_cannon_is_the_correction_of_its_spectra(model):
     rng = np.random.default_rng(1)
-    correction = Correction(
-        rng.uniform(0.5, 2, 7214), rng.normal(0, 0.01, 7214), np.full(7214, 0.01)
-    )
+    gain = rng.uniform(0.5, 2, 7214)
+    correction = Correction(gain, rng.normal(0, 0.01, 7214), np.full(7214, 0.01))
     at = draw_stars(5, 7)
-    assert np.allclose(
-        rooms.corrected_cannon(model.cannon, correction).predict(at),
-        correction(model.cannon.predict(at)),
-        atol=1e-5,
-    )
+    on_cannon = correction.of_cannon(model.cannon_).predict(at)
+    assert np.allclose(on_cannon, correction(model.cannon_.predict(at)), atol=1e-5)
 
 
-def test_labels_do_not_hang_on_neighbours_or_order(model, real):
-    rows = np.flatnonzero(np.asarray(real.stars["CLUSTER"], str) == "NGC 6819")[:4]
-    together, flux = model.label(real[rows])
-    alone, _ = model.label(real[rows[2:3]])
-    turned, _ = model.label(real[rows[::-1]])
+def test_labels_do_not_hang_on_neighbours_or_order(model, real, clusters):
+    rows = np.flatnonzero(clusters == "NGC 6819")[:4]
+    together = table_of(model, real[rows])
+    alone = table_of(model, real[rows[2:3]])
+    turned = table_of(model, real[rows[::-1]])
     for name in ("teff", "logg", "fe_h"):
         assert np.isclose(alone[name][0].value, together[name][2].value, rtol=1e-3, atol=2e-3)
         assert np.allclose(turned[name][::-1].value, together[name].value, rtol=1e-3, atol=2e-3)
-    assert (
-        flux.shape == (4, 7214)
-        and not together["flags"].any()
-        and np.all(together["correlation"] > 0.95)
-    )
+    assert not together["flags"].any() and np.all(together["correlation"] > 0.95)
+
+
+def test_predict_draws_the_spectra_that_were_fitted(model, real, clusters):
+    rows = np.flatnonzero(clusters == "NGC 6819")[:4]
+    table = table_of(model, real[rows])
+    flux = model.predict(table)
+    assert flux.shape == (4, 7214) and flux.dtype == np.float32
+    assert np.array_equal(flux, model.predict(label_values(table, PHYSICS_LABELS)))
+    good = real.ivar[rows] > 0
+    drawn = [np.corrcoef(a[g], b[g])[0, 1] for a, b, g in zip(flux, real.flux[rows], good)]
+    assert np.allclose(drawn, table["correlation"], atol=1e-4)
+    assert np.all(table["chi2"] < model.poor_fit_limit_ * table["n_good"])
+
+
+def test_knowledge_is_a_parameter(model, stars, real, clusters):
+    rows = np.flatnonzero(clusters == "M67")[:4]
+    informed = copy.copy(model).set_params(knowledge=(Knowledge({"FWHM": 1}, 15.5, 0.001),))
+    assert np.allclose(label_values(table_of(informed, real[rows]), ["FWHM"]), 15.5, atol=0.01)
+    assert np.all(label_values(table_of(model, real[rows]), ["FWHM"]) < 15)
 
 
 def test_what_is_no_giant_is_flagged(model, real):
     dwarfs = real[real.labels(("LOGG",))[:, 0] > 3.8]
-    assert np.all(model.label(dwarfs[::4])[0]["flags"] > 0)
-    nonsense = stars(1 + 0.1 * np.random.default_rng(0).standard_normal((2, 7214)), 1e4)
-    assert np.all(model.label(nonsense)[0]["flags"] > 0)
+    assert np.all(table_of(model, dwarfs[::4])["flags"] > 0)
+    nonsense = made_up(1 + 0.1 * np.random.default_rng(0).standard_normal((2, 7214)), 1e4)
+    assert np.all(infer(model, nonsense)["flags"] > 0)
 
 
-def test_a_star_without_pixels_is_flagged_and_does_not_spoil_its_neighbour(model, real):
-    row = np.flatnonzero(np.asarray(real.stars["CLUSTER"], str) == "M67")[0]
+def test_a_star_without_pixels_is_flagged_and_does_not_spoil_its_neighbour(model, real, clusters):
+    row = np.flatnonzero(clusters == "M67")[0]
     pair = real[[row, row]].replace(ivar=real.ivar[[row, row]] * np.array([[1], [0]], "f4"))
-    table, _ = model.label(pair)
+    table = table_of(model, pair)
     assert table["flags"][1] & Flag.FEW_PIXELS and not table["flags"][0]
+    assert np.isnan(label_values(table, PHYSICS_LABELS)[1]).all()
 
 
-def test_faults_are_named(model, real):
+@pytest.fixture(scope="module")
+def kept(model, real, tmp_path_factory):
+    "The model, on a scale of its own, and the file that it went into."
+    scaled = copy.copy(model)
+    scaled.fe_h_scale_ = [1.1, 0.02]
+    path = tmp_path_factory.mktemp("physics") / "physics.asdf"
+    scaled.save(path)
+    return scaled, path
+
+
+def test_a_model_comes_back_from_its_file(kept, real, clusters):
+    model, path = kept
+    again = load_model(path)
+    assert isinstance(again, PhysicsModel) and again.training_digest_ == model.training_digest_
+    assert again.metadata_ == model.metadata_ and again.errors_ == model.errors_
+    assert again.knowledge == KNOWN and again.get_params() == model.get_params()
+    spectra = real[np.flatnonzero(clusters == "NGC 6819")[:3]]
+    before = table_of(model, spectra)
+    after = table_of(again, spectra)
+    assert all(np.array_equal(before[name], after[name]) for name in before.colnames)
+    assert np.array_equal(model.predict(before), again.predict(before))
+
+
+def test_a_file_for_another_emulator_is_refused(kept, monkeypatch):
+    dwarfs = room.Emulator.load(domain="dwarfs")
+    monkeypatch.setattr(room.Emulator, "load", classmethod(lambda cls: dwarfs))
+    with pytest.raises(LabError, match="needs the emulator .* build the model again"):
+        load_model(kept[1])
+
+
+@pytest.fixture(scope="module")
+def raw(real, clusters):
+    "Raw light of three giants, as an instrument would bend it."
+    rows = np.flatnonzero(clusters == "NGC 6819")[:3]
+    bend = 300 * (1 + 0.2 * np.sin((wavelength - 15100) / 600)).astype("f4")
+    spectra = real[rows].replace(flux=real.flux[rows] * bend, ivar=real.ivar[rows] / bend**2)
+    spectra.stars.meta.update(product="apstar", normalized=False, recipe=[])
+    return spectra
+
+
+def test_the_recipe_is_that_of_the_chapter(model, raw):
+    treated = as_trained(model, raw)
+    by_hand = redraw(normalize(raw))
+    assert np.array_equal(treated.flux, by_hand.flux)
+    assert np.array_equal(treated.ivar, by_hand.ivar)
+    assert np.array_equal(infer(model, treated)["teff"], infer(model, by_hand)["teff"])
+    with pytest.raises(LabError, match="another normalization"):
+        infer(model, normalize(raw))
+
+
+@pytest.fixture(scope="module")
+def files(clusters, tmp_path_factory):
+    "Files of four raw giants, as the survey writes them."
+    root = tmp_path_factory.mktemp("archive") / "giants"
+    rows = np.flatnonzero(clusters == "NGC 6819")[:4]
+    write_clusters(root, stars=rows, flaws={}, workers=1, progress=False)
+    return sorted(root.rglob("apStar-*.fits"))
+
+
+def test_raw_files_are_labelled_by_a_model_from_its_file(kept, files, tmp_path):
+    model, path = kept
+    summary = label(path, files, out=tmp_path / "labels.fits", progress=False)
+    spectra, _ = read_files(files, progress=False)
+    by_hand = infer(model, redraw(normalize(spectra)))
+    assert summary.ok and (tmp_path / "labels.fits").exists()
+    assert list(summary.table["apogee_id"]) == list(by_hand["apogee_id"])
+    for name in ("teff", "fe_h", "fe_h_err", "correlation", "flags"):
+        assert np.array_equal(summary.table[name], by_hand[name], equal_nan=name != "flags")
+
+
+def test_faults_are_named(model, stars, real):
     with pytest.raises(LabError, match="no star"):
-        learn_correction(real[:0], real.flux[:0])
+        Correction.learned(real[:0], real.flux[:0])
     short = Spectra(wavelength[:100], real.flux[:1, :100], real.ivar[:1, :100], real.stars[:1])
     with pytest.raises(LabError, match="pixels"):
-        model.label(short)
+        infer(model, short)
     with pytest.raises(LabError, match="set no scale"):
-        literature_scale(np.zeros(5), np.full(5, -0.3))
+        room._literature_scale(np.zeros(5), np.full(5, -0.3))
     with pytest.raises(LabError, match="no label M_H to hold"):
-        sky_model(real[:2], model.sky, 1, model.cannon, known={"M_H": np.zeros(2)})
+        PhysicsModel(rounds=1).fit(real[:2], {"M_H": np.zeros(2)}, stars, model.cannon_)
     stranger = real[:1].replace(stars=Table({"CLUSTER": ["NGC 1"]}))
     with pytest.raises(LabError, match="no cluster NGC 1"):
-        literature_fe_h(stranger)
+        room._literature_fe_h(stranger)
 
 
 @pytest.mark.skipif(real_data() is None, reason="STELLAR_LAB_REAL_DATA is not set")
 def test_the_mystery_star_is_reproduced(model):
-    from stellar_lab.clean import read_files
-    from stellar_lab.normalize import normalize
-
     spectra, _ = read_files([real_data() / "mystery_spec_wiped.fits"], progress=False)
-    table, _ = model.label(redraw(normalize(spectra)))
+    table = infer(model, as_trained(model, spectra))
     assert table["correlation"][0] > 0.95 and not table["flags"][0]
-
-
-def test_recorded_networks_are_complete():
-    with data_file(rooms.TUNING_FILE) as path:
-        table = QTable.read(path, format="ascii.ecsv")
-    assert set(table["label"]) == set(rooms.TUNING_LABELS) and np.isfinite(table["rmse"]).all()
-    assert {"command", "date", "stars", "tensorflow", "emulator_models"} <= set(table.meta)
-
-
-def test_a_network_sees_synthetic_stars_first(sky, real):
-    giants = real[np.flatnonzero(real.labels(("LOGG",))[:, 0] < 3.8)[::12]]
-    synthetic = rooms.noisy_stars(sky, giants, n=32)
-    options = dict(labels=rooms.TUNING_LABELS, members=1, width=4, components=4, epochs=0)
-    spectra = [
-        network.fit(giants, progress=False).core_.get_weights()
-        for network in (
-            rooms.synthetic_first(None, **options),
-            rooms.synthetic_first(synthetic, first_epochs=1, **options),
-        )
-    ]
-    assert any(not np.array_equal(a, b) for a, b in zip(*spectra))

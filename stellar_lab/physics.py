@@ -20,11 +20,6 @@ from scipy.stats import qmc
 
 from .archives import clusters, real_stars
 from .cannon import Cannon, Vectorizer
-from .inversion import infer
-from .models import Answer, LabelModel, answer, check_spectra, label_values
-from .normalize import normalize
-from .survey import LabError, Spectra, on_band, plot_spectrum
-from .survey import wavelength as SURVEY_WAVELENGTH
 from stellar_lab.emulator import (
     GRID_FIRST,
     GRID_LABELS,
@@ -35,6 +30,11 @@ from stellar_lab.emulator import (
     unit_labels,
     usual_vmicro,
 )
+from .inversion import infer
+from .models import Answer, LabelModel, answer, check_spectra, label_values
+from .normalize import normalize
+from .survey import LabError, Spectra, on_band, plot_spectrum
+from .survey import wavelength as SURVEY_WAVELENGTH
 
 # %% ../nbs/E_physics.ipynb #0cdf6182
 _DEGREE = 3  # of the pseudo-continuum of each chip

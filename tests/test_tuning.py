@@ -9,7 +9,6 @@ from astropy.table import QTable
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import tuning
-
 from stellar_lab.archives import real_stars
 from stellar_lab.physics import PHYSICS_LABELS, SyntheticStars, draw_stars, redraw
 from stellar_lab.survey import data_file

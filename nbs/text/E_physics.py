@@ -31,11 +31,6 @@ from scipy.stats import qmc
 
 from stellar_lab.archives import clusters, real_stars
 from stellar_lab.cannon import Cannon, Vectorizer
-from stellar_lab.inversion import infer
-from stellar_lab.models import Answer, LabelModel, answer, check_spectra, label_values
-from stellar_lab.normalize import normalize
-from stellar_lab.survey import LabError, Spectra, on_band, plot_spectrum
-from stellar_lab.survey import wavelength as SURVEY_WAVELENGTH
 from stellar_lab.emulator import (
     GRID_FIRST,
     GRID_LABELS,
@@ -46,6 +41,11 @@ from stellar_lab.emulator import (
     unit_labels,
     usual_vmicro,
 )
+from stellar_lab.inversion import infer
+from stellar_lab.models import Answer, LabelModel, answer, check_spectra, label_values
+from stellar_lab.normalize import normalize
+from stellar_lab.survey import LabError, Spectra, on_band, plot_spectrum
+from stellar_lab.survey import wavelength as SURVEY_WAVELENGTH
 
 # %%
 #| hide

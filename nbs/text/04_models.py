@@ -916,11 +916,13 @@ def _flags(model, found, min_good):
     outside = np.zeros(len(known), dtype=bool)
     outside[known] = model._outside(found.labels[known])
     least = max(min_good * model.usable_.sum(), model.least_pixels_)
+    with np.errstate(invalid="ignore"):  # a model without chi2 has an infinite limit
+        poor = found.chi2 > model.poor_fit_limit_ * found.n_good  # False for NaN
     doubts = {
         Flag.NOT_CONVERGED: ~found.resting,
         Flag.AT_BOUND: found.at_bound & known,
         Flag.OUTSIDE_TRAINING: outside,
-        Flag.POOR_FIT: found.chi2 > model.poor_fit_limit_ * found.n_good,  # False for NaN
+        Flag.POOR_FIT: poor,
         Flag.FEW_PIXELS: found.n_good < least,
     }
     return sum(np.where(doubtful, int(flag), 0) for flag, doubtful in doubts.items())

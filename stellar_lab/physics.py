@@ -755,6 +755,16 @@ def physics_model(stars: SyntheticStars = None, cannon: Cannon = None) -> Physic
     -------
     PhysicsModel
         for `infer`, after `redraw`, or after `as_trained` of raw spectra
+
+    Examples
+    --------
+    >>> from stellar_lab import infer, physics_model
+    >>> from stellar_lab.archives import real_stars
+    >>> from stellar_lab.physics import redraw
+    >>> model = physics_model()
+    >>> table = infer(model, redraw(real_stars()[:2]), any_recipe=True)
+    >>> table.colnames[:3]
+    ['apogee_id', 'teff', 'teff_err']
     """
     everyone = real_stars()
     cluster = np.asarray(everyone.stars["CLUSTER"], dtype=str)

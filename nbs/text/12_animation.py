@@ -387,8 +387,8 @@ def brackett(n):
 
     Examples
     --------
-    >>> float(brackett(11).round(1))
-    16811.1
+    >>> float(brackett(11).round())
+    16811.0
     """
     rydberg = (Ryd / (1 + m_e / m_p)).to_value(1 / u.AA)
     return 1 / (rydberg * (1 / 16 - 1 / np.square(n, dtype=float)))

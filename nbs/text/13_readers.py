@@ -236,6 +236,15 @@ class RidgeLabels(LabelReader):
         names of the labels to learn from a `Spectra`; by default all that it holds
     alphas : sequence of float, default 19 from 0.001 to 1000
         penalties to choose from, by leaving out one star at a time
+
+    Examples
+    --------
+    >>> from stellar_lab import RidgeLabels, infer
+    >>> from stellar_lab.archives import real_stars
+    >>> stars = real_stars()[:120]
+    >>> model = RidgeLabels(labels=["TEFF", "LOGG", "M_H"]).fit(stars)
+    >>> infer(model, stars[:2]).colnames[:3]
+    ['apogee_id', 'teff', 'teff_err']
     """
 
     def __init__(self, labels: Sequence = None, alphas: Sequence = tuple(np.logspace(-3, 3, 19))):

@@ -718,6 +718,18 @@ def load_model(path):
     ------
     LabError
         where there is no model of this version in the file
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> from pathlib import Path
+    >>> from stellar_lab import RidgeLabels, load_model
+    >>> from stellar_lab.archives import real_stars
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     path = Path(folder) / "ridge.asdf"
+    ...     RidgeLabels(labels=["TEFF"]).fit(real_stars()[:50]).save(path)
+    ...     type(load_model(path)).__name__
+    'RidgeLabels'
     """
     if Path(path).suffix.lower() == ".keras":
         return import_module("stellar_lab.network").Network.load(path)

@@ -672,7 +672,9 @@ if __name__ == "__main__" and globals().get("__spec__"):  # python -m, and no no
 
 # %%
 assert __getattr__("train") is train
-assert main(["dance"]) == 2
+with contextlib.redirect_stderr(io.StringIO()) as said:
+    assert main(["dance"]) == 2
+assert "invalid choice: 'dance'" in said.getvalue()
 
 # %% [markdown]
 # ## At the keyboard

@@ -38,9 +38,12 @@ spectra, ledger = training_set(archive_root(), progress=False)
 spectra
 
 # %%
-star = 3
+names = list(spectra.label_names)
+metals = spectra.labels([names[2]])[:, 0]
+star = metals.argmax()  # the richest in metals has the most lines
 ax = plot_spectrum(spectra.wavelength, spectra.flux[star], spectra.ivar[star], lw=0.5)
-ax.set(title=f"the giant {spectra.stars['APOGEE_ID'][star]}", ylabel="flux / continuum");
+ax.set(ylabel="flux / continuum", ylim=(0.3, 1.2))
+ax.set(title=f"the giant {spectra.stars['APOGEE_ID'][star]}");
 
 # %% [markdown]
 # **What to see.** Infrared light on three detectors. Each dark line is the mark of an element, and most lines are too crowded to be told apart by eye. How deep they are depends on the star's
@@ -57,7 +60,6 @@ ledger
 # The Cannon writes the flux of each of 7,214 pixels as a quadratic function of the labels. Training takes about a second.
 
 # %%
-names = list(spectra.label_names)
 model = Cannon(scatter=True, labels=names).fit(spectra)
 names
 
@@ -87,8 +89,7 @@ assert errors["scaled_rmse"][0] < 0.35  # an average star would be 1
 
 # %%
 model = with_error_model(model, left_out, truth)
-table_of = infer(model, spectra[:1])
-table_of.meta["errors"]
+infer(model, spectra[:1]).meta["errors"]
 
 # %% [markdown]
 # ## A star without a name

@@ -788,8 +788,10 @@ def plot_fit(model, spectra: Spectra, row: int, labels=None, window=None, axes=N
     axes[0].set(ylim=(0.4, 1.25))
     axes[0].legend(loc="upper right", ncols=2, frameon=False)
     plot_spectrum(grid, left, good, window, ax=axes[1], color="C3", lw=0.7)
-    sigma = 1 / np.sqrt(np.where(good, star.ivar[0], np.nan))
-    axes[1].fill_between(grid, -sigma, sigma, color="0.8", lw=0, zorder=0, label="1-sigma error")
+    low, high = (grid[0], grid[-1]) if window is None else window
+    seen = (grid >= low) & (grid <= high)
+    sigma = 1 / np.sqrt(np.where(good, star.ivar[0], np.nan))[seen]
+    axes[1].fill_between(grid[seen], -sigma, sigma, color="0.8", lw=0, zorder=0)
     axes[1].set(ylabel="star - model", ylim=(-0.06, 0.06))
     return axes
 

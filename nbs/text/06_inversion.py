@@ -46,7 +46,7 @@ from scipy.optimize import minimize
 
 from stellar_lab.models import Flag, flag_names, label_values, train_test_rows
 from stellar_lab.normalize import training_set
-from stellar_lab.survey import archive_record, archive_root, use_style
+from stellar_lab.survey import LABELS, archive_record, archive_root, use_style
 
 # %% [markdown]
 # ## A model to invert
@@ -372,9 +372,9 @@ height = one.chi2(model.vectorizer_(at)[:, 1:])[0].reshape(60, 60)
 fig, ax = plt.subplots(figsize=(4.5, 3.6))
 ax.contourf(grid[..., 0], grid[..., 1], np.log10(height - height.min() + 10), 20, cmap="Greys_r")
 ax.plot(*np.array(path)[:, 0, [0, 2]].T, "o-", color="C3", ms=4)
-ax.set(
-    xlabel=f"scaled {names[0]}", ylabel=f"scaled {names[2]}", title="steps of a star to its labels"
-);
+symbols = [LABELS[name].symbol for name in names]
+ax.set(xlabel=f"scaled {symbols[0]}", ylabel=f"scaled {symbols[2]}")
+ax.set(title="steps of a star to its labels");
 
 # %% [markdown]
 # **What to see.** Dark is a good fit. From the mean of all stars (the middle) the search is in the valley after two or three steps, and at its bottom after four.

@@ -423,9 +423,95 @@ class _PixelPolynomials(LabelModel):
         return model
 
 
+# %% [markdown]
+# Once the coefficients are known, a spectrum is one product, and so is its slope. The table that `infer` gave may stand for the labels.
+
 # %%
 #| export
-class Cannon(_PixelPolynomials):
+class _Drawing(_PixelPolynomials):
+    "Labels -> spectra."
+
+    def predict(self, labels) -> np.ndarray:
+        """Spectra of stars with these labels.
+
+        Parameters
+        ----------
+        labels : (N, K) array or Table
+            physical units; a table may be what `infer` gave
+
+        Returns
+        -------
+        (N, P) float64 array
+            relative to the continuum; NaN in pixels that could not be fitted
+        """
+        scaled = self._scaled_labels(labels)
+        return self.vectorizer_(scaled) @ self.theta_.T
+
+    def derivative(self, labels) -> np.ndarray:
+        """How the spectrum changes with each label.
+
+        Parameters
+        ----------
+        labels : (N, K) array or Table
+            physical units
+
+        Returns
+        -------
+        (N, K, P) float64 array
+            flux per unit of the label
+        """
+        scaled = self._scaled_labels(labels)
+        slopes = self.vectorizer_.derivative(scaled) / self.scales_
+        return np.swapaxes(slopes, 1, 2) @ self.theta_.T
+
+    def score(self, labels, flux, ivar=None) -> float:
+        """The share of the flux's variance that the model explains: scikit-learn's R^2.
+
+        Parameters
+        ----------
+        labels : (N, K) array or Table
+        flux : (N, P) array
+        ivar : (N, P) array, optional
+            weights, 0 where unusable; all 1 by default
+
+        Returns
+        -------
+        float
+            1 for a perfect model, 0 for the mean spectrum; over pixels that could be fitted
+        """
+        flux = np.asarray(flux, dtype=float)
+        weight = np.ones(flux.shape) if ivar is None else np.asarray(ivar, dtype=float)
+        weight = np.where(self.usable_ & np.isfinite(flux), weight, 0)
+        seen = np.where(weight > 0, flux, 0)
+        mean = (weight * seen).sum(axis=0) / np.maximum(weight.sum(axis=0), 1e-30)
+        model = np.nan_to_num(self.predict(labels))
+        explained = (weight * (seen - model) ** 2).sum() / (weight * (seen - mean) ** 2).sum()
+        return float(1 - explained)
+
+
+# %% [markdown]
+# The estimator itself: the terms that its parameters ask for, and `fit`.
+
+# %%
+#| export
+def _vectorizer_of(model):
+    "The terms, unless there are too many for the stars."
+    names = model.label_names_
+    if model.terms is None:
+        if not isinstance(model.order, (int, np.integer)) or model.order < 0:
+            raise LabError(f"order is {model.order!r}: it must be 0, 1, 2, …")
+        n_terms = comb(len(names) + model.order, model.order)
+    else:
+        n_terms = len(model.terms) + 1
+    _check_terms(n_terms, len(model.training_labels_), len(names))
+    if model.terms is None:
+        return Vectorizer.of_order(names, model.order)
+    return Vectorizer.of_terms(names, model.terms)
+
+
+# %%
+#| export
+class Cannon(_Drawing):
     """Generative model of a spectrum: each pixel a polynomial of the labels.
 
     The flux of star n in pixel p is theta_p . v(labels_n) + noise, with the variance
@@ -525,7 +611,7 @@ class Cannon(_PixelPolynomials):
             where shapes do not fit, a label is missing, or there are too few stars for the terms
         """
         flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
-        self.vectorizer_ = self._vectorizer()
+        self.vectorizer_ = _vectorizer_of(self)
         design = self.vectorizer_(self.scale(self.training_labels_))
         T = len(self.vectorizer_)
         with single_threaded():
@@ -542,77 +628,6 @@ class Cannon(_PixelPolynomials):
         self.training_chi2_ = chi2 / np.maximum(n_good, 1)
         self.training_digest_ = self._digest(n_good, chi2)
         return self
-
-    def _vectorizer(self):
-        "The terms, unless there are too many for the stars."
-        names = self.label_names_
-        if self.terms is None:
-            if not isinstance(self.order, (int, np.integer)) or self.order < 0:
-                raise LabError(f"order is {self.order!r}: it must be 0, 1, 2, …")
-            n_terms = comb(len(names) + self.order, self.order)
-        else:
-            n_terms = len(self.terms) + 1
-        _check_terms(n_terms, len(self.training_labels_), len(names))
-        if self.terms is None:
-            return Vectorizer.of_order(names, self.order)
-        return Vectorizer.of_terms(names, self.terms)
-
-    def predict(self, labels) -> np.ndarray:
-        """Spectra of stars with these labels.
-
-        Parameters
-        ----------
-        labels : (N, K) array or Table
-            physical units; a table may be what `infer` gave
-
-        Returns
-        -------
-        (N, P) float64 array
-            relative to the continuum; NaN in pixels that could not be fitted
-        """
-        scaled = self._scaled_labels(labels)
-        return self.vectorizer_(scaled) @ self.theta_.T
-
-    def derivative(self, labels) -> np.ndarray:
-        """How the spectrum changes with each label.
-
-        Parameters
-        ----------
-        labels : (N, K) array or Table
-            physical units
-
-        Returns
-        -------
-        (N, K, P) float64 array
-            flux per unit of the label
-        """
-        scaled = self._scaled_labels(labels)
-        slopes = self.vectorizer_.derivative(scaled) / self.scales_
-        return np.swapaxes(slopes, 1, 2) @ self.theta_.T
-
-    def score(self, labels, flux, ivar=None) -> float:
-        """The share of the flux's variance that the model explains: scikit-learn's R^2.
-
-        Parameters
-        ----------
-        labels : (N, K) array or Table
-        flux : (N, P) array
-        ivar : (N, P) array, optional
-            weights, 0 where unusable; all 1 by default
-
-        Returns
-        -------
-        float
-            1 for a perfect model, 0 for the mean spectrum; over pixels that could be fitted
-        """
-        flux = np.asarray(flux, dtype=float)
-        weight = np.ones(flux.shape) if ivar is None else np.asarray(ivar, dtype=float)
-        weight = np.where(self.usable_ & np.isfinite(flux), weight, 0)
-        seen = np.where(weight > 0, flux, 0)
-        mean = (weight * seen).sum(axis=0) / np.maximum(weight.sum(axis=0), 1e-30)
-        model = np.nan_to_num(self.predict(labels))
-        explained = (weight * (seen - model) ** 2).sum() / (weight * (seen - mean) ** 2).sum()
-        return float(1 - explained)
 
 
 # %% [markdown]

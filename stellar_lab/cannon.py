@@ -239,6 +239,13 @@ class _PixelPolynomials(LabelModel):
     """A trained Cannon: coefficients ``theta_`` (P, T) and ``scatter_`` (P,), and what follows from
     them."""
 
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.target_tags.required = True
+        tags.target_tags.multi_output = True
+        tags.target_tags.single_output = False  # a spectrum has many pixels
+        return tags
+
     @property
     def usable_(self) -> np.ndarray:
         "(P,) True where the pixel had enough stars to be fitted."

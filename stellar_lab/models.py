@@ -192,6 +192,9 @@ def _named_labels(labels, names):
     return labels, tuple(label_record(name).name for name in names)
 
 # %% ../nbs/04_models.ipynb #ecaa9234
+_MANY_LABELS = 20  # more labels than this, and than pixels, are spectra
+
+
 def _check_training(labels, flux, ivar, names):
     "LabError for training stars that no model could learn from."
     if labels.ndim != 2 or flux.ndim != 2 or flux.shape != ivar.shape or len(labels) != len(flux):
@@ -199,7 +202,9 @@ def _check_training(labels, flux, ivar, names):
             f"labels {labels.shape}, flux {flux.shape} and ivar {ivar.shape} "
             "must be (N, K), (N, P) and (N, P)"
         )
-    if labels.shape[1] > flux.shape[1]:
+    if not len(labels) or not labels.shape[1]:
+        raise LabError(f"labels have the shape {labels.shape}: there is nothing to learn from")
+    if labels.shape[1] > max(flux.shape[1], _MANY_LABELS):
         raise LabError(
             f"labels come first, then flux: fit(labels, flux, ivar). You gave {labels.shape[1]} "
             f"labels and {flux.shape[1]} pixels per star"

@@ -433,7 +433,7 @@ def _extrapolated(model, labels):
     "Frames (F,) with a label beyond all training stars, or further from them than they are apart."
     training = model.training_labels_
     beyond = (labels < training.min(axis=0)) | (labels > training.max(axis=0))
-    return outside_training(model, model.scale(labels)) | beyond.any(axis=1)
+    return outside_training(model, labels) | beyond.any(axis=1)
 
 # %% ../nbs/12_animation.ipynb #a0561c06
 _BLOCK = 32  # frames whose derivatives are computed at once: they come for all labels

@@ -124,7 +124,7 @@ def test_foreign_files_are_refused(tmp_path):
     )
     with pytest.raises(
         LabError,
-        match="in format 99; this version reads a Cannon in format 1: train the model again",
+        match="in format 99; this version reads models in format 1: train the model again",
     ):
         Cannon.load(tmp_path / "future.asdf")
     asdf.AsdfFile({"something": 1}).write_to(tmp_path / "other.asdf")

@@ -54,7 +54,7 @@ def test_a_star_does_not_depend_on_its_company(trained):
 def test_batches_are_seamless(trained, monkeypatch):
     model, _, flux, ivar = trained
     whole = infer(model, flux, ivar)
-    monkeypatch.setattr("stellar_lab.inversion.BLOCK", 7)
+    monkeypatch.setattr("stellar_lab.inversion._BLOCK", 7)
     pieces = infer(model, flux, ivar)
     assert np.all(
         np.abs(pieces["teff"] - whole["teff"]) < 1e-3 * whole["teff_err"]

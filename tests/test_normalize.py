@@ -192,7 +192,7 @@ def test_full_grid_and_cut_grid_find_the_labs_pixels():
         wavelength[chip], cut.flux[:, chip], cut.ivar[:, chip], cut.stars, cut.mask[:, chip]
     )
     assert np.allclose(normalize(cut).flux, normalize(made_up()).flux[:, chip], rtol=1e-6)
-    with pytest.raises(LabError, match="stand on another: give continuum_pixels"):
+    with pytest.raises(LabError, match="have another: give continuum_pixels"):
         normalize(cut.replace(wavelength=cut.wavelength + 0.1))
 
 

@@ -60,7 +60,9 @@ def test_numbers_count_and_letters_come_last():
         "C_cli.ipynb",
     ]
     assert notebooks(["00"])[0].name == notebooks(["00_survey"])[0].name == "00_survey.ipynb"
-    with pytest.raises(SystemExit, match="no such notebook: atlantis. There are 000_tour, 00_survey"):
+    with pytest.raises(
+        SystemExit, match="no such notebook: atlantis. There are 000_tour, 00_survey"
+    ):
         notebooks(["atlantis"])
 
 

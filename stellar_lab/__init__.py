@@ -36,6 +36,8 @@ def __getattr__(name):
     if name not in _FRONT_DOOR:
         raise AttributeError(f"module 'stellar_lab' has no attribute {name!r}")
     room = import_module(f"stellar_lab.{_FRONT_DOOR[name]}")
+    if _FRONT_DOOR[name] == "cannon":
+        import_module("stellar_lab.inversion")  # which teaches a Cannon to answer
     if name == _FRONT_DOOR[name]:
         return room  # `normalize`: the room has the function's name, and can be called
     globals()[name] = getattr(room, name)

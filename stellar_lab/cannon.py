@@ -53,6 +53,7 @@ def _exponents(term, label_names):
     row = np.zeros(len(label_names), dtype=int)
     for factor in str(term).replace("**", "^").split("*"):
         name, _, power = factor.strip().partition("^")
+        name = label_record(name).name
         power = power or "1"
         if name not in label_names:
             raise LabError(

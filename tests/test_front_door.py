@@ -2,6 +2,7 @@
 
 import doctest
 import inspect
+import os
 import pydoc
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from astropy.table import Table
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.model_selection import GridSearchCV, cross_val_predict, cross_val_score
@@ -21,6 +23,7 @@ from sklearn.utils.estimator_checks import check_estimator
 import stellar_lab
 from stellar_lab.survey import LabError
 
+AGG = {"MPLBACKEND": "Agg"}
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted(path.stem for path in (ROOT / "stellar_lab").glob("[a-z]*.py"))
 PLOTS = "{'matplotlib.pyplot', 'seaborn', 'corner', 'tensorflow'}"
@@ -154,3 +157,32 @@ def test_scikit_learns_own_checks_hold_but_for_these():
     failed = {result["check_name"] for result in results if result["status"] == "xfail"}
     assert failed == set(EXCEPTIONS)  # nothing is excused that works
     assert sum(result["status"] == "passed" for result in results) >= 25
+
+
+def test_a_table_gives_labels_by_name_and_its_gaps_are_no_numbers():
+    labels, flux = make_stars()
+    table = Table({"LOGG": labels[:, 1], "TEFF": labels[:, 0]}, masked=True)
+    model = stellar_lab.Cannon(order=1, labels=["TEFF", "LOGG"]).fit(table, flux)
+    assert np.array_equal(model.training_labels_, labels)
+    table["TEFF"].mask[4] = True
+    with pytest.raises(LabError, match="1 of 120 training stars lack a label"):
+        stellar_lab.Cannon(order=1).fit(table, flux)
+    terms = stellar_lab.Cannon(terms=["teff^2"]).fit(labels, flux, None, ["teff", "logg"])
+    assert terms.vectorizer_.terms == ["1", "TEFF^2"]
+
+
+def test_a_blind_star_has_no_error_either():
+    labels, flux = make_stars()
+    ridge = stellar_lab.RidgeLabels().fit(labels, flux, None, ["A", "B"])
+    ridge.error_inflation_, ridge.error_floor_ = np.zeros(2), np.ones(2)
+    table = stellar_lab.infer(ridge, flux[:2], np.stack([np.zeros(40), np.ones(40)]))
+    assert np.isnan(table["a_err"][0]) and np.isfinite(table["a_err"][1])
+
+
+def test_the_front_doors_cannon_can_answer_at_once():
+    code = (
+        "import numpy as np; from stellar_lab import Cannon, plot_fit; "
+        "from stellar_lab.archives import real_stars; stars = real_stars()[:60]; "
+        "plot_fit(Cannon(order=1, labels=['TEFF']).fit(stars), stars, 3)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=os.environ | AGG)

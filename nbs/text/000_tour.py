@@ -85,7 +85,7 @@ assert errors["scaled_rmse"][0] < 0.35  # an average star would be 1
 
 # %% [markdown]
 # ## Errors that can be believed
-# From the noise alone a model believes itself ten times too good. The left-out stars say how large the errors really are, and `with_error_model` learns it: the errors are *calibrated*.
+# Errors computed from the noise of the pixels are about ten times too small. The left-out stars say how large they really are, and `with_error_model` learns it: the errors are *calibrated*.
 
 # %%
 model = with_error_model(model, left_out, truth)
@@ -93,7 +93,7 @@ infer(model, spectra[:1]).meta["errors"]
 
 # %% [markdown]
 # ## A star without a name
-# One file of the archive holds a star that no catalogue knows. `as_trained` treats its spectrum as the training spectra were treated, and `infer` finds its labels.
+# One star of the archive has had its name removed, so no catalogue can be asked. `as_trained` treats its spectrum as the training spectra were treated, and `infer` finds its labels.
 
 # %%
 files = [*archive_root().glob("mystery*.fits"), *archive_root().rglob("apStar*.fits")]
@@ -115,7 +115,7 @@ assert table["flags"][0] == 0 and table.meta["errors"] == "calibrated"
 
 # %% [markdown]
 # ## A film
-# The model can draw stars that nobody has observed. Here a giant becomes ten times richer in metals.
+# The model can draw stars that nobody has observed. Here a giant becomes twenty times richer in metals.
 
 # %%
 metallicity = "M_H" if "M_H" in names else "FE_H"
@@ -130,4 +130,4 @@ player(rising, interval=150)
 # - How good it gets: [real giants](08_giants.ipynb), and [all models side by side](16_results.ipynb).
 # - Words that you do not know: [the glossary](I_glossary.ipynb).
 #
-# **Exercise.** Train on four labels instead of six (`labels=names[:4]`). Which errors grow, although these labels were kept?
+# **Exercise.** Train on four labels instead of six: set `names = names[:4]` after the ledger, and run on. Which errors grow, although these labels were kept?

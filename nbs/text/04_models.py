@@ -249,19 +249,23 @@ def label_values(table, names: Sequence) -> np.ndarray:
     (N, K) float array
         in the units of the columns
     """
-    columns = [table[name.lower()] for name in names]
-    return np.column_stack([np.asarray(getattr(c, "value", c), dtype=float) for c in columns])
+    return np.column_stack([_numbers(table[name.lower()]) for name in names])
+
+
+def _numbers(column):
+    "A column of a table as plain numbers; NaN where it is masked."
+    values = getattr(column, "value", column)
+    return np.ma.filled(np.ma.asarray(values, dtype=float), np.nan)
 
 
 def _named_labels(labels, names):
     """Labels as an array (N, K), and their names: those given, those of the table's columns, or
     numbers."""
     columns = getattr(labels, "colnames", getattr(labels, "columns", None))
-    if columns is not None:
-        names = list(columns) if names is None else names
-        labels = [np.asarray(getattr(labels[c], "value", labels[c])) for c in columns]
-        labels = np.column_stack(labels)
     try:
+        if columns is not None:
+            names = list(columns) if names is None else names
+            labels = np.column_stack([_numbers(labels[c]) for c in _columns_of(columns, names)])
         labels = np.asarray(labels, dtype=float)
     except (TypeError, ValueError) as error:
         raise LabError(f"labels must be numbers, a column for each label ({error})") from error
@@ -270,6 +274,18 @@ def _named_labels(labels, names):
     if names is None:
         names = [f"LABEL_{k}" for k in range(labels.shape[-1])]
     return labels, tuple(label_record(name).name for name in names)
+
+
+def _columns_of(columns, names):
+    "The table's columns of these names, in any case; LabError where one is missing."
+    known = {str(column).upper(): column for column in columns}
+    missing = [str(name) for name in names if str(name).upper() not in known]
+    if missing:
+        raise LabError(
+            f"the table of labels has no column {', '.join(missing)}: "
+            f"it has {', '.join(map(str, columns))}"
+        )
+    return [known[str(name).upper()] for name in names]
 
 
 # %%
@@ -306,6 +322,10 @@ frame = pd.DataFrame({"teff": [4500.0, 4800.0], "Age": [9.1, 2.3]})
 values, names = _named_labels(frame, None)
 print(names, values.tolist())
 assert names == ("TEFF", "Age")
+turned, _ = _named_labels(frame, ["AGE", "teff"])  # by name, whatever the order
+assert np.array_equal(turned, values[:, ::-1])
+with pytest.raises(LabError, match="no column logg: it has teff, Age"):
+    _named_labels(frame, ["teff", "logg"])
 with pytest.raises(LabError, match="labels must be numbers"):
     _named_labels(pd.DataFrame({"teff": ["hot", "cool"]}), None)
 with pytest.raises(LabError, match="labels come first"):
@@ -783,8 +803,7 @@ def check_spectra(model: LabelModel, flux, ivar=None, any_recipe: bool = False) 
     check_is_fitted(model)
     if isinstance(flux, Spectra):
         _check_grid(model, flux)
-        if not any_recipe:
-            _check_recipe(model, flux.stars.meta)
+        _check_recipe(model, flux.stars.meta, any_recipe)
         stars = flux.stars
         flux, ivar = flux.flux, flux.ivar
     else:
@@ -818,7 +837,7 @@ def _check_grid(model, spectra):
         )
 
 
-def _check_recipe(model, meta):
+def _check_recipe(model, meta, any_recipe):
     "Were the spectra normalized as the model's were, as far as both sides know?"
     trained = model.metadata_
     if not trained.get("normalized"):
@@ -828,6 +847,8 @@ def _check_recipe(model, meta):
             "these spectra are not normalized, the model's were: "
             "treat them alike first, stellar_lab.normalize.as_trained(model, spectra)"
         )
+    if any_recipe:
+        return
     if "product" in meta and continuum_steps(meta) != continuum_steps(trained):
         raise LabError(
             "these spectra went through another normalization than the model's "
@@ -955,6 +976,7 @@ def label_table(model: LabelModel, found: Answer, min_good: float = MIN_GOOD) ->
     found.resting[blind] = False
     flags = _flags(model, found, min_good)
     covariance = apply_error_model(model, found.covariance)
+    covariance[blind] = np.nan  # a floor alone is no error
     errors = np.sqrt(np.einsum("nkk->nk", covariance))
     table = QTable()
     for k, name in enumerate(model.label_names_):

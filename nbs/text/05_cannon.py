@@ -96,6 +96,7 @@ def _exponents(term, label_names):
     row = np.zeros(len(label_names), dtype=int)
     for factor in str(term).replace("**", "^").split("*"):
         name, _, power = factor.strip().partition("^")
+        name = label_record(name).name
         power = power or "1"
         if name not in label_names:
             raise LabError(
@@ -116,7 +117,7 @@ _Polynomial(("TEFF", "LOGG"), np.array([[0, 0], [1, 0], [1, 2]])).terms
 
 
 # %% [markdown]
-# The value of a term is a product of powers, so all powers of all labels are computed once. The slope of a product follows from the rule of the school: the slope of one factor times the others, for each label in turn.
+# The value of a term is a product of powers, so all powers of all labels are computed once. The slope of a product follows from the product rule: the slope of one factor times the others, for each label in turn.
 
 # %%
 #| export
@@ -258,7 +259,7 @@ with pytest.raises(LabError, match="term 'a\\*z' names 'z', which is not among t
 # The scatter of a pixel maximizes its own likelihood $-\frac12\sum_n [\,r_{np}^2 w_{np} - \ln w_{np}]$ with $w = 1/(\sigma^2+s^2)$ and the residuals $r$.
 # Setting the derivative to zero gives an equation that reads like common sense,
 # $$ s_p^2 = \frac{\sum_n w_{np}^2\,(r_{np}^2 - \sigma_{np}^2)}{\sum_n w_{np}^2} : $$
-# the scatter is what the residuals have more than the noise, in a weighted mean (negative means none). Iterating it is Fisher's scoring; between rounds
+# the scatter is what the residuals have more than the noise, in a weighted mean (a negative result is set to zero). Iterating it is Fisher's scoring; between rounds
 # the coefficients are fitted again with the new weights. A few rounds settle it, all pixels in step.
 
 # %%

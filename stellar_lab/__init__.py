@@ -1,7 +1,8 @@
 """Reading stars: labels from spectra, with errors that can be believed.
 
-The names below are the front door; each is loaded when it is first used. The rooms behind it are the modules
-of the package, one for each chapter of the book: ``stellar_lab.survey`` to ``stellar_lab.cli``.
+The names below are the front door; each is loaded when it is first used. The rooms behind it are
+the modules of the package, one for each chapter of the book: ``stellar_lab.survey`` to
+``stellar_lab.cli``.
 """
 
 __version__ = "0.1.0"

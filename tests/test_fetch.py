@@ -75,15 +75,11 @@ def put(root, path, content):
 
 def tree(root, unfinished=False):
     "path -> content of the files that stand under a final name."
-    files = {
+    return {
         str(file.relative_to(root)): file.read_bytes()
         for file in Path(root).rglob("*")
-        if file.is_file()
-    }
-    return {
-        path: content
-        for path, content in files.items()
-        if unfinished or not path.endswith(UNFINISHED)
+        # an unfinished file may vanish under the reader while a fetch goes on
+        if (unfinished or not file.name.endswith(UNFINISHED)) and file.is_file()
     }
 
 

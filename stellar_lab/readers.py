@@ -13,6 +13,7 @@ from sklearn.linear_model import RidgeCV
 from sklearn.utils.validation import check_is_fitted
 
 from .models import Answer, LabelModel, answer, check_spectra, finite_flux, pair_index
+from .survey import LabError
 
 # %% ../nbs/13_readers.ipynb #12009718
 def _typical_flux(flux, good):
@@ -60,7 +61,11 @@ class LabelReader(LabelModel):
         "Labels (N, K) in physical units and their covariance (N, K, K), NaN where none is known."
         raise NotImplementedError
 
-    def read(self, flux, ivar: np.ndarray = None) -> np.ndarray:
+    def _read_labels(self, flux, ivar):
+        "Labels (N, K) alone; a reader that can do without the covariance says so here."
+        return self._read(flux, ivar)[0]
+
+    def read(self, flux, ivar: np.ndarray = None, any_recipe: bool = False) -> np.ndarray:
         """Read labels alone; `infer` gives them with errors and flags.
 
         Parameters
@@ -69,27 +74,41 @@ class LabelReader(LabelModel):
             relative to the continuum
         ivar : (N, P) array, optional
             inverse variance, 0 where unusable; a `Spectra` has its own
+        any_recipe : bool, default False
+            take spectra that went through another normalization than the model's, too
 
         Returns
         -------
         (N, K) array
             physical units
-        """
-        spectra = check_spectra(self, flux, ivar)
-        return self._read(spectra.flux, spectra.ivar)[0]
 
-# %% ../nbs/13_readers.ipynb #b6c8ca25
+        Raises
+        ------
+        LabError
+            where the spectra are not such as the model can read, as `infer` says
+        """
+        spectra = check_spectra(self, flux, ivar, any_recipe)
+        if spectra.ivar.min() < 0:
+            raise LabError("ivar is negative somewhere: give 0 where a pixel is unusable")
+        return np.concatenate([self._read_labels(*block) for block in _blocks(spectra)])
+
+
 _READ_BLOCK = 512  # stars at a time
 
 
+def _blocks(spectra):
+    "Flux, finite everywhere, and ivar of some hundred stars after the others."
+    for start in range(0, len(spectra), _READ_BLOCK):
+        rows = slice(start, start + _READ_BLOCK)
+        ivar = spectra.ivar[rows]
+        yield finite_flux(spectra.flux[rows], ivar, start), ivar
+
+# %% ../nbs/13_readers.ipynb #b6c8ca25
 @answer.register(LabelReader)
 def _read_in_blocks(model, spectra, max_steps):
     "How a reader answers: no chi2, no search."
     blocks = []
-    for start in range(0, len(spectra), _READ_BLOCK):
-        rows = slice(start, start + _READ_BLOCK)
-        ivar = spectra.ivar[rows]
-        flux = finite_flux(spectra.flux[rows], ivar, start)
+    for flux, ivar in _blocks(spectra):
         labels, covariance = model._read(flux, ivar)
         n_good = ((ivar > 0) & model.usable_).sum(axis=1)
         blocks.append((labels, covariance, n_good))
@@ -176,7 +195,10 @@ class RidgeLabels(LabelReader):
         check_is_fitted(self, "weights_")
         return self.weights_, self.constant_
 
-    def _read(self, flux, ivar):
+    def _read_labels(self, flux, ivar):
         weights, constant = self.affine_map()
-        labels = self.fill(flux, ivar) @ weights.T + constant
-        return labels, photon_covariance(weights, np.where(self.usable_, ivar, 0))
+        return self.fill(flux, ivar) @ weights.T + constant
+
+    def _read(self, flux, ivar):
+        usable_ivar = np.where(self.usable_, ivar, 0)
+        return self._read_labels(flux, ivar), photon_covariance(self.weights_, usable_ivar)

@@ -4,13 +4,14 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from astropy.table import Table
 
 from stellar_lab import readers
 from stellar_lab.judging import cross_label
 from stellar_lab.models import Flag, infer
 from stellar_lab.readers import RidgeLabels
-from stellar_lab.survey import Spectra
+from stellar_lab.survey import LabError, Spectra
 
 NAMES = ["TEFF", "LOGG", "M_H"]
 
@@ -73,3 +74,36 @@ def test_a_reader_that_has_no_answer_is_flagged_not_fatal():
         and table["flags"][0] & Flag.NOT_CONVERGED
     )
     assert np.all(np.isfinite(table["teff"][1:].value))
+
+
+def test_read_refuses_what_infer_refuses():
+    ridge = RidgeLabels(labels=NAMES).fit(stars())
+    spectra = stars(5, seed=4, bad=0)
+    broken = spectra.flux.copy()
+    broken[3, 7] = np.nan
+    for ask in (ridge.read, lambda *asked: infer(ridge, *asked)):
+        with pytest.raises(LabError, match="star 3 has a usable pixel without a finite flux"):
+            ask(broken, spectra.ivar)
+        with pytest.raises(LabError, match="ivar is negative somewhere"):
+            ask(spectra.flux, -spectra.ivar)
+
+
+def test_read_takes_another_normalization_where_it_is_told_to():
+    ridge = RidgeLabels(labels=NAMES).fit(stars())
+    other = stars(5, seed=4)
+    other.stars.meta |= {"recipe": [{"step": "continuum", "pixels": [1, 2]}]}
+    with pytest.raises(LabError, match="any_recipe=True"):
+        ridge.read(other)
+    read = ridge.read(other, any_recipe=True)
+    np.testing.assert_array_equal(read, ridge.read(other.flux, other.ivar))
+
+
+def test_read_computes_labels_alone(monkeypatch):
+    ridge = RidgeLabels(labels=NAMES).fit(stars())
+    spectra = stars(30, seed=4)
+    table = infer(ridge, spectra)
+    monkeypatch.setattr(readers, "photon_covariance", None)  # nobody may call it
+    read = ridge.read(spectra)
+    np.testing.assert_array_equal(read[:, 1], table["logg"].value)
+    monkeypatch.setattr(readers, "_READ_BLOCK", 7)
+    np.testing.assert_allclose(ridge.read(spectra), read, rtol=1e-6)

@@ -21,6 +21,7 @@ from sklearn.linear_model import RidgeCV
 from sklearn.utils.validation import check_is_fitted
 
 from stellar_lab.models import Answer, LabelModel, answer, check_spectra, finite_flux, pair_index
+from stellar_lab.survey import LabError
 
 # %%
 #| hide
@@ -35,7 +36,7 @@ from stellar_lab.archives import real_stars
 from stellar_lab.judging import cross_label, error_table, plot_comparison
 from stellar_lab.models import fold_numbers, infer, label_values, train_test_rows
 from stellar_lab.normalize import training_set
-from stellar_lab.survey import LabError, archive_record, archive_root, use_style
+from stellar_lab.survey import archive_record, archive_root, use_style
 
 
 # %% [markdown]
@@ -96,7 +97,11 @@ class LabelReader(LabelModel):
         "Labels (N, K) in physical units and their covariance (N, K, K), NaN where none is known."
         raise NotImplementedError
 
-    def read(self, flux, ivar: np.ndarray = None) -> np.ndarray:
+    def _read_labels(self, flux, ivar):
+        "Labels (N, K) alone; a reader that can do without the covariance says so here."
+        return self._read(flux, ivar)[0]
+
+    def read(self, flux, ivar: np.ndarray = None, any_recipe: bool = False) -> np.ndarray:
         """Read labels alone; `infer` gives them with errors and flags.
 
         Parameters
@@ -105,14 +110,34 @@ class LabelReader(LabelModel):
             relative to the continuum
         ivar : (N, P) array, optional
             inverse variance, 0 where unusable; a `Spectra` has its own
+        any_recipe : bool, default False
+            take spectra that went through another normalization than the model's, too
 
         Returns
         -------
         (N, K) array
             physical units
+
+        Raises
+        ------
+        LabError
+            where the spectra are not such as the model can read, as `infer` says
         """
-        spectra = check_spectra(self, flux, ivar)
-        return self._read(spectra.flux, spectra.ivar)[0]
+        spectra = check_spectra(self, flux, ivar, any_recipe)
+        if spectra.ivar.min() < 0:
+            raise LabError("ivar is negative somewhere: give 0 where a pixel is unusable")
+        return np.concatenate([self._read_labels(*block) for block in _blocks(spectra)])
+
+
+_READ_BLOCK = 512  # stars at a time
+
+
+def _blocks(spectra):
+    "Flux, finite everywhere, and ivar of some hundred stars after the others."
+    for start in range(0, len(spectra), _READ_BLOCK):
+        rows = slice(start, start + _READ_BLOCK)
+        ivar = spectra.ivar[rows]
+        yield finite_flux(spectra.flux[rows], ivar, start), ivar
 
 
 # %% [markdown]
@@ -139,31 +164,24 @@ class AverageStar(LabelReader):
 flux = np.array([[1.0, 0.8, 0.9], [1.0, 77.0, 0.7]], "f4")
 ivar = np.array([[1, 1, 1], [1, 0, 1]], "f4")
 average = AverageStar().fit([[4000.0], [5000.0]], flux, ivar, ["TEFF"])
-print(
-    "typical flux",
-    average.typical_flux_.round(2),
-    "- second star filled",
-    average.fill(flux, ivar)[1],
-)
+print("typical flux:", average.typical_flux_.round(2))
+print("second star, filled:", average.fill(flux, ivar)[1])
 assert np.allclose(average.fill(flux, ivar)[1], [1, 0.8, 0.7])
 assert average.read(flux, ivar).tolist() == [[4500], [4500]]
+with pytest.raises(LabError, match="star 1 has a usable pixel without a finite flux"):
+    average.read(np.where(flux == 77, np.nan, flux), np.ones_like(ivar))
+
 
 # %% [markdown]
-# `infer` asks a reader some hundred stars at a time, so that no second copy of a whole survey is in memory. There is no $\chi^2$, for a reader draws no spectrum.
+# `infer` asks a reader some hundred stars at a time, as `read` does, so that no second copy of a whole survey is in memory. There is no $\chi^2$, for a reader draws no spectrum.
 
 # %%
 #| export
-_READ_BLOCK = 512  # stars at a time
-
-
 @answer.register(LabelReader)
 def _read_in_blocks(model, spectra, max_steps):
     "How a reader answers: no chi2, no search."
     blocks = []
-    for start in range(0, len(spectra), _READ_BLOCK):
-        rows = slice(start, start + _READ_BLOCK)
-        ivar = spectra.ivar[rows]
-        flux = finite_flux(spectra.flux[rows], ivar, start)
+    for flux, ivar in _blocks(spectra):
         labels, covariance = model._read(flux, ivar)
         n_good = ((ivar > 0) & model.usable_).sum(axis=1)
         blocks.append((labels, covariance, n_good))
@@ -285,10 +303,13 @@ class RidgeLabels(LabelReader):
         check_is_fitted(self, "weights_")
         return self.weights_, self.constant_
 
-    def _read(self, flux, ivar):
+    def _read_labels(self, flux, ivar):
         weights, constant = self.affine_map()
-        labels = self.fill(flux, ivar) @ weights.T + constant
-        return labels, photon_covariance(weights, np.where(self.usable_, ivar, 0))
+        return self.fill(flux, ivar) @ weights.T + constant
+
+    def _read(self, flux, ivar):
+        usable_ivar = np.where(self.usable_, ivar, 0)
+        return self._read_labels(flux, ivar), photon_covariance(self.weights_, usable_ivar)
 
 
 # %% [markdown]
@@ -412,8 +433,9 @@ with tempfile.TemporaryDirectory() as folder:
     ridge.save(path)
     again = RidgeLabels.load(path)
 assert np.array_equal(again.read(spectra[test]), ridge.read(spectra[test]))
-with pytest.raises(LabError, match="ivar is negative"):
-    infer(ridge, spectra.flux[:1], -spectra.ivar[:1])
+for ask in (infer, RidgeLabels.read):
+    with pytest.raises(LabError, match="ivar is negative"):
+        ask(ridge, spectra.flux[:1], -spectra.ivar[:1])
 
 # %% [markdown]
 # **Exercise.** Draw the weights of the temperature over the spectrum of a star. Which lines does the line look at? Compare with the derivative of [The Cannon](05_cannon.ipynb).

@@ -31,7 +31,13 @@ from stellar_lab.emulator import (
     usual_vmicro,
 )
 from .inversion import infer
-from .models import Answer, LabelModel, answer, check_spectra, label_values
+from stellar_lab.models import (
+    LabelModel,
+    answer,
+    check_spectra,
+    finite_flux,
+    label_values,
+)
 from .normalize import normalize
 from .survey import LabError, Spectra, on_band, plot_spectrum
 from .survey import wavelength as SURVEY_WAVELENGTH
@@ -58,6 +64,11 @@ def redraw(spectra: Spectra, degree: int = _DEGREE) -> Spectra:
     stars = spectra.stars.copy()
     stars.meta["normalized"] = False
     return normalize(spectra.replace(stars=stars), degree=degree)
+
+
+def _readable(spectra):
+    "The same spectra, with a finite flux everywhere; LabError where a usable pixel has none."
+    return spectra.replace(flux=finite_flux(spectra.flux, spectra.ivar))
 
 
 def _unweighted(flux):
@@ -124,7 +135,7 @@ class SyntheticStars:
         Returns
         -------
         (N, 7214) float32 array
-            flux relative to the redrawn continuum
+            flux relative to the redrawn continuum; NaN for a star without labels
         """
         labels = np.atleast_2d(np.asarray(labels, dtype=float))
         coefficients = self.emulator.coefficients(labels[:, :-1])
@@ -132,6 +143,7 @@ class SyntheticStars:
         by_width = [_lagrange(labels[:, -1:], node) * amounts for node in _WIDTHS]
         flux = np.concatenate(by_width, axis=1).astype("f4") @ self.basis
         flux = redraw(_unweighted(flux), self.degree).flux
+        flux[~np.isfinite(labels).all(axis=1)] = np.nan
         return flux if self.correction is None else self.correction(flux)
 
 # %% ../nbs/E_physics.ipynb #3e0e48bf
@@ -270,6 +282,7 @@ _BEYOND = 0.3  # of each range of the domain that a search may go beyond it
 _MODEL_SCATTER = 0.01  # error of a model without correction [flux]
 _WILD = 0.06  # residual from which a pixel loses weight [flux]
 _FRESH = 3  # steps with slopes of their own; later ones are short, and the last slopes will do
+_STAR_BLOCK = 96  # stars at once: their slopes take 0.3 GB
 _AT_REST = 0.1  # last gain in chi2 below which a star is done: a third of an error bar
 
 
@@ -325,15 +338,20 @@ def _fit_block(stars, spectra, labels, knowledge, steps, held):
     return labels, np.linalg.inv(hessian), stars(labels), resting
 
 
-def _fit_stars(stars, spectra, start, knowledge, steps=5, held=(), block=96):
-    """Gauss-Newton steps on the emulator itself, for `block` stars at once.
+def _star_blocks(rows):
+    "Numbers of stars in blocks of a hundred at most, as equal as can be."
+    return np.array_split(rows, math.ceil(len(rows) / _STAR_BLOCK)) if len(rows) else []
+
+
+def _fit_stars(stars, spectra, start, knowledge, steps=5, held=()):
+    """Gauss-Newton steps on the emulator itself, for a block of stars at once.
 
     From labels `start` (N, 10), with the labels named in `held` left where they are: labels
     (N, 10), covariance (N, 10, 10), model flux (N, P), and whether each star came to rest (N,).
     """
-    blocks = np.array_split(np.arange(len(spectra)), math.ceil(len(spectra) / block))
     parts = [
-        _fit_block(stars, spectra[rows], start[rows], knowledge, steps, held) for rows in blocks
+        _fit_block(stars, spectra[rows], start[rows], knowledge, steps, held)
+        for rows in _star_blocks(np.arange(len(spectra)))
     ]
     return tuple(np.concatenate(part) for part in zip(*parts))
 
@@ -388,11 +406,14 @@ class Correction:
 
 # %% ../nbs/E_physics.ipynb #a7d9fa85
 def _learned_correction(spectra, flux):
-    "Medians over the stars, pixel by pixel."
-    if not len(spectra):
+    "Medians over the stars, pixel by pixel; a star without a model has no say."
+    known = np.isfinite(flux).all(axis=1)
+    if not known.any():
         raise LabError(
             "there is no star to learn a correction from: give real stars of some clusters"
         )
+    spectra = _readable(spectra[known])
+    flux = flux[known]
     good = spectra.ivar > 0
     depth = 1 - flux
     with warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -636,16 +657,35 @@ class PhysicsModel(_PhysicsFile):
         return _fit(self, spectra, held or {}, stars, cannon)
 
 # %% ../nbs/E_physics.ipynb #46e1a0de
+def _held_values(held, n_stars):
+    "Which labels are held (10,), and at which values (N, number of these)."
+    fixed = _which(held)
+    values = np.empty((n_stars, fixed.sum()))
+    for column, name in enumerate(np.array(PHYSICS_LABELS)[fixed]):
+        given = np.asarray(held[name], dtype=float)
+        if given.shape != (n_stars,) or not np.isfinite(given).all():
+            raise LabError(
+                f"held[{str(name)!r}] must be {n_stars} finite numbers, one per star: "
+                "leave out stars whose label is not known"
+            )
+        values[:, column] = given
+    return fixed, values
+
+
 def _fit(model, spectra, held, stars, cannon):
     "Learn the correction and the limit of a poor fit."
-    fixed = _which(held)
+    fixed, values = _held_values(held, len(spectra))
     stars = SyntheticStars() if stars is None else stars
     plain = _train_cannon(stars) if cannon is None else cannon
     start = copy.copy(plain)
     start.scatter_ = np.hypot(plain.scatter_, _MODEL_SCATTER)
     labels = _ask_cannon(start, spectra, model.knowledge).labels
-    if held:
-        labels[:, fixed] = np.column_stack([held[n] for n in PHYSICS_LABELS if n in held])
+    answered = np.isfinite(labels).all(axis=1)  # a star with too few pixels teaches nothing
+    if not answered.any():
+        raise LabError("no star has labels to learn a correction from: give real stars of giants")
+    spectra = _readable(spectra[answered])
+    labels = labels[answered]
+    labels[:, fixed] = values[answered]
     correction = None
     for number in range(model.rounds):
         corrected = stars.corrected(correction)
@@ -667,31 +707,42 @@ def _fit(model, spectra, held, stars, cannon):
 _LAST_STEPS = 5
 
 
+def _note_fit(found, model, spectra, rows, flux):
+    "Write down how well stars `rows` are met by their model flux."
+    block = _readable(spectra[rows])
+    found.chi2[rows] = _chi2(model.stars_, block, flux)
+    found.columns["correlation"][rows] = _correlation(block, flux)
+
+
+def _take_last_steps(found, model, spectra, rows):
+    "Stars `rows` on the emulator itself, from where the Cannon ended."
+    block = _readable(spectra[rows])
+    start = found.labels[rows]
+    last = _fit_block(model.stars_, block, start, model.knowledge, _LAST_STEPS, ())
+    found.labels[rows], found.covariance[rows], flux, found.resting[rows] = last
+    found.steps[rows] += _LAST_STEPS
+    _note_fit(found, model, spectra, rows, flux)
+
+# %% ../nbs/E_physics.ipynb #0aab6a95
 @answer.register(PhysicsModel)
 def _answer(model, spectra, max_steps):
     "The Cannon first, then the last steps on the emulator for stars near its domain."
     found = _ask_cannon(model.cannon_, spectra, model.knowledge, max_steps)
-    labels = found.labels
-    flux = model.cannon_.predict(labels).astype("f4")
-    near = np.flatnonzero(_from_centre(labels) < 0.5 + _NEAR)  # False for NaN
-    if len(near):
-        last = _fit_stars(model.stars_, spectra[near], labels[near], model.knowledge, _LAST_STEPS)
-        labels[near], found.covariance[near], flux[near], found.resting[near] = last
-        found.steps[near] += _LAST_STEPS
-    unit = unit_labels(labels[:, :-1])
+    found.columns = {"correlation": np.full(len(spectra), np.nan)}
+    near = _from_centre(found.labels) < 0.5 + _NEAR  # False for NaN
+    for rows in _star_blocks(np.flatnonzero(~near)):
+        flux = model.cannon_.predict(found.labels[rows]).astype("f4")
+        _note_fit(found, model, spectra, rows, flux)
+    for rows in _star_blocks(np.flatnonzero(near)):
+        _take_last_steps(found, model, spectra, rows)
+    unit = unit_labels(found.labels[:, :-1])
+    found.at_bound = np.any(np.abs(unit - 0.5) > 0.49 + _BEYOND, axis=1)
     slope, intercept = model.fe_h_scale_
     stretch = np.ones(len(PHYSICS_LABELS))
     stretch[_FE_H] = slope
-    return Answer(
-        labels * stretch + intercept * (np.arange(len(stretch)) == _FE_H),
-        found.covariance * np.outer(stretch, stretch),
-        n_good=found.n_good,
-        chi2=_chi2(model.stars_, spectra, flux),
-        steps=found.steps,
-        resting=found.resting,
-        at_bound=np.any(np.abs(unit - 0.5) > 0.49 + _BEYOND, axis=1),
-        columns={"correlation": _correlation(spectra, flux)},
-    )
+    found.labels = found.labels * stretch + intercept * (np.arange(len(stretch)) == _FE_H)
+    found.covariance = found.covariance * np.outer(stretch, stretch)
+    return found
 
 # %% ../nbs/E_physics.ipynb #8e6b9ceb
 _CALIBRATION_CLUSTERS = ("M67", "NGC 188", "NGC 2158", "M71")  # the lines were calibrated on them
@@ -712,14 +763,15 @@ def _literature_fe_h(spectra):
 
 def _literature_scale(fitted, literature):
     """Slope and intercept of the line through the clusters' medians, from [Fe/H] (N,) as fitted and
-    of the stars' clusters; a cluster counts once, however many of its stars are seen."""
-    values = np.unique(literature)
+    of the stars' clusters; a cluster counts once, however many of its stars are seen. Stars without
+    an answer do not count."""
+    fitted = np.asarray(fitted, dtype=float)
+    values = np.unique(literature[np.isfinite(fitted)])
     if len(values) < 2:
         raise LabError(
             f"stars of {len(values)} metallicities set no scale: "
             "give stars of two clusters or more, whose [Fe/H] differs"
         )
-    fitted = np.asarray(fitted, dtype=float)
     medians = [np.nanmedian(fitted[literature == value]) for value in values]
     return np.polyfit(medians, values, 1).tolist()
 

@@ -130,6 +130,74 @@ def test_a_correction_on_the_cannon_is_the_correction_of_its_spectra(model):
     assert np.allclose(on_cannon, correction(model.cannon_.predict(at)), atol=1e-5)
 
 
+def test_what_stands_in_a_pixel_without_weight_does_not_matter(model, real, clusters):
+    spectra = real[np.flatnonzero(clusters == "NGC 6819")[:3]]
+    dirty = spectra.flux.copy()
+    dirty[spectra.ivar == 0] = np.nan
+    dirty[0, np.flatnonzero(spectra.ivar[0] == 0)[0]] = np.inf
+    clean = table_of(model, spectra)
+    table = table_of(model, spectra.replace(flux=dirty))
+    for name in clean.colnames:
+        assert np.array_equal(clean[name], table[name]), name
+    dirty[1, np.flatnonzero(spectra.ivar[1] > 0)[0]] = np.nan
+    with pytest.raises(LabError, match="star 1 has a usable pixel without a finite flux"):
+        table_of(model, spectra.replace(flux=dirty))
+
+
+def test_a_correction_is_not_spoiled_by_stars_that_have_no_answer(stars, model, real, clusters):
+    rows = np.flatnonzero(clusters == "M67")[:12]
+    good = real[rows]
+    ivar = np.vstack([good.ivar, np.zeros_like(good.ivar[:1])])
+    flux = np.vstack([good.flux, np.full_like(good.flux[:1], np.nan)])
+    flux[0, good.ivar[0] == 0] = np.nan
+    more = real[[*rows, rows[0]]].replace(flux=flux, ivar=ivar)
+    plain = model.cannon_
+    wanted = PhysicsModel(rounds=1).fit(good, {"FE_H": np.zeros(12)}, stars, plain)
+    found = PhysicsModel(rounds=1).fit(more, {"FE_H": np.zeros(13)}, stars, plain)
+    assert np.array_equal(found.stars_.correction.gain, wanted.stars_.correction.gain)
+    assert np.array_equal(found.stars_.correction.scatter, wanted.stars_.correction.scatter)
+    assert np.isfinite(found.poor_fit_) and found.poor_fit_ == wanted.poor_fit_
+    with pytest.raises(LabError, match="no star has labels"):
+        PhysicsModel(rounds=1).fit(more[[12]], None, stars, plain)
+
+
+def test_a_star_without_labels_has_no_spectrum_and_teaches_nothing(stars, real):
+    labels = draw_stars(4)
+    labels[2, 5] = np.nan
+    flux = stars(labels)
+    assert np.isnan(flux[2]).all() and np.isfinite(flux[[0, 1, 3]]).all()
+    few = real[:4]
+    others = Correction.learned(few[[0, 1, 3]], flux[[0, 1, 3]])
+    correction = Correction.learned(few, flux)
+    for name in ("gain", "offset", "scatter"):
+        assert np.array_equal(getattr(correction, name), getattr(others, name))
+
+
+@pytest.mark.parametrize("values", [np.full(3, np.nan), np.zeros(2), [0.1, np.inf, 0.1]])
+def test_stars_are_held_at_numbers(stars, model, real, values):
+    with pytest.raises(LabError, match="must be 3 finite numbers, one per star"):
+        PhysicsModel(rounds=1).fit(real[:3], {"FE_H": values}, stars, model.cannon_)
+
+
+def test_a_cluster_without_an_answer_sets_no_scale():
+    literature = np.repeat([-0.8, -0.3, 0.0], 3)
+    fitted = np.where(literature == -0.3, np.nan, literature)
+    assert np.allclose(room._literature_scale(fitted, literature), (1, 0))
+    with pytest.raises(LabError, match="set no scale"):
+        room._literature_scale(np.where(literature == 0, fitted, np.nan), literature)
+
+
+def test_blocks_of_stars_are_seamless(model, real, monkeypatch):
+    spectra = real[::60]
+    whole = table_of(model, spectra)
+    monkeypatch.setattr(room, "_STAR_BLOCK", 3)
+    blocks = table_of(model, spectra)
+    error = np.asarray(whole["teff_err"])
+    moved = np.abs(np.asarray(whole["teff"]) - np.asarray(blocks["teff"]))
+    assert np.nanmax(moved / error) < 0.02 and np.array_equal(whole["n_good"], blocks["n_good"])
+    assert np.allclose(whole["correlation"], blocks["correlation"], atol=1e-3)
+
+
 def test_labels_do_not_hang_on_neighbours_or_order(model, real, clusters):
     rows = np.flatnonzero(clusters == "NGC 6819")[:4]
     together = table_of(model, real[rows])

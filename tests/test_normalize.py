@@ -11,19 +11,21 @@ from conftest import make_spectra
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stellar_lab.cannon import Cannon
 from stellar_lab.clean import read_files
 from stellar_lab.normalize import (
-    CHIP_BITS,
+    _CHIP_BITS,
+    _fit_polynomials,
+    _inliers,
+    _plot_normalization,
+    _unusable_pixels,
+    as_trained,
     continuum,
     count_mask_bits,
     drop_masked,
-    fit_polynomials,
-    inliers,
     lab_continuum_pixels,
     normalize,
-    plot_normalization,
     read_continuum_pixels,
-    unusable_pixels,
 )
 from stellar_lab.survey import (
     N_PIXELS,
@@ -74,7 +76,7 @@ def test_inliers_equal_a_plain_loop(seed, n_pixels, run, tolerance):
                 expected[n, part] = good[n, part] & (
                     np.abs(flux[n, part] - middle) <= tolerance * abs(middle)
                 )
-    assert np.array_equal(inliers(flux, good, run, tolerance), expected)
+    assert np.array_equal(_inliers(flux, good, run, tolerance), expected)
 
 
 @few
@@ -86,7 +88,7 @@ def test_polynomials_equal_numpy(seed, degree, share):
     weights[:, ::10] += 0.1
     y = 100 + rng.standard_normal((5, 60))
     y[weights == 0] = np.nan
-    coefficients, solvable = fit_polynomials(x, y, weights, degree)
+    coefficients, solvable = _fit_polynomials(x, y, weights, degree)
     for n in range(5):
         use = weights[n] > 0
         expected = np.polyfit(x[use], y[n, use], degree, w=np.sqrt(weights[n, use]))[::-1]
@@ -140,7 +142,7 @@ def test_nothing_dirty_comes_out_and_nothing_is_changed(seed, dirt):
         result.ivar[~(spectra.ivar > 0)] == 0
     )
     for name, chip in SLICES.items():
-        assert np.all(result.ivar[result.stars["CHIPS_FAILED"] & CHIP_BITS[name] > 0, chip] == 0)
+        assert np.all(result.ivar[result.stars["CHIPS_FAILED"] & _CHIP_BITS[name] > 0, chip] == 0)
     for old, new in zip(before, (spectra.flux, spectra.ivar, spectra.mask)):
         assert np.array_equal(old, new, equal_nan=old.dtype.kind == "f")
 
@@ -154,7 +156,7 @@ def test_a_chip_needs_twelve_pixels_without_a_bit(left, failed):
     blue = np.flatnonzero(PIXELS)[: PIXELS[SLICES["blue"]].sum()]
     spectra.mask[1, blue] = 1 << 10
     spectra.mask[1, blue[:: len(blue) // left][:left]] = 0
-    assert list(normalize(spectra).stars["CHIPS_FAILED"]) == [0, CHIP_BITS["blue"] * failed, 0, 0]
+    assert list(normalize(spectra).stars["CHIPS_FAILED"]) == [0, _CHIP_BITS["blue"] * failed, 0, 0]
 
 
 def test_outliers_are_counted_and_not_fitted():
@@ -286,6 +288,45 @@ def test_a_missing_list_is_an_error(tmp_path):
         read_continuum_pixels(tmp_path / "nowhere.txt")
 
 
+# ---- as trained
+
+
+def trained(grid=wavelength, **meta):
+    "A Cannon of made-up normalized stars on a grid."
+    return Cannon(order=1).fit(make_spectra(20, grid=grid, names=("TEFF",), **meta))
+
+
+def test_as_trained_refuses_another_grid():
+    raw = made_up()
+    model = trained()
+    assert as_trained(model, raw).stars.meta["normalized"]
+    stretched = raw.replace(wavelength=raw.wavelength * 1.0001)
+    normalized = make_spectra(2, names=())
+    for spectra in (made_up(grid=full_wavelength), stretched, normalized):
+        with pytest.raises(LabError, match="read the spectra on the model's grid"):
+            as_trained(model, spectra)
+    nameless = Cannon(order=1).fit(np.arange(20.0)[:, None], np.ones((20, 100)), label_names=["A"])
+    with pytest.raises(LabError, match="have 7214 pixels .*, the model 100"):
+        as_trained(nameless, raw)
+
+
+@pytest.mark.parametrize(
+    "meta, dark",
+    [
+        ({"product": "apstar", "dark": 0.05}, True),
+        ({"product": "apstar", "dark": 0.0}, False),
+        ({"product": "aspcapstar", "dark": 0.0}, True),
+        ({}, True),
+    ],
+)
+def test_dark_pixels_of_a_raw_star_lose_their_weight(meta, dark):
+    raw = made_up(noisy=False)
+    raw.flux[1, 3000] *= 0.01
+    treated = as_trained(trained(**meta), raw)
+    assert (treated.ivar[1, 3000] == 0) == dark
+    assert np.all(treated.ivar[[0, 2, 3], 3000] > 0)
+
+
 # ---- unusable pixels
 
 
@@ -293,7 +334,15 @@ def test_unusable_pixels_are_those_on_the_chips():
     spectra = made_up(grid=full_wavelength)
     spectra.ivar[:, : on_band[0]] = 0
     spectra.ivar[1, on_band[:10]], spectra.ivar[1, on_band[10]] = 0, np.nan
-    assert list(unusable_pixels(spectra)) == [0, 11, 0, 0]
+    assert list(_unusable_pixels(spectra)) == [0, 11, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "rule", [{"degree": "two"}, {"degree": 1.5}, {"run": 0}, {"tolerance": "a"}, {"min_pixels": 1}]
+)
+def test_a_rule_that_makes_no_sense_is_an_error(rule):
+    with pytest.raises(LabError, match=f"{next(iter(rule))} is .*: it must be"):
+        normalize(made_up(), **rule)
 
 
 def test_masked_stars_are_dropped_and_named():
@@ -320,7 +369,7 @@ def test_pictures_of_a_failed_chip():
     spectra = made_up(2)
     spectra.stars["SNR"] = 100.0
     spectra.ivar[0, SLICES["red"]] = 0
-    figure = plot_normalization(spectra)
+    figure = _plot_normalization(spectra)
     assert "failed: red" in figure.axes[0].get_title()
     plt.close(figure)
 
@@ -348,7 +397,7 @@ def test_persistence_makes_a_blue_chip_fail():
     spectra, _ = read_files(
         real_data() / "apStar-r6-2M00005143+5615568.fits", row=0, progress=False
     )
-    assert normalize(spectra).stars["CHIPS_FAILED"][0] == CHIP_BITS["blue"]
+    assert normalize(spectra).stars["CHIPS_FAILED"][0] == _CHIP_BITS["blue"]
 
 
 @pytest.mark.skipif(real_data() is None, reason="STELLAR_LAB_REAL_DATA is not set")

@@ -10,6 +10,7 @@ import math
 import os
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from . import __version__
 from .clean import FILE_NAME, Problem, product_of, read_stars
 from .inversion import infer
-from .models import count_flags, flag_names, label_values
+from .models import LabelModel, count_flags, flag_names, label_values
 from .normalize import as_trained
 from stellar_lab.survey import (
     PRODUCTS,
@@ -101,11 +102,23 @@ def _inside(folder, product):
     return [pair for pair in stars if pair[1] == product] or stars, everything
 
 
+def _path_list(paths):
+    "Paths as a list; LabError for what is none."
+    one = isinstance(paths, (str, os.PathLike))
+    paths = [paths] if one or not isinstance(paths, Iterable) else list(paths)
+    for path in paths:
+        if not isinstance(path, (str, os.PathLike)):
+            raise LabError(f"spectra are named by paths, not by {path!r}: give files or folders")
+    if not paths:
+        raise LabError("there are no files to label: name files or folders")
+    return [Path(path) for path in paths]
+
+
 def _find(paths, product):
     "What `find_spectra` finds, and in words what it leaves out."
     found = {}
     seen = {}
-    for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
+    for path in _path_list(paths):
         if path.is_dir():
             stars, everything = _inside(path, product)
         elif path.exists():
@@ -188,7 +201,7 @@ def _label_batch(model, paths, product, row, any_product):
         column = np.asarray(spectra.stars[name.upper()])
         table[name] = column if unit is None else column * unit
     table["file"] = [paths[place] for place in places]
-    table.meta |= {"product": product, "made_by": f"stellar_lab {__version__}"}
+    table.meta |= {"product": product, "row": spectra.stars.meta.get("row")}
     blind = table["file"][np.isnan(table[model.label_names_[0].lower()])]
     problems += [Problem(str(file), "no usable pixel, or too few for the model") for file in blind]
     return table, problems
@@ -211,7 +224,26 @@ def _label_files(model, files, row, any_product, batch, progress):
                 tables += [] if table is None else [table]
                 problems += bad
                 bar.update(len(some))
-    return (vstack(tables, metadata_conflicts="silent") if tables else None), problems
+    return (_joined(model, tables) if tables else None), problems
+
+
+def _joined(model, tables):
+    "One table of all batches; its meta holds for all of them."
+    usual = model.metadata_.get("product")
+    products = sorted({table.meta["product"] for table in tables})
+    rows = {table.meta["row"] for table in tables if not PRODUCTS[table.meta["product"]].normalized}
+    foreign = sum(len(table) for table in tables if table.meta["product"] != usual)
+    table = vstack(tables, metadata_conflicts="silent")
+    del table.meta["row"]
+    if rows:
+        (row,) = rows if len(rows) == 1 else (None,)
+        table.meta["row"] = "that of each file's release" if row is None else row
+    table.meta |= {"product": ", ".join(products), "made_by": f"stellar_lab {__version__}"}
+    if foreign:
+        table.meta["foreign"] = foreign
+    if foreign and table.meta["errors"] == "calibrated":
+        table.meta["errors"] = f"calibrated on {usual or 'unknown'} spectra, too small for others"
+    return table
 
 # %% ../nbs/G_labelling.ipynb #23ccd660
 _FEW = 5  # so many stars are shown one by one
@@ -243,6 +275,16 @@ def _label_lines(table):
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(str(text).ljust(w) for text, w in zip(row, widths)) for row in rows]
     return [line.rstrip() for line in lines]
+
+
+def _foreign_note(model, table):
+    "A sentence about spectra of another product than the model's."
+    foreign = table.meta.get("foreign", 0)
+    if not foreign:
+        return []
+    known = model.metadata_.get("product")
+    said = f"that the model learned from, {known}" if known else "that the model knows"
+    return [f"{foreign} of {len(table)} stars are not of the product {said}: labels are biased"]
 
 
 def _wide_errors(model, table):
@@ -402,6 +444,26 @@ def _check_out(out):
         require("pyarrow", "parquet")
 
 
+def _check_model(model):
+    "LabError for what is no model; NotFittedError for one that has not learned."
+    if not isinstance(model, LabelModel):
+        raise LabError(f"{model!r} is no model: give a fitted model, or the file of one")
+    check_is_fitted(model)
+
+
+def _check_options(batch, notes):
+    "LabError for a batch that is no number, or notes that a file cannot keep."
+    if not isinstance(batch, (int, np.integer)) or batch < 1:
+        raise LabError(f"batch is {batch!r}: give a whole number of files, at least 1")
+    if notes is None:
+        return
+    if not isinstance(notes, dict):
+        raise LabError(f"notes is a {type(notes).__name__}: give a dict of names and texts")
+    for name, value in notes.items():
+        if not isinstance(value, (str, int, float)):
+            raise LabError(f"note {name!r} is a {type(value).__name__}: give a text or a number")
+
+
 def _few(problems, number=3):
     "The first problems as text."
     return "; ".join(map(str, problems[:number])) + ("; …" if len(problems) > number else "")
@@ -456,9 +518,11 @@ def label(
     >>> print(summary)  # doctest: +SKIP
     """
     _check_out(out)
-    name = str(model) if isinstance(model, (str, os.PathLike)) else ""
-    model = load_model(model) if name else model
-    check_is_fitted(model)
+    _check_options(batch, notes)
+    is_path = isinstance(model, (str, os.PathLike))
+    name = str(model) if is_path else ""
+    model = load_model(model) if is_path else model
+    _check_model(model)
     files, left_out = _find(paths, model.metadata_.get("product"))
     _check_products(model, files, any_product)
     _check_row(row, files)
@@ -469,6 +533,6 @@ def label(
     table.meta |= {"model": name, "files": len(files), "failed": len(problems)} | (notes or {})
     if out is not None:
         write_labels(table, out)
-    said = _wide_errors(model, table)
+    said = _foreign_note(model, table) + _wide_errors(model, table)
     where = "" if out is None else str(out)
     return LabelSummary(table, len(files), problems, name, where, left_out, said)

@@ -8,10 +8,12 @@ __all__ = ['TrainingReport', 'check_target', 'train', 'load_model', 'describe']
 # %% ../nbs/F_training.ipynb #d969488d
 import json
 import math
+import os
 import shutil
 import sys
 import tempfile
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
@@ -59,6 +61,21 @@ def _error_rows(rows):
 _REPORT_FORMAT = 1
 
 
+_FACTS = {"arguments": dict, "archive": dict, "model": dict, "notes": list}  # name -> its type
+_IN_FACTS = (("archive", "root"), ("archive", "title"), ("model", "digest"))
+
+
+def _check_facts(plain):
+    "LookupError or TypeError where a record lacks what `describe` reads."
+    for name, kind in _FACTS.items():
+        if not isinstance(plain[name], kind):
+            raise TypeError(f"{name} is no {kind.__name__}")
+    for name, key in _IN_FACTS:
+        plain[name][key]
+    for label in (plain["error_model"] or {}).values():
+        label["floor"]
+
+
 def _read_record(path):
     "What a record's file holds, as a dict; LabError for any other file."
     try:
@@ -67,14 +84,16 @@ def _read_record(path):
             raise ValueError("another format")
         plain["ledger"] = Ledger.from_dict(plain["ledger"])
         plain["errors"] = {name: _error_rows(rows) for name, rows in plain["errors"].items()}
+        _check_facts(plain)
         return plain
     except FileNotFoundError as error:
         raise LabError(
             f"there is no record {path}: 'stellar-lab train' writes it with the model"
         ) from error
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        said = f"it lacks {error}" if isinstance(error, KeyError) else error
         raise LabError(
-            f"{path} is not the record of a training ({error or type(error).__name__}): "
+            f"{path} is not the record of a training ({said or type(error).__name__}): "
             "train the model again"
         ) from error
 
@@ -141,6 +160,13 @@ class TrainingReport:
         return "\n".join(self.lines())
 
 # %% ../nbs/F_training.ipynb #6ba75bf9
+def _as_path(path, what):
+    "A `Path`; LabError for what is no path."
+    if not isinstance(path, (str, os.PathLike)):
+        raise LabError(f"{what}: give a path, not {path!r}")
+    return Path(path)
+
+
 def check_target(path, suffixes, what: str) -> Path:
     """A file can be written at `path`, and its extension is a right one.
 
@@ -162,7 +188,7 @@ def check_target(path, suffixes, what: str) -> Path:
     LabError
         where the extension is another, or nothing can be written there
     """
-    path = Path(path)
+    path = _as_path(path, what)
     if path.suffix.lower() not in suffixes:
         raise LabError(
             f"cannot write {what} to {path}: its extension must be {' or '.join(suffixes)}"
@@ -181,22 +207,31 @@ def check_target(path, suffixes, what: str) -> Path:
 # %% ../nbs/F_training.ipynb #c7fed25a
 def _label_list(root, labels):
     "The names of the labels to learn, the archive's by default; LabError if one comes twice."
-    records = label_records(archive_record(root).labels if labels is None else labels)
-    names = [label.name for label in records]
+    labels = archive_record(root).labels if labels is None else labels
+    if not isinstance(labels, Iterable):
+        raise LabError(f"labels is {labels!r}: give a list of names, such as ['TEFF', 'M_H']")
+    names = [label.name for label in label_records(labels)]
     if not names or len(set(names)) < len(names):
         raise LabError(f"labels are {', '.join(names) or 'none'}: name each once")
     return names
 
 
+def _is_number(value, whole=False):
+    "Is this a finite number, and a whole one where it has to be?"
+    if whole:
+        return isinstance(value, (int, np.integer))
+    return isinstance(value, (int, float, np.integer, np.floating)) and math.isfinite(value)
+
+
 def _check_numbers(order, test_size, folds, seed):
     "LabError for a number that no archive can make right."
-    if order < 1 or order != int(order):
+    if not _is_number(order, whole=True) or order < 1:
         raise LabError(f"order is {order}: it must be 1, 2, …")
-    if folds is None and not 0 < test_size < 1:
+    if folds is None and not (_is_number(test_size) and 0 < test_size < 1):
         raise LabError(f"test_size is {test_size}: give a share of the stars between 0 and 1")
-    if folds is not None and (folds < 2 or folds != int(folds)):
-        raise LabError(f"folds is {folds}: it must be 2 at least")
-    if not 0 <= seed < 2**32 or seed != int(seed):
+    if folds is not None and (not _is_number(folds, whole=True) or folds < 2):
+        raise LabError(f"folds is {folds}: it must be 2 at least, a whole number")
+    if not _is_number(seed, whole=True) or not 0 <= seed < 2**32:
         raise LabError(f"seed is {seed}: give a whole number from 0 to {2**32 - 1}")
 
 
@@ -204,6 +239,8 @@ def _check_fields(root, product, fields):
     "LabError if a field that was asked for has no files."
     if fields is None or isinstance(fields, str) or not Path(root).is_dir():
         return
+    if not isinstance(fields, Iterable):
+        raise LabError(f"fields is {fields!r}: give a list of fields, or 'all'")
     products = archive_record(root).products if product is None else (product,)
     wanted = [str(name) for name in fields]
     empty = [n for n in wanted if not any(len(find_files(root, each, [n])) for each in products)]
@@ -222,7 +259,7 @@ def _check_fields(root, product, fields):
 # %% ../nbs/F_training.ipynb #9c6cad74
 def _check_treatment(product, pixels, row):
     "LabError for a wish that spectra of this product cannot meet."
-    if product not in (None, *PRODUCTS):
+    if product is not None and product not in list(PRODUCTS):
         raise LabError(f"unknown product {product!r}: choose from {', '.join(PRODUCTS)}")
     if product is None or not PRODUCTS[product].normalized:
         return
@@ -244,6 +281,11 @@ def _chosen_pixels(continuum_pixels):
         return None, "the original lab's list"
     if isinstance(continuum_pixels, np.ndarray):
         return continuum_pixels, "an array"
+    if not isinstance(continuum_pixels, (str, os.PathLike)):
+        raise LabError(
+            f"continuum_pixels is a {type(continuum_pixels).__name__}: give an array of flags, or "
+            "the path of a file"
+        )
     return read_continuum_pixels(continuum_pixels), Path(continuum_pixels).name
 
 
@@ -362,6 +404,37 @@ def _error_facts(model):
     found = zip(model.label_names_, model.error_inflation_, model.error_floor_)
     return {name: {"inflation": float(a), "floor": float(np.sqrt(b))} for name, a, b in found}
 
+# %% ../nbs/F_training.ipynb #3e6c807d
+def _request(root, labels, fields, product, row, order, scatter, test_size, folds, seed):
+    "What was asked for, checked, as the record keeps it."
+    _check_numbers(order, test_size, folds, seed)
+    return {
+        "labels": _label_list(root, labels),
+        "fields": fields,
+        "product": product,
+        "continuum_pixels": None,
+        "row": row,
+        "order": order,
+        "scatter": scatter,
+        "test_size": test_size if folds is None else None,
+        "folds": folds,
+        "seed": seed,
+    }
+
+# %% ../nbs/F_training.ipynb #fcd9a918
+def _select(root, request, pixels, progress):
+    "The stars to learn from, and their ledger, if nothing is wrong with the request."
+    product = request["product"]
+    row = request["row"]
+    _check_treatment(product, pixels, row)
+    _check_fields(root, product, request["fields"])
+    spectra, ledger = training_set(
+        root, product, request["fields"], request["labels"], pixels, progress, row
+    )
+    _check_treatment(spectra.stars.meta["product"], pixels, row)
+    _check_terms(len(spectra), len(request["labels"]), request["order"])
+    return spectra, ledger
+
 # %% ../nbs/F_training.ipynb #1e9256af
 def _facts(model, spectra, arguments, root, path):
     "What a record holds apart from ledger, errors, stars and notes: plain data."
@@ -398,20 +471,28 @@ def _report(model, spectra, ledger, sets, arguments, root, path):
     facts["notes"] = [_flag_note(kind, table), error_note, *_useless_notes(errors[kind])]
     return TrainingReport(facts, ledger, errors, model)
 
-# %% ../nbs/F_training.ipynb #ef31dfba
-def _stars(root, request, pixels, progress):
-    "The stars to learn from, and their ledger, if nothing is wrong with the request."
-    product = request["product"]
-    row = request["row"]
-    _check_numbers(*(request[name] for name in ("order", "test_size", "folds", "seed")))
-    _check_treatment(product, pixels, row)
-    _check_fields(root, product, request["fields"])
-    spectra, ledger = training_set(
-        root, product, request["fields"], request["labels"], pixels, progress, row
-    )
-    _check_treatment(spectra.stars.meta["product"], pixels, row)
-    _check_terms(len(spectra), len(request["labels"]), request["order"])
-    return spectra, ledger
+# %% ../nbs/F_training.ipynb #d3e0698f
+def _write(report, path):
+    "The model to `path`, and its record to the same name with .json; nothing where path is None."
+    if path is not None:
+        report.model.save(path)
+        report.save(path.with_suffix(".json"))
+
+
+def _train(root, path, request, continuum_pixels, progress):
+    "Select, fit and judge, report, write."
+    pixels, source = _chosen_pixels(continuum_pixels)
+    if pixels is not None:
+        request["continuum_pixels"] = source
+    path = None if path is None else check_target(path, (".asdf",), "the model")
+    spectra, ledger = _select(root, request, pixels, progress)
+    spectra.stars.meta["continuum_source"] = source
+    model = Cannon(order=request["order"], scatter=request["scatter"], labels=request["labels"])
+    way = (request["test_size"], request["folds"], request["seed"])
+    model, sets = _judge(model, spectra, *way, progress)
+    report = _report(model, spectra, ledger, sets, request, root, path)
+    _write(report, path)
+    return report
 
 # %% ../nbs/F_training.ipynb #bb13bb76
 def train(
@@ -436,12 +517,9 @@ def train(
     root : str or Path
         of the archive
     path : str or Path, optional
-        .asdf file for the model; its record gets the same name with .json. Nothing is written by
-        default
-    labels : sequence of str, optional
-        in any case; the archive's by default
-    fields : sequence of str or "all", optional
-        the archive's by default
+        .asdf file for the model, its record beside it as .json; nothing is written by default
+    labels, fields : sequence of str, optional
+        labels in any case, fields or "all"; the archive's by default
     product : {"apstar", "aspcapstar"}, optional
         the archive's first that has files by default
     continuum_pixels : (P,) bool array or path, optional
@@ -477,29 +555,9 @@ def train(
     >>> report = train("stars", "giants.asdf", scatter=True)  # doctest: +SKIP
     >>> print(report)  # doctest: +SKIP
     """
-    pixels, source = _chosen_pixels(continuum_pixels)
-    request = {
-        "labels": _label_list(root, labels),
-        "fields": fields,
-        "product": product,
-        "continuum_pixels": None if pixels is None else source,
-        "row": row,
-        "order": order,
-        "scatter": scatter,
-        "test_size": test_size if folds is None else None,
-        "folds": folds,
-        "seed": seed,
-    }
-    path = None if path is None else check_target(path, (".asdf",), "the model")
-    spectra, ledger = _stars(root, request, pixels, progress)
-    spectra.stars.meta["continuum_source"] = source
-    model = Cannon(order=order, scatter=scatter, labels=request["labels"])
-    model, sets = _judge(model, spectra, test_size, folds, seed, progress)
-    report = _report(model, spectra, ledger, sets, request, root, path)
-    if path is not None:
-        report.model.save(path)
-        report.save(path.with_suffix(".json"))
-    return report
+    _as_path(root, "the root of an archive")
+    request = _request(root, labels, fields, product, row, order, scatter, test_size, folds, seed)
+    return _train(root, path, request, continuum_pixels, progress)
 
 # %% ../nbs/F_training.ipynb #905b8097
 _ROOMS = {"Cannon": "cannon", "RidgeLabels": "readers", "PhysicsModel": "physics"}  # by class
@@ -536,7 +594,7 @@ def load_model(path):
     ...     type(load_model(path)).__name__
     'RidgeLabels'
     """
-    if Path(path).suffix.lower() == ".keras":
+    if _as_path(path, "the file of a model").suffix.lower() == ".keras":
         return import_module("stellar_lab.network").Network.load(path)
     tree = read_model_file(path)
     kind = tree["stellar_lab_model"]

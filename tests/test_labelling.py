@@ -396,3 +396,78 @@ def test_labels_that_say_nothing_are_named(model, good_files):
     loaded.error_floor_ = loaded.scales_**2 * [2, 0.01]
     said = str(label(loaded, files[:6], progress=False))
     assert "TEFF says nothing" in said and "M_H says nothing" not in said
+
+
+# --- what a table says of products and rows
+
+
+def test_errors_are_not_called_calibrated_for_another_product(run, root, model, tmp_path):
+    other = sorted(root.rglob("aspcapStar-*.fits"))[:2]
+    mine = sorted(root.rglob("apStar-*.fits"))[:2]
+    out = tmp_path / "o.fits"
+    code, said, _ = run("label", *other, *mine, "--any-product", "--model", model, "--out", out)
+    meta = QTable.read(out).meta
+    honest = "calibrated on apstar spectra, too small for others"
+    assert code == 0 and f"errors: {honest}" in said
+    assert "2 of 4 stars are not of the product that the model learned from, apstar" in said
+    assert (meta["ERRORS"], meta["PRODUCT"], meta["ROW"]) == (honest, "apstar, aspcapstar", 1)
+    code, said, _ = run("label", *mine, "--any-product", "--model", model, "--out", out)
+    assert QTable.read(out).meta["ERRORS"] == "calibrated" and "not of the product" not in said
+    table = label(model, other, any_product=True, progress=False).table
+    assert "row" not in table.meta and table.meta["product"] == "aspcapstar"
+
+
+def test_a_table_says_from_which_row(model, good_files, tmp_path):
+    files, _ = good_files
+    assert label(model, files[:3], progress=False).table.meta["row"] == 1
+    assert label(model, files[:3], row=0, progress=False).table.meta["row"] == 0
+    name = Path(files[0]).name.replace("-r8-", "-dr17-")
+    newer = shutil.copy(files[0], tmp_path / name)
+    for batch in (1, 64):
+        table = label(model, [newer, files[1]], batch=batch, progress=False).table
+        assert table.meta["row"] == "that of each file's release"
+
+
+def test_a_raw_star_keeps_the_dark_mask_with_a_model_of_normalized_spectra(root, good_files):
+    files, _ = good_files
+    spectra, _ = training_set(root, product="aspcapstar", labels=["TEFF"], progress=False)
+    ridge = RidgeLabels(labels=["TEFF"]).fit(spectra)
+    raw, _ = read_files(files[:1], progress=False)
+    good = np.flatnonzero((raw.ivar[0] > 0) & (raw.mask[0] == 0))
+    raw.flux[0, good[1000]] = 0.001 * np.median(raw.flux[0, good])
+    assert as_trained(ridge, raw).ivar[0, good[1000]] == 0
+
+
+# --- arguments that make no sense
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"model": None}, "None is no model"),
+        ({"model": Cannon}, "is no model: give a fitted model"),
+        ({"model": ""}, "is not a model|cannot|there is no"),
+        ({"paths": None}, "named by paths, not by None"),
+        ({"paths": 5}, "named by paths, not by 5"),
+        ({"paths": []}, "there are no files to label"),
+        ({"paths": [["a.fits"]]}, "named by paths, not by"),
+        ({"out": 5}, "a table: give a path, not 5"),
+        *(({"batch": batch}, "batch is .*: give a whole number") for batch in (0, -2, "a", 2.5)),
+        ({"notes": "a"}, "notes is a str"),
+        ({"notes": {"x": object()}}, "note 'x' is a object"),
+        ({"row": "a"}, "row must be 0, 1, 2"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_named(model, good_files, wrong, message):
+    arguments = {"model": model, "paths": good_files[0][:1], "progress": False} | wrong
+    with pytest.raises(LabError, match=message):
+        label(**arguments)
+
+
+def test_a_folder_is_no_model(run, good_files, tmp_path):
+    for name in ("folder", "folder.asdf"):
+        (tmp_path / name).mkdir()
+        words = ["label", good_files[0][0], "--model", tmp_path / name, "--out", tmp_path / "o.csv"]
+        for command in (words, ["report", "--model", tmp_path / name]):
+            code, out, err = run(*command)
+            assert (code, out) == (2, "") and name in err and "Traceback" not in err

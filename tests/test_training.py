@@ -12,7 +12,8 @@ from stellar_lab import training
 from stellar_lab.cannon import Cannon
 from stellar_lab.labelling import label
 from stellar_lab.models import count_flags
-from stellar_lab.training import TrainingReport, train
+from stellar_lab.survey import LabError
+from stellar_lab.training import TrainingReport, describe, load_model, train
 
 pytest_plugins = ["forty_stars"]
 QUICK = ["--labels", "teff,m_h", "--scatter"]  # six terms: forty stars are enough
@@ -254,3 +255,58 @@ def test_count_flags():
         count_flags([0, 8, 9, 4, 0]) == {"NOT_CONVERGED": 1, "OUTSIDE_TRAINING": 1, "POOR_FIT": 2}
         and count_flags([]) == {}
     )
+
+
+# --- arguments that make no sense
+
+
+@pytest.mark.parametrize(
+    "request_, message",
+    [
+        ({"labels": ["teff", "mass"]}, "unknown label 'mass'"),
+        ({"labels": 5}, "labels is 5: give a list of names"),
+        ({"labels": []}, "labels are none"),
+        *(({"folds": k}, "folds is .*: it must be 2 at least") for k in (0, 1, -3, 2.5, "5", [2])),
+        ({"folds": float("nan")}, "folds is nan"),
+        *(({"seed": s}, "seed is .*: give a whole number") for s in (-1, 1.5, "six", None)),
+        *(({"order": o}, "order is .*: it must be") for o in (0, "two", None, float("inf"), 1.5)),
+        *(({"test_size": t}, "test_size is .*: give a share") for t in (0, 1, "a", None)),
+        ({"product": "apvisit"}, "unknown product 'apvisit'"),
+        ({"product": ["apstar"]}, "unknown product"),
+        ({"fields": 4230}, "fields is 4230: give a list of fields"),
+        ({"continuum_pixels": [True, False]}, "continuum_pixels is a list"),
+        ({"row": "a"}, "row must be 0, 1, 2"),
+        ({"path": 5}, "the model: give a path, not 5"),
+        ({"root": None}, "the root of an archive: give a path, not None"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_named(root, request_, message):
+    arguments = {"root": root, "labels": ["teff", "m_h"], "progress": False} | request_
+    with pytest.raises(LabError, match=message):
+        train(**arguments)
+
+
+@pytest.mark.parametrize("fact", ["arguments", "archive", "model", "notes", "error_model"])
+@pytest.mark.parametrize("damage", ["missing", "null"])
+def test_a_record_that_lacks_something_is_none(model, tmp_path, fact, damage):
+    path = tmp_path / "m.asdf"
+    shutil.copy(model, path)
+    record = json.loads(model.with_suffix(".json").read_text())
+    if damage == "missing":
+        del record[fact]
+    else:
+        record[fact] = None
+    path.with_suffix(".json").write_text(json.dumps(record))
+    if (fact, damage) == ("error_model", "null"):  # formal errors
+        assert "error floor" not in describe(path)
+    else:
+        assert "is not the record of a training" in describe(path)
+
+
+@pytest.mark.parametrize("ask", [load_model, describe])
+def test_no_path_is_no_model(ask, tmp_path):
+    for nothing in (None, 5):
+        with pytest.raises(LabError, match="the file of a model: give a path"):
+            ask(nothing)
+    with pytest.raises(LabError):
+        ask(tmp_path)

@@ -253,12 +253,12 @@ def _inliers(flux, good, run=20, tolerance=0.1):
 
 
 # %% [markdown]
-# Sixty pixels that fall by a third, with noise of 3 %; three of them were hit.
+# Sixty pixels whose light falls slowly, with noise of 1 %; three of them were hit.
 
 # %%
 rng = np.random.default_rng(3)
 number = np.arange(60)
-falling = (1.2 - number / 150) * rng.normal(1, 0.03, 60)
+falling = (1.2 - number / 300) * rng.normal(1, 0.01, 60)
 falling[[11, 30, 52]] *= [1.4, 1.25, 0.7]
 stays = _inliers(falling[None], np.ones((1, 60), bool))[0]
 fig, ax = plt.subplots(figsize=(7, 2.8))

@@ -17,6 +17,7 @@ import math
 import os
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from tqdm import tqdm
 from stellar_lab import __version__
 from stellar_lab.clean import FILE_NAME, Problem, product_of, read_stars
 from stellar_lab.inversion import infer
-from stellar_lab.models import count_flags, flag_names, label_values
+from stellar_lab.models import LabelModel, count_flags, flag_names, label_values
 from stellar_lab.normalize import as_trained
 from stellar_lab.survey import (
     PRODUCTS,
@@ -138,11 +139,23 @@ def _inside(folder, product):
     return [pair for pair in stars if pair[1] == product] or stars, everything
 
 
+def _path_list(paths):
+    "Paths as a list; LabError for what is none."
+    one = isinstance(paths, (str, os.PathLike))
+    paths = [paths] if one or not isinstance(paths, Iterable) else list(paths)
+    for path in paths:
+        if not isinstance(path, (str, os.PathLike)):
+            raise LabError(f"spectra are named by paths, not by {path!r}: give files or folders")
+    if not paths:
+        raise LabError("there are no files to label: name files or folders")
+    return [Path(path) for path in paths]
+
+
 def _find(paths, product):
     "What `find_spectra` finds, and in words what it leaves out."
     found = {}
     seen = {}
-    for path in map(Path, [paths] if isinstance(paths, (str, os.PathLike)) else paths):
+    for path in _path_list(paths):
         if path.is_dir():
             stars, everything = _inside(path, product)
         elif path.exists():
@@ -276,7 +289,7 @@ def _label_batch(model, paths, product, row, any_product):
         column = np.asarray(spectra.stars[name.upper()])
         table[name] = column if unit is None else column * unit
     table["file"] = [paths[place] for place in places]
-    table.meta |= {"product": product, "made_by": f"stellar_lab {__version__}"}
+    table.meta |= {"product": product, "row": spectra.stars.meta.get("row")}
     blind = table["file"][np.isnan(table[model.label_names_[0].lower()])]
     problems += [Problem(str(file), "no usable pixel, or too few for the model") for file in blind]
     return table, problems
@@ -299,12 +312,32 @@ def _label_files(model, files, row, any_product, batch, progress):
                 tables += [] if table is None else [table]
                 problems += bad
                 bar.update(len(some))
-    return (vstack(tables, metadata_conflicts="silent") if tables else None), problems
+    return (_joined(model, tables) if tables else None), problems
+
+
+def _joined(model, tables):
+    "One table of all batches; its meta holds for all of them."
+    usual = model.metadata_.get("product")
+    products = sorted({table.meta["product"] for table in tables})
+    rows = {table.meta["row"] for table in tables if not PRODUCTS[table.meta["product"]].normalized}
+    foreign = sum(len(table) for table in tables if table.meta["product"] != usual)
+    table = vstack(tables, metadata_conflicts="silent")
+    del table.meta["row"]
+    if rows:
+        (row,) = rows if len(rows) == 1 else (None,)
+        table.meta["row"] = "that of each file's release" if row is None else row
+    table.meta |= {"product": ", ".join(products), "made_by": f"stellar_lab {__version__}"}
+    if foreign:
+        table.meta["foreign"] = foreign
+    if foreign and table.meta["errors"] == "calibrated":
+        table.meta["errors"] = f"calibrated on {usual or 'unknown'} spectra, too small for others"
+    return table
 
 
 # %%
 table, problems = _label_files(model, found, None, False, batch=2, progress=False)
 print(*problems, sep="\n")
+print("product:", table.meta["product"], " row:", table.meta["row"])
 assert len(table) == 3 and len(problems) == 1 and "cut short" in problems[0].reason
 assert list(table["apogee_id"]) == sorted(known[:3]) and table["ra"].unit == u.deg
 table["apogee_id", "teff", "teff_err", "flags", "snr", "ra", "dec", "field", "telescope"]
@@ -345,6 +378,16 @@ def _label_lines(table):
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(str(text).ljust(w) for text, w in zip(row, widths)) for row in rows]
     return [line.rstrip() for line in lines]
+
+
+def _foreign_note(model, table):
+    "A sentence about spectra of another product than the model's."
+    foreign = table.meta.get("foreign", 0)
+    if not foreign:
+        return []
+    known = model.metadata_.get("product")
+    said = f"that the model learned from, {known}" if known else "that the model knows"
+    return [f"{foreign} of {len(table)} stars are not of the product {said}: labels are biased"]
 
 
 def _wide_errors(model, table):
@@ -545,8 +588,10 @@ assert frame["apogee_id"].tolist() == list(table["apogee_id"])
 # ## Label
 # The model is any file that `load_model` reads: a Cannon, a ridge regression, the physics model, a network. The table looks the same; where nothing was fitted, `chi2` is empty.
 #
-# A table should say where it comes from. Model and version stand in its meta. Date and command would, too, but then the same input would not give the same bytes; so only who asks for them, as the command line does,
+# A table should say where it comes from. Model, version, product and row stand in its meta. Date and command would, too, but then the same input would not give the same bytes; so only who asks for them, as the command line does,
 # gets them, through `notes`.
+#
+# `any_product` lets spectra of the other product in. Then the table says so: their labels are biased, and errors that were calibrated on the model's own product are too small for them.
 
 # %%
 #| export
@@ -556,6 +601,26 @@ def _check_out(out):
         return
     if check_target(out, _FORMATS, "a table").suffix.lower() == ".parquet":
         require("pyarrow", "parquet")
+
+
+def _check_model(model):
+    "LabError for what is no model; NotFittedError for one that has not learned."
+    if not isinstance(model, LabelModel):
+        raise LabError(f"{model!r} is no model: give a fitted model, or the file of one")
+    check_is_fitted(model)
+
+
+def _check_options(batch, notes):
+    "LabError for a batch that is no number, or notes that a file cannot keep."
+    if not isinstance(batch, (int, np.integer)) or batch < 1:
+        raise LabError(f"batch is {batch!r}: give a whole number of files, at least 1")
+    if notes is None:
+        return
+    if not isinstance(notes, dict):
+        raise LabError(f"notes is a {type(notes).__name__}: give a dict of names and texts")
+    for name, value in notes.items():
+        if not isinstance(value, (str, int, float)):
+            raise LabError(f"note {name!r} is a {type(value).__name__}: give a text or a number")
 
 
 def _few(problems, number=3):
@@ -620,9 +685,11 @@ def label(
     >>> print(summary)  # doctest: +SKIP
     """
     _check_out(out)
-    name = str(model) if isinstance(model, (str, os.PathLike)) else ""
-    model = load_model(model) if name else model
-    check_is_fitted(model)
+    _check_options(batch, notes)
+    is_path = isinstance(model, (str, os.PathLike))
+    name = str(model) if is_path else ""
+    model = load_model(model) if is_path else model
+    _check_model(model)
     files, left_out = _find(paths, model.metadata_.get("product"))
     _check_products(model, files, any_product)
     _check_row(row, files)
@@ -633,7 +700,7 @@ def label(
     table.meta |= {"model": name, "files": len(files), "failed": len(problems)} | (notes or {})
     if out is not None:
         write_labels(table, out)
-    said = _wide_errors(model, table)
+    said = _foreign_note(model, table) + _wide_errors(model, table)
     where = "" if out is None else str(out)
     return LabelSummary(table, len(files), problems, name, where, left_out, said)
 
@@ -645,6 +712,13 @@ again = QTable.read(here / "night.ecsv")
 assert not summary.ok and summary.labelled == 3
 assert again.meta["errors"] == "calibrated" and "date" not in again.meta
 assert np.allclose(again["teff"].value, table["teff"].value, rtol=1e-6)  # however they are read
+
+# %%
+mixed = label(
+    here / "giants.asdf", [night, *night.glob("aspcap*")], any_product=True, progress=False
+)
+print(*str(mixed).replace(f"{here}/", "").splitlines()[:6], sep="\n")
+assert mixed.table.meta["foreign"] == 2 and mixed.table.meta["product"] == "apstar, aspcapstar"
 
 # %% [markdown]
 # ## The recipe is followed

@@ -444,11 +444,16 @@ def _check_out(out):
         require("pyarrow", "parquet")
 
 
-def _check_model(model):
-    "LabError for what is no model; NotFittedError for one that has not learned."
+def _opened(model):
+    "The name of a model's file, empty where there is none, and the model; LabError for no model."
+    name = ""
+    if isinstance(model, (str, os.PathLike)):
+        name = str(model)
+        model = load_model(model)
     if not isinstance(model, LabelModel):
         raise LabError(f"{model!r} is no model: give a fitted model, or the file of one")
     check_is_fitted(model)
+    return name, model
 
 
 def _check_options(batch, notes):
@@ -519,10 +524,7 @@ def label(
     """
     _check_out(out)
     _check_options(batch, notes)
-    is_path = isinstance(model, (str, os.PathLike))
-    name = str(model) if is_path else ""
-    model = load_model(model) if is_path else model
-    _check_model(model)
+    name, model = _opened(model)
     files, left_out = _find(paths, model.metadata_.get("product"))
     _check_products(model, files, any_product)
     _check_row(row, files)

@@ -23,6 +23,17 @@ def _typical_flux(flux, good):
     return np.where(count > 0, total / np.maximum(count, 1), 1), count > 0
 
 
+_READ_BLOCK = 512  # stars at a time
+
+
+def _blocks(spectra):
+    "Flux, finite everywhere, and ivar of some hundred stars after the others."
+    for start in range(0, len(spectra), _READ_BLOCK):
+        rows = slice(start, start + _READ_BLOCK)
+        ivar = spectra.ivar[rows]
+        yield finite_flux(spectra.flux[rows], ivar, start), ivar
+
+# %% ../nbs/13_readers.ipynb #3cbaa943
 class LabelReader(LabelModel):
     """A model from spectrum to labels.
 
@@ -91,17 +102,6 @@ class LabelReader(LabelModel):
         if spectra.ivar.min() < 0:
             raise LabError("ivar is negative somewhere: give 0 where a pixel is unusable")
         return np.concatenate([self._read_labels(*block) for block in _blocks(spectra)])
-
-
-_READ_BLOCK = 512  # stars at a time
-
-
-def _blocks(spectra):
-    "Flux, finite everywhere, and ivar of some hundred stars after the others."
-    for start in range(0, len(spectra), _READ_BLOCK):
-        rows = slice(start, start + _READ_BLOCK)
-        ivar = spectra.ivar[rows]
-        yield finite_flux(spectra.flux[rows], ivar, start), ivar
 
 # %% ../nbs/13_readers.ipynb #b6c8ca25
 @answer.register(LabelReader)

@@ -59,6 +59,26 @@ def _typical_flux(flux, good):
     return np.where(count > 0, total / np.maximum(count, 1), 1), count > 0
 
 
+_READ_BLOCK = 512  # stars at a time
+
+
+def _blocks(spectra):
+    "Flux, finite everywhere, and ivar of some hundred stars after the others."
+    for start in range(0, len(spectra), _READ_BLOCK):
+        rows = slice(start, start + _READ_BLOCK)
+        ivar = spectra.ivar[rows]
+        yield finite_flux(spectra.flux[rows], ivar, start), ivar
+
+
+# %%
+flux = np.array([[1.0, 0.8, 0.0], [1.0, 0.0, 0.0]])
+typical, seen = _typical_flux(flux, flux > 0)
+print("typical flux", typical, "seen in some star", seen)
+assert typical.tolist() == [1, 0.8, 1] and seen.tolist() == [True, True, False]
+
+
+# %%
+#| export
 class LabelReader(LabelModel):
     """A model from spectrum to labels.
 
@@ -127,17 +147,6 @@ class LabelReader(LabelModel):
         if spectra.ivar.min() < 0:
             raise LabError("ivar is negative somewhere: give 0 where a pixel is unusable")
         return np.concatenate([self._read_labels(*block) for block in _blocks(spectra)])
-
-
-_READ_BLOCK = 512  # stars at a time
-
-
-def _blocks(spectra):
-    "Flux, finite everywhere, and ivar of some hundred stars after the others."
-    for start in range(0, len(spectra), _READ_BLOCK):
-        rows = slice(start, start + _READ_BLOCK)
-        ivar = spectra.ivar[rows]
-        yield finite_flux(spectra.flux[rows], ivar, start), ivar
 
 
 # %% [markdown]

@@ -175,6 +175,7 @@ def _fit_polynomials(x, y, weights, degree=2):
 
 # %% ../nbs/03_normalize.ipynb #62efa852
 def _check_whole(name, value, low):
+    "LabError for what is no whole number of at least `low`."
     if not isinstance(value, (int, np.integer)) or value < low:
         raise LabError(f"{name} is {value!r}: it must be a whole number of at least {low}")
 

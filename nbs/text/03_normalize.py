@@ -12,7 +12,7 @@
 # which are two matrix products for all stars together, and then a 3 × 3 system per star. That is why there is no loop over stars in this chapter.
 #
 # It is called *pseudo*-continuum because in a cool, metal-rich giant no pixel is free of lines: the curve is a convention, and what counts is that
-# it is the same for every star. You need the table of stars of the two chapters before; the rule is that of [Ness et al.
+# it is the same for every star. You need [the table of stars](02_clean.ipynb); the rule is that of [Ness et al.
 # 2015](https://doi.org/10.1088/0004-637X/808/1/16) as the original lab applied it.
 
 # %%
@@ -374,6 +374,7 @@ assert not solvable[2] and np.all(coefficients[2] == 0)  # one point determines 
 # %%
 #| export
 def _check_whole(name, value, low):
+    "LabError for what is no whole number of at least `low`."
     if not isinstance(value, (int, np.integer)) or value < low:
         raise LabError(f"{name} is {value!r}: it must be a whole number of at least {low}")
 
@@ -828,7 +829,7 @@ def _plot_continuum(spectra, fit, star=0, chip=None, ax=None):
 
 # %% [markdown]
 # Now real stars. The first picture is of a star of middling signal-to-noise. `raw` are the apStar spectra of the archive at hand, light as it was
-# counted; the ledger of the chapter before goes on with them.
+# counted; the ledger of [the chapter on cleaning](02_clean.ipynb) goes on with them.
 
 # %%
 use_style()
@@ -1047,7 +1048,7 @@ else:
 # %% [markdown]
 # ## How far from the known curve?
 # The archives written here know their curves: each star's normalized spectrum was multiplied by one. The ratio of fitted to known curve tells two
-# things a star and chip: its median says how much too high or low the *level* is, its rms about the mean how much the *shape* is off.
+# things for each star and chip: its median says how much too high or low the *level* is, its rms about the mean how much the *shape* is off.
 
 # %%
 def distance(fitted, known, usable):
@@ -1145,13 +1146,13 @@ distance_text() if known is not None else None
 
 # %% [markdown]
 # **What to see** on the archive of real stars. In bright stars the two curves agree. The noisier the star, the lower is ours, by the part of a
-# pixel's noise that stands above. That is how two rules part of which one goes through the middle of the noise, ours, and the other along its
-# upper side, as any rule does that drops low pixels more readily than high ones to escape the lines. Where lines reach everywhere, in the most
-# metal-rich giants (the yellow dots on top), there is no free noise to ride on, and ours is the higher one. So the known curve is not the truth
+# pixel's noise given above. Our rule goes through the middle of the noise. The survey's goes along its upper side, as any rule does that drops
+# low pixels more readily than high ones to escape the lines. In the most metal-rich giants (the yellow dots on top) lines are everywhere, no
+# pixel shows noise alone, and our curve is the higher one. So the known curve is not the truth
 # but the survey's convention ([García Pérez et al. 2016](https://doi.org/10.3847/0004-6256/151/6/144)), and ours is another.
 #
 # The shape is off alike in metal-poor and metal-rich stars; the green chip with its few pixels is the worst. A part of it is the parabola's,
-# which cannot follow an instrument with an S in its throughput. Would a higher degree do better?
+# which cannot follow an instrument whose throughput bends like an S. Would a higher degree do better?
 
 # %%
 #| echo: false
@@ -1170,7 +1171,7 @@ def degree_table():
 degree_table() if known is not None else None
 
 # %% [markdown]
-# **What to see.** From a line to a parabola much is won, after it nothing: what a cubic gains in freedom it loses to noise and to lines, and with
+# **What to see.** A parabola does much better than a straight line, and a cubic no better than a parabola: what it gains in freedom it loses to noise and to lines. With
 # degree four the ends of the green chip swing freely, since its list has no pixel near either end. The choice of the original lab was good.
 
 # %%
@@ -1182,7 +1183,7 @@ if known is not None:
 
 # %% [markdown]
 # ## What does that cost in labels?
-# A continuum is not right or wrong by itself; it is good if labels come out well. The judge is the model of the next two chapters, trained on two
+# A continuum is not right or wrong by itself; it is good if labels come out well. The judge is [The Cannon](05_cannon.ipynb), trained on two
 # thirds and asked for the labels of the rest, in turns: once with the survey's own normalization (aspcapStar) and once with ours (apStar), for the
 # same stars and with the same folds.
 

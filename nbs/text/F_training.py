@@ -209,7 +209,9 @@ class TrainingReport:
 # A record of a training that never was, written and read back:
 
 # %%
-report = TrainingReport({"notes": ["a made-up training"]}, ledger, {"test stars": made_up})
+facts = {"notes": ["a made-up training"], "arguments": {}, "model": {"digest": ""}}
+facts |= {"archive": {"root": "stars", "title": "made-up stars"}, "error_model": None}
+report = TrainingReport(facts, ledger, {"test stars": made_up})
 report.save(here / "made_up.json")
 again = TrainingReport.load(here / "made_up.json")
 assert str(again) == str(report) and again.ledger == ledger
@@ -846,7 +848,7 @@ with pytest.raises(LabError, match="giants.json is not a model of stellar_lab"):
 
 # %% [markdown]
 # ## What is this file?
-# A year later somebody finds `giants.asdf`. What a model is stands in its own file; how it did stands in the record with the same name. If the two are not from the same training, `describe` says so.
+# A year later somebody finds `giants.asdf`. Its own file says what the model is; the record with the same name says how well it did. If the two are not from the same training, `describe` says so.
 
 # %%
 #| export

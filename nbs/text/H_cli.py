@@ -11,7 +11,7 @@
 # |---|---|---|
 # | `stellar-lab archive` | nothing | a folder of real stars in the survey's own files |
 # | `stellar-lab fetch` | a URL or a folder | the same tree at home |
-# | `stellar-lab train` | an archive | a model, and beside it a record of how it was made and how wrong it is |
+# | `stellar-lab train` | an archive | a model, and a record of how it was made and how wrong it is |
 # | `stellar-lab label` | a model, spectra | a table of labels |
 # | `stellar-lab report` | a model | what its record says |
 #
@@ -753,7 +753,7 @@ assert show(f"train {PLACE} --model giants.asdf --scatter") == 0
 
 # %% [markdown]
 # ### The same in ten lines of Python
-# Behind the command stand the chapters; to change a step, take these. It is also the test: by another way, the numbers must be the same.
+# The command calls what the chapters built. To change a step, call these functions yourself. It is also a test: this other way must give the same numbers.
 
 # %%
 spectra, ledger = training_set(ROOT, progress=False)  # files -> normalized spectra with labels

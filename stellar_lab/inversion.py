@@ -351,9 +351,7 @@ def _invert(model, spectra, max_steps):
         flux, ivar = spectra.flux[rows], spectra.ivar[rows]
         return _invert_block(model, basis, box, flux, ivar, rows.start, max_steps)
 
-    # few stars are divided between passes, so that each core has some and no product changes
-    step = _PASS if len(spectra) <= _BLOCK else 1
-    parts = in_blocks(work, len(spectra), _BLOCK, step)
+    parts = in_blocks(work, len(spectra), _BLOCK)
     return Answer(*map(np.concatenate, zip(*parts)))
 
 

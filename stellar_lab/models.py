@@ -983,7 +983,7 @@ def single_threaded():
     return _one_thread
 
 # %% ../nbs/04_models.ipynb #aa45921e
-def in_blocks(work, size: int, block: int = 520, step: int = 1) -> list:
+def in_blocks(work, size: int, block: int = 520) -> list:
     """Run `work` on blocks of rows, in as many threads as there are cores.
 
     Parameters
@@ -994,9 +994,6 @@ def in_blocks(work, size: int, block: int = 520, step: int = 1) -> list:
         rows in all
     block : int, default 520
         rows of a call, at most
-    step : int, default 1
-        rows that stay together: each block begins at a multiple of it. A larger step also divides
-        what would fit into one block, so that each core has some
 
     Returns
     -------
@@ -1005,10 +1002,9 @@ def in_blocks(work, size: int, block: int = 520, step: int = 1) -> list:
     """
     cores = os.cpu_count()
     count = math.ceil(size / block)
-    if count > 1 or step > 1:  # a multiple of the cores, so that none waits for the last block
-        count = min(math.ceil(count / cores) * cores, math.ceil(size / step))
-    steps = np.linspace(0, math.ceil(size / step), count + 1).astype(int) if count else []
-    edges = np.minimum(np.multiply(steps, step), size)
+    if count > 1:  # a multiple of the cores, so that none waits for the last block
+        count = min(math.ceil(count / cores) * cores, size)
+    edges = np.linspace(0, size, count + 1).astype(int) if count else []
     slices = [slice(int(start), int(stop)) for start, stop in zip(edges[:-1], edges[1:])]
     with single_threaded(), ThreadPoolExecutor(cores) as pool:
         return list(pool.map(work, slices))

@@ -10,16 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .cannon import Cannon
-from stellar_lab.models import (
-    Answer,
-    answer,
-    finite_flux,
-    in_blocks,
-    infer,
-    label_box,
-    pair_index,
-)
+from .cannon import Cannon, pair_index
+from .models import Answer, answer, finite_flux, in_blocks, infer, label_box
 from .survey import LabError
 
 # %% ../nbs/06_inversion.ipynb #fec529e9
@@ -145,6 +137,15 @@ def _statistics(basis, flux, ivar):
     return Statistics(*_passes(work, len(flux)))
 
 
+def _finite_statistics(basis, flux, ivar, first):
+    "Statistics of a block of stars, and its flux with zeros where unusable pixels hold no number."
+    found = _statistics(basis, flux, ivar)
+    if not (np.isfinite(found.A).all() and np.isfinite(found.b).all()):
+        flux = finite_flux(flux, ivar, first)  # only now is it worth looking at every pixel
+        found = _statistics(basis, flux, ivar)
+    return found, flux
+
+
 def statistics(model: Cannon, flux: np.ndarray, ivar: np.ndarray, dtype=np.float32) -> Statistics:
     """Sufficient statistics of spectra under a model.
 
@@ -153,16 +154,21 @@ def statistics(model: Cannon, flux: np.ndarray, ivar: np.ndarray, dtype=np.float
     model : Cannon
         fitted
     flux : (N, P) array
-        not looked at where ivar is 0, but finite
+        not looked at where ivar is 0
     ivar : (N, P) array
     dtype : dtype, default float32
         of the products
+
+    Raises
+    ------
+    LabError
+        where a usable pixel has no finite flux or ivar, or an ivar is negative
     """
     basis = _Basis.of(model, dtype)
 
     def work(rows):
-        part = _statistics(basis, flux[rows], ivar[rows])
-        return part.A, part.b, part.n_good
+        found, _ = _finite_statistics(basis, flux[rows], ivar[rows], rows.start)
+        return found.A, found.b, found.n_good
 
     return Statistics(*map(np.concatenate, zip(*in_blocks(work, len(flux), _BLOCK))))
 
@@ -351,10 +357,7 @@ def _invert(model, spectra, max_steps):
 
 def _invert_block(model, basis, box, flux, ivar, first, max_steps):
     "The fields of an `Answer` for a block of stars; `first` is its first star's number."
-    stats = _statistics(basis, flux, ivar)
-    if not (np.isfinite(stats.A).all() and np.isfinite(stats.b).all()):
-        flux = finite_flux(flux, ivar, first)  # only now is it worth looking at every pixel
-        stats = _statistics(basis, flux, ivar)
+    stats, flux = _finite_statistics(basis, flux, ivar, first)
     scaled, steps = _search(model, stats, box, max_steps)
     scaled, chi2, hessian, resting = _finish(model, basis, scaled, stats, flux, ivar, box)
     units = np.outer(model.scales_, model.scales_)

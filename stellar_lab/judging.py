@@ -10,14 +10,14 @@ import copy
 from collections.abc import Sequence
 
 import numpy as np
-from astropy.table import QTable
+from astropy.table import QTable, vstack
 from scipy.optimize import minimize
 from sklearn.base import clone
 from sklearn.utils.validation import has_fit_parameter
 from tqdm import tqdm
 
 from .inversion import infer
-from .models import LabelModel, label_values
+from .models import LabelModel, label_values, name_list
 from .survey import LabError, Spectra, label_record
 
 # %% ../nbs/07_judging.ipynb #5a017db8
@@ -45,7 +45,7 @@ def cross_label(
     Raises
     ------
     LabError
-        where all stars are in one group
+        where all stars are in one group, or there is not a group for each star
 
     Examples
     --------
@@ -59,19 +59,20 @@ def cross_label(
     150
     """
     groups = np.asarray(groups)
+    if len(groups) != len(spectra):
+        raise LabError(f"{len(groups)} groups for {len(spectra)} stars: give one for each star")
     names, place = np.unique(groups, return_inverse=True)
     if len(names) < 2:
         raise LabError("all stars are in one group: nothing is left to train on")
     quiet = {"progress": progress} if has_fit_parameter(model, "progress") else {}
     bar = tqdm(range(len(names)), desc="left out", unit="group", disable=not progress, leave=False)
-    table = None
+    answers = []
     for number in bar:
         rows = place == number
-        part = infer(clone(model).fit(spectra[~rows], **quiet), spectra[rows])
-        if table is None:
-            table = QTable(part[np.zeros(len(spectra), dtype=int)])
-        table[rows] = part
-    return table
+        answers.append(infer(clone(model).fit(spectra[~rows], **quiet), spectra[rows]))
+    table = vstack(answers, metadata_conflicts="silent")  # keeps the longest name whole
+    table.meta = answers[0].meta
+    return table[np.argsort(np.argsort(place, kind="stable"))]
 
 # %% ../nbs/07_judging.ipynb #1e68de4c
 def robust_scatter(values) -> np.ndarray:
@@ -89,7 +90,19 @@ def robust_scatter(values) -> np.ndarray:
     return 1.4826 * np.nanmedian(np.abs(values - np.nanmedian(values, axis=0)), axis=0)
 
 
-def error_table(table: QTable, truth, names: Sequence, scales) -> QTable:
+def _differences(table, truth, names):
+    "Predicted minus catalogue labels (N, K)."
+    predicted = label_values(table, names)
+    catalogue = np.asarray(truth, dtype=float)
+    if catalogue.shape != predicted.shape:
+        raise LabError(
+            f"the catalogue labels have the shape {catalogue.shape}: for {len(predicted)} stars "
+            f"and the labels {', '.join(names)} it must be {predicted.shape}"
+        )
+    return predicted - catalogue
+
+# %% ../nbs/07_judging.ipynb #d0abb2d8
+def error_table(table: QTable, truth, names, scales) -> QTable:
     """How far predicted labels are from the catalogue's.
 
     Parameters
@@ -98,7 +111,7 @@ def error_table(table: QTable, truth, names: Sequence, scales) -> QTable:
         from `infer`
     truth : (N, K) array
         catalogue labels, physical units
-    names : sequence of str
+    names : str or sequence of str
         of the K labels
     scales : (K,) array
         standard deviation of each label
@@ -113,7 +126,7 @@ def error_table(table: QTable, truth, names: Sequence, scales) -> QTable:
     Raises
     ------
     LabError
-        where the table lacks a label
+        where the table lacks a label, or `truth` has another shape
 
     Examples
     --------
@@ -125,13 +138,14 @@ def error_table(table: QTable, truth, names: Sequence, scales) -> QTable:
     >>> float(errors["rmse"][0]), float(errors["bias"][0])
     (10.0, 0.0)
     """
+    names = name_list(names)
     missing = [name for name in names if name.lower() not in table.colnames]
     if missing:
         raise LabError(
             f"the table has no label {', '.join(missing)}: it has "
             f"{table.meta.get('labels', ', '.join(table.colnames))}"
         )
-    residual = label_values(table, names) - np.asarray(truth, dtype=float)
+    residual = _differences(table, truth, names)
     errors = QTable({"label": list(names), "unit": [str(label_record(n).unit) for n in names]})
     errors["n"] = np.isfinite(residual).sum(axis=0)
     with np.errstate(invalid="ignore"):
@@ -149,14 +163,14 @@ def error_table(table: QTable, truth, names: Sequence, scales) -> QTable:
     return errors
 
 # %% ../nbs/07_judging.ipynb #73cc9c76
-def plot_comparison(tables: dict, names: Sequence, difference: bool = False, axes=None):
+def plot_comparison(tables: dict, names, difference: bool = False, axes=None):
     """Predicted against catalogue labels, one panel per label, with the line of equality.
 
     Parameters
     ----------
     tables : dict
         name -> (table from `infer`, catalogue labels (N, K)), drawn over each other
-    names : sequence of str
+    names : str or sequence of str
         of the K labels
     difference : bool, default False
         draw predicted - catalogue instead of predicted
@@ -177,6 +191,7 @@ def plot_comparison(tables: dict, names: Sequence, difference: bool = False, axe
     """
     import matplotlib.pyplot as plt
 
+    names = name_list(names)
     if axes is None:
         _, axes = plt.subplots(1, len(names), figsize=(2.4 * len(names), 2.6))
     axes = np.atleast_1d(axes)
@@ -235,7 +250,7 @@ def _inflation_and_floor(residual, formal2):
     inflation, floor = np.exp(best.x) * unit2
     return inflation / typical2, floor
 
-# %% ../nbs/07_judging.ipynb #62f0a415
+# %% ../nbs/07_judging.ipynb #565d68b8
 def with_error_model(model: LabelModel, table: QTable, truth) -> LabelModel:
     """Learn from left-out stars how large the errors really are.
 
@@ -257,7 +272,8 @@ def with_error_model(model: LabelModel, table: QTable, truth) -> LabelModel:
     Raises
     ------
     LabError
-        where fewer than ten stars are left
+        where fewer than ten stars are left, the table's errors are calibrated already, or `truth`
+        has another shape
 
     Examples
     --------
@@ -271,7 +287,12 @@ def with_error_model(model: LabelModel, table: QTable, truth) -> LabelModel:
     >>> infer(model, stars[:1]).meta["errors"]
     'calibrated'
     """
-    residual = label_values(table, model.label_names_) - np.asarray(truth, dtype=float)
+    if table.meta.get("errors") == "calibrated":
+        raise LabError(
+            "the table's errors are calibrated already: give the answers of the model as it was "
+            "before, with formal errors"
+        )
+    residual = _differences(table, truth, model.label_names_)
     formal2 = label_values(table, [f"{name}_err" for name in model.label_names_]) ** 2
     fits = [_inflation_and_floor(r, f2) for r, f2 in zip(residual.T, formal2.T)]
     model = copy.copy(model)

@@ -12,7 +12,8 @@ import numpy as np
 from sklearn.linear_model import RidgeCV
 from sklearn.utils.validation import check_is_fitted
 
-from .models import Answer, LabelModel, answer, check_spectra, finite_flux, pair_index
+from .cannon import pair_index
+from .models import Answer, LabelModel, answer, check_spectra, finite_flux
 from .survey import LabError
 
 # %% ../nbs/13_readers.ipynb #12009718

@@ -230,7 +230,7 @@ def test_a_star_with_two_valleys_is_refused():
     rng = np.random.default_rng(2)
     labels, slopes = rng.normal(size=(100, 2)), rng.normal(size=(2, 200)) * 0.03
     model = Cannon(terms=["a^2", "b"], pivots=[0, 0], scales=[1, 1]).fit(
-        labels, 1 + labels ** [2, 1] @ slopes, label_names="ab"
+        labels, 1 + labels ** [2, 1] @ slopes, label_names=["a", "b"]
     )
     flux = model.predict([[1.2, 0.3]]) + 0.02 * rng.standard_normal((1, 200))
     walk = sample(model, flux[0], np.full(200, 0.02**-2), ensembles=2, steps=800, progress=False)

@@ -24,11 +24,12 @@
 import hashlib
 import math
 import os
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntFlag
-from functools import cache, singledispatch
+from functools import singledispatch
 
 import asdf
 import numpy as np
@@ -85,7 +86,36 @@ def train_test_rows(n: int, test_size: float = 0.33, seed: int = 42) -> tuple:
     return train_test_split(np.arange(n), test_size=test_size, random_state=seed)
 
 
+# %%
+use_style()
+names = list(archive_record(archive_root()).labels)
+spectra, ledger = training_set(archive_root(), progress=False)
+train, test = train_test_rows(len(spectra))
+print(f"{len(spectra)} stars: {len(train)} to learn from, {len(test)} to ask")
+assert not set(train) & set(test)
+
 # %% [markdown]
+# ## The simplest model
+# A star looks like the training star whose spectrum is nearest, pixel by pixel. So it may have the labels of that star. That is a whole model, and it needs four lines:
+
+# %%
+known = np.where(spectra[train].ivar > 0, spectra[train].flux, 1)
+for row in test[:5]:
+    usable = spectra.ivar[row] > 0
+    distance = ((spectra.flux[row] - known)[:, usable] ** 2).sum(axis=1)
+    nearest = train[distance.argmin()]
+    catalogue = spectra.labels(names[:3])[row].round(2)
+    print(spectra.stars["APOGEE_ID"][row], catalogue, spectra.labels(names[:3])[nearest].round(2))
+
+
+# %% [markdown]
+# One row per star: its name, three labels of the catalogue, and the same labels of its nearest training star. The temperatures agree to a few hundred kelvin.
+#
+# But would you use these numbers? They have no units and no errors. Nothing warns us of a star that is like no training star, or of one that has hardly a good pixel. Spectra
+# that were normalized in another way would be answered just as calmly. And tomorrow the model is gone. The rest of the chapter adds what is missing, for this model and for all others at once.
+
+# %% [markdown]
+# ## Every star once
 # One split is one draw. In *folds* every star is left out once: the stars are dealt into five hands, and each hand is labelled by a model that learned from the other
 # four. A star observed in two fields has two rows. Both rows go into the same hand, or else the model would be asked about a star that it knows.
 
@@ -113,7 +143,7 @@ def fold_numbers(n: int, folds: int = 5, seed: int = 0, stars: Sequence = None) 
     Raises
     ------
     LabError
-        where there cannot be so many folds
+        where there cannot be so many folds, or `stars` has not `n` names
 
     Examples
     --------
@@ -123,6 +153,8 @@ def fold_numbers(n: int, folds: int = 5, seed: int = 0, stars: Sequence = None) 
     """
     if not 2 <= folds <= n:
         raise LabError(f"{folds} folds of {n} stars: choose from 2 to {n}")
+    if stars is not None and len(stars) != n:
+        raise LabError(f"{len(stars)} names of stars for {n} rows: give one for each row")
     numbers = np.empty(n, dtype=int)
     numbers[np.random.default_rng(seed).permutation(n)] = np.arange(n) % folds
     if stars is None:
@@ -134,96 +166,15 @@ def fold_numbers(n: int, folds: int = 5, seed: int = 0, stars: Sequence = None) 
 
 
 # %%
-train, test = train_test_rows(100)
 numbers = fold_numbers(11, folds=3)
 twice = fold_numbers(11, folds=3, stars=[*"abcdefghij", "a"])
-print(
-    f"{len(train)} stars to learn from, {len(test)} to ask; folds {numbers}, with a star seen "
-    f"twice {twice}"
-)
-assert not set(train) & set(test) and np.ptp(np.bincount(numbers)) <= 1
+print(f"folds {numbers}, and with the first star seen twice {twice}")
+assert np.ptp(np.bincount(numbers)) <= 1
 assert twice[10] == twice[0] and np.array_equal(twice[:10], numbers[:10])
-
-
-# %% [markdown]
-# ## All stars at once
-# Thousands of stars and thousands of pixels are a job for matrix products. `in_blocks` cuts such a job into blocks of rows that fit into the processor's cache, and
-# gives each core a block at a time. The numerical library underneath (BLAS) would start threads of its own in each of ours, so it is kept to one.
-
-# %%
-#| export
-@cache
-def _blas():
-    "The thread pools of the numerical libraries that are loaded; looking for them takes a while."
-    return ThreadpoolController()
-
-
-def single_threaded():
-    "A context in which BLAS keeps to one thread: its own would go on spinning in the way of ours."
-    return _blas().limit(limits=1)
-
-
-def in_blocks(work, size: int, block: int = 520) -> list:
-    """Run `work` on blocks of rows, in as many threads as there are cores.
-
-    Parameters
-    ----------
-    work : callable
-        called with a slice of rows; the result may be anything
-    size : int
-        rows in all
-    block : int, default 520
-        rows of a call, at most
-
-    Returns
-    -------
-    list
-        the results, in the order of the rows
-    """
-    cores = os.cpu_count()
-    count = math.ceil(size / block)
-    if count > 1:  # a multiple of the cores, so that none waits for the last block
-        count = min(math.ceil(count / cores) * cores, size)
-    edges = np.linspace(0, size, count + 1).astype(int) if count else []
-    slices = [slice(int(start), int(stop)) for start, stop in zip(edges[:-1], edges[1:])]
-    with single_threaded(), ThreadPoolExecutor(cores) as pool:
-        return list(pool.map(work, slices))
-
-
-# %% [markdown]
-# A symmetric matrix holds each number twice. `pair_index` names the entries that differ, so that products compute, and memory holds, only these: the $T(T+1)/2$ pairs
-# of $T$ terms, and for each entry of the whole matrix its place among them.
-
-# %%
-#| export
-def pair_index(T: int) -> tuple:
-    """The distinct products of two of `T` terms.
-
-    Parameters
-    ----------
-    T : int
-        number of terms
-
-    Returns
-    -------
-    tuple
-        two (T(T+1)/2,) int arrays, the terms of each pair; and a (T, T) int array, where each
-        entry of a symmetric matrix finds its pair
-    """
-    i, j = np.triu_indices(T)
-    place = np.empty((T, T), dtype=int)
-    place[i, j] = np.arange(len(i))
-    place[j, i] = place[i, j]
-    return i, j, place
-
-
-# %%
-i, j, place = pair_index(3)
-terms = np.array([2, 3, 5])
-print("pairs", list(zip(i.tolist(), j.tolist())), "products", terms[i] * terms[j])
-assert np.array_equal((terms[i] * terms[j])[place], np.outer(terms, terms))
-squares = in_blocks(lambda rows: np.arange(2000)[rows] ** 2, 2000)
-assert np.array_equal(np.concatenate(squares), np.arange(2000) ** 2)
+with pytest.raises(LabError, match="2 folds of 1 stars"):
+    fold_numbers(1, folds=2)
+with pytest.raises(LabError, match="2 names of stars for 3 rows"):
+    fold_numbers(3, folds=2, stars="ab")
 
 
 # %% [markdown]
@@ -234,22 +185,48 @@ assert np.array_equal(np.concatenate(squares), np.arange(2000) ** 2)
 
 # %%
 #| export
-def label_values(table, names: Sequence) -> np.ndarray:
+def name_list(names) -> list:
+    """Names of labels as a list, also where there is only one.
+
+    Parameters
+    ----------
+    names : str or sequence of str
+        a text is one name, and not a sequence of letters
+
+    Returns
+    -------
+    list of str
+    """
+    return [names] if isinstance(names, str) else [str(name) for name in names]
+
+
+def label_values(table, names) -> np.ndarray:
     """Labels of a table as plain numbers.
 
     Parameters
     ----------
     table : Table or QTable
         with a column for each name in lower case, as `infer` gives it
-    names : sequence of str
+    names : str or sequence of str
         K labels, or columns such as ``"teff_err"``, in any case
 
     Returns
     -------
     (N, K) float array
         in the units of the columns
+
+    Raises
+    ------
+    LabError
+        where the table lacks a column; it lists those that there are
     """
-    return np.column_stack([_numbers(table[name.lower()]) for name in names])
+    columns = [name.lower() for name in name_list(names)]
+    missing = [column for column in columns if column not in table.colnames]
+    if missing:
+        raise LabError(
+            f"the table has no column {', '.join(missing)}: it has {', '.join(table.colnames)}"
+        )
+    return np.column_stack([_numbers(table[column]) for column in columns])
 
 
 def _numbers(column):
@@ -258,13 +235,22 @@ def _numbers(column):
     return np.ma.filled(np.ma.asarray(values, dtype=float), np.nan)
 
 
+# %%
+few = Table({"teff": [4500.0, 4800.0], "teff_err": [90.0, 60.0]})
+print(label_values(few, ["TEFF", "teff_err"]).tolist(), label_values(few, "TEFF").tolist())
+with pytest.raises(LabError, match="no column logg: it has teff, teff_err"):
+    label_values(few, ["TEFF", "LOGG"])
+
+
+# %%
+#| export
 def _named_labels(labels, names):
     """Labels as an array (N, K), and their names: those given, those of the table's columns, or
     numbers."""
     columns = getattr(labels, "colnames", getattr(labels, "columns", None))
     try:
         if columns is not None:
-            names = list(columns) if names is None else names
+            names = list(columns) if names is None else name_list(names)
             labels = np.column_stack([_numbers(labels[c]) for c in _columns_of(columns, names)])
         labels = np.asarray(labels, dtype=float)
     except (TypeError, ValueError) as error:
@@ -273,7 +259,7 @@ def _named_labels(labels, names):
         labels = labels[None]
     if names is None:
         names = [f"LABEL_{k}" for k in range(labels.shape[-1])]
-    return labels, tuple(label_record(name).name for name in names)
+    return labels, tuple(label_record(name).name for name in name_list(names))
 
 
 def _columns_of(columns, names):
@@ -286,6 +272,42 @@ def _columns_of(columns, names):
             f"it has {', '.join(map(str, columns))}"
         )
     return [known[str(name).upper()] for name in names]
+
+
+# %%
+frame = pd.DataFrame({"teff": [4500.0, 4800.0], "Age": [9.1, 2.3]})
+values, columns = _named_labels(frame, None)
+print(columns, values.tolist())
+assert columns == ("TEFF", "Age")
+turned, _ = _named_labels(frame, ["AGE", "teff"])  # by name, whatever the order
+assert np.array_equal(turned, values[:, ::-1])
+with pytest.raises(LabError, match="no column logg: it has teff, Age"):
+    _named_labels(frame, ["teff", "logg"])
+assert _named_labels(frame, "teff")[1] == ("TEFF",)  # one name, not four letters
+with pytest.raises(LabError, match="labels must be numbers"):
+    _named_labels(pd.DataFrame({"teff": ["hot", "cool"]}), None)
+
+# %% [markdown]
+# A name becomes a column of the table that `infer` gives, so no two labels may share one, and none may be called like a column that the table has anyway.
+
+# %%
+#| export
+_COLUMNS = ("apogee_id", "covariance", "chi2", "n_good", "steps", "flags")  # of every table
+
+
+def _check_names(names, n_labels):
+    "LabError unless there is a name for each label, and each has columns of its own."
+    if len(names) != n_labels:
+        raise LabError(f"{len(names)} names ({', '.join(names)}) for {n_labels} labels")
+    taken = set(_COLUMNS)
+    for name in names:
+        columns = {name.lower(), f"{name.lower()}_err"}
+        if taken & columns:
+            raise LabError(
+                f"a label cannot be called {name}: the table of labels would have two columns "
+                f"{', '.join(sorted(taken & columns))}; choose another name"
+            )
+        taken |= columns
 
 
 # %%
@@ -307,8 +329,7 @@ def _check_training(labels, flux, ivar, names):
             f"labels come first, then flux: fit(labels, flux, ivar). You gave {labels.shape[1]} "
             f"labels and {flux.shape[1]} pixels per star"
         )
-    if len(names) != labels.shape[1]:
-        raise LabError(f"{len(names)} names ({', '.join(names)}) for {labels.shape[1]} labels")
+    _check_names(names, labels.shape[1])
     without = ~np.isfinite(labels).all(axis=1)
     if without.any():
         raise LabError(
@@ -318,18 +339,83 @@ def _check_training(labels, flux, ivar, names):
 
 
 # %%
-frame = pd.DataFrame({"teff": [4500.0, 4800.0], "Age": [9.1, 2.3]})
-values, names = _named_labels(frame, None)
-print(names, values.tolist())
-assert names == ("TEFF", "Age")
-turned, _ = _named_labels(frame, ["AGE", "teff"])  # by name, whatever the order
-assert np.array_equal(turned, values[:, ::-1])
-with pytest.raises(LabError, match="no column logg: it has teff, Age"):
-    _named_labels(frame, ["teff", "logg"])
-with pytest.raises(LabError, match="labels must be numbers"):
-    _named_labels(pd.DataFrame({"teff": ["hot", "cool"]}), None)
 with pytest.raises(LabError, match="labels come first"):
-    _check_training(np.ones((5, 300)), np.ones((5, 6)), np.ones((5, 6)), names)
+    _check_training(np.ones((5, 300)), np.ones((5, 6)), np.ones((5, 6)), columns)
+for wrong in (["TEFF", "teff"], ["TEFF", "chi2"], ["age", "age_err"]):
+    with pytest.raises(LabError, match="a label cannot be called") as refused:
+        _check_training(np.ones((5, 2)), np.ones((5, 6)), np.ones((5, 6)), wrong)
+    print(refused.value)
+
+# %% [markdown]
+# ## Pixels that count
+# A pixel whose inverse variance `ivar` is 0 is unusable, and may hold anything. All others count. So they need a finite flux, and their `ivar` is a positive number. What breaks this rule is
+# answered with the star's number, in training as in labelling: a single NaN would otherwise spread over all stars.
+
+# %%
+#| export
+_ROWS = 1024  # stars that are looked at in one go
+
+
+def _check_pixels(flux, ivar, first=0):
+    "LabError where a pixel that counts holds no number; `first` is the first star's number."
+    for start in range(0, len(flux), _ROWS):
+        f = flux[start : start + _ROWS]
+        w = ivar[start : start + _ROWS]
+        negative = w < 0
+        if negative.any():
+            star, count = _first_star(negative)
+            raise LabError(
+                f"ivar is negative in {count} pixels of star {first + start + star}: "
+                "give 0 where a pixel is unusable"
+            )
+        broken = ~np.isfinite(f) & (w > 0) | ~np.isfinite(w)
+        if broken.any():
+            star, count = _first_star(broken)
+            raise LabError(
+                f"star {first + start + star} has a usable pixel without a finite flux or ivar "
+                f"({count} such pixels): set ivar to 0 there"
+            )
+
+
+def _first_star(pixels):
+    "The first star that has such a pixel (N, P), and how many it has."
+    star = int(np.argmax(pixels.any(axis=1)))
+    return star, int(pixels[star].sum())
+
+
+# %%
+#| export
+def finite_flux(flux: np.ndarray, ivar: np.ndarray, first: int = 0) -> np.ndarray:
+    """Flux that can be multiplied.
+
+    Parameters
+    ----------
+    flux, ivar : (N, P) arrays
+    first : int, default 0
+        number of the first star, for the message
+
+    Returns
+    -------
+    (N, P) array
+        zero where the flux is not finite and not usable
+
+    Raises
+    ------
+    LabError
+        where a usable pixel has no finite flux or ivar, or an ivar is negative
+    """
+    _check_pixels(flux, ivar, first)
+    return np.nan_to_num(flux, nan=0, posinf=0, neginf=0)
+
+
+# %%
+flux = np.array([[1.0, 0.9, 0.8], [1.0, np.nan, np.inf]])
+ivar = np.array([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+print(finite_flux(flux, ivar).tolist())
+for wrong in (np.ones((2, 3)), -ivar, np.where(ivar > 0, ivar, np.nan)):
+    with pytest.raises(LabError) as refused:
+        finite_flux(flux, wrong)
+    print(refused.value)
 
 
 # %% [markdown]
@@ -351,155 +437,52 @@ class _Scaled:
         return np.asarray(labels, dtype=float) * self.scales_ + self.pivots_
 
 
+# %%
+two = _Scaled()
+two.pivots_ = np.array([4500, 2.0])
+two.scales_ = np.array([300, 0.7])
+print("a star of 4800 K and log g 1.3 has the scaled labels", two.scale([[4800, 1.3]]).tolist())
+assert np.allclose(two.unscale(two.scale([[4800, 1.3]])), [[4800, 1.3]])
+
+
 # %% [markdown]
-# ## A file without a pickle
-# A model is kept as [ASDF](https://asdf.readthedocs.io): text that a person can read, and plain arrays. A pickle could run code when it is opened; this format cannot.
-# Each array carries a checksum, and reading verifies it. A file that is cut short, damaged or of another kind is refused.
+# ## What is learned first
+# Whatever comes later in its `fit`, a model begins by taking its training stars: it checks them, learns the scaling of their labels, and keeps what is known of their spectra.
 
 # %%
 #| export
-_FORMAT_VERSION = 1
+def _checked_grid(wavelength, n_pixels):
+    "The wavelength of each pixel, or None where they are not known."
+    if wavelength is None:
+        return None
+    grid = np.array(wavelength, dtype=float)
+    if grid.shape != (n_pixels,):
+        raise LabError(f"wavelength has the shape {grid.shape}, but flux has {n_pixels} pixels")
+    if not np.isfinite(grid).all() or np.any(np.diff(grid) <= 0):
+        raise LabError("wavelengths must be finite and increase from pixel to pixel [Angstrom]")
+    return grid
 
 
-def plain_value(value):
-    "A numpy scalar or a tuple as ASDF takes it."
-    if isinstance(value, np.generic):
-        return value.item()
-    return list(value) if isinstance(value, tuple) else value
+def _plain_facts(meta):
+    "What a table says of its spectra, as far as a file can keep it."
+    facts = {name: _plain_scalar(value) for name, value in meta.items()}
+    return {name: v for name, v in facts.items() if isinstance(v, str | int | float | bool | list)}
 
 
-def read_model_file(path) -> dict:
-    """What a model's file holds, arrays and all.
-
-    Parameters
-    ----------
-    path : str or Path
-        .asdf file
-
-    Returns
-    -------
-    dict
-        with the key ``stellar_lab_model``, the name of the model's class
-
-    Raises
-    ------
-    LabError
-        where there is no such file, or it is damaged, or no model of this version
-    """
-    try:
-        with asdf.open(path, memmap=False, lazy_load=False, validate_checksums=True) as file:
-            tree = _in_memory(dict(file.tree))
-    except FileNotFoundError as error:
-        raise LabError(
-            f"there is no model at {path}: train one with 'stellar-lab train'"
-        ) from error
-    except Exception as error:  # whatever asdf makes of a foreign or damaged file
-        raise LabError(f"{path} is not a model of stellar_lab ({error})") from error
-    kind, version = tree.get("stellar_lab_model"), tree.get("format_version")
-    if not isinstance(kind, str) or version != _FORMAT_VERSION:
-        raise LabError(
-            f"{path} holds {kind!r} in format {version!r}; this version reads models in format "
-            f"{_FORMAT_VERSION}: train the model again"
-        )
-    return tree
-
-
-def _in_memory(value):
-    "Arrays of a file as numpy's own; a block that is cut short fails here and not later."
-    if isinstance(value, dict):
-        return {key: _in_memory(part) for key, part in value.items()}
+def _plain_scalar(value):
+    "A number of numpy as Python's own, also within a list."
     if isinstance(value, list):
-        return [_in_memory(part) for part in value]
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return np.array(value)
-    return value
+        return [_plain_scalar(part) for part in value]
+    return value.item() if isinstance(value, np.generic) else value
 
-
-# %% [markdown]
-# What a model has learned are its attributes whose name ends with an underscore, as everywhere in scikit-learn. So writing and reading need no list of them.
 
 # %%
 #| export
-class _Kept:
-    "Writing a model to a file and reading it back."
+class _Taught(_Scaled):
+    "A model that takes training stars; `labels` is among its parameters."
 
-    def save(self, path):
-        """Write the model as ASDF, whole or not at all.
-
-        Parameters
-        ----------
-        path : str or Path
-            .asdf file; replaced if it exists
-
-        Raises
-        ------
-        NotFittedError
-            where there is nothing to write yet
-        """
-        check_is_fitted(self)
-        versions = {"stellar_lab": __version__, "numpy": np.__version__}
-        versions["scikit-learn"] = sklearn.__version__
-        tree = {
-            "stellar_lab_model": type(self).__name__,
-            "format_version": _FORMAT_VERSION,
-            "versions": versions,
-            "parameters": {name: plain_value(v) for name, v in self.get_params().items()},
-            **self._learned(),
-        }
-        with atomic_path(path) as temporary:
-            asdf.AsdfFile(tree).write_to(temporary)
-
-    def _learned(self):
-        "What the file holds beside the parameters."
-        learned = {name: value for name, value in vars(self).items() if name.endswith("_")}
-        return {name: plain_value(value) for name, value in learned.items()}
-
-    @classmethod
-    def load(cls, path):
-        """Read a model that `save` wrote.
-
-        Raises
-        ------
-        LabError
-            where the file is missing, damaged, or holds another kind of model
-        """
-        tree = read_model_file(path)
-        if tree["stellar_lab_model"] != cls.__name__:
-            raise LabError(
-                f"{path} holds a {tree['stellar_lab_model']}, not a {cls.__name__}: "
-                "stellar_lab.load_model reads either"
-            )
-        return cls._from_tree(tree)
-
-    @classmethod
-    def _from_tree(cls, tree):
-        "The model again, from what its file holds."
-        model = cls(**tree["parameters"])
-        for name, value in tree.items():
-            if name.endswith("_"):
-                setattr(model, name, value)
-        model.label_names_ = tuple(model.label_names_)
-        return model
-
-
-# %% [markdown]
-# ## The model
-# `LabelModel` is what all models inherit. A subclass has `labels` among its parameters, and its `fit` begins with `_begin`.
-#
-# Two facts make an answer doubtful whatever the model. *A star that is far from all training stars* cannot be known: its distance to the third nearest one, in scaled
-# labels, is compared with what the training stars have among themselves. And *a star with few usable pixels* says little.
-
-# %%
-#| export
-class LabelModel(_Kept, _Scaled, BaseEstimator):
-    """What all models of spectra and labels share.
-
-    A subclass has `labels` among its parameters, calls `_begin` in `fit`, and registers with
-    `answer` how it reads a spectrum. After `fit` it has ``typical_flux_`` (P,), ``usable_`` (P,)
-    and ``training_digest_``.
-    """
-
-    pivots, scales = None, None  # parameters of some subclasses
+    pivots = None  # parameters of some subclasses
+    scales = None
 
     def _begin(self, labels, flux, ivar, label_names, wavelength):
         "Check the training stars and learn their labels' scaling; returns flux and ivar (N, P)."
@@ -507,21 +490,21 @@ class LabelModel(_Kept, _Scaled, BaseEstimator):
         names = self.labels if label_names is None else label_names
         if isinstance(labels, Spectra):
             spectra = labels
-            names = spectra.label_names if self.labels is None else tuple(self.labels)
+            names = spectra.label_names if self.labels is None else name_list(self.labels)
             labels = spectra.labels(names)
             flux, ivar, wavelength = spectra.flux, spectra.ivar, spectra.wavelength
-            kept = (str, int, float, bool, list)
-            metadata = {k: v for k, v in spectra.stars.meta.items() if isinstance(v, kept)}
+            metadata = _plain_facts(spectra.stars.meta)
         elif flux is None:
             raise LabError("flux is missing: fit(labels, flux, ivar), or fit(spectra)")
         labels, names = _named_labels(labels, names)
         flux = np.asarray(flux)
         ivar = np.ones(flux.shape) if ivar is None else np.asarray(ivar)
         _check_training(labels, flux, ivar, names)
+        _check_pixels(flux, ivar)
         self._learn_scaling(labels)
         self.label_names_ = names
         self.metadata_ = metadata
-        self.wavelength_ = None if wavelength is None else np.array(wavelength, dtype=float)
+        self.wavelength_ = _checked_grid(wavelength, flux.shape[1])
         self.training_labels_ = labels
         return flux, ivar
 
@@ -536,6 +519,39 @@ class LabelModel(_Kept, _Scaled, BaseEstimator):
         for column in columns:
             digest.update(column.tobytes())
         return digest.hexdigest()
+
+
+# %%
+pupil = _Taught()
+pupil.labels = "teff"
+pupil._begin(spectra[train], None, None, None, None)
+print(f"labels {pupil.label_names_}, mean {pupil.pivots_.round()}, spread {pupil.scales_.round()}")
+assert _plain_facts({"row": np.int64(1), "dark": np.float32(0.5), "a": np.ones(3)}) == {
+    "row": 1,
+    "dark": 0.5,
+}
+for grid in (np.arange(5.0), [3.0, 2, 1], [1.0, 2, np.inf]):
+    with pytest.raises(LabError, match="wavelength"):
+        _checked_grid(grid, 3)
+
+
+# %% [markdown]
+# ## The model
+# `LabelModel` is what all models inherit. A subclass has `labels` among its parameters, and its `fit` begins with `_begin`. What it has learned are attributes whose name ends with an underscore, as
+# everywhere in scikit-learn. How it is written to a file comes [below](#a-file-without-a-pickle).
+
+# %%
+#| export
+class LabelModel(_Taught, BaseEstimator):
+    """What all models of spectra and labels share.
+
+    A subclass has `labels` among its parameters, calls `_begin` in `fit`, and registers with
+    `answer` how it reads a spectrum. After `fit` it has ``typical_flux_`` (P,), ``usable_`` (P,)
+    and ``training_digest_``.
+    """
+
+    # what its file must hold; a subclass adds to it
+    _entries = ("parameters", "label_names_", "metadata_")
 
     @property
     def least_pixels_(self) -> int:
@@ -556,58 +572,46 @@ class LabelModel(_Kept, _Scaled, BaseEstimator):
         "Which labels (N, K) are far from all training stars, (N,) bool."
         return outside_training(self, labels)
 
+    def save(self, path):
+        """Write the model as ASDF, whole or not at all.
 
-# %%
-#| export
-_NEIGHBOURS = 3  # a star's distance from the training stars is that to the third nearest
+        Parameters
+        ----------
+        path : str or Path
+            .asdf file; replaced if it exists
 
+        Raises
+        ------
+        NotFittedError
+            where there is nothing to write yet
+        """
+        check_is_fitted(self)
+        _write_model(self, path)
 
-def outside_training(model: LabelModel, labels) -> np.ndarray:
-    """Which labels lie further from the training stars than any training star from the others.
+    @classmethod
+    def load(cls, path):
+        """Read a model that `save` wrote.
 
-    Parameters
-    ----------
-    model : LabelModel
-        fitted
-    labels : (N, K) array
-        physical units
+        Raises
+        ------
+        LabError
+            where the file is missing, damaged, or holds another kind of model
+        """
+        return _read_model(cls, path)
 
-    Returns
-    -------
-    (N,) bool array
-        the third nearest training star, in scaled labels, is further away than it is for any
-        training star
-    """
-    check_is_fitted(model)
-    training = model.scale(model.training_labels_)
-    tree = cKDTree(training)
-    k = max(1, min(_NEIGHBOURS, len(training) - 1))
-    nearest, _ = tree.query(training, k=[k + 1], workers=-1)  # the first is the star itself
-    distance, _ = tree.query(model.scale(labels), k=[k], workers=-1)
-    return distance[:, 0] > nearest.max()
+    def _learned(self):
+        "What the file holds beside the parameters."
+        learned = {name: value for name, value in vars(self).items() if name.endswith("_")}
+        return {name: plain_value(value) for name, value in learned.items()}
 
-
-_MARGIN = 0.25  # the box reaches this share of the training labels' range beyond them
-
-
-def label_box(model: LabelModel) -> tuple:
-    """The box of labels that a search may not leave.
-
-    Returns
-    -------
-    tuple of two (K,) arrays
-        lower and upper bound of the scaled labels, a quarter of their range beyond the
-        training stars
-    """
-    check_is_fitted(model)
-    scaled = model.scale(model.training_labels_)
-    low, high = scaled.min(axis=0), scaled.max(axis=0)
-    return low - _MARGIN * (high - low), high + _MARGIN * (high - low)
+    @classmethod
+    def _from_tree(cls, tree):
+        "The model again, from what its file holds."
+        return _model_of(cls, tree)
 
 
 # %% [markdown]
-# ## The smallest model
-# A star looks like the training star whose spectrum is nearest. That is a model: `fit` remembers the stars.
+# Now the simplest model is a model: `fit` remembers the stars.
 
 # %%
 class NearestStar(LabelModel):
@@ -626,15 +630,11 @@ class NearestStar(LabelModel):
 
 
 # %%
-use_style()
-names = list(archive_record(archive_root()).labels)
-spectra, ledger = training_set(archive_root(), progress=False)
-train, test = train_test_rows(len(spectra))
 model = NearestStar(names).fit(spectra[train])
 print(f"{len(train)} stars, labels {', '.join(model.label_names_)}; errors: {model.errors_}")
 assert np.allclose(model.scale(model.training_labels_).std(axis=0), 1)
 with pytest.raises(NotFittedError):
-    label_box(NearestStar(names))
+    NearestStar(names).save("nowhere.asdf")
 
 
 # %% [markdown]
@@ -692,6 +692,84 @@ assert flag_names([0, 5]) == ["", "NOT_CONVERGED OUTSIDE_TRAINING"]
 assert count_flags([0, 5, 4]) == {"NOT_CONVERGED": 1, "OUTSIDE_TRAINING": 2}
 flag_names([0, 5, 16])
 
+# %% [markdown]
+# Two facts make an answer doubtful whatever the model. *A star with few usable pixels* says little. And *a star that is far from all training stars* cannot be known: its distance to the third
+# nearest one, in scaled labels, is compared with what the training stars have among themselves. A search, where a model has one, may go a little beyond the training stars, but not out of a *box* around them.
+
+# %%
+#| export
+_NEIGHBOURS = 3  # a star's distance from the training stars is that to the third nearest
+
+
+def outside_training(model: LabelModel, labels) -> np.ndarray:
+    """Which labels lie further from the training stars than any training star from the others.
+
+    Parameters
+    ----------
+    model : LabelModel
+        fitted
+    labels : (N, K) array
+        physical units
+
+    Returns
+    -------
+    (N,) bool array
+        the third nearest training star, in scaled labels, is further away than it is for any
+        training star
+    """
+    check_is_fitted(model)
+    tree, farthest, k = _neighbours_of(model)
+    distance, _ = tree.query(model.scale(labels), k=[k], workers=-1)
+    return distance[:, 0] > farthest
+
+
+def _neighbours_of(model):
+    """The training stars as a tree to search in, the largest distance among them, and to which
+    neighbour; made once for a fitted model, and not kept in its file."""
+    learned = (model.training_labels_, model.pivots_, model.scales_)
+    made_of, found = vars(model).get("_neighbours", ((), None))
+    if len(made_of) == len(learned) and all(a is b for a, b in zip(made_of, learned)):
+        return found
+    training = model.scale(model.training_labels_)
+    tree = cKDTree(training)
+    k = max(1, min(_NEIGHBOURS, len(training) - 1))
+    nearest, _ = tree.query(training, k=[k + 1], workers=-1)  # the first is the star itself
+    found = (tree, nearest.max(), k)
+    model._neighbours = (learned, found)
+    return found
+
+
+# %%
+#| export
+_MARGIN = 0.25  # the box reaches this share of the training labels' range beyond them
+
+
+def label_box(model: LabelModel) -> tuple:
+    """The box of labels that a search may not leave.
+
+    Returns
+    -------
+    tuple of two (K,) arrays
+        lower and upper bound of the scaled labels, a quarter of their range beyond the
+        training stars
+    """
+    check_is_fitted(model)
+    scaled = model.scale(model.training_labels_)
+    low, high = scaled.min(axis=0), scaled.max(axis=0)
+    return low - _MARGIN * (high - low), high + _MARGIN * (high - low)
+
+
+# %%
+low, high = label_box(model)
+beyond = model.training_labels_.max(axis=0) + 3 * model.scales_
+far = outside_training(model, [beyond, model.training_labels_[0]])
+print(f"outside the training stars: {far.tolist()}; the box in {names[0]}: ", end="")
+print(f"{model.unscale(low)[0]:.0f} to {model.unscale(high)[0]:.0f} K")
+assert far.tolist() == [True, False]
+assert _neighbours_of(model) is _neighbours_of(model)  # made once
+with pytest.raises(NotFittedError):
+    label_box(NearestStar(names))
+
 
 # %% [markdown]
 # ## An answer
@@ -741,6 +819,13 @@ class Answer:
         self.columns = {} if self.columns is None else self.columns
 
 
+# %%
+said = Answer(np.array([[4500.0, 2.0]]), covariance=np.full((1, 2, 2), np.nan), n_good=[7000])
+print("chi2", said.chi2, "steps", said.steps, "resting", said.resting)
+
+
+# %%
+#| export
 @singledispatch
 def answer(model, spectra: Spectra, max_steps: int) -> Answer:
     """What a model says of some stars; a kind of model registers its own way.
@@ -770,9 +855,58 @@ def _(model, spectra, max_steps):
     return Answer(labels, spread, n_good=weight.sum(axis=1).astype(int))
 
 
+# %%
+found = answer(model, spectra[test[:2]], max_steps=1)
+print(found.labels[:, :3].round(2).tolist(), found.n_good)
+with pytest.raises(LabError, match="object has not said how it reads a spectrum"):
+    answer(object(), spectra[test], 1)
+
+
 # %% [markdown]
 # ## Spectra that the model can read
 # Flux on another grid, without errors, or not normalized as the training spectra were: each would give labels that look like labels. They are refused.
+
+# %%
+#| export
+def _check_grid(model, spectra):
+    grid, known = spectra.wavelength, model.wavelength_
+    if known is None:
+        return
+    if len(grid) != len(known) or not np.allclose(grid, known, rtol=1e-8):
+        raise LabError(
+            f"the spectra have {len(grid)} pixels from {grid[0]:.2f} Angstrom, the model "
+            f"{len(known)} from {known[0]:.2f}: read the spectra on the model's grid"
+        )
+
+
+def _check_recipe(model, meta, any_recipe):
+    "Were the spectra normalized as the model's were, as far as both sides know?"
+    trained = model.metadata_
+    if not trained.get("normalized"):
+        return
+    if meta.get("normalized") is False:
+        raise LabError(
+            "these spectra are not normalized, the model's were: "
+            "treat them alike first, stellar_lab.normalize.as_trained(model, spectra)"
+        )
+    if any_recipe:
+        return
+    if "product" in meta and continuum_steps(meta) != continuum_steps(trained):
+        raise LabError(
+            "these spectra went through another normalization than the model's "
+            f"({meta['product']} here, {trained.get('product')} there, or another continuum): "
+            "read them anew and use stellar_lab.normalize.as_trained(model, spectra), "
+            "or insist with any_recipe=True, although the labels shift"
+        )
+
+
+# %%
+raw = spectra[test].replace(stars=spectra.stars[test].copy())
+raw.stars.meta["normalized"] = False
+with pytest.raises(LabError, match="these spectra are not normalized") as refused:
+    _check_recipe(model, raw.stars.meta, any_recipe=False)
+print(refused.value)
+
 
 # %%
 #| export
@@ -826,68 +960,6 @@ def check_spectra(model: LabelModel, flux, ivar=None, any_recipe: bool = False) 
     return Spectra(grid, flux, ivar, stars)
 
 
-def _check_grid(model, spectra):
-    grid, known = spectra.wavelength, model.wavelength_
-    if known is None:
-        return
-    if len(grid) != len(known) or not np.allclose(grid, known, rtol=1e-8):
-        raise LabError(
-            f"the spectra have {len(grid)} pixels from {grid[0]:.2f} Angstrom, the model "
-            f"{len(known)} from {known[0]:.2f}: read the spectra on the model's grid"
-        )
-
-
-def _check_recipe(model, meta, any_recipe):
-    "Were the spectra normalized as the model's were, as far as both sides know?"
-    trained = model.metadata_
-    if not trained.get("normalized"):
-        return
-    if meta.get("normalized") is False:
-        raise LabError(
-            "these spectra are not normalized, the model's were: "
-            "treat them alike first, stellar_lab.normalize.as_trained(model, spectra)"
-        )
-    if any_recipe:
-        return
-    if "product" in meta and continuum_steps(meta) != continuum_steps(trained):
-        raise LabError(
-            "these spectra went through another normalization than the model's "
-            f"({meta['product']} here, {trained.get('product')} there, or another continuum): "
-            "read them anew and use stellar_lab.normalize.as_trained(model, spectra), "
-            "or insist with any_recipe=True, although the labels shift"
-        )
-
-
-# %%
-#| export
-def finite_flux(flux: np.ndarray, ivar: np.ndarray, first: int = 0) -> np.ndarray:
-    """Flux that can be multiplied.
-
-    Parameters
-    ----------
-    flux, ivar : (N, P) arrays
-    first : int, default 0
-        number of the first star, for the message
-
-    Returns
-    -------
-    (N, P) array
-        zero where the flux is not finite and not usable
-
-    Raises
-    ------
-    LabError
-        where a usable pixel has no finite flux or ivar
-    """
-    broken = ~np.isfinite(flux) & (ivar > 0) | ~np.isfinite(ivar)
-    if broken.any():
-        star = first + np.argmax(broken.any(axis=1))
-        raise LabError(
-            f"star {star} has a usable pixel without a finite flux or ivar: set ivar to 0 there"
-        )
-    return np.nan_to_num(flux, nan=0, posinf=0, neginf=0)
-
-
 # %%
 with pytest.raises(LabError, match="ivar is missing"):
     check_spectra(model, spectra.flux[:2])
@@ -899,7 +971,8 @@ print(f"{len(checked)} spectra of {checked.flux.shape[1]} pixels, {checked.flux.
 
 # %% [markdown]
 # ## Formal and calibrated errors
-# A model's *formal* error knows the noise of the photons and nothing else. Left-out stars tell how large the errors really are
+# A model's *formal* error is what follows if the model is right: from the noise that the survey states for each pixel and, in a Cannon with scatter, from the scatter that it learned for each pixel, all pixels
+# being independent. It knows neither the errors of the catalogue, nor that a model may be wrong in many pixels at once. Left-out stars tell how large the errors really are
 # ([the chapter on judging](07_judging.ipynb) learns it); then each variance becomes $a\,\sigma^2 + b$, an inflation and a floor for each label. Such errors are *calibrated*.
 
 # %%
@@ -926,6 +999,14 @@ def apply_error_model(model: LabelModel, covariance: np.ndarray) -> np.ndarray:
     stretched = np.where(stretch > 0, covariance * stretch, 0)
     return stretched + np.diag(model.error_floor_)
 
+
+# %%
+calibrated = NearestStar(names[:1]).fit(spectra[train])
+calibrated.error_inflation_ = np.array([4.0])
+calibrated.error_floor_ = np.array([30.0**2])
+variance = apply_error_model(calibrated, np.array([[[20.0**2]]]))
+print(f"a formal error of 20 K, doubled, with a floor of 30 K: {np.sqrt(variance[0, 0, 0]):.0f} K")
+assert variance[0, 0, 0] == 50**2
 
 # %% [markdown]
 # ## One table for all
@@ -954,6 +1035,13 @@ def _flags(model, found, min_good):
     return sum(np.where(doubtful, int(flag), 0) for flag, doubtful in doubts.items())
 
 
+# %%
+dark = found.n_good * np.array([1, 0])
+print(flag_names(_flags(model, replace(found, n_good=dark), MIN_GOOD)))
+
+
+# %%
+#| export
 def label_table(model: LabelModel, found: Answer, min_good: float = MIN_GOOD) -> QTable:
     """The table of an answer: labels with units and errors, and flags, by the same rules for all.
 
@@ -971,12 +1059,15 @@ def label_table(model: LabelModel, found: Answer, min_good: float = MIN_GOOD) ->
         one row per star, columns as `infer` says
     """
     blind = (found.n_good < model.least_pixels_) | ~np.isfinite(found.labels).all(axis=1)
-    found.labels[blind] = np.nan
-    found.covariance[blind] = np.nan
-    found.resting[blind] = False
+    found = replace(  # a copy: the answer stays as it was
+        found,
+        labels=np.where(blind[:, None], np.nan, found.labels),
+        covariance=np.where(blind[:, None, None], np.nan, found.covariance),
+        resting=found.resting & ~blind,
+    )
     flags = _flags(model, found, min_good)
     covariance = apply_error_model(model, found.covariance)
-    covariance[blind] = np.nan  # a floor alone is no error
+    covariance = np.where(blind[:, None, None], np.nan, covariance)  # a floor alone is no error
     errors = np.sqrt(np.einsum("nkk->nk", covariance))
     table = QTable()
     for k, name in enumerate(model.label_names_):
@@ -1002,9 +1093,32 @@ def _table_meta(model):
     }
 
 
+# %%
+table = label_table(model, replace(found, n_good=dark))
+print(table["teff", "teff_err", "flags"])
+assert np.isfinite(found.labels).all()  # the answer itself is left alone
+
+
 # %% [markdown]
 # ## `infer`
 # The one door: spectra in, table out, whatever the model.
+
+# %%
+#| export
+def _finite_spectra(spectra):
+    "The spectra with zeros in unusable pixels that hold no number; LabError for usable ones."
+    _check_pixels(spectra.flux, spectra.ivar)
+    if np.isfinite(spectra.flux).all():
+        return spectra
+    return spectra.replace(flux=finite_flux(spectra.flux, spectra.ivar))
+
+
+# %%
+with_holes = np.where(spectra.ivar[:2] > 0, spectra.flux[:2], np.nan)
+holed = check_spectra(model, with_holes, spectra.ivar[:2])
+print(f"{np.isnan(holed.flux).sum()} pixels that are NaN, then ", end="")
+print(np.isnan(_finite_spectra(holed).flux).sum())
+
 
 # %%
 #| export
@@ -1018,9 +1132,8 @@ def infer(
 ) -> QTable:
     """Labels of stars from their spectra, by any model.
 
-    A Cannon is inverted: the labels minimize
-    chi2 = sum_p (f_p - theta_p . v(labels))^2 / (sigma_p^2 + s_p^2) (Ness et al. 2015, ApJ 808,
-    16).
+    A Cannon is inverted: the labels minimize chi2 =
+    sum_p (f_p - theta_p . v(labels))^2 / (sigma_p^2 + s_p^2) (Ness et al. 2015, ApJ 808, 16).
     Ridge regression and networks read the labels from the spectrum.
 
     Parameters
@@ -1049,7 +1162,7 @@ def infer(
     Raises
     ------
     LabError
-        where the spectra are not such as the model can read
+        where the spectra are not such as the model can read, or a usable pixel holds no number
     NotFittedError
         where the model has not learned yet
 
@@ -1068,9 +1181,7 @@ def infer(
     >>> table.meta["errors"]
     'formal'
     """
-    spectra = check_spectra(model, flux, ivar, any_recipe)
-    if spectra.ivar.min() < 0:
-        raise LabError("ivar is negative somewhere: give 0 where a pixel is unusable")
+    spectra = _finite_spectra(check_spectra(model, flux, ivar, any_recipe))
     table = label_table(model, answer(model, spectra, max_steps), min_good)
     if "APOGEE_ID" in spectra.stars.colnames:
         ids = [str(name) for name in spectra.stars["APOGEE_ID"]]
@@ -1083,10 +1194,10 @@ table = infer(model, spectra[test])
 table[:3]
 
 # %%
-truth = spectra[test].labels(names)
+catalogue = spectra[test].labels(names)
 found = label_values(table, names)
 fig, axes = plt.subplots(1, 3, figsize=(9, 2.8))
-for ax, name, x, y in zip(axes, names, truth.T, found.T):
+for ax, name, x, y in zip(axes, names, catalogue.T, found.T):
     record = LABELS[name]
     ax.plot(x, y, ".", ms=4, alpha=0.6)
     ax.plot(record.plot_range, record.plot_range, color="0.3", lw=0.8)
@@ -1098,23 +1209,168 @@ axes[0].set_ylabel("the nearest star's label");
 # model has to do better than this cloud.
 
 # %%
-ratio = (found - truth).std(axis=0) / truth.std(axis=0)
+ratio = (found - catalogue).std(axis=0) / catalogue.std(axis=0)
 print("scatter over the labels' spread:", dict(zip(names, ratio.round(2).tolist())))
 assert np.all(ratio[:3] < 0.8) and list(table.colnames[:3]) == ["apogee_id", "teff", "teff_err"]
 assert table.meta["errors"] == "formal" and np.isnan(table["chi2"]).all()
 
 # %% [markdown]
 # ## The contract, tested
-# A star of which no pixel is usable has no labels and says so. A star beyond all training stars is flagged. A file brings back the same model, and one that is cut
-# short is refused.
+# A star of which no pixel is usable has no labels and says so. Spectra that are not normalized are refused.
 
 # %%
 blind = spectra[test][:2].replace(ivar=np.zeros_like(spectra.ivar[:2]))
 table = infer(model, blind)
 assert np.isnan(label_values(table, names)).all()
 assert flag_names(table["flags"]) == ["NOT_CONVERGED FEW_PIXELS"] * 2
-beyond = model.training_labels_.max(axis=0) + 3 * model.scales_
-assert outside_training(model, [beyond, model.training_labels_[0]]).tolist() == [True, False]
+
+# %%
+with pytest.raises(LabError, match="these spectra are not normalized"):
+    infer(model, raw)
+broken = spectra[test[:2]].replace(ivar=np.full_like(spectra.ivar[:2], np.nan))
+with pytest.raises(LabError, match="star 0 has a usable pixel without a finite flux or ivar"):
+    infer(model, broken)
+with pytest.raises(LabError, match="star 0 has a usable pixel without a finite flux or ivar"):
+    NearestStar(names).fit(broken)
+
+# %% [markdown]
+# ## A file without a pickle
+# A model is kept as [ASDF](https://asdf.readthedocs.io): text that a person can read, and plain arrays. A pickle could run code when it is opened; this format cannot.
+# Each array carries a checksum, and reading verifies it. A file that is cut short, damaged or of another kind is refused.
+
+# %%
+#| export
+_FORMAT_VERSION = 1
+
+
+class _Tree(dict):
+    "What a model's file holds; an entry that is missing is named, and so is the file."
+
+    def __missing__(self, name):
+        raise _lacking(self, [name])
+
+
+def _lacking(tree, names):
+    "The LabError of a file that lacks some entries."
+    file = tree.get("file", "the model's file")
+    return LabError(f"{file} has no entry {', '.join(map(str, names))}: train the model again")
+
+
+def plain_value(value):
+    "A numpy scalar or a tuple as ASDF takes it."
+    if isinstance(value, np.generic):
+        return value.item()
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _in_memory(value):
+    "Arrays of a file as numpy's own; a block that is cut short fails here and not later."
+    if isinstance(value, dict):
+        return {key: _in_memory(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_in_memory(part) for part in value]
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return np.array(value)
+    return value
+
+
+# %%
+print(plain_value(np.float64(0.5)), plain_value((1, 2)))
+with pytest.raises(LabError, match="giants.asdf has no entry theta_: train the model again"):
+    _Tree(file="giants.asdf")["theta_"]
+
+
+# %%
+#| export
+def read_model_file(path) -> dict:
+    """What a model's file holds, arrays and all.
+
+    Parameters
+    ----------
+    path : str or Path
+        .asdf file
+
+    Returns
+    -------
+    dict
+        with the key ``stellar_lab_model``, the name of the model's class, and ``file``, its path;
+        asked for an entry that is missing, it raises a LabError
+
+    Raises
+    ------
+    LabError
+        where there is no such file, or it is damaged, or no model of this version
+    """
+    try:
+        with asdf.open(path, memmap=False, lazy_load=False, validate_checksums=True) as file:
+            tree = _in_memory(dict(file.tree))
+    except FileNotFoundError as error:
+        raise LabError(
+            f"there is no model at {path}: train one with 'stellar-lab train'"
+        ) from error
+    except Exception as error:  # whatever asdf makes of a foreign or damaged file
+        raise LabError(f"{path} is not a model of stellar_lab ({error})") from error
+    kind, version = tree.get("stellar_lab_model"), tree.get("format_version")
+    if not isinstance(kind, str) or version != _FORMAT_VERSION:
+        raise LabError(
+            f"{path} holds {kind!r} in format {version!r}; this version reads models in format "
+            f"{_FORMAT_VERSION}: train the model again"
+        )
+    return _Tree(tree, file=str(path))
+
+
+# %% [markdown]
+# What a model has learned are its attributes whose name ends with an underscore. So writing and reading need no list of them; a subclass only says which ones it cannot do without.
+
+# %%
+#| export
+def _write_model(model, path):
+    "Write a fitted model as ASDF, whole or not at all."
+    versions = {"stellar_lab": __version__, "numpy": np.__version__}
+    versions["scikit-learn"] = sklearn.__version__
+    tree = {
+        "stellar_lab_model": type(model).__name__,
+        "format_version": _FORMAT_VERSION,
+        "versions": versions,
+        "parameters": {name: plain_value(v) for name, v in model.get_params().items()},
+        **model._learned(),
+    }
+    with atomic_path(path) as temporary:
+        asdf.AsdfFile(tree).write_to(temporary)
+
+
+def _read_model(cls, path):
+    "The model in a file, which must be of this class."
+    tree = read_model_file(path)
+    if tree["stellar_lab_model"] != cls.__name__:
+        raise LabError(
+            f"{path} holds a {tree['stellar_lab_model']}, not a {cls.__name__}: "
+            "stellar_lab.load_model reads either"
+        )
+    return cls._from_tree(tree)
+
+
+def _model_of(cls, tree):
+    "A model from what its file holds."
+    missing = [name for name in cls._entries if name not in tree]
+    if missing:
+        raise _lacking(tree, missing)
+    unknown = set(tree["parameters"]) - set(cls._get_param_names())
+    if unknown:
+        raise LabError(
+            f"{tree.get('file', 'the file')} has the parameters {', '.join(sorted(unknown))}, "
+            f"which a {cls.__name__} does not have: train the model again"
+        )
+    model = cls(**tree["parameters"])
+    for name, value in tree.items():
+        if name.endswith("_"):
+            setattr(model, name, value)
+    model.label_names_ = tuple(model.label_names_)
+    return model
+
+
+# %% [markdown]
+# A file brings back the same model, and one that is cut short, damaged or incomplete is refused.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
@@ -1130,19 +1386,107 @@ with tempfile.TemporaryDirectory() as folder:
     path.write_bytes(damaged)
     with pytest.raises(LabError, match="checksum"):
         NearestStar.load(path)
+    asdf.AsdfFile({"stellar_lab_model": "NearestStar", "format_version": 1}).write_to(path)
+    with pytest.raises(LabError, match="nearest.asdf has no entry parameters, label_names_"):
+        NearestStar.load(path)
+print(f"{len(whole) / 1e6:.1f} MB hold a {type(again).__name__} of {len(again.flux_)} stars")
 assert np.array_equal(again.training_labels_, model.training_labels_)
 assert (
     infer(again, spectra[test])["flags"].tolist() == infer(model, spectra[test])["flags"].tolist()
 )
 
+
+# %% [markdown]
+# ## All stars at once
+# Thousands of stars and thousands of pixels are a job for matrix products. `in_blocks` cuts such a job into blocks of rows that fit into the processor's cache, and
+# gives each core a block at a time. The numerical library underneath (BLAS) would start threads of its own in each of ours, so it is kept to one. This setting belongs to the whole process: where
+# two threads ask for it and overlap, the first to come sets it, and only the last to go takes it back.
+
 # %%
-raw = spectra[test]
-stars = raw.stars.copy()
-stars.meta["normalized"] = False
-with pytest.raises(LabError, match="these spectra are not normalized"):
-    infer(model, raw.replace(stars=stars))
-with pytest.raises(LabError, match="2 folds of 1 stars"):
-    fold_numbers(1, folds=2)
+#| export
+class _OneThread:
+    "BLAS keeps to one thread from the first entry to the last exit, from whatever thread."
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._inside = 0  # entries without their exit
+        self._pools = None  # of the libraries that are loaded; looking for them takes a while
+        self._limit = None
+
+    def __enter__(self):
+        with self._lock:
+            if self._inside == 0:
+                self._pools = self._pools or ThreadpoolController()
+                self._limit = self._pools.limit(limits=1)
+            self._inside += 1
+
+    def __exit__(self, *problem):
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._limit.restore_original_limits()
+
+
+_one_thread = _OneThread()
+
+
+def single_threaded():
+    "A context in which BLAS keeps to one thread: its own would go on spinning in the way of ours."
+    return _one_thread
+
+
+# %%
+def blas_threads():
+    "The largest number of threads that a numerical library may use now."
+    pools = ThreadpoolController().select(user_api="blas").info()
+    return max((pool["num_threads"] for pool in pools), default=1)
+
+
+before = blas_threads()
+first = single_threaded()
+second = single_threaded()
+first.__enter__()
+second.__enter__()
+first.__exit__()  # the first to come is the first to go
+during = blas_threads()
+second.__exit__()
+print(f"threads of BLAS: {before}, then {during}, then {blas_threads()}")
+assert during == 1 and blas_threads() == before
+
+
+# %%
+#| export
+def in_blocks(work, size: int, block: int = 520) -> list:
+    """Run `work` on blocks of rows, in as many threads as there are cores.
+
+    Parameters
+    ----------
+    work : callable
+        called with a slice of rows; the result may be anything
+    size : int
+        rows in all
+    block : int, default 520
+        rows of a call, at most
+
+    Returns
+    -------
+    list
+        the results, in the order of the rows
+    """
+    cores = os.cpu_count()
+    count = math.ceil(size / block)
+    if count > 1:  # a multiple of the cores, so that none waits for the last block
+        count = min(math.ceil(count / cores) * cores, size)
+    edges = np.linspace(0, size, count + 1).astype(int) if count else []
+    slices = [slice(int(start), int(stop)) for start, stop in zip(edges[:-1], edges[1:])]
+    with single_threaded(), ThreadPoolExecutor(cores) as pool:
+        return list(pool.map(work, slices))
+
+
+# %%
+squares = in_blocks(lambda rows: np.arange(2000)[rows] ** 2, 2000)
+print(f"the blocks put together: {len(np.concatenate(squares))} rows")
+assert np.array_equal(np.concatenate(squares), np.arange(2000) ** 2)
 
 # %% [markdown]
 # **Exercise.** Let the nearest *five* stars vote: the mean of their labels, and their scatter as the error. How much does the cloud shrink? Which flag should a star get whose five neighbours disagree?

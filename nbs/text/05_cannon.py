@@ -5,14 +5,12 @@
 # **Question.** We have spectra of stars whose temperature, gravity and abundances somebody has measured with care. Can we learn from them, without any
 # physics of line formation, what the spectrum of *any* such star looks like?
 #
-# **Idea.** Two stars with the same labels look the same, and the flux in one pixel changes smoothly with the labels. So we write it as a polynomial,
-# $$ f_{np} = \boldsymbol\theta_p\cdot\mathbf v(\boldsymbol\ell_n) + \text{noise},\qquad \operatorname{Var} = \sigma_{np}^2 + s_p^2 , $$
-# where $\mathbf v(\boldsymbol\ell)$, the *vectorizer*, lists a one, the labels, their squares and products. The coefficients $\boldsymbol\theta_p$ of a
-# pixel follow from a weighted linear fit over the stars, and $s_p$ is the scatter that the noise $\sigma_{np}$ does not explain: what the polynomial
-# gets wrong. This is *The Cannon* of [Ness et al. 2015](https://doi.org/10.1088/0004-637X/808/1/16), named after Annie Jump Cannon; arbitrary terms
+# **Idea.** We assume that stars with the same labels have the same spectrum, and that the flux in one pixel changes smoothly with the labels. So we draw the flux of one pixel against
+# the labels and lay a smooth curve through the points: a polynomial. We do so for each pixel on its own. What the curve misses beyond the noise is kept as well, as the *scatter* of that pixel.
+# This is *The Cannon* of [Ness et al. 2015](https://doi.org/10.1088/0004-637X/808/1/16), named after Annie Jump Cannon; arbitrary terms
 # are those of [Casey et al. 2016](https://arxiv.org/abs/1603.03040).
 #
-# You learn how 7,214 fits become one matrix product, what the scatter is good for, and how to find the pixels without lines.
+# You learn how 7,214 fits become one matrix product, what the scatter is good for, and how to find the quietest pixels.
 
 # %%
 #| default_exp cannon
@@ -35,7 +33,7 @@ from stellar_lab.models import (
     in_blocks,
     infer,
     label_values,
-    pair_index,
+    name_list,
     single_threaded,
 )
 from stellar_lab.survey import LabError, Spectra, chip_slices, label_record, plot_spectrum
@@ -43,6 +41,7 @@ from stellar_lab.survey import LabError, Spectra, chip_slices, label_record, plo
 # %%
 #| hide
 import tempfile
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
@@ -63,9 +62,51 @@ from stellar_lab.survey import (
     wavelength,
 )
 
+# %% [markdown]
+# ## One pixel
+# Before any algebra, a single pixel: its flux in all training stars, against their temperature. Which one? Each pixel that no star lacks gets its own parabola, and we take the one whose parabola explains most.
+
+# %%
+use_style()
+spectra, ledger = training_set(archive_root(), progress=False)
+train, test = train_test_rows(len(spectra))
+teff = spectra[train].labels("TEFF")[:, 0]
+complete = np.flatnonzero((spectra[train].ivar > 0).all(axis=0))
+flux = spectra[train].flux[:, complete].astype(float)
+parabolas = np.polynomial.polynomial.polyfit((teff - 4500) / 500, flux, 2)
+left = flux - np.polynomial.polynomial.polyval((teff - 4500) / 500, parabolas).T
+k = np.argmin(left.var(axis=0) / flux.var(axis=0))
+hot = np.linspace(teff.min(), teff.max(), 100)
+fig, ax = plt.subplots(figsize=(5, 3))
+ax.plot(teff, flux[:, k], ".", color="k", ms=4, alpha=0.6)
+ax.plot(hot, np.polynomial.polynomial.polyval((hot - 4500) / 500, parabolas[:, k]), color="C3")
+ax.set(xlabel=LABELS["TEFF"].axis, ylabel="flux / continuum")
+ax.set(title=f"one pixel, at {wavelength[complete[k]]:.2f} Å, and its parabola");
+
+# %%
+#| echo: false
+Markdown(
+    f"**What to see.** The flux of this pixel follows the temperature. The parabola leaves "
+    f"{left[:, k].std() / flux[:, k].std():.0%} of the flux's standard deviation, and that is the "
+    f"best pixel; in half of the pixels it leaves more than "
+    f"{np.median(left.std(axis=0) / flux.std(axis=0)):.0%}. Temperature alone is not enough."
+)
+
+# %%
+share_left = left.std(axis=0) / flux.std(axis=0)
+assert share_left[k] < 0.6 and np.median(share_left) > share_left[k]
+
 
 # %% [markdown]
-# ## The vectorizer
+# ## All labels
+# With several labels the parabola becomes a polynomial in all of them,
+# $$ f_{np} = \boldsymbol\theta_p\cdot\mathbf v(\boldsymbol\ell_n) + \text{noise},\qquad \operatorname{Var} = \sigma_{np}^2 + s_p^2 , $$
+# where $\mathbf v(\boldsymbol\ell)$, the *vectorizer*, lists a one, the labels, their squares and products. The coefficients $\boldsymbol\theta_p$ of a
+# pixel follow from a weighted linear fit over the stars, and $s_p$ is the scatter that the noise $\sigma_{np}$ does not explain: what the polynomial
+# gets wrong.
+
+# %% [markdown]
+# ### The vectorizer
 # A term is a product of powers of labels, `TEFF^2*LOGG` for example, so it is a row of exponents. With all rows as one matrix, any list of terms and its
 # derivatives come from the same few lines. Quadratic in five labels means $1 + 5 + 15 = 21$ terms.
 
@@ -121,6 +162,35 @@ _Polynomial(("TEFF", "LOGG"), np.array([[0, 0], [1, 0], [1, 2]])).terms
 
 # %%
 #| export
+def _powers(vectorizer, labels):
+    "Powers of scaled labels (N, K): K arrays (N, highest power + 1)."
+    powers = [np.ones((len(labels.T), len(labels)))]
+    for _ in range(vectorizer.exponents.max(initial=1)):
+        powers.append(powers[-1] * labels.T)
+    return np.stack(powers, axis=-1)
+
+
+def _slopes(vectorizer, labels):
+    "Derivative of each term with respect to each label, (N, T, K)."
+    powers = _powers(vectorizer, labels)
+    exponents = vectorizer.exponents.T
+    factors = [power[:, e] for power, e in zip(powers, exponents)]
+    slopes = [e * power[:, np.maximum(e - 1, 0)] for power, e in zip(powers, exponents)]
+    products = [
+        reduce(np.multiply, [*factors[:k], slope, *factors[k + 1 :]])
+        for k, slope in enumerate(slopes)
+    ]
+    return np.stack(products, axis=-1)
+
+
+# %%
+cubic = _Polynomial(("TEFF", "LOGG"), np.array([[0, 0], [1, 0], [1, 3]]))
+print("powers of 2 and of 3:", _powers(cubic, np.array([[2.0, 3.0]])).astype(int).tolist())
+print("slopes of", cubic.terms, "at (2, 3):", _slopes(cubic, np.array([[2.0, 3.0]]))[0].tolist())
+
+
+# %%
+#| export
 class Vectorizer(_Polynomial):
     """Turns labels into the terms of a polynomial; the first term is the constant.
 
@@ -145,10 +215,11 @@ class Vectorizer(_Polynomial):
         return cls(tuple(label_names), np.array(exponents))
 
     @classmethod
-    def of_terms(cls, label_names: Sequence, terms: Sequence) -> "Vectorizer":
+    def of_terms(cls, label_names: Sequence, terms) -> "Vectorizer":
         """The constant and the given terms, such as `TEFF^4` or `TEFF*LOGG`; LabError for unknown
         ones."""
         names = tuple(label_names)
+        terms = name_list(terms)
         rows = [np.zeros(len(names), dtype=int), *(_exponents(term, names) for term in terms)]
         if len(np.unique(rows, axis=0)) < len(rows):
             raise LabError(f"a term occurs twice in {', '.join(map(str, terms))}")
@@ -169,28 +240,16 @@ class Vectorizer(_Polynomial):
 
 
 # %%
+lab = Vectorizer.of_order(["TEFF", "LOGG", "FE_H", "MG_FE", "SI_FE"], 2)
+assert len(lab) == 21
+print(*lab.terms, sep="  ")
+
+
+# %% [markdown]
+# The search for a star's labels also asks how the slopes themselves change. The second derivatives of all terms, weighed and summed, come from the same exponents.
+
+# %%
 #| export
-def _powers(vectorizer, labels):
-    "Powers of scaled labels (N, K): K arrays (N, highest power + 1)."
-    powers = [np.ones((len(labels.T), len(labels)))]
-    for _ in range(vectorizer.exponents.max(initial=1)):
-        powers.append(powers[-1] * labels.T)
-    return np.stack(powers, axis=-1)
-
-
-def _slopes(vectorizer, labels):
-    "Derivative of each term with respect to each label, (N, T, K)."
-    powers = _powers(vectorizer, labels)
-    exponents = vectorizer.exponents.T
-    factors = [power[:, e] for power, e in zip(powers, exponents)]
-    slopes = [e * power[:, np.maximum(e - 1, 0)] for power, e in zip(powers, exponents)]
-    products = [
-        reduce(np.multiply, [*factors[:k], slope, *factors[k + 1 :]])
-        for k, slope in enumerate(slopes)
-    ]
-    return np.stack(products, axis=-1)
-
-
 def _curvature(vectorizer, labels, force):
     "Second derivatives of the terms, summed over the terms with `force`: (N, K, K)."
     exponents = vectorizer.exponents
@@ -206,11 +265,6 @@ def _curvature(vectorizer, labels, force):
     return np.tensordot(force, bend[0], axes=1)
 
 
-# %%
-lab = Vectorizer.of_order(["TEFF", "LOGG", "FE_H", "MG_FE", "SI_FE"], 2)
-assert len(lab) == 21
-print(*lab.terms, sep="  ")
-
 # %% [markdown]
 # A test by hand: at (2, 3) the terms are easy sums, and so are the slopes; a general one by finite differences, for a list of terms as strange as allowed.
 
@@ -225,10 +279,10 @@ assert two.derivative(np.array([[2.0, 3.0]]))[0].T.tolist() == [
 
 odd = Vectorizer.of_terms("abc", ["a^4", "a*c^2", "b", "b^3*c"])
 at, step = np.random.default_rng(0).normal(size=(5, 3)), 1e-5
-numeric = np.stack(
+slopes = np.stack(
     [(odd(at + step * e) - odd(at - step * e)) / (2 * step) for e in np.eye(3)], axis=-1
 )
-assert np.allclose(odd.derivative(at), numeric, atol=1e-8)
+assert np.allclose(odd.derivative(at), slopes, atol=1e-8)
 force = np.random.default_rng(1).normal(size=(5, len(odd)))
 numeric = np.stack(
     [
@@ -244,6 +298,9 @@ assert two.curvature(np.ones((3, 2)), np.ones((3, 6))).tolist() == [[[2, 1], [1,
 assert Vectorizer.of_terms("abc", odd.terms[1:]).terms == odd.terms  # text -> exponents -> text
 with pytest.raises(LabError, match="term 'a\\*z' names 'z', which is not among the labels a, b, c"):
     Vectorizer.of_terms("abc", ["a*z"])
+assert Vectorizer.of_terms("abc", "a*c").terms == ["1", "a*c"]  # one term, not three letters
+print("largest error of a slope:", np.abs(odd.derivative(at) - slopes).max().round(10))
+
 
 # %% [markdown]
 # ## All pixels at once
@@ -254,6 +311,38 @@ with pytest.raises(LabError, match="term 'a\\*z' names 'z', which is not among t
 # same sum in another order, some hundred times faster.
 #
 # Pixels are independent, so blocks of them run in threads side by side, each block small enough to stay in the processor's cache.
+
+# %% [markdown]
+# A symmetric matrix holds each number twice. `pair_index` names the entries that differ: the two terms of each pair, and for each entry of the whole matrix its place among the pairs.
+
+# %%
+#| export
+def pair_index(T: int) -> tuple:
+    """The distinct products of two of `T` terms.
+
+    Parameters
+    ----------
+    T : int
+        number of terms
+
+    Returns
+    -------
+    tuple
+        two (T(T+1)/2,) int arrays, the terms of each pair; and a (T, T) int array, where each
+        entry of a symmetric matrix finds its pair
+    """
+    i, j = np.triu_indices(T)
+    place = np.empty((T, T), dtype=int)
+    place[i, j] = np.arange(len(i))
+    place[j, i] = place[i, j]
+    return i, j, place
+
+
+# %%
+i, j, place = pair_index(3)
+terms = np.array([2, 3, 5])
+print("pairs", list(zip(i.tolist(), j.tolist())), "products", terms[i] * terms[j])
+assert np.array_equal((terms[i] * terms[j])[place], np.outer(terms, terms))
 
 # %% [markdown]
 # The scatter of a pixel maximizes its own likelihood $-\frac12\sum_n [\,r_{np}^2 w_{np} - \ln w_{np}]$ with $w = 1/(\sigma^2+s^2)$ and the residuals $r$.
@@ -319,22 +408,11 @@ assert abs(np.sqrt(scatter2[0]) / 0.04 - 1) < 0.1 and np.allclose(theta[0], [1, 
 
 
 # %% [markdown]
-# ## The estimator
-# `Cannon` is an estimator as scikit-learn means it: parameters in the constructor, `fit` returns the object, what was learned ends in an underscore. How training stars come in and how labels are scaled is
-# [common to all models](04_models.ipynb). Two rules are its own. A pixel with too few good stars is *marked*: its coefficients are NaN, and the inversion gives it no weight. What cannot be fitted must not look fitted.
-# And a polynomial with more terms than stars is refused before anything is computed.
+# ### Many pixels
+# A pixel with too few good stars is *marked*: its coefficients are NaN, and the inversion gives it no weight. What cannot be fitted must not look fitted. All others go through the fit, block by block.
 
 # %%
 #| export
-def _check_terms(n_terms, n_stars, n_labels):
-    "LabError where the stars cannot determine the terms, before these are written out."
-    if n_terms > n_stars:
-        raise LabError(
-            f"{n_stars} training stars cannot determine {n_terms} terms in {n_labels} labels: "
-            "take more stars, a lower order or fewer labels"
-        )
-
-
 def _fit_pixels(flux, ivar, design, min_stars, scatter):
     "All pixels at once: coefficients (P, T), scatter (P,), good pixels and chi2 (N,) of each star."
     T = design.shape[1]
@@ -365,6 +443,37 @@ def _fit_pixels(flux, ivar, design, min_stars, scatter):
 
 
 # %% [markdown]
+# Three pixels of the real stars, each a polynomial in all labels of the catalogue. Drawn is the flux that the polynomial gives a star, and the flux that the star has.
+
+# %%
+names = list(archive_record(archive_root()).labels)
+labels = spectra[train].labels(names)
+vectorizer = Vectorizer.of_order(names, 2)
+design = vectorizer((labels - labels.mean(axis=0)) / labels.std(axis=0))
+three = complete[np.argsort(share_left)[[0, 100, 400]]]
+three_flux = spectra[train].flux[:, three]
+three_ivar = spectra[train].ivar[:, three]
+enough = 2 * len(vectorizer)
+theta, scatter, n_good, chi2 = _fit_pixels(three_flux, three_ivar, design, enough, True)
+fig, axes = plt.subplots(1, 3, figsize=(9, 2.8), layout="constrained")
+for ax, pixel, flux, made in zip(axes, three, three_flux.T, theta @ design.T):
+    ax.plot(made, flux, ".", color="k", ms=4, alpha=0.6)
+    ends = [min(made.min(), flux.min()), max(made.max(), flux.max())]
+    ax.plot(ends, ends, color="C3")
+    ax.set(title=f"{wavelength[pixel]:.2f} Å", xlabel="flux of the polynomial")
+axes[0].set_ylabel("flux of the star")
+print(f"{len(vectorizer)} coefficients for each of {len(theta)} pixels; scatter {scatter.round(4)}")
+
+# %%
+left = three_flux - (theta @ design.T).T
+alone = share_left[np.searchsorted(complete, three)] * three_flux.std(axis=0)
+assert np.all(left.std(axis=0) < alone)  # more labels explain more
+
+# %% [markdown]
+# ## The estimator
+# `Cannon` is an estimator as scikit-learn means it: parameters in the constructor, `fit` returns the object, what was learned ends in an underscore. How training stars come in and how labels are scaled is
+# [common to all models](04_models.ipynb).
+#
 # What a trained model knows of its pixels, and how it draws spectra, comes first; the class that is trained inherits it.
 
 # %%
@@ -376,6 +485,12 @@ _POOR_FIT_QUANTILE = 0.99  # … this quantile of the training stars
 class _PixelPolynomials(LabelModel):
     """A trained Cannon: coefficients ``theta_`` (P, T) and ``scatter_`` (P,), and what follows from
     them."""
+
+    _entries = (
+        *LabelModel._entries,
+        *("exponents", "theta_", "scatter_", "pivots_", "scales_"),
+        *("training_labels_", "training_chi2_", "training_digest_"),
+    )
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -429,6 +544,17 @@ class _PixelPolynomials(LabelModel):
         model = super()._from_tree(tree)
         model.vectorizer_ = Vectorizer(model.label_names_, tree["exponents"])
         return model
+
+
+# %%
+known = _PixelPolynomials()
+known.fit = None  # nothing is left to learn
+known.label_names_ = tuple(names)
+known.vectorizer_ = vectorizer
+known.theta_ = np.vstack([theta, np.full(theta.shape[1], np.nan)])  # and one that was not fitted
+print("usable", known.usable_, "typical flux", known.typical_flux_.round(3))
+assert known.usable_.tolist() == [True, True, True, False]
+assert known.least_pixels_ == len(vectorizer)
 
 
 # %% [markdown]
@@ -497,11 +623,29 @@ class _Drawing(_PixelPolynomials):
         return float(1 - explained)
 
 
+# %%
+drawing = _Drawing()
+vars(drawing).update(vars(known))
+drawing.pivots_ = labels.mean(axis=0)
+drawing.scales_ = labels.std(axis=0)
+drawn = drawing.predict(labels[:1])[0]
+print("the first star's three pixels:", three_flux[0].round(3), "drawn", drawn.round(3))
+
+
 # %% [markdown]
-# The estimator itself: the terms that its parameters ask for, and `fit`.
+# The estimator itself. First the terms that its parameters ask for: a polynomial with more terms than stars is refused before anything is computed.
 
 # %%
 #| export
+def _check_terms(n_terms, n_stars, n_labels):
+    "LabError where the stars cannot determine the terms, before these are written out."
+    if n_terms > n_stars:
+        raise LabError(
+            f"{n_stars} training stars cannot determine {n_terms} terms in {n_labels} labels: "
+            "take more stars, a lower order or fewer labels"
+        )
+
+
 def _vectorizer_of(model):
     "The terms, unless there are too many for the stars."
     names = model.label_names_
@@ -510,7 +654,7 @@ def _vectorizer_of(model):
             raise LabError(f"order is {model.order!r}: it must be 0, 1, 2, …")
         n_terms = comb(len(names) + model.order, model.order)
     else:
-        n_terms = len(model.terms) + 1
+        n_terms = len(name_list(model.terms)) + 1
     _check_terms(n_terms, len(model.training_labels_), len(names))
     if model.terms is None:
         return Vectorizer.of_order(names, model.order)
@@ -518,8 +662,100 @@ def _vectorizer_of(model):
 
 
 # %%
+asked = SimpleNamespace(order=3, terms=None, label_names_=("TEFF", "LOGG"), training_labels_=labels)
+print(*_vectorizer_of(asked).terms, sep="  ")
+asked.terms = "TEFF^4"
+print(*_vectorizer_of(asked).terms, sep="  ")
+asked.training_labels_ = labels[:1]
+with pytest.raises(LabError, match="1 training stars cannot determine 2 terms in 2 labels"):
+    _vectorizer_of(asked)
+
+
+# %% [markdown]
+# Then `fit`: take the stars, write out the terms, fit all pixels.
+
+# %%
 #| export
-class Cannon(_Drawing):
+class _Learning(_Drawing):
+    "Stars with known labels -> coefficients."
+
+    def fit(self, labels, flux=None, ivar=None, label_names=None, wavelength=None) -> "Cannon":
+        """Learn the spectrum from stars with known labels.
+
+        Parameters
+        ----------
+        labels : (N, K) array, DataFrame, Table or Spectra
+            physical units; a table's columns name the labels; a `Spectra` holds everything
+        flux : (N, P) array, optional
+            relative to the continuum
+        ivar : (N, P) array, optional
+            inverse variance, 0 where unusable; all 1 by default
+        label_names : sequence of str, optional
+            K names, in any case
+        wavelength : (P,) array, optional
+            Angstrom, vacuum
+
+        Returns
+        -------
+        Cannon
+            itself
+
+        Raises
+        ------
+        LabError
+            where shapes do not fit, a label is missing, a usable pixel holds no number, or there
+            are too few stars for the terms
+        """
+        flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
+        self.vectorizer_ = _vectorizer_of(self)
+        design = self.vectorizer_(self.scale(self.training_labels_))
+        _check_rank(design)
+        terms = len(self.vectorizer_)
+        min_stars = 2 * terms if self.min_stars is None else self.min_stars
+        self.theta_, self.scatter_, n_good, chi2 = _fit_pixels(
+            flux, ivar, design, min_stars, self.scatter
+        )
+        self.training_chi2_ = chi2 / np.maximum(n_good, 1)
+        self.training_digest_ = self._digest(n_good, chi2)
+        return self
+
+
+def _check_rank(design):
+    "LabError where the stars are too much alike to tell the terms (N, T) apart."
+    with single_threaded():
+        rank = np.linalg.matrix_rank(design)
+    if rank < design.shape[1]:
+        raise LabError(
+            f"{len(design)} training stars determine only {rank} of {design.shape[1]} terms: "
+            "take more stars, a lower order or fewer labels"
+        )
+
+
+# %%
+class Parabolas(_Learning):
+    "A parabola of the temperature in each pixel: the picture at the top, 7,214 times."
+
+    order = 2
+    terms = None
+    scatter = True
+    min_stars = None
+    labels = "TEFF"
+
+
+parabola = Parabolas().fit(spectra[train])
+at_top = complete[k]
+rest = spectra[train].flux[:, at_top] - parabola.predict(teff[:, None])[:, at_top]
+print(f"{parabola.theta_.shape[0]} pixels with {parabola.theta_.shape[1]} coefficients each;")
+print(f"at {wavelength[at_top]:.2f} Å they leave {rest.std():.4f}")
+assert rest.std() < 1.05 * share_left[k] * spectra[train].flux[:, at_top].std()
+
+
+# %% [markdown]
+# `Cannon` adds its parameters, and the words that `help(Cannon)` shows.
+
+# %%
+#| export
+class Cannon(_Learning):
     """Generative model of a spectrum: each pixel a polynomial of the labels.
 
     The flux of star n in pixel p is theta_p . v(labels_n) + noise, with the variance
@@ -592,51 +828,6 @@ class Cannon(_Drawing):
         self.scales = scales
         self.min_stars = min_stars
 
-    def fit(self, labels, flux=None, ivar=None, label_names=None, wavelength=None) -> "Cannon":
-        """Learn the spectrum from stars with known labels.
-
-        Parameters
-        ----------
-        labels : (N, K) array, DataFrame, Table or Spectra
-            physical units; a table's columns name the labels; a `Spectra` holds everything
-        flux : (N, P) array, optional
-            relative to the continuum
-        ivar : (N, P) array, optional
-            inverse variance, 0 where unusable; all 1 by default
-        label_names : sequence of str, optional
-            K names, in any case
-        wavelength : (P,) array, optional
-            Angstrom, vacuum
-
-        Returns
-        -------
-        Cannon
-            itself
-
-        Raises
-        ------
-        LabError
-            where shapes do not fit, a label is missing, or there are too few stars for the terms
-        """
-        flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
-        self.vectorizer_ = _vectorizer_of(self)
-        design = self.vectorizer_(self.scale(self.training_labels_))
-        T = len(self.vectorizer_)
-        with single_threaded():
-            rank = np.linalg.matrix_rank(design)
-        if rank < T:
-            raise LabError(
-                f"{len(design)} training stars determine only {rank} of {T} terms: "
-                "take more stars, a lower order or fewer labels"
-            )
-        min_stars = 2 * T if self.min_stars is None else self.min_stars
-        self.theta_, self.scatter_, n_good, chi2 = _fit_pixels(
-            flux, ivar, design, min_stars, self.scatter
-        )
-        self.training_chi2_ = chi2 / np.maximum(n_good, 1)
-        self.training_digest_ = self._digest(n_good, chi2)
-        return self
-
 
 # %% [markdown]
 # ## Does it find what we put in?
@@ -695,13 +886,11 @@ assert 0.9 < model.score(labels, flux, ivar) < 1 and model.score(labels[::-1], f
 
 # %% [markdown]
 # ## Real stars
-# The training set: the stars of the archive at hand that pass its cuts, normalized. `training_set` is the way all later chapters, and the command line,
+# The training set again: the stars of the archive at hand that pass its cuts, normalized. `training_set` is the way all later chapters, and the command line,
 # get it.
 
 # %%
-use_style()
-spectra, ledger = training_set(archive_root(), progress=False)
-train, test = train_test_rows(len(spectra))
+print(f"{len(train)} stars to learn from, {len(test)} to ask")
 spectra
 
 
@@ -710,13 +899,13 @@ spectra
 
 # %%
 #| export
-def plot_labels(labels, names: Sequence, axes=None, **histogram):
+def plot_labels(labels, names, axes=None, **histogram):
     """Histograms of labels, one panel each.
 
     Parameters
     ----------
     labels : (N, K) array
-    names : sequence of str
+    names : str or sequence of str
         of the K labels
     axes : array of Axes, optional
         K panels; made by default
@@ -729,6 +918,7 @@ def plot_labels(labels, names: Sequence, axes=None, **histogram):
     """
     import matplotlib.pyplot as plt
 
+    names = name_list(names)
     if axes is None:
         _, axes = plt.subplots(1, len(names), figsize=(2 * len(names), 2), sharey=True)
     axes = np.atleast_1d(axes)
@@ -740,7 +930,6 @@ def plot_labels(labels, names: Sequence, axes=None, **histogram):
 
 
 # %%
-names = list(archive_record(archive_root()).labels)
 model = Cannon(scatter=True, labels=names).fit(spectra[train])
 plot_labels(spectra[train].labels(names), names)
 axes = plot_labels(model.scale(spectra[train].labels(names)), names, color="C1")
@@ -757,6 +946,26 @@ assert np.allclose(model.unscale(scaled), spectra[train].labels(names))
 # ### Three stars and their models
 # The model draws each training star from its catalogue labels alone. Below each star is what is left, over a grey band as wide as the survey's stated error; the rms
 # difference in the title counts good pixels only.
+
+# %%
+#| export
+def _draw_rest(ax, star, left, good, window):
+    "What a model leaves of a star, over a band as wide as the star's stated errors."
+    grid = star.wavelength
+    plot_spectrum(grid, left, good, window, ax=ax, color="C3", lw=0.7)
+    low, high = (grid[0], grid[-1]) if window is None else window
+    seen = (grid >= low) & (grid <= high)
+    sigma = 1 / np.sqrt(np.where(good, star.ivar[0], np.nan))[seen]
+    ax.fill_between(grid[seen], -sigma, sigma, color="0.8", lw=0, zorder=0)
+    ax.set(ylabel="star - model", ylim=(-0.06, 0.06))
+
+
+# %%
+_, ax = plt.subplots(figsize=(9, 1.4))
+star = spectra[[train[0]]]
+left = star.flux[0] - model.predict(star.labels(names))[0]
+_draw_rest(ax, star, left, star.ivar[0] > 0, (15990, 16210))
+
 
 # %%
 #| export
@@ -784,6 +993,11 @@ def plot_fit(model, spectra: Spectra, row: int, labels=None, window=None, axes=N
     -------
     array of two Axes
 
+    Raises
+    ------
+    LabError
+        where a table lacks a label of the model, or another number of labels is given
+
     Examples
     --------
     >>> from stellar_lab import Cannon, plot_fit
@@ -810,12 +1024,7 @@ def plot_fit(model, spectra: Spectra, row: int, labels=None, window=None, axes=N
     axes[0].set(title=f"{name}: rms {rms:.4f}", xlabel=None, ylabel="flux / continuum")
     axes[0].set(ylim=(0.4, 1.25))
     axes[0].legend(loc="upper right", ncols=2, frameon=False)
-    plot_spectrum(grid, left, good, window, ax=axes[1], color="C3", lw=0.7)
-    low, high = (grid[0], grid[-1]) if window is None else window
-    seen = (grid >= low) & (grid <= high)
-    sigma = 1 / np.sqrt(np.where(good, star.ivar[0], np.nan))[seen]
-    axes[1].fill_between(grid[seen], -sigma, sigma, color="0.8", lw=0, zorder=0)
-    axes[1].set(ylabel="star - model", ylim=(-0.06, 0.06))
+    _draw_rest(axes[1], star, left, good, window)
     return axes
 
 
@@ -827,6 +1036,8 @@ fig, axes = plt.subplots(
 for pair, row in zip(axes.reshape(3, 2), rows):
     plot_fit(model, spectra, row, spectra[[row]].labels(names), (15990, 16210), pair)
     pair[1].label_outer()
+with pytest.raises(LabError, match="the table has no column"):
+    plot_fit(model, spectra, 0, Table({"teff": [4500.0]}))
 
 # %%
 #| echo: false
@@ -1008,7 +1219,7 @@ with pytest.raises(LabError, match=r"10 training stars cannot determine \d+ term
     Cannon(labels=names).fit(spectra[:10])
 
 # %% [markdown]
-# ## The pixels without lines
+# ## The quietest pixels
 # [Normalization](03_normalize.ipynb) needs pixels that lines hardly touch, and the model knows which these are: the ones whose flux is near one at the mean labels and whose linear
 # coefficients are small. But the model needs normalized spectra first. [Ness et al. 2015](https://doi.org/10.1088/0004-637X/808/1/16) break the circle
 # with a *naive* continuum: in runs of 100 pixels the flux that nine tenths of the pixels stay below, and a parabola through these. It lies wrong by a

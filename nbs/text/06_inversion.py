@@ -25,16 +25,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from stellar_lab.cannon import Cannon
-from stellar_lab.models import (
-    Answer,
-    answer,
-    finite_flux,
-    in_blocks,
-    infer,
-    label_box,
-    pair_index,
-)
+from stellar_lab.cannon import Cannon, pair_index
+from stellar_lab.models import Answer, answer, finite_flux, in_blocks, infer, label_box
 from stellar_lab.survey import LabError
 
 # %%
@@ -207,6 +199,15 @@ def _statistics(basis, flux, ivar):
     return Statistics(*_passes(work, len(flux)))
 
 
+def _finite_statistics(basis, flux, ivar, first):
+    "Statistics of a block of stars, and its flux with zeros where unusable pixels hold no number."
+    found = _statistics(basis, flux, ivar)
+    if not (np.isfinite(found.A).all() and np.isfinite(found.b).all()):
+        flux = finite_flux(flux, ivar, first)  # only now is it worth looking at every pixel
+        found = _statistics(basis, flux, ivar)
+    return found, flux
+
+
 def statistics(model: Cannon, flux: np.ndarray, ivar: np.ndarray, dtype=np.float32) -> Statistics:
     """Sufficient statistics of spectra under a model.
 
@@ -215,16 +216,21 @@ def statistics(model: Cannon, flux: np.ndarray, ivar: np.ndarray, dtype=np.float
     model : Cannon
         fitted
     flux : (N, P) array
-        not looked at where ivar is 0, but finite
+        not looked at where ivar is 0
     ivar : (N, P) array
     dtype : dtype, default float32
         of the products
+
+    Raises
+    ------
+    LabError
+        where a usable pixel has no finite flux or ivar, or an ivar is negative
     """
     basis = _Basis.of(model, dtype)
 
     def work(rows):
-        part = _statistics(basis, flux[rows], ivar[rows])
-        return part.A, part.b, part.n_good
+        found, _ = _finite_statistics(basis, flux[rows], ivar[rows], rows.start)
+        return found.A, found.b, found.n_good
 
     return Statistics(*map(np.concatenate, zip(*in_blocks(work, len(flux), _BLOCK))))
 
@@ -293,6 +299,23 @@ def _with_curvature(model, labels, hessian, force):
     except np.linalg.LinAlgError:  # some star's is not: look which
         positive = np.linalg.eigvalsh(full)[:, 0] > 1e-3 * np.linalg.eigvalsh(hessian)[:, 0]
         return np.where(positive[:, None, None], full, hessian)
+
+
+# %%
+bowl = np.array([[[2.0, 0.5], [0.5, 1.0]]])
+pull = np.array([[1.0, 3.0]])
+walls = (np.array([-1.0, -1]), np.array([1.0, 1]))
+for height, damping in ((0.0, 0.0), (0.0, 10.0), (1.0, 0.0)):
+    at = np.array([[0.0, height]])
+    step, free = _newton_step(bowl, pull, at, *walls, np.array([damping]))
+    print(f"at {at[0]}, damping {damping}: step {step[0].round(2)}, free to move {free[0]}")
+
+# %% [markdown]
+# The gradient points up the second label. A damped step is shorter, a step ends at the wall, and a label that stands at the wall stays.
+
+# %%
+assert np.allclose(_newton_step(bowl, pull, at * 0, *walls, np.zeros(1))[0][0, 1], 1)
+assert not free[0, 1] and step[0, 1] == 0
 
 
 # %%
@@ -499,10 +522,7 @@ def _invert(model, spectra, max_steps):
 
 def _invert_block(model, basis, box, flux, ivar, first, max_steps):
     "The fields of an `Answer` for a block of stars; `first` is its first star's number."
-    stats = _statistics(basis, flux, ivar)
-    if not (np.isfinite(stats.A).all() and np.isfinite(stats.b).all()):
-        flux = finite_flux(flux, ivar, first)  # only now is it worth looking at every pixel
-        stats = _statistics(basis, flux, ivar)
+    stats, flux = _finite_statistics(basis, flux, ivar, first)
     scaled, steps = _search(model, stats, box, max_steps)
     scaled, chi2, hessian, resting = _finish(model, basis, scaled, stats, flux, ivar, box)
     units = np.outer(model.scales_, model.scales_)

@@ -21,14 +21,14 @@ import copy
 from collections.abc import Sequence
 
 import numpy as np
-from astropy.table import QTable
+from astropy.table import QTable, vstack
 from scipy.optimize import minimize
 from sklearn.base import clone
 from sklearn.utils.validation import has_fit_parameter
 from tqdm import tqdm
 
 from stellar_lab.inversion import infer
-from stellar_lab.models import LabelModel, label_values
+from stellar_lab.models import LabelModel, label_values, name_list
 from stellar_lab.survey import LabError, Spectra, label_record
 
 # %%
@@ -73,7 +73,7 @@ def cross_label(
     Raises
     ------
     LabError
-        where all stars are in one group
+        where all stars are in one group, or there is not a group for each star
 
     Examples
     --------
@@ -87,19 +87,20 @@ def cross_label(
     150
     """
     groups = np.asarray(groups)
+    if len(groups) != len(spectra):
+        raise LabError(f"{len(groups)} groups for {len(spectra)} stars: give one for each star")
     names, place = np.unique(groups, return_inverse=True)
     if len(names) < 2:
         raise LabError("all stars are in one group: nothing is left to train on")
     quiet = {"progress": progress} if has_fit_parameter(model, "progress") else {}
     bar = tqdm(range(len(names)), desc="left out", unit="group", disable=not progress, leave=False)
-    table = None
+    answers = []
     for number in bar:
         rows = place == number
-        part = infer(clone(model).fit(spectra[~rows], **quiet), spectra[rows])
-        if table is None:
-            table = QTable(part[np.zeros(len(spectra), dtype=int)])
-        table[rows] = part
-    return table
+        answers.append(infer(clone(model).fit(spectra[~rows], **quiet), spectra[rows]))
+    table = vstack(answers, metadata_conflicts="silent")  # keeps the longest name whole
+    table.meta = answers[0].meta
+    return table[np.argsort(np.argsort(place, kind="stable"))]
 
 
 # %%
@@ -136,7 +137,26 @@ def robust_scatter(values) -> np.ndarray:
     return 1.4826 * np.nanmedian(np.abs(values - np.nanmedian(values, axis=0)), axis=0)
 
 
-def error_table(table: QTable, truth, names: Sequence, scales) -> QTable:
+def _differences(table, truth, names):
+    "Predicted minus catalogue labels (N, K)."
+    predicted = label_values(table, names)
+    catalogue = np.asarray(truth, dtype=float)
+    if catalogue.shape != predicted.shape:
+        raise LabError(
+            f"the catalogue labels have the shape {catalogue.shape}: for {len(predicted)} stars "
+            f"and the labels {', '.join(names)} it must be {predicted.shape}"
+        )
+    return predicted - catalogue
+
+
+# %%
+wild = np.array([-1.0, 0.5, 0.0, 1.0, 50.0])
+print(f"standard deviation {wild.std():.1f}, robust {robust_scatter(wild):.1f}")
+
+
+# %%
+#| export
+def error_table(table: QTable, truth, names, scales) -> QTable:
     """How far predicted labels are from the catalogue's.
 
     Parameters
@@ -145,7 +165,7 @@ def error_table(table: QTable, truth, names: Sequence, scales) -> QTable:
         from `infer`
     truth : (N, K) array
         catalogue labels, physical units
-    names : sequence of str
+    names : str or sequence of str
         of the K labels
     scales : (K,) array
         standard deviation of each label
@@ -160,7 +180,7 @@ def error_table(table: QTable, truth, names: Sequence, scales) -> QTable:
     Raises
     ------
     LabError
-        where the table lacks a label
+        where the table lacks a label, or `truth` has another shape
 
     Examples
     --------
@@ -172,13 +192,14 @@ def error_table(table: QTable, truth, names: Sequence, scales) -> QTable:
     >>> float(errors["rmse"][0]), float(errors["bias"][0])
     (10.0, 0.0)
     """
+    names = name_list(names)
     missing = [name for name in names if name.lower() not in table.colnames]
     if missing:
         raise LabError(
             f"the table has no label {', '.join(missing)}: it has "
             f"{table.meta.get('labels', ', '.join(table.colnames))}"
         )
-    residual = label_values(table, names) - np.asarray(truth, dtype=float)
+    residual = _differences(table, truth, names)
     errors = QTable({"label": list(names), "unit": [str(label_record(n).unit) for n in names]})
     errors["n"] = np.isfinite(residual).sum(axis=0)
     with np.errstate(invalid="ignore"):
@@ -215,14 +236,14 @@ with pytest.raises(LabError, match="no label FE_H"):
 
 # %%
 #| export
-def plot_comparison(tables: dict, names: Sequence, difference: bool = False, axes=None):
+def plot_comparison(tables: dict, names, difference: bool = False, axes=None):
     """Predicted against catalogue labels, one panel per label, with the line of equality.
 
     Parameters
     ----------
     tables : dict
         name -> (table from `infer`, catalogue labels (N, K)), drawn over each other
-    names : sequence of str
+    names : str or sequence of str
         of the K labels
     difference : bool, default False
         draw predicted - catalogue instead of predicted
@@ -243,6 +264,7 @@ def plot_comparison(tables: dict, names: Sequence, difference: bool = False, axe
     """
     import matplotlib.pyplot as plt
 
+    names = name_list(names)
     if axes is None:
         _, axes = plt.subplots(1, len(names), figsize=(2.4 * len(names), 2.6))
     axes = np.atleast_1d(axes)
@@ -279,8 +301,8 @@ Markdown(
 
 # %% [markdown]
 # ## Do the stated errors hold?
-# The *pull* is the difference in units of the stated error. If the errors were right, 68 % of all pulls would lie between -1 and 1. The formal errors of The Cannon know the noise of the photons and
-# take the model as exact. They know neither the catalogue's own errors nor what the polynomial gets wrong.
+# The *pull* is the difference in units of the stated error. If the errors were right, 68 % of all pulls would lie between -1 and 1. The formal errors of The Cannon know the noise of each pixel and
+# the scatter that the model learned for it, and take all pixels as independent. They know neither the catalogue's own errors, nor that the polynomial may be wrong in many pixels at once.
 
 # %%
 def pulls(table, truth):
@@ -343,6 +365,16 @@ def _inflation_and_floor(residual, formal2):
 
 
 # %%
+stated2 = np.random.default_rng(0).uniform(0.5, 2, 1000) ** 2
+drawn = np.sqrt(4 * stated2 + 3**2) * np.random.default_rng(1).standard_normal(1000)
+inflation, floor = _inflation_and_floor(drawn, stated2)
+print(
+    f"put in: inflation 4, floor 3 squared; found {inflation:.1f} and {np.sqrt(floor):.1f} squared"
+)
+assert abs(inflation * np.mean(stated2) + floor - 4 * np.mean(stated2) - 9) < 2
+
+
+# %%
 #| export
 def with_error_model(model: LabelModel, table: QTable, truth) -> LabelModel:
     """Learn from left-out stars how large the errors really are.
@@ -365,7 +397,8 @@ def with_error_model(model: LabelModel, table: QTable, truth) -> LabelModel:
     Raises
     ------
     LabError
-        where fewer than ten stars are left
+        where fewer than ten stars are left, the table's errors are calibrated already, or `truth`
+        has another shape
 
     Examples
     --------
@@ -379,7 +412,12 @@ def with_error_model(model: LabelModel, table: QTable, truth) -> LabelModel:
     >>> infer(model, stars[:1]).meta["errors"]
     'calibrated'
     """
-    residual = label_values(table, model.label_names_) - np.asarray(truth, dtype=float)
+    if table.meta.get("errors") == "calibrated":
+        raise LabError(
+            "the table's errors are calibrated already: give the answers of the model as it was "
+            "before, with formal errors"
+        )
+    residual = _differences(table, truth, model.label_names_)
     formal2 = label_values(table, [f"{name}_err" for name in model.label_names_]) ** 2
     fits = [_inflation_and_floor(r, f2) for r, f2 in zip(residual.T, formal2.T)]
     model = copy.copy(model)

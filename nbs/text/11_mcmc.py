@@ -1289,7 +1289,7 @@ labels = rng.normal(size=(200, 2))
 slopes = rng.normal(size=(300, 2)) * 0.03
 spectra_of_both = 1 + np.column_stack([labels[:, 0] ** 2, labels[:, 1]]) @ slopes.T
 even = Cannon(terms=["a^2", "b"], pivots=[0, 0], scales=[1, 1])
-even = even.fit(labels, spectra_of_both, label_names="ab")
+even = even.fit(labels, spectra_of_both, label_names=["a", "b"])
 flux, ivar = observed(even, np.array([[1.0, 0.5]]), 0.02, rng)
 mirrored = sample(even, flux[0], ivar[0], ensembles=2, steps=1000, progress=False)
 print(mirrored)

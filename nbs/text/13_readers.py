@@ -20,7 +20,8 @@ import numpy as np
 from sklearn.linear_model import RidgeCV
 from sklearn.utils.validation import check_is_fitted
 
-from stellar_lab.models import Answer, LabelModel, answer, check_spectra, finite_flux, pair_index
+from stellar_lab.cannon import pair_index
+from stellar_lab.models import Answer, LabelModel, answer, check_spectra, finite_flux
 from stellar_lab.survey import LabError
 
 # %%

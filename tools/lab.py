@@ -33,7 +33,7 @@ from notebooks import NBS, ROOMY, ROOT, environment, notebooks, read, thread_sha
 ARCHIVES = ROOT / "data" / "archives"
 BUILD = ROOT / "_build"
 COMMAND = Path(sys.prefix) / "bin" / "stellar-lab"
-# seconds; far above what a cell takes (2 minutes on an idle machine), for a busy one must pass too
+# seconds; generous, for a busy or slow machine must pass too
 CELL_TIMEOUT = {"quick": 900, "full": 7200}
 WORKERS = 2  # notebooks that run at a time
 SHARP = ("--InlineBackend.figure_formats={'retina'}",)  # two pixels for one

@@ -109,14 +109,14 @@ Table(
     {
         "star": few.stars["APOGEE_ID"],
         "Teff [K]": calibrated["teff"].value.round(),
-        "formal error": formal["teff_err"].value.round(1),
-        "calibrated error": calibrated["teff_err"].value.round(1),
-        "left out, minus catalogue": missed.round(1),
+        "formal": formal["teff_err"].value.round(1),
+        "calibrated": calibrated["teff_err"].value.round(1),
+        "missed by": missed.round(1),
     }
 )
 
 # %% [markdown]
-# **What to see.** The labels are the same, the errors are not. The last column shows by how much the survey and a model that had not seen the star disagree: much more than the formal errors allow.
+# **What to see.** Five temperatures with either error, all in kelvin. The last column is left out minus catalogue: how far a model that had not seen the star is from the survey. That is much more than the formal errors allow, and about what the calibrated ones say.
 
 # %%
 assert formal.meta["errors"] == "formal" and calibrated.meta["errors"] == "calibrated"

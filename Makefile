@@ -74,7 +74,7 @@ outputs: $(STAMP) ## refresh the outputs that the notebooks carry [NB="03_normal
 	@$(BIN)/python tools/lab.py outputs $(NB)
 	@$(if $(NB),,$(BIN)/python tools/readme.py)
 
-bench: $(STAMP) ## time training and inversion beside their bare matrix products
+bench: $(STAMP) ## time training and inversion, compared with their plain matrix products
 	@$(BIN)/python tools/bench.py
 
 constraints: $(STAMP) ## fix the newest versions that go together, for all three Pythons

@@ -21,15 +21,15 @@ from PIL import Image
 from stellar_lab.animation import (
     _COLORS,
     _WRITERS,
+    _brackett,
+    _check_lines,
+    _label_path,
     _Picture,
     _Player,
+    _strong_lines,
     _titles,
-    brackett,
-    check_lines,
     film,
-    label_path,
     player,
-    strong_lines,
     write_film,
 )
 from stellar_lab.cannon import Cannon
@@ -56,7 +56,7 @@ def made_up(seed=0, n_stars=150):
     labels = np.column_stack([teff, logg, feh, rng.normal(0.1, 0.1, (n_stars, 2))])
     lines = sum(
         np.exp(-0.5 * ((wavelength - centre) / 0.4) ** 2)
-        for centre in strong_lines()["wavelength"].value
+        for centre in _strong_lines()["wavelength"].value
     ).clip(0, 1)
     depth = 0.25 + 0.12 * feh - 0.05 * (teff - 4500) / 500 + 0.02 * feh**2
     flux = 1 - depth[:, None] * lines
@@ -96,7 +96,7 @@ def test_a_path_goes_where_it_is_told_and_nothing_else_moves(moving, start, end,
     low, high = np.quantile(model.training_labels_[:, k], [start, end])
     if low == high:
         return
-    path = label_path(model, moving.lower(), low, high, frames)
+    path = _label_path(model, moving.lower(), low, high, frames)
     assert path.shape == (frames, 5) and path[0, k] == low and path[-1, k] == high
     assert np.allclose(np.diff(path[:, k]), (high - low) / (frames - 1))
     assert np.array_equal(
@@ -108,7 +108,7 @@ def test_a_path_goes_where_it_is_told_and_nothing_else_moves(moving, start, end,
 @few
 @given(st.floats(-0.9, 0.4))
 def test_the_branch_is_that_of_the_training_stars(metallicity):
-    path = label_path(MODEL, "LOGG", 3, 1, 20, {"FE_H": metallicity}, "branch")
+    path = _label_path(MODEL, "LOGG", 3, 1, 20, {"FE_H": metallicity}, "branch")
     assert np.all(path[:, 2] == metallicity)
     assert np.allclose(
         path[:, 0], 3900 + 330 * path[:, 1] - 250 * metallicity, atol=50
@@ -121,7 +121,7 @@ def test_given_labels_are_given_and_pivots_are_not_the_mean():
     odd = Cannon(order=1, pivots=[4000, 0, 0, 0, 0]).fit(
         stars, np.ones((len(stars), 5)), label_names=NAMES
     )
-    path = label_path(odd, "FE_H", -0.5, 0, 3, {"teff": 4400})
+    path = _label_path(odd, "FE_H", -0.5, 0, 3, {"teff": 4400})
     assert np.all(path[:, 0] == 4400) and np.allclose(path[:, 1], stars[:, 1].mean())
 
 
@@ -206,7 +206,7 @@ def test_unusable_pixels_and_gaps_break_the_curve(model):
 def test_every_frame_has_its_own_title(case, frames):
     film_ = object.__new__(type(SHORT))
     vars(film_).update(
-        vars(SHORT) | {"moving": case[0], "labels": label_path(MODEL, *case, frames)}
+        vars(SHORT) | {"moving": case[0], "labels": _label_path(MODEL, *case, frames)}
     )
     assert len({_titles(film_, k)[0] for k in range(frames)}) == frames
 
@@ -215,13 +215,13 @@ def test_every_frame_has_its_own_title(case, frames):
 
 
 def test_wavelengths_of_lines():
-    table = strong_lines()
+    table = _strong_lines()
     assert (
         np.all(np.diff(table["wavelength"].value) > 0)
         and 15_100 < table["wavelength"].value.min()
         and table["wavelength"].value.max() < 17_000
     )
-    assert brackett(11) == pytest.approx(16811.1, abs=0.1) and brackett(13) == pytest.approx(
+    assert _brackett(11) == pytest.approx(16811.1, abs=0.1) and _brackett(13) == pytest.approx(
         16113.7, abs=0.1
     )
     assert air_to_vacuum(16718.957) == pytest.approx(16723.52, abs=0.01)
@@ -230,7 +230,7 @@ def test_wavelengths_of_lines():
 
 
 def test_lines_that_are_there_are_confirmed_and_others_are_not(model):
-    table = check_lines(model)
+    table = _check_lines(model)
     alone = np.array(
         [
             np.sum(np.abs(table["wavelength"].value - row["wavelength"].value) < 4) == 1
@@ -255,8 +255,8 @@ def test_lines_on_another_grid():
         wavelength=full_wavelength,
     )
     assert (
-        len(check_lines(full)) > len(check_lines(made_up_grid(wavelength[100:400])))
-        and not check_lines(full)["named"].any()
+        len(_check_lines(full)) > len(_check_lines(made_up_grid(wavelength[100:400])))
+        and not _check_lines(full)["named"].any()
     )
 
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from stellar_lab import isochrones
 from stellar_lab.isochrones import (
-    PHASES,
-    from_table,
+    _PHASES,
+    _from_table,
+    _read_grid,
     isochrone,
     make_isochrones,
-    read_grid,
     read_mist,
     shipped_isochrones,
     total_metallicity,
@@ -72,7 +72,7 @@ def test_remade_extract_is_the_shipped_one(tmp_path):
     wheel = os.environ["STELLAR_LAB_MIST_WHEEL"]
     shipped = (files("stellar_lab.data") / isochrones._EXTRACT).read_bytes()
     assert make_isochrones(wheel, tmp_path / "again.fits") == hashlib.sha256(shipped).hexdigest()
-    source = read_grid(wheel)  # float32 -> FITS -> float64 loses nothing
+    source = _read_grid(wheel)  # float32 -> FITS -> float64 loses nothing
     for name in ("feh", "log_age", "eep", "log_teff", "logg", "mass", "phase"):
         assert np.array_equal(getattr(source, name), getattr(GRID, name), equal_nan=True), name
 
@@ -110,7 +110,7 @@ def test_a_record_starts_where_those_before_it_end(tmp_path, monkeypatch):
     values, lengths, first = tiny_grid(path)
     monkeypatch.setattr(isochrones, "_GRID_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     monkeypatch.setattr(isochrones, "_EXTRACT_EEP", (202, 208))
-    found, row = read_grid(path), 0
+    found, row = _read_grid(path), 0
     assert list(found.log_age) == [9, 10] and found.logg.shape == (2, 2, 7)
     seen = np.zeros(found.logg.shape, bool)
     for k, (n, begin) in enumerate(zip(lengths, first)):
@@ -152,7 +152,7 @@ def test_maker_without_h5py_says_what_to_install(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(MissingExtra, match="needs the package 'h5py'"):
-        read_grid("any.whl")
+        _read_grid("any.whl")
 
 
 # --- interpolation
@@ -192,7 +192,7 @@ def test_between_neighbours_with_units_and_without_change(age, feh):
         and line["AGE"].unit == u.Gyr
     )
     assert np.all(line["AGE"] == age * u.Gyr) and np.all(line["FE_H"] == feh * u.dex)
-    assert np.all(np.diff(line["EEP"]) > 0) and set(line["PHASE"]) <= set(PHASES)
+    assert np.all(np.diff(line["EEP"]) > 0) and set(line["PHASE"]) <= set(_PHASES)
 
 
 def test_interpolation_by_hand():
@@ -245,7 +245,7 @@ def test_a_gap_in_a_table_is_named():
 
 def test_a_table_of_one_isochrone_is_a_grid_of_one_node():
     only = isochrone(5, 0)
-    assert from_table(only).logg.shape[:2] == (1, 1)
+    assert _from_table(only).logg.shape[:2] == (1, 1)
     assert np.allclose(isochrone(5.0, 0, grid=only)["TEFF"], only["TEFF"])
     with pytest.raises(LabError, match="reach from 5 to 5 Gyr"):
         isochrone(5.1, 0, grid=only)

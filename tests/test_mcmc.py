@@ -16,15 +16,15 @@ from stellar_lab.mcmc import (
     NotConverged,
     TrainingPrior,
     UniformPrior,
+    _diagnose,
     _exact_statistics,
     _formal_covariance,
     _log_likelihood,
     _pareto_shape,
+    _run_ensembles,
     _weighted_quantiles,
-    diagnose,
     plot_posterior,
     plot_trace,
-    run_ensembles,
     sample,
     sample_many,
     weighted_draws,
@@ -243,18 +243,18 @@ def test_apart_is_apart_in_any_order_and_unit(seed, unit):
     rng = np.random.default_rng(seed)
     chain = rng.normal(size=(2, 400, 8, 2)) * unit
     assert (
-        not diagnose(chain, "xy", burn_in=0).problems
-        or np.max(diagnose(chain, "xy", burn_in=0).rhat) < 1.03
+        not _diagnose(chain, "xy", burn_in=0).problems
+        or np.max(_diagnose(chain, "xy", burn_in=0).rhat) < 1.03
     )
     chain[1, ..., 1] += 3 * unit
     for turned in (chain, chain[::-1], -chain):
-        problems = diagnose(turned, "xy", burn_in=0).problems
+        problems = _diagnose(turned, "xy", burn_in=0).problems
         assert any(problem.startswith("y: the ensembles disagree") for problem in problems)
 
 
 def test_walkers_that_do_not_move_are_no_answer():
     begin = np.random.default_rng(3).normal(0, 1e-3, (1, 8, 2))
-    spike = run_ensembles(
+    spike = _run_ensembles(
         lambda x: -1e12 * (x**2).sum(axis=1) - 1e12 * (np.abs(x[:, 0]) > 1e-9),
         begin,
         "xy",
@@ -262,9 +262,9 @@ def test_walkers_that_do_not_move_are_no_answer():
         progress=False,
     )
     assert not spike.converged
-    stuck = diagnose(np.zeros((2, 60, 4, 1)), "x")
+    stuck = _diagnose(np.zeros((2, 60, 4, 1)), "x")
     assert stuck.problems and np.isnan(stuck.tau[0])
-    assert np.isnan(diagnose(np.zeros((2, 60, 4, 1)), "x", burn_in=0).tau[0])
+    assert np.isnan(_diagnose(np.zeros((2, 60, 4, 1)), "x", burn_in=0).tau[0])
 
 
 # ---- priors

@@ -18,11 +18,11 @@ from stellar_lab.mock import (
     _catalogue_trend,
     _companion_share,
     _draw_catalogue,
+    _draw_mask,
+    _observe,
     _place_on_isochrones,
-    draw_mask,
     draw_population,
     mock_stars,
-    observe,
     true_spectra,
 )
 from stellar_lab.survey import (
@@ -155,7 +155,7 @@ def test_noise_grows_where_the_sky_shines():
     flux, mask = np.ones((200, 50), "f4"), np.zeros((200, 50), "i2")
     mask[:, :10] = PIXMASK.SIG_SKYLINE
     mask[:, 10] = PIXMASK.BADPIX
-    observed, error = observe(flux, np.full(200, 50.0), mask, np.random.default_rng(0))
+    observed, error = _observe(flux, np.full(200, 50.0), mask, np.random.default_rng(0))
     spread = (observed - 1).std(axis=0)
     assert np.allclose(spread[:10] / spread[20:].mean(), 6, rtol=0.2) and np.allclose(
         spread[20:], 1 / 50, rtol=0.2
@@ -164,7 +164,7 @@ def test_noise_grows_where_the_sky_shines():
 
 
 def test_every_bit_of_the_mask_has_its_cause():
-    mask = draw_mask(np.linspace(-150, 150, 400), np.random.default_rng(0))
+    mask = _draw_mask(np.linspace(-150, 150, 400), np.random.default_rng(0))
     assert mask.shape == (400, 7214) and mask.dtype == np.int16
     used = int(np.bitwise_or.reduce(mask.ravel()))
     named = (

@@ -16,19 +16,19 @@ from stellar_lab.cannon import Cannon
 from stellar_lab.readers import RidgeLabels
 from stellar_lab.results import (
     Contest,
+    _plot_residual_trends,
+    _plot_scores,
+    _predictions,
+    _with_truth,
     against_truth,
     averages,
     contestants,
     contests,
     contests_side_by_side,
     judge,
-    plot_residual_trends,
-    plot_scores,
-    predictions,
     readable,
     records,
     run_scoreboard,
-    with_truth,
 )
 from stellar_lab.survey import ARCHIVES, LABELS, LabError, Spectra
 
@@ -236,7 +236,7 @@ def test_readable(board):
 
 def test_figures(board):
     contest, table, labelled = board
-    fig = plot_residual_trends(labelled, contest)
+    fig = _plot_residual_trends(labelled, contest)
     assert [len(ax.lines) for ax in fig.axes] == [
         4,
         4,
@@ -251,7 +251,7 @@ def test_figures(board):
     assert np.isclose(
         line.get_ydata()[0], np.median((labelled["ridge regression"]["logg"].value - truth)[lowest])
     )
-    shown = plot_scores({"two": table[table["model"] == "Cannon"], "one": table}).axes[::-1]
+    shown = _plot_scores({"two": table[table["model"] == "Cannon"], "one": table}).axes[::-1]
     assert (
         shown[0].get_ylim()[1] > table["scaled_rmse"].max()
     )  # the second panel is not cut at the first one's largest value
@@ -274,10 +274,10 @@ class Counted(RidgeLabels):
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(Counted, "fits", 0)
     contest = contests(stars(), "full")[0]
-    whole = predictions(Counted(labels=SIX), contest, tmp_path, progress=False)
+    whole = _predictions(Counted(labels=SIX), contest, tmp_path, progress=False)
     assert Counted.fits == 5 and len(list(tmp_path.iterdir())) == 5
     sorted(tmp_path.iterdir())[2].unlink()
-    again = predictions(Counted(labels=SIX), contest, tmp_path, progress=False)
+    again = _predictions(Counted(labels=SIX), contest, tmp_path, progress=False)
     assert Counted.fits == 6
     for name in whole.colnames:
         np.testing.assert_array_equal(whole[name], again[name])  # a file keeps every digit
@@ -291,20 +291,20 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
 
 def test_what_is_kept_belongs_to_stars_and_parameters(tmp_path, monkeypatch):
     contest = contests(stars(), "full")[0]
-    predictions(Counted(labels=SIX), contest, tmp_path, progress=False)
+    _predictions(Counted(labels=SIX), contest, tmp_path, progress=False)
     monkeypatch.setattr(Counted, "fits", 0)
-    predictions(Counted(labels=SIX, alphas=(1.0,)), contest, tmp_path, progress=False)
+    _predictions(Counted(labels=SIX, alphas=(1.0,)), contest, tmp_path, progress=False)
     assert Counted.fits == 5
     flux = contest.spectra.flux.copy()
     flux[7, 7] += 0.01
-    predictions(
+    _predictions(
         Counted(labels=SIX),
         Contest(contest.name, contest.spectra.replace(flux=flux), contest.groups),
         tmp_path,
         progress=False,
     )
     assert Counted.fits == 10
-    predictions(
+    _predictions(
         Counted(labels=SIX),
         Contest(contest.name, contest.spectra, (contest.groups + 1) % 5),
         tmp_path,
@@ -317,7 +317,7 @@ def test_a_contest_without_training_stars():
     spectra = stars()
     for groups in (np.zeros(120, int), np.full(120, -1)):
         with pytest.raises(LabError, match="odd: no star is left out, or all are at once"):
-            predictions(RidgeLabels(), Contest("odd", spectra, groups), progress=False)
+            _predictions(RidgeLabels(), Contest("odd", spectra, groups), progress=False)
 
 
 def test_a_whole_run(tmp_path, monkeypatch):
@@ -400,7 +400,7 @@ def made_up(folder, shift=0.1, lost=()):
         | {"APOGEE_ID": spectra.stars["APOGEE_ID"]}
     )
     truth[np.setdiff1d(np.arange(120), lost)[::-1]].write(folder / "truth.fits")
-    return with_truth(spectra, folder)
+    return _with_truth(spectra, folder)
 
 
 def test_truth_is_joined_by_name(tmp_path):
@@ -413,11 +413,11 @@ def test_truth_is_joined_by_name(tmp_path):
 
 def test_no_truth_no_columns(tmp_path):
     spectra = stars(FIVE, archive="mock")
-    assert with_truth(spectra, tmp_path) is spectra
+    assert _with_truth(spectra, tmp_path) is spectra
     made_up(tmp_path, shift=0)
-    assert with_truth(spectra, tmp_path) is spectra  # a file that repeats the catalogue is none
+    assert _with_truth(spectra, tmp_path) is spectra  # a file that repeats the catalogue is none
     assert (
-        with_truth(stars(SIX), tmp_path).stars.colnames == stars(SIX).stars.colnames
+        _with_truth(stars(SIX), tmp_path).stars.colnames == stars(SIX).stars.colnames
     )  # other labels
     table, _ = judge(
         {"ridge regression": RidgeLabels(labels=FIVE)}, contests(spectra)[0], progress=False
@@ -554,10 +554,15 @@ def test_six_rows_are_those_of_the_records():
     lines = readme.six_rows().splitlines()
     assert max(map(len, lines)) <= 100
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:8]]
-    assert [row[0] for row in cells][1:] == list(contestants(SIX))[1:]
+    assert [row[0] for row in cells] == list(contestants(SIX))
     assert lines[8] == "" and "SCOREBOARD.md" in lines[-1]
-    assert cells[1] == ["Cannon", "0.456", "0.609", "0.341", "0.8", "0.61"]
-    assert cells[5] == ["error-aware network", "0.391", "0.580", "0.165", "35", "0.91"]
+    apart = ["140", "0.354", "0.132"]
+    assert cells[1] == ["Cannon", "87", "0.217", "0.080", *apart, "0.8", "0.61"]
+    apart = ["135", "0.352", "0.127"]
+    assert cells[5] == ["error-aware network", "65", "0.169", "0.059", *apart, "35", "0.91"]
+    note = " ".join(lines[9:])
+    assert "478 real giants of 18 clusters" in note  # the average star misses by the labels' spread
+    assert "miss by 279 K, 0.640, 0.774" in note and "Cannon 75 K, 0.149, 0.045" in note
 
 
 def test_readme_shows_a_second_record(tmp_path, monkeypatch):

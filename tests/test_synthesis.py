@@ -54,7 +54,7 @@ def digest(name):
 def test_lines_checks_batches_and_emulators_come_from_the_same_calibration(emulator, dwarfs):
     lines = digest("synthetic_lines.fits")
     assert emulator.facts["LINES"] == dwarfs.facts["LINES"] == lines
-    with synthesis.check_file() as hdus:
+    with synthesis._check_file() as hdus:
         assert hdus["LABORATORY"].header["LINES"] == lines
     for path in BATCHES["giants"] + BATCHES["dwarfs"]:
         assert fits.getheader(path, "DEPTH")["LINES"] == lines, path.name
@@ -64,7 +64,7 @@ def test_products_name_their_versions(emulator):
     assert {"PYTHON", "PYSME", "NUMPY", "SCIPY", "ASTROPY", "SEED", "MODELS", "ASIDE"} <= set(
         emulator.facts
     )
-    assert synthesis.shipped_lines().meta["PYSME"] == emulator.facts["PYSME"] == "1.2.0"
+    assert synthesis._shipped_lines().meta["PYSME"] == emulator.facts["PYSME"] == "1.2.0"
 
 
 needs_batches = pytest.mark.skipif(
@@ -80,7 +80,7 @@ def test_batches_hold_the_design_and_whole_spectra(domain):
     design = synthesis.grid_design(
         (number + 1) * BATCH, fits.getheader(path, "DEPTH")["SEED"], domain
     )
-    labels, flux, _ = synthesis.read_batch(path)
+    labels, flux, _ = synthesis._read_batch(path)
     assert np.allclose(
         label_matrix(labels[list(GRID_LABELS)]),
         label_matrix(design)[-BATCH:],
@@ -94,9 +94,9 @@ def test_batches_hold_the_design_and_whole_spectra(domain):
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_the_shipped_error_is_that_of_models_kept_aside(domain):
     made = Emulator.load(domain=domain)
-    labels, flux, _ = synthesis.read_grid(BATCHES[domain])
-    aside = synthesis.kept_aside(len(labels))
-    error = synthesis.emulator_error(made, labels[aside], flux[aside])
+    labels, flux, _ = synthesis._read_grid(BATCHES[domain])
+    aside = synthesis._kept_aside(len(labels))
+    error = synthesis._emulator_error(made, labels[aside], flux[aside])
     assert (aside.sum(), (~aside).sum()) == (made.facts["ASIDE"], made.facts["MODELS"])
     assert error["median"] == pytest.approx(made.facts["RMSMED"], rel=0.05) and error[
         "p99"
@@ -104,7 +104,7 @@ def test_the_shipped_error_is_that_of_models_kept_aside(domain):
 
 
 def test_the_witness_saw_the_shipped_emulator(emulator):
-    with synthesis.check_file() as hdus:
+    with synthesis._check_file() as hdus:
         assert hdus["WITNESS"].header["EMULATOR"] == digest(DOMAINS["giants"].file)
         stars = Table(hdus["WITNESS"].data)
         assert len(stars) == 479 and (stars["INSIDE"] == emulator.inside(stars)).all()
@@ -114,7 +114,7 @@ def test_the_witness_saw_the_shipped_emulator(emulator):
 
 
 def test_lines_are_as_the_recipe_says():
-    lines = synthesis.shipped_lines()
+    lines = synthesis._shipped_lines()
     change = np.abs(lines["LOGGF_CAL"] - lines["LOGGF"])
     hydrogen = np.asarray(lines["SPECIES"], str) == "H 1"
     assert hydrogen.sum() == 18 and change[hydrogen].max() < 1e-3  # theory knows hydrogen exactly
@@ -140,7 +140,7 @@ def test_the_design_of_the_giants_is_the_one_that_the_grid_was_computed_for():
 
 @given(st.floats(14000, 18000))
 def test_air_and_vacuum_are_inverse(vacuum):
-    assert synthesis.vacuum_wavelength(synthesis.air_wavelength(np.array([vacuum])))[
+    assert synthesis._vacuum_wavelength(synthesis._air_wavelength(np.array([vacuum])))[
         0
     ] == pytest.approx(vacuum, abs=1e-5)
 
@@ -152,7 +152,7 @@ def test_agreement_forgives_a_continuum_and_leaves_out_pixels_without_weight(emu
     theirs[2, :50] = 0  # where ASPCAP has no model
     ivar = np.ones_like(theirs)
     ivar[0, 200:300] = 0
-    off, correlation, rms = synthesis.aspcap_agreement(emulator, stars, theirs, ivar)
+    off, correlation, rms = synthesis._aspcap_agreement(emulator, stars, theirs, ivar)
     assert np.isnan(off[0]).sum() == 100 and np.isnan(off[2]).sum() == 50
     assert max(rms[0], rms[2]) < 2e-3 < rms[1] and correlation[1] < correlation[0]
     assert off[1, 500:600].mean() == pytest.approx(-0.1, abs=0.01)
@@ -165,14 +165,14 @@ def test_batches_of_different_lines_do_not_mix(tmp_path):
     labels = synthesis.grid_design(2)
     labels["GOOD"] = True
     for number, lines in enumerate(("one", "two")):
-        synthesis.write_batch(
+        synthesis._write_batch(
             tmp_path / f"batch_{number}.fits",
             labels,
             np.ones((2, len(grid_wavelength))),
             {"LINES": lines, "SEED": 1},
         )
     with pytest.raises(LabError, match="batch_1.fits was made with other lines"):
-        synthesis.read_grid(sorted(tmp_path.iterdir()))
+        synthesis._read_grid(sorted(tmp_path.iterdir()))
 
 
 def test_batches_of_giants_and_dwarfs_do_not_mix(tmp_path):
@@ -182,14 +182,14 @@ def test_batches_of_giants_and_dwarfs_do_not_mix(tmp_path):
         facts = {"LINES": "one", "SEED": 1} | (
             {"DOMAIN": domain} if domain == "dwarfs" else {}
         )  # the oldest batches of giants do not say so
-        synthesis.write_batch(
+        synthesis._write_batch(
             tmp_path / f"batch_{number}.fits",
             labels,
             np.ones((2, len(grid_wavelength))),
             facts,
         )
     with pytest.raises(LabError, match="batch_1.fits was made .* for another domain"):
-        synthesis.read_grid(sorted(tmp_path.iterdir()))
+        synthesis._read_grid(sorted(tmp_path.iterdir()))
 
 
 def test_a_wrong_tarball_is_named(tmp_path):
@@ -233,7 +233,7 @@ def test_a_model_that_fails_is_named_and_left_out(tmp_path, monkeypatch):
     path = tmp_path / "batch_0000.fits"
     facts = {"LINES": "x", "SEED": 1}
     failures = synthesis.compute_batch(path, design, "lines", "net", facts)
-    labels, flux, _ = synthesis.read_batch(path)
+    labels, flux, _ = synthesis._read_batch(path)
     assert len(failures) == 2 and all("no such star" in line for line in failures)
     assert labels["GOOD"].sum() == 2 and np.allclose(flux[labels["GOOD"]], 0.5)
 
@@ -261,7 +261,7 @@ def test_the_emulator_can_be_made_from_batches(tmp_path):
     design["GOOD"] = True
     for number in range(8):
         rows = slice(25 * number, 25 * number + 25)
-        synthesis.write_batch(
+        synthesis._write_batch(
             tmp_path / f"batch_{number}.fits", design[rows], flux[rows], {"LINES": "x", "SEED": 1}
         )
     made = synthesis.make_emulator(

@@ -33,7 +33,8 @@ from notebooks import NBS, ROOMY, ROOT, environment, notebooks, read, thread_sha
 ARCHIVES = ROOT / "data" / "archives"
 BUILD = ROOT / "_build"
 COMMAND = Path(sys.prefix) / "bin" / "stellar-lab"
-CELL_TIMEOUT = {"quick": 300, "full": 7200}  # seconds
+# seconds; generous, for a busy or slow machine must pass too
+CELL_TIMEOUT = {"quick": 900, "full": 7200}
 WORKERS = 2  # notebooks that run at a time
 SHARP = ("--InlineBackend.figure_formats={'retina'}",)  # two pixels for one
 SETTINGS = {

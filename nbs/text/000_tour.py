@@ -10,6 +10,9 @@
 # Nothing here needs a network. The stars are real: giants of 18 star clusters, observed by the APOGEE survey in infrared light.
 
 # %%
+import numpy as np
+from astropy.table import Table
+
 from stellar_lab import (
     Cannon,
     cross_label,
@@ -56,6 +59,11 @@ ax.set(title=f"the giant {spectra.stars['APOGEE_ID'][star]}");
 ledger
 
 # %% [markdown]
+# Why so many files, and so few stars? The archive that comes with this book holds 553 real stars: 552 under their names, and one that waits below without its name. Another 30 files are copies with faults
+# planted on purpose, so that every rule has something to catch: 582 files in all. Then the dwarfs go, for the model is one of giants. With them goes one of the 19 clusters, for in the Pleiades
+# only dwarfs were observed. The *spectra* are real. The continuum is not: it was put back, so that there is something to divide by. [Where the stars come from](A_archives.ipynb) tells it in full.
+
+# %% [markdown]
 # ## Learn
 # The Cannon writes the flux of each of 7,214 pixels as a quadratic function of the labels. Training takes about a second.
 
@@ -70,12 +78,16 @@ names
 # %%
 folds = fold_numbers(len(spectra), stars=spectra.stars["APOGEE_ID"])
 left_out = cross_label(model, spectra, folds, progress=False)
-truth = spectra.labels(names)
-errors = error_table(left_out, truth, names, truth.std(axis=0))
+catalogue = spectra.labels(names)
+errors = error_table(left_out, catalogue, names, catalogue.std(axis=0))
 errors
 
+# %% [markdown]
+# The column `rmse` says how far model and survey are apart, in kelvin and in dex (factors of ten, as a logarithm); `robust` says it for the typical star, which a few bad ones do not move. `scaled_rmse` compares it
+# with the spread of the label: at 1, naming the average star would do as well.
+
 # %%
-plot_comparison({"left-out stars": (left_out, truth)}, names[:4]);
+plot_comparison({"left-out stars": (left_out, catalogue)}, names[:4]);
 
 # %% [markdown]
 # **What to see.** Each point is a star that the model had not seen; on the line, model and survey agree.
@@ -88,24 +100,46 @@ assert errors["scaled_rmse"][0] < 0.35  # an average star would be 1
 # Errors computed from the noise of the pixels are about ten times too small. The left-out stars say how large they really are, and `with_error_model` learns it: the errors are *calibrated*.
 
 # %%
-model = with_error_model(model, left_out, truth)
-infer(model, spectra[:1]).meta["errors"]
+few = spectra[:5]
+formal = infer(model, few)
+model = with_error_model(model, left_out, catalogue)
+calibrated = infer(model, few)
+missed = left_out["teff"].value[:5] - catalogue[:5, 0]
+Table(
+    {
+        "star": few.stars["APOGEE_ID"],
+        "Teff [K]": calibrated["teff"].value.round(),
+        "formal": formal["teff_err"].value.round(1),
+        "calibrated": calibrated["teff_err"].value.round(1),
+        "missed by": missed.round(1),
+    }
+)
+
+# %% [markdown]
+# **What to see.** Five temperatures with either error, all in kelvin. The last column is left out minus catalogue: how far a model that had not seen the star is from the survey. That is much more than the formal errors allow, and about what the calibrated ones say.
+
+# %%
+assert formal.meta["errors"] == "formal" and calibrated.meta["errors"] == "calibrated"
+assert np.all(calibrated["teff_err"] > 3 * formal["teff_err"])
 
 # %% [markdown]
 # ## A star without a name
-# One star of the archive has had its name removed, so no catalogue can be asked. `as_trained` treats its spectrum as the training spectra were treated, and `infer` finds its labels.
+# One star of the archive has had its name removed, so no catalogue can be asked. (The survey's own archive has no such star; there the first file is taken.) `as_trained` treats its spectrum as the training spectra were treated, and `infer` finds its labels.
 
 # %%
 files = [*archive_root().glob("mystery*.fits"), *archive_root().rglob("apStar*.fits")]
 raw, problems = read_files(files[:1], progress=False)
 mystery = as_trained(model, raw)
 table = infer(model, mystery)
+title = str(mystery.stars["APOGEE_ID"][0])
+if files[0].name.startswith("mystery"):
+    title = "the star without a name"
 for name in names:
     value, error = table[name.lower()][0], table[f"{name.lower()}_err"][0]
     print(f"{name:8s} {value:.4g} +- {error.value:.2g}")
 
 # %%
-plot_fit(model, mystery, 0, window=(15990, 16210), name="the star without a name");
+plot_fit(model, mystery, 0, window=(15990, 16210), name=title);
 
 # %% [markdown]
 # **What to see.** The model (red) was never told what this star is, and draws its lines from the labels alone. Below is what is left, over a band as wide as the noise.
@@ -127,7 +161,8 @@ player(rising, interval=150)
 # - The path of the book: [what a star is to us](00_survey.ipynb), [fetching](01_fetch.ipynb), [cleaning](02_clean.ipynb), [the continuum](03_normalize.ipynb),
 #   [the contract of models](04_models.ipynb), [The Cannon](05_cannon.ipynb), [its inversion](06_inversion.ipynb), [judging](07_judging.ipynb).
 # - Your own files: [ten thousand labels](G_labelling.ipynb), and [the command line](H_cli.ipynb).
-# - How good it gets: [real giants](08_giants.ipynb), and [all models side by side](16_results.ipynb).
+# - How good it gets: [real giants](08_giants.ipynb), and [all models side by side](16_results.ipynb). Which model should you take? Begin with the Cannon: it explains what it reads, and says by its chi2 when a star
+#   is of another kind. If you want the smallest errors on stars like those of the training set, try [ridge regression](13_readers.ipynb), or the [network that knows the errors](15_augmentation.ipynb).
 # - Words that you do not know: [the glossary](I_glossary.ipynb).
 #
 # **Exercise.** Train on four labels instead of six: set `names = names[:4]` after the ledger, and run on. Which errors grow, although these labels were kept?

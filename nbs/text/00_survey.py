@@ -85,6 +85,8 @@ class LabError(ValueError):
     "Something the user can mend: the message names what is wrong and what to do."
 
 
+# %%
+#| exporti
 class MissingExtra(LabError, ImportError):
     "An optional package is not installed; the message says how to get it."
 
@@ -131,7 +133,7 @@ print(refusal.value)
 # Even in the logarithm means even in velocity: a Doppler shift moves all lines by the same number of pixels.
 
 # %%
-#| export
+#| exporti
 N_PIXELS = 8575
 LOG10_START = 4.179  # CRVAL1 of every apStar and aspcapStar file
 LOG10_STEP = 6e-6  # CDELT1
@@ -141,6 +143,8 @@ CHIPS = {  # first and last pixel of the full grid that every star fills
     "red": (6412, 8305),
 }
 
+# %%
+#| export
 full_wavelength = 10 ** (LOG10_START + LOG10_STEP * np.arange(N_PIXELS))  # (8575,) [Angstrom]
 on_band = np.concatenate([np.arange(first, last + 1) for first, last in CHIPS.values()])  # (7214,)
 wavelength = full_wavelength[on_band]  # (7214,) [Angstrom, vacuum]: the grid of this book
@@ -562,7 +566,7 @@ leaf
 # release: row 1 up to DR16; but DR17 left the masks of row 1 empty, so there it is row 0 that knows its bad pixels.
 
 # %%
-#| export
+#| exporti
 @dataclass(frozen=True)
 class Release(_Tree):
     """Path rules and facts of one data release.
@@ -771,7 +775,7 @@ _as_bits(np.array([5, -(1 << 31), -9999], ">i4"))
 # stays. A value that nobody knows passes no cut.
 
 # %%
-#| export
+#| exporti
 @dataclass(frozen=True)
 class Cut:
     """A named rule that a star must pass: low < column < high, and none of some bits set.
@@ -1450,10 +1454,15 @@ _STYLE = {
     "savefig.dpi": 80,
     "axes.grid": False,
 }
+
+# %%
+#| exporti
 _CHIP_PALETTE = ("#0173b2", "#029e73", "#d55e00")  # of seaborn's colour-blind palette
 CHIP_COLORS = dict(zip(CHIPS, _CHIP_PALETTE, strict=True))
 
 
+# %%
+#| export
 def use_style():
     "Set the style of this book's figures for the session."
     import seaborn

@@ -54,7 +54,7 @@ from stellar_lab.survey import LABELS, real_data, use_style
 
 # %%
 #| export
-PHASES = {
+_PHASES = {
     0: "main sequence",
     2: "red giant branch",
     3: "core helium burning",
@@ -64,7 +64,7 @@ PHASES = {
 }
 
 # %%
-Table({"number": list(PHASES), "phase": list(PHASES.values())})
+Table({"number": list(_PHASES), "phase": list(_PHASES.values())})
 
 # %% [markdown]
 # ## A grid of isochrones
@@ -94,7 +94,7 @@ class Isochrones:
     log_teff, logg, mass : array (F, A, E)
         log10 of the effective temperature [K], surface gravity [dex], initial mass [solar masses].
     phase : array (F, A, E) of int
-        Keys of `PHASES`.
+        Keys of `_PHASES`.
     source : str
         Where they come from.
     """
@@ -186,7 +186,7 @@ print("ages  ", *grid.ages.round(2), "Gyr")
 assert grid.logg.shape == (15, 24, 606)
 assert np.isfinite(grid.logg[:, :, 454 - 202 :]).all()  # every giant is there
 assert np.array_equal(grid.phase < 0, np.isnan(grid.logg))
-assert set(np.unique(grid.phase)) <= {-1, *PHASES}
+assert set(np.unique(grid.phase)) <= {-1, *_PHASES}
 
 # %% [markdown]
 # ## Between the nodes
@@ -285,7 +285,7 @@ def _as_grid(grid):
     "The grid to interpolate in: the one given, a table turned into a grid, or the shipped one."
     if grid is None:
         return shipped_isochrones()
-    return grid if isinstance(grid, Isochrones) else from_table(grid)
+    return grid if isinstance(grid, Isochrones) else _from_table(grid)
 
 
 def _gap(grid, age, feh):
@@ -500,7 +500,7 @@ def _nodes(values):
     return nodes, np.searchsorted(borders, values)
 
 
-def from_table(table: QTable) -> Isochrones:
+def _from_table(table: QTable) -> Isochrones:
     """The isochrones of a table as a grid.
 
     Parameters
@@ -527,7 +527,7 @@ def from_table(table: QTable) -> Isochrones:
 
 # %%
 four_lines = vstack([isochrone(grid.ages[j], feh) for j in (10, 12) for feh in (-1, 0)])
-print(from_table(four_lines))
+print(_from_table(four_lines))
 expected = isochrone(grid.ages[12], -1)
 again = isochrone(grid.ages[12], -1, grid=four_lines)
 assert all(np.allclose(again[name], expected[name], rtol=1e-12) for name in again.colnames)
@@ -938,7 +938,7 @@ assert np.array_equal(small[0], [[np.nan, 0, 1, 2], [3, 4, np.nan, np.nan]], equ
 
 # %%
 #| export
-def read_grid(source) -> Isochrones:
+def _read_grid(source) -> Isochrones:
     """What the project needs of the MIST grid in lachesis-grids.
 
     Parameters
@@ -976,7 +976,7 @@ def read_grid(source) -> Isochrones:
 
 # %%
 with pytest.raises(LabError, match="missing.whl .*give the wheel of lachesis-grids 0.0.9"):
-    read_grid(folder / "missing.whl")
+    _read_grid(folder / "missing.whl")
 
 # %% [markdown]
 # The extract is a FITS file with one image per array; its header says what it was made from.
@@ -999,7 +999,7 @@ def make_isochrones(source, path) -> str:
     Parameters
     ----------
     source : str or Path
-        As for `read_grid`.
+        As for `_read_grid`.
     path : str or Path
         The FITS file to write.
 
@@ -1008,7 +1008,7 @@ def make_isochrones(source, path) -> str:
     str
         sha256 of the file.
     """
-    grid = read_grid(source)
+    grid = _read_grid(source)
     arrays = {name: getattr(grid, name) for name in ("feh", "log_age", "eep", *_CUBES)}
     arrays["phase"] = np.where(grid.phase < 0, _NO_PHASE, grid.phase).astype(np.uint8)
     images = [fits.ImageHDU(array, name=name) for name, array in arrays.items()]

@@ -448,7 +448,7 @@ print("burn-in", _burn_in(toy), " R-hat", rhat.round(4), " ESS", ess.round())
 assert np.allclose(ess, 4 * 16 * 2000 / 19, rtol=0.15) and np.all(rhat < 1.01)
 
 # %% [markdown]
-# `diagnose` gathers these numbers and says in words what is wrong. A chain with problems is not summarized: `NotConverged` says why, unless the caller
+# `_diagnose` gathers these numbers and says in words what is wrong. A chain with problems is not summarized: `NotConverged` says why, unless the caller
 # insists.
 
 # %%
@@ -462,7 +462,7 @@ class NotConverged(LabError):
 
 
 @dataclass
-class Diagnosis:
+class _Diagnosis:
     """Whether a chain may be believed.
 
     Attributes
@@ -505,7 +505,7 @@ list(_problems("x", steps=100, tau=19.0, rhat=1.2, ess=90))
 
 # %%
 #| export
-def diagnose(chain: np.ndarray, names, burn_in: int | None = None) -> Diagnosis:
+def _diagnose(chain: np.ndarray, names, burn_in: int | None = None) -> _Diagnosis:
     """Judge a chain: autocorrelation time, burn-in, R-hat, effective sample size.
 
     Parameters
@@ -519,7 +519,7 @@ def diagnose(chain: np.ndarray, names, burn_in: int | None = None) -> Diagnosis:
 
     Returns
     -------
-    Diagnosis
+    _Diagnosis
 
     Raises
     ------
@@ -540,14 +540,14 @@ def diagnose(chain: np.ndarray, names, burn_in: int | None = None) -> Diagnosis:
         for label in zip(names, tau, rhat, ess)
         for problem in _problems(label[0], kept.shape[1], *label[1:])
     ]
-    return Diagnosis(int(burn_in), tau, rhat, ess, problems)
+    return _Diagnosis(int(burn_in), tau, rhat, ess, problems)
 
 
 # %% [markdown]
 # The toy passes. (emcee takes each walker's own mean away, which makes $\tau$ a tenth too short here; ArviZ compares the chains and does not mind.)
 
 # %%
-good = diagnose(toy, "xy")
+good = _diagnose(toy, "xy")
 print("tau", good.tau.round(1), "R-hat", good.rhat.round(4))
 print("ESS", good.ess.round(), "burn-in", good.burn_in)
 assert np.allclose(good.tau, 19, rtol=0.15) and not good.problems
@@ -557,15 +557,15 @@ assert np.allclose(good.ess, 4 * 16 * (2000 - good.burn_in) / 19, rtol=0.15)
 # And three that must be refused: too short, two ensembles in different places, and a drift that never ends.
 
 # %%
-short = diagnose(toy[:, :200], "xy")
-apart = diagnose(toy + np.array([0, 0, 0, 3])[:, None, None, None], "xy")
-drifting = diagnose(toy + np.linspace(0, 30, 2000)[:, None, None], "xy")
+short = _diagnose(toy[:, :200], "xy")
+apart = _diagnose(toy + np.array([0, 0, 0, 3])[:, None, None, None], "xy")
+drifting = _diagnose(toy + np.linspace(0, 30, 2000)[:, None, None], "xy")
 for bad in (short, apart, drifting):
     print(bad.problems[0])
 assert "autocorrelation times, 50 are needed" in short.problems[0]
 assert any("the ensembles disagree" in problem for problem in apart.problems)
 assert drifting.problems
-stuck = diagnose(np.zeros((2, 100, 4, 1)), "x")  # walkers that never moved
+stuck = _diagnose(np.zeros((2, 100, 4, 1)), "x")  # walkers that never moved
 assert stuck.problems
 
 
@@ -583,7 +583,7 @@ class _Walk:
     chain: np.ndarray
     log_prob: np.ndarray
     acceptance: float
-    diagnosis: Diagnosis
+    diagnosis: _Diagnosis
 
     @property
     def converged(self) -> bool:
@@ -648,7 +648,7 @@ class Posterior(_Walk):
     log_prob : array (E, S, W)
     acceptance : float
         Share of accepted steps.
-    diagnosis : Diagnosis
+    diagnosis : _Diagnosis
     model : Cannon
     best : array (K,)
         The inversion's best fit, physical units.
@@ -703,7 +703,7 @@ class Posterior(_Walk):
 Posterior(("x", "y"), toy, np.zeros(toy.shape[:3]), 1.0, good).summary()
 
 # %% [markdown]
-# `run_ensembles` lets emcee walk any log-density. Without a given number of steps it goes on, 1,500 at a time, until the diagnosis has nothing to say,
+# `_run_ensembles` lets emcee walk any log-density. Without a given number of steps it goes on, 1,500 at a time, until the diagnosis has nothing to say,
 # and at most the 15,000 of the original lab. Each ensemble has its own random numbers, all from one seed, so the same seed gives the same chain.
 
 # %%
@@ -747,7 +747,7 @@ print(
 
 # %%
 #| export
-def run_ensembles(
+def _run_ensembles(
     log_prob: Callable,
     start: np.ndarray,
     names,
@@ -797,7 +797,7 @@ def run_ensembles(
             done += count
             chain = np.stack([sampler.get_chain() for sampler in samplers])
             if done == most or (steps is None and _worth_judging(chain)):
-                diagnosis = diagnose(chain, names, burn_in)
+                diagnosis = _diagnose(chain, names, burn_in)
     log_probs = np.stack([sampler.get_log_prob() for sampler in samplers])
     acceptance = np.mean([sampler.acceptance_fraction for sampler in samplers])
     return Posterior(tuple(names), chain, log_probs, float(acceptance), diagnosis)
@@ -809,7 +809,7 @@ def run_ensembles(
 # %%
 flat = UniformPrior(2)
 middle = np.random.default_rng(4).uniform(-0.1, 0.1, (2, 16, 2))
-only_prior = run_ensembles(flat, middle, "xy", progress=False)
+only_prior = _run_ensembles(flat, middle, "xy", progress=False)
 forgotten = int(2 * only_prior.diagnosis.tau.max())
 thinned = only_prior.chain[:, only_prior.diagnosis.burn_in :: forgotten].reshape(-1, 2)
 print(only_prior)
@@ -830,17 +830,17 @@ def two_peaks(x):
 
 
 begin = np.random.default_rng(5).normal(0, 0.3, (2, 16, 2)) + np.array([3, -3])[:, None, None]
-bimodal = run_ensembles(two_peaks, begin, "xy", steps=2000, progress=False)
+bimodal = _run_ensembles(two_peaks, begin, "xy", steps=2000, progress=False)
 with pytest.raises(NotConverged, match="the ensembles disagree"):
     bimodal.summary()
 assert bimodal.summary(insist=True).meta["converged"] is False
 assert "NOT CONVERGED" in repr(bimodal)
-alone = run_ensembles(two_peaks, begin[:1], "xy", steps=2000, progress=False)
+alone = _run_ensembles(two_peaks, begin[:1], "xy", steps=2000, progress=False)
 print("one ensemble alone:", alone)
 
 # %%
 brief = [
-    run_ensembles(two_peaks, begin, "xy", steps=200, seed=seed, progress=False)
+    _run_ensembles(two_peaks, begin, "xy", steps=200, seed=seed, progress=False)
     for seed in (1, 1, 2)
 ]
 with pytest.raises(NotConverged, match="autocorrelation times, 50 are needed"):
@@ -1032,7 +1032,7 @@ def sample(
     walkers, ensembles : int, default 16 and 4
         Walkers of an ensemble, and ensembles that walk independently.
     steps, burn_in : int, optional
-        As for `run_ensembles`. The original lab took 15,000 and 8,000.
+        As for `_run_ensembles`. The original lab took 15,000 and 8,000.
     start : {"best", "mean", "prior"}
         The valleys of chi2, the mean labels (as the original lab), or anywhere in the prior.
     seed : int, default 42
@@ -1053,7 +1053,7 @@ def sample(
     log_prob = _star_posterior(model, stats, prior, best, float(table["chi2"][0]))
     shape = (ensembles, walkers, best.shape[1])
     begin = _begin(start, model, stats, log_prob, best, shape, np.random.default_rng(seed))
-    posterior = run_ensembles(log_prob, begin, model.label_names_, steps, burn_in, seed, progress)
+    posterior = _run_ensembles(log_prob, begin, model.label_names_, steps, burn_in, seed, progress)
     posterior.chain = model.unscale(posterior.chain)
     posterior.model = model
     posterior.best = model.unscale(best)[0]
@@ -1117,7 +1117,7 @@ plot_trace(lab_run);
 
 # %%
 #| echo: false
-judged_run = diagnose(lab_run.chain, names)
+judged_run = _diagnose(lab_run.chain, names)
 Markdown(
     "**What to see.** The walkers set out at the mean, fall into the valley and then fill it. "
     "Shaded are the 8,000 steps of the original lab; judged by the autocorrelation time of "

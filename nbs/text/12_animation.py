@@ -160,7 +160,7 @@ print(refused.value)
 
 # %%
 #| export
-def label_path(
+def _label_path(
     model: Cannon,
     moving: str,
     low: float,
@@ -235,7 +235,7 @@ def _follow_branch(training, path, place):
 
 # %%
 middle = np.quantile(training["LOGG"], [0.75, 0.25])
-Table(label_path(model, "LOGG", *middle, 3, others="branch").round(2), names=names)
+Table(_label_path(model, "LOGG", *middle, 3, others="branch").round(2), names=names)
 
 
 # %% [markdown]
@@ -250,12 +250,12 @@ def gravities(value):
 rich, poor = np.quantile(training[metallicity], [0.85, 0.3])
 symbol = LABELS[metallicity].symbol
 paths = {
-    f"branch at {symbol} = {value:.2f}": label_path(
+    f"branch at {symbol} = {value:.2f}": _label_path(
         model, "LOGG", *gravities(value), 50, {metallicity: value}, "branch"
     )
     for value in (rich, poor)
 }
-paths["all others at their mean"] = label_path(
+paths["all others at their mean"] = _label_path(
     model, "LOGG", *np.quantile(training["LOGG"], [0.99, 0.01]), 50
 )
 
@@ -275,8 +275,8 @@ ax.legend(frameon=False, fontsize=9);
 # %%
 #| echo: false
 ends = np.quantile(training["LOGG"], [0.9, 0.1])
-followed = label_path(model, "LOGG", *ends, 2, others="branch")
-away = np.abs(followed - label_path(model, "LOGG", *ends, 2))[:, names.index("TEFF")]
+followed = _label_path(model, "LOGG", *ends, 2, others="branch")
+away = np.abs(followed - _label_path(model, "LOGG", *ends, 2))[:, names.index("TEFF")]
 Markdown(
     "**What to see.** Each branch runs through the training stars of its own colour. The dotted "
     f"line leaves them at both ends: there its temperature is {away[0]:.0f} and {away[1]:.0f} K "
@@ -305,7 +305,7 @@ metals = rng.uniform(-1, 0.3, 300)
 bent = np.column_stack([4000 + 300 * logg + 40 * logg**2 - 200 * metals * logg, logg, metals])
 noise = rng.normal(1, 0.01, (300, 5))
 exact = Cannon(order=1).fit(bent, noise, label_names=["TEFF", "LOGG", "M_H"])
-path = label_path(exact, "logg", 3, 1, 5, {"m_h": -0.5}, "branch")
+path = _label_path(exact, "logg", 3, 1, 5, {"m_h": -0.5}, "branch")
 teff, logg, metals = path.T
 assert np.allclose(teff, 4000 + 300 * logg + 40 * logg**2 + 100 * logg)
 assert np.all(metals == -0.5)
@@ -372,7 +372,7 @@ print(*(f"{species}: {count}" for species, count in counts.items()), sep=", ")
 _BRACKETT = range(11, 17)  # upper levels whose lines lie in the H band and stand apart
 
 
-def brackett(n):
+def _brackett(n):
     """Wavelength of hydrogen's line from level n to level 4.
 
     Parameters
@@ -387,14 +387,14 @@ def brackett(n):
 
     Examples
     --------
-    >>> float(brackett(11).round())
+    >>> float(_brackett(11).round())
     16811.0
     """
     rydberg = (Ryd / (1 + m_e / m_p)).to_value(1 / u.AA)
     return 1 / (rydberg * (1 / 16 - 1 / np.square(n, dtype=float)))
 
 
-def strong_lines() -> QTable:
+def _strong_lines() -> QTable:
     """Well-known strong lines of the H band.
 
     Returns
@@ -407,7 +407,7 @@ def strong_lines() -> QTable:
         for species, text in _AIR_LINES.items()
         for air in text.split()
     ]
-    rows += [(f"Br {n}", brackett(n), "Rydberg") for n in _BRACKETT]
+    rows += [(f"Br {n}", _brackett(n), "Rydberg") for n in _BRACKETT]
     table = QTable(
         rows=sorted(rows, key=lambda row: row[1]),
         names=["species", "wavelength", "source"],
@@ -418,12 +418,12 @@ def strong_lines() -> QTable:
 
 
 # %%
-lines = strong_lines()
+lines = _strong_lines()
 lines[:5]
 
 # %%
-assert abs(brackett(11) - 16811.1) < 0.1
-assert abs(brackett(7) / 21661.2 - 1) < 1e-5  # Br gamma, in every textbook at 2.1661 micron
+assert abs(_brackett(11) - 16811.1) < 0.1
+assert abs(_brackett(7) / 21661.2 - 1) < 1e-5  # Br gamma, in every textbook at 2.1661 micron
 assert abs(air_to_vacuum(15748.988) - 15753.29) < 0.02
 assert abs(air_to_vacuum(16763.360) - 16767.94) < 0.02
 
@@ -551,7 +551,7 @@ _MIN_DIP = 0.03  # below the shoulders
 _MIN_DEEPENING = 0.005  # for one standard deviation of a label
 
 
-def check_lines(model: Cannon, labels: np.ndarray = None, table: QTable = None) -> QTable:
+def _check_lines(model: Cannon, labels: np.ndarray = None, table: QTable = None) -> QTable:
     """Which lines does the model confirm?
 
     A line is named if the model's spectrum has a dip there that deepens with a label that should
@@ -564,7 +564,7 @@ def check_lines(model: Cannon, labels: np.ndarray = None, table: QTable = None) 
     labels : array (S, K), optional
         Trial stars, physical units; by default one of mean training labels.
     table : QTable, optional
-        Lines with `species` and `wavelength` (vacuum); by default `strong_lines`.
+        Lines with `species` and `wavelength` (vacuum); by default `_strong_lines`.
 
     Returns
     -------
@@ -578,7 +578,7 @@ def check_lines(model: Cannon, labels: np.ndarray = None, table: QTable = None) 
         If the model does not know its wavelengths.
     """
     grid = _grid(model)
-    table = strong_lines() if table is None else table
+    table = _strong_lines() if table is None else table
     labels = np.atleast_2d(model.training_labels_.mean(axis=0) if labels is None else labels)
     wanted = table["wavelength"].to_value(u.AA)
     pixels, whole = _pixels_around(grid, wanted, table["species"])
@@ -607,8 +607,8 @@ def check_lines(model: Cannon, labels: np.ndarray = None, table: QTable = None) 
 # %%
 FROM = -1.0
 TO = 0.5
-trial = label_path(model, metallicity, FROM, TO, 3)
-checked = check_lines(model, trial)
+trial = _label_path(model, metallicity, FROM, TO, 3)
+checked = _check_lines(model, trial)
 named = checked[checked["named"]]
 is_metal = [not name.startswith(("Br", "CO", "OH")) for name in lines["species"]]
 metals = lines[is_metal]
@@ -618,7 +618,7 @@ random["wavelength"] = drawn * u.AA
 air = metals.copy()
 air["wavelength"] = metals["wavelength"] ** 2 / air_to_vacuum(metals["wavelength"].value) / u.AA
 share = {
-    name: check_lines(model, trial, table)["named"].mean()
+    name: _check_lines(model, trial, table)["named"].mean()
     for name, table in (("true", metals), ("random", random), ("air", air))
 }
 
@@ -673,7 +673,7 @@ for name in (*true, fading):
     profile = np.exp(-0.5 * ((wavelength - where[name]) / 0.4) ** 2)
     flux -= (0.2 + 0.1 * feh * (-1 if name == fading else 1)) * profile
 toy = Cannon(order=1).fit(feh, flux, label_names=["FE_H"], wavelength=wavelength)
-verdict = {line_name(row): row["verdict"] for row in check_lines(toy)}
+verdict = {line_name(row): row["verdict"] for row in _check_lines(toy)}
 print(*(f"{name}: {verdict[name]}" for name in (*true, fading)), sep="\n")
 assert {name for name, word in verdict.items() if word == "named"} == set(true)
 assert verdict[fading] == "does not deepen"
@@ -756,7 +756,7 @@ def _pixels(model, window):
 
 def _confirmed_lines(model, labels, grid):
     "Lines on `grid` that the model confirms along a path (F, K), the deepest dip first."
-    lines = check_lines(model, labels[[0, len(labels) // 2, -1]])
+    lines = _check_lines(model, labels[[0, len(labels) // 2, -1]])
     wanted = lines["wavelength"].to_value(u.AA)
     lines = lines[lines["named"] & (wanted > grid[0]) & (wanted < grid[-1])]
     lines.sort("dip", reverse=True)
@@ -771,7 +771,7 @@ def _extrapolated(model, labels):
 
 
 # %%
-path = label_path(model, metallicity, FROM, TO, 9)
+path = _label_path(model, metallicity, FROM, TO, 9)
 inside = _pixels(model, (16000, 16200))
 print(f"{inside.sum()} pixels; extrapolated frames:", *np.flatnonzero(_extrapolated(model, path)))
 _confirmed_lines(model, path, wavelength[inside])[:3]
@@ -801,7 +801,7 @@ def film(
     model : Cannon
         A fitted model that knows its wavelengths.
     moving, low, high, frames, fixed, others
-        The path, as for `label_path`.
+        The path, as for `_label_path`.
     window : (float, float) or None, default (16000, 16200)
         Wavelengths to show [Angstrom, vacuum]; None for the whole grid. The default is that of the
         original lab.
@@ -814,10 +814,10 @@ def film(
     Raises
     ------
     LabError
-        For a path that `label_path` refuses, a window off the grid or without usable pixels, and
+        For a path that `_label_path` refuses, a window off the grid or without usable pixels, and
         a model that does not know its wavelengths.
     """
-    labels = label_path(model, moving, low, high, frames, fixed, others)
+    labels = _label_path(model, moving, low, high, frames, fixed, others)
     k = _places(model, [moving])[0]
     inside = _pixels(model, window)
     grid = model.wavelength_[inside]

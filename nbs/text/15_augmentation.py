@@ -507,7 +507,7 @@ for ax, values in zip(axes, (error, largest_jump)):
     ax.axvline(values["as it is"], color="0.6", lw=0.8, zorder=0)
     ax.grid(axis="y", alpha=0.3)
 axes[0].set(yticks=place, yticklabels=list(tries), xlabel="scaled RMSE of the test stars")
-axes[1].set(xlabel="largest jump of the loss [times its lowest value]", xscale="log");
+axes[1].set(xlabel="largest jump of the loss [times its lowest]");
 
 # %%
 Table(

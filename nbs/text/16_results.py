@@ -188,7 +188,7 @@ def _true_values(table, apogee_ids, names):
     return values
 
 
-def with_truth(spectra: Spectra, root) -> Spectra:
+def _with_truth(spectra: Spectra, root) -> Spectra:
     """Stars with their true labels beside those of the catalogue.
 
     Parameters
@@ -218,7 +218,7 @@ def with_truth(spectra: Spectra, root) -> Spectra:
 
 
 # %%
-spectra = with_truth(spectra, archive_root())
+spectra = _with_truth(spectra, archive_root())
 known = all(f"{name}_TRUE" in spectra.stars.colnames for name in names)
 print(f"{len(spectra)} stars, {len(names)} labels; is the truth known? {'yes' if known else 'no'}")
 assert known == (record.name == "mock")
@@ -230,7 +230,7 @@ made["APOGEE_ID"] = three.stars["APOGEE_ID"]
 made["TEFF"] += 10
 with tempfile.TemporaryDirectory() as folder:
     made.write(Path(folder) / TRUTH_FILE)
-    joined = with_truth(spectra[:4], folder).stars
+    joined = _with_truth(spectra[:4], folder).stars
 assert np.allclose(joined["TEFF_TRUE"][:3], np.asarray(joined["TEFF"][:3]) + 10, rtol=1e-6)
 assert np.isnan(joined["TEFF_TRUE"][3])  # the fourth star is not in the table
 
@@ -248,6 +248,9 @@ assert np.isnan(joined["TEFF_TRUE"][3])  # the fourth star is not in the table
 # %%
 #| export
 _METAL_RICH = -1.3  # [M/H]; stars above it resemble those of the published table
+
+# %%
+#| exporti
 
 
 @dataclass
@@ -498,7 +501,7 @@ assert digests[0] != digests[1]
 
 # %%
 #| export
-def predictions(
+def _predictions(
     model: LabelModel, contest: Contest, folder=None, name: str = "model", progress: bool = True
 ) -> QTable:
     """Labels of every judged star by a model that has not seen its group.
@@ -573,7 +576,7 @@ class Parrot(LabelReader):
 parrot = Parrot().fit(few)
 assert np.allclose(parrot.read(few), few.labels())  # it can speak
 for contest in contests(few, "full"):
-    silent = predictions(Parrot(), contest, progress=False)
+    silent = _predictions(Parrot(), contest, progress=False)
     assert np.array_equal(silent["row"], contest.judged)
     assert np.all(silent[names[0].lower()].value == -9999)
 silent[:3]
@@ -584,16 +587,16 @@ silent[:3]
 # %%
 (contest,) = (one for one in contests(few, "full") if one.name == "five folds")
 with tempfile.TemporaryDirectory() as folder:
-    whole = predictions(Parrot(), contest, folder, progress=False)
+    whole = _predictions(Parrot(), contest, folder, progress=False)
     files = sorted(Path(folder).glob("*.ecsv"))
     for path in files[2:]:
         path.unlink()
     Parrot.trainings = 0
-    again = predictions(Parrot(), contest, folder, progress=False)
+    again = _predictions(Parrot(), contest, folder, progress=False)
     print(f"{len(files)} trainings at first, {Parrot.trainings} after the interruption")
     assert len(files) == 5 and Parrot.trainings == 3
     assert np.array_equal(whole["row"], again["row"])
-    predictions(Parrot(labels=names[:2]), contest, folder, progress=False)
+    _predictions(Parrot(labels=names[:2]), contest, folder, progress=False)
     assert Parrot.trainings == 8
 
 
@@ -646,7 +649,7 @@ def judge(models: Mapping, contest: Contest, folder=None, progress: bool = True)
         name -> estimator, as from `contestants`
     contest : Contest
     folder : str or Path, optional
-        keeps the trainings, as for `predictions`
+        keeps the trainings, as for `_predictions`
     progress : bool, default True
         show bars
 
@@ -656,11 +659,11 @@ def judge(models: Mapping, contest: Contest, folder=None, progress: bool = True)
         one row per model and label: product, contest and model, the columns of `error_table`,
         errors against the true labels (NaN where unknown), times of a training
     labelled : dict
-        name -> `predictions`
+        name -> `_predictions`
     """
     labelled = {}
     for name, model in models.items():
-        labelled[name] = predictions(model, contest, folder, name, progress)
+        labelled[name] = _predictions(model, contest, folder, name, progress)
     scores = [_score(name, table, contest) for name, table in labelled.items()]
     return vstack(scores, metadata_conflicts="silent"), labelled
 
@@ -945,13 +948,13 @@ def _panels(count):
     return fig, axes
 
 
-def plot_residual_trends(labelled: Mapping, contest: Contest, bins: int = 8):
+def _plot_residual_trends(labelled: Mapping, contest: Contest, bins: int = 8):
     """Running medians of predicted - catalogue against the catalogue's label, one panel per label.
 
     Parameters
     ----------
     labelled : dict
-        model -> its `predictions`
+        model -> its `_predictions`
     contest : Contest
     bins : int, default 8
         medians per line, of as many stars each
@@ -983,7 +986,7 @@ def plot_residual_trends(labelled: Mapping, contest: Contest, bins: int = 8):
 
 
 # %%
-fig = plot_residual_trends(labelled, first)
+fig = _plot_residual_trends(labelled, first)
 
 
 # %% [markdown]
@@ -1206,7 +1209,7 @@ def _all_jobs(root, products, profile, seed, only, progress):
     jobs = []
     for number, product in enumerate(products):
         spectra, _ = training_set(root, product=product, progress=progress)
-        spectra = with_truth(spectra.replace(mask=None), root)
+        spectra = _with_truth(spectra.replace(mask=None), root)
         jobs += _jobs_of_product(spectra, number, profile, seed, only)
     jobs.sort(key=lambda job: (job.name in _COSTLY, job.place))
     return jobs, len(spectra)
@@ -1277,7 +1280,7 @@ def run_scoreboard(
     facts |= {"device": _device(), "remark": remark}
     scores = {}
     for done, job in enumerate(jobs, 1):
-        labelled = predictions(job.model, job.contest, folder, job.name, progress)
+        labelled = _predictions(job.model, job.contest, folder, job.name, progress)
         scores[job.place] = _score(job.name, labelled, job.contest)
         in_order = [scores[place] for place in sorted(scores)]
         table = vstack(in_order, metadata_conflicts="silent")
@@ -1379,7 +1382,7 @@ if metal_rich:  # metal-rich cluster giants are no harder than field stars
 
 # %%
 #| export
-def plot_scores(tables: Mapping):
+def _plot_scores(tables: Mapping):
     """Scaled RMSE against label, one marker per model, one panel per table.
 
     Parameters
@@ -1419,7 +1422,7 @@ def plot_scores(tables: Mapping):
 panels = {f"live: {profile()} profile, {first.name}": live}
 if old is not None:
     panels[f"recorded: {old.meta['profile']} profile, {old['contest'][0]}"] = old
-fig = plot_scores(panels)
+fig = _plot_scores(panels)
 
 # %%
 plt.close("all")

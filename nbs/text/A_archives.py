@@ -89,7 +89,7 @@ use_style()
 # it is a copy of. First, one checksum for a whole folder; we shall need it again when two archives are compared.
 
 # %%
-#| export
+#| exporti
 def tree_digest(root) -> str:
     """One checksum for a whole folder.
 
@@ -629,6 +629,8 @@ _H_ZERO = 1.133e7  # flux of a star with H = 0 [1e-17 erg/s/cm^2/Angstrom] (Cohe
 _H_WAVELENGTH = 16_300.0  # where a star's black body has the flux of its H magnitude [Angstrom]
 
 
+# %%
+#| exporti
 def black_body(wave, teff) -> np.ndarray:
     """Planck's law, relative to its value in the middle of the H band (16,300 Angstrom).
 

@@ -60,6 +60,9 @@ use_style()
 # %%
 #| export
 GRID_LABELS = ("TEFF", "LOGG", "FE_H", "MG_FE", "SI_FE", "ALPHA_FE", "C_FE", "N_FE", "VMICRO")
+
+# %%
+#| exporti
 GRID_FIRST = 524  # half steps of the survey's grid; even numbers are the survey's own pixels
 _GRID_LAST = 16730
 _GRID_STEP = LOG10_STEP / 2  # log10 of the wavelength
@@ -79,7 +82,7 @@ print(f"{len(grid_wavelength)} wavelengths from {ends[0]:.1f} to {ends[1]:.1f} Ã
 # wavelengths. Turbulence on large scales broadens a little more; rotation has a profile of its own ([Gray 2005](https://doi.org/10.1017/CBO9781316036570)).
 
 # %%
-#| export
+#| exporti
 FWHM = 13.5  # km/s: the survey's 13.3 and a little macroturbulence; real giants ask for 13 to 14
 _LIGHT_SPEED = constants.c / 1e3  # km/s
 
@@ -431,7 +434,7 @@ for name, stars in drawn.items():
 # nitrogen (*dredge-up*).
 
 # %%
-#| export
+#| exporti
 def usual_vmicro(logg):
     """Microturbulence that goes with a giant's gravity (Meszaros et al. 2013).
 

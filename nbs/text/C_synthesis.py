@@ -102,13 +102,13 @@ use_style()
 # %%
 #| export
 @contextmanager
-def check_file() -> Iterator:
+def _check_file() -> Iterator:
     "The HDUs of what the chapter shows of PySME and ASPCAP, open as long as the block runs."
     with data_file("synthetic_check.fits") as path, fits.open(path) as hdus:
         yield hdus
 
 
-def shipped_lines() -> Table:
+def _shipped_lines() -> Table:
     """The calibrated lines.
 
     Returns
@@ -122,9 +122,9 @@ def shipped_lines() -> Table:
 
 
 # %%
-lines = shipped_lines()
+lines = _shipped_lines()
 species = np.array([name.split()[0] for name in lines["SPECIES"]])
-with check_file() as hdus:
+with _check_file() as hdus:
     print(*(hdu.name for hdu in hdus[1:]))
 lines[:3]
 
@@ -162,8 +162,11 @@ _ISOTOPES = {
 }
 _LINE_RANGE = (15100.0, 17000.0)  # Angstrom, air
 _BRACKETT_RANGE = (14900.0, 17400.0)
-RYDBERG_H = 109677.583  # 1/cm
 _LIGHT_SPEED = constants.c / 1e3  # km/s
+
+# %%
+#| exporti
+RYDBERG_H = 109677.583  # 1/cm
 
 
 # %% [markdown]
@@ -172,7 +175,9 @@ _LIGHT_SPEED = constants.c / 1e3  # km/s
 
 # %%
 #| export
-def air_wavelength(vacuum):
+# Morton's formula, not Ciddor's (`survey.air_to_vacuum`): the shipped emulators were made with it,
+# and the other one changes their flux by up to 8e-4.
+def _air_wavelength(vacuum):
     """Wavelength in standard air (Morton 2000, the formula of PySME); both in Angstrom.
 
     Source: [Morton 2000](https://doi.org/10.1086/317349), equation 8.
@@ -181,17 +186,17 @@ def air_wavelength(vacuum):
     return vacuum / (1 + 8.34254e-5 + 2.406147e-2 / (130 - s2) + 1.5998e-4 / (38.9 - s2))
 
 
-def vacuum_wavelength(air):
-    "The inverse of `air_wavelength`; both in Angstrom."
+def _vacuum_wavelength(air):
+    "The inverse of `_air_wavelength`; both in Angstrom."
     vacuum = np.array(air, float)
     for _ in range(3):
-        vacuum = np.asarray(air, float) * vacuum / air_wavelength(vacuum)
+        vacuum = np.asarray(air, float) * vacuum / _air_wavelength(vacuum)
     return vacuum
 
 
 # %%
 vacuum = np.array([15500.0, 16811.1])
-shift = vacuum - air_wavelength(vacuum)
+shift = vacuum - _air_wavelength(vacuum)
 assert np.allclose(shift, [4.24, 4.59], atol=0.01)  # at 1.55 and 1.68 micron
 print("vacuum minus air [Å]:", shift.round(3))
 
@@ -410,7 +415,7 @@ def _thin_atmosphere(model, depths=48, low=-5.0, high=1.6):
 # $P = g\,m$ (`rhox` is that mass, in g/cm²), and the temperature at optical depth 2/3, from where a grey star's light comes, must be the effective one within a tenth.
 
 # %%
-with check_file() as hdus:
+with _check_file() as hdus:
     layers = Table(hdus["ATMOSPHERES"].data)
 fig, ax = plt.subplots(figsize=(6, 3))
 for row, star in zip(layers, _REFERENCE_GIANTS, strict=True):
@@ -512,7 +517,7 @@ def _line_columns(lines):
     species = np.asarray(lines["SPECIES"], str)
     air = np.asarray(lines["WAVE"], float)
     hydrogen = species == "H 1"
-    level = 1 / np.maximum(1 / 16 - 1e8 / vacuum_wavelength(air) / RYDBERG_H, 1e-6)
+    level = 1 / np.maximum(1 / 16 - 1e8 / _vacuum_wavelength(air) / RYDBERG_H, 1e-6)
     return {
         "species": species,
         "wlcent": air,
@@ -637,7 +642,7 @@ def _near(centres, wave, reach=4.0):
 
 
 # %%
-grid_air = air_wavelength(grid_wavelength)
+grid_air = _air_wavelength(grid_wavelength)
 points = _hydrogen_points(brackett["wlcent"], grid_air)
 assert np.all(np.diff(points) > 0.05) and _near([16000.0, 16010.0], points[:1]).sum() == 0
 print(f"{len(points)} points instead of {len(grid_air)}")
@@ -663,7 +668,7 @@ class Synthesizer(_Transfer):
     def __init__(self, lines, net, wavelength=grid_wavelength, depths=48, rays=4):
         super().__init__(net, depths, rays)
         self.lines = lines
-        self.air = air_wavelength(np.asarray(wavelength, float))
+        self.air = _air_wavelength(np.asarray(wavelength, float))
 
     def transfer(self, air, convolve=False):
         "Normalized flux at these air wavelengths, with the lines that were loaded."
@@ -708,7 +713,7 @@ class Synthesizer(_Transfer):
 # How good is the short cut? Around Brackett 11, in the warm reference giant:
 
 # %%
-with check_file() as hdus:
+with _check_file() as hdus:
     hydrogen = Table(hdus["HYDROGEN"].data)
 fig, (ax, below) = plt.subplots(2, 1, figsize=(8, 4.2), sharex=True, height_ratios=(2, 1))
 for name, label in (
@@ -726,7 +731,7 @@ ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3)
 below.legend(frameon=False, loc="center right");
 
 # %%
-core = np.abs(air_wavelength(hydrogen["WAVE"]) - 16806.5) < _HYDROGEN_CORE - 0.5
+core = np.abs(_air_wavelength(hydrogen["WAVE"]) - 16806.5) < _HYDROGEN_CORE - 0.5
 older = 1 - hydrogen["HYDROGEN_OLDER"].min()
 convolved = 1 - hydrogen["HYDROGEN"].min()
 missed = {}
@@ -848,9 +853,9 @@ def brute_spectrum(tau, centres, doppler):
 
 
 rng = np.random.default_rng(5)
-toy_air = air_wavelength(np.sort(rng.uniform(16010, 16190, 40)))
+toy_air = _air_wavelength(np.sort(rng.uniform(16010, 16190, 40)))
 toy = Table({"SPECIES": ["Fe 1"] * 40, "WAVE": toy_air})
-centres = vacuum_wavelength(toy["WAVE"])
+centres = _vacuum_wavelength(toy["WAVE"])
 tau = 10 ** rng.uniform(-2, 0.5, 40)
 doppler = centres / _LIGHT_SPEED * np.sqrt(2e-3 * constants.R * 3500 / 56 + 1.5**2)
 plain = brute_spectrum(tau, centres, doppler)
@@ -1056,7 +1061,7 @@ def _calibrator(synthesizer, labels, depths, spectra, row):
     fine = synthesizer(labels)
     fwhm, model = _best_broadening(grid, flux, ivar, fine)
     lines = synthesizer.lines
-    line_vacuum = vacuum_wavelength(lines["WAVE"])
+    line_vacuum = _vacuum_wavelength(lines["WAVE"])
     response = _line_response(lines, depths, fine, labels["VMICRO"], fwhm, grid, line_vacuum)
     residual = flux - model
     good = ivar > 0
@@ -1270,7 +1275,7 @@ def make_check(lines: Table, net: dict, spectra: Spectra, example, out, facts: d
     Parameters
     ----------
     lines : Table
-        The calibrated lines, as of `shipped_lines`.
+        The calibrated lines, as of `_shipped_lines`.
     net : dict
         What `read_atmosphere_net` gives.
     spectra : Spectra
@@ -1318,7 +1323,7 @@ def make_check(lines: Table, net: dict, spectra: Spectra, example, out, facts: d
 # very star with its labels free.
 
 # %%
-with check_file() as hdus:
+with _check_file() as hdus:
     checked = Table(hdus["STARS"].data)
     models = {
         name: 1 - hdus[name].header["STEP"] * hdus[name].data
@@ -1418,7 +1423,7 @@ residual = np.array(
 shown = np.isfinite(residual).sum(axis=0) >= 5
 common = np.zeros(len(shown))
 common[shown] = np.nanmedian(residual[:, shown], axis=0)
-vacuum_lines = vacuum_wavelength(lines["WAVE"])
+vacuum_lines = _vacuum_wavelength(lines["WAVE"])
 
 
 def strongest_line(wavelength):
@@ -1507,7 +1512,7 @@ assert np.all(0.55 * 10 ** (design["C_FE"] - design["ALPHA_FE"]) < 0.8)  # no ca
 
 # %%
 #| export
-def write_batch(path, labels: Table, flux: np.ndarray, facts: dict):
+def _write_batch(path, labels: Table, flux: np.ndarray, facts: dict):
     """Write a batch of the grid: spectra as steps below the continuum, labels, what made them.
 
     Parameters
@@ -1531,7 +1536,7 @@ def write_batch(path, labels: Table, flux: np.ndarray, facts: dict):
         fits.HDUList([fits.PrimaryHDU(), image, table]).writeto(temporary)
 
 
-def read_batch(path) -> tuple:
+def _read_batch(path) -> tuple:
     "Labels (Table), flux (N, 16207) float32 and header facts (dict) of a batch."
     with fits.open(path) as hdus:
         labels = Table(hdus["LABELS"].data)
@@ -1544,8 +1549,8 @@ with tempfile.TemporaryDirectory() as folder:
     flux = 1 - 0.5 * rng.random((2, len(grid_wavelength))).astype("f4")
     few = design[:2].copy()
     few["GOOD"] = [True, False]
-    write_batch(Path(folder) / "batch_0000.fits", few, flux, {"LINES": "abc", "SEED": 1})
-    again, same, header = read_batch(Path(folder) / "batch_0000.fits")
+    _write_batch(Path(folder) / "batch_0000.fits", few, flux, {"LINES": "abc", "SEED": 1})
+    again, same, header = _read_batch(Path(folder) / "batch_0000.fits")
     assert np.abs(same - flux).max() <= 0.51 * _FLUX_STEP and header["LINES"] == "abc"
     assert np.allclose(label_matrix(again), label_matrix(few))
 again
@@ -1553,13 +1558,13 @@ again
 
 # %%
 #| export
-def read_grid(paths) -> tuple:
+def _read_grid(paths) -> tuple:
     """All good models of the batches.
 
     Parameters
     ----------
     paths : iterable of paths
-        Files that `write_batch` wrote.
+        Files that `_write_batch` wrote.
 
     Returns
     -------
@@ -1577,7 +1582,7 @@ def read_grid(paths) -> tuple:
     flux = []
     headers = []
     for path in paths:
-        table, spectra, header = read_batch(path)
+        table, spectra, header = _read_batch(path)
         headers.append(header)
         if _belongs_to(header) != _belongs_to(headers[0]):
             raise LabError(
@@ -1597,8 +1602,8 @@ def _belongs_to(header):
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
-    write_batch(Path(folder) / "batch_0000.fits", few, flux, {"LINES": "abc", "SEED": 1})
-    labels, good_flux, _ = read_grid([Path(folder) / "batch_0000.fits"])
+    _write_batch(Path(folder) / "batch_0000.fits", few, flux, {"LINES": "abc", "SEED": 1})
+    labels, good_flux, _ = _read_grid([Path(folder) / "batch_0000.fits"])
 assert labels.shape == (1, 9) and good_flux.shape == (1, len(grid_wavelength))  # only the good one
 
 
@@ -1663,7 +1668,7 @@ def compute_batch(path, labels: Table, lines: str, net: str, facts: dict) -> lis
     flux, failures = _compute(_synthesizer(lines, net), labels)
     labels = labels.copy()
     labels["GOOD"] = np.isfinite(flux).all(axis=1)
-    write_batch(path, labels, flux, facts)
+    _write_batch(path, labels, flux, facts)
     return [f"{Path(path).name}: {failure}" for failure in failures]
 
 
@@ -1725,7 +1730,7 @@ products.shape
 _GROUPS = (0, 1, 2, 3, 4, 6, 8, 10, 15, 20, 30, 50)
 
 
-def kept_aside(models: int) -> np.ndarray:
+def _kept_aside(models: int) -> np.ndarray:
     "(M,) bool: the models that only test, every tenth, so that they too cover the domain."
     return np.arange(models) % 10 == 5
 
@@ -1753,7 +1758,7 @@ def _train_emulator(labels, flux, components, domain):
     )
 
 
-def emulator_error(emulator: Emulator, labels: np.ndarray, flux: np.ndarray) -> dict:
+def _emulator_error(emulator: Emulator, labels: np.ndarray, flux: np.ndarray) -> dict:
     """How far an emulator is from models that it has not seen, as the survey would see both.
 
     Parameters
@@ -1789,7 +1794,7 @@ toy_unit = unit_labels(toy_stars)
 patterns = np.sin(np.outer(np.arange(1, 10), grid_wavelength / 3))
 toy_flux = (0.7 + 0.01 * (toy_unit + 0.2 * toy_unit**2) @ patterns).astype("f4")
 toy_emulator = _train_emulator(toy_stars[:60], toy_flux[:60], 9, "giants")
-toy_error = emulator_error(toy_emulator, toy_stars[60:], toy_flux[60:])
+toy_error = _emulator_error(toy_emulator, toy_stars[60:], toy_flux[60:])
 print(f"rms at the median pixel {toy_error['median']:.2e}, spread {toy_flux.std():.2e}")
 assert toy_error["median"] < 0.2 * broaden(toy_flux, FWHM)[:, survey_pixels].std()
 
@@ -1802,7 +1807,7 @@ def make_emulator(paths, out, facts: dict, components: int = None) -> Emulator:
     Parameters
     ----------
     paths : iterable of paths
-        Files that `write_batch` wrote.
+        Files that `_write_batch` wrote.
     out : path
         The file to write.
     facts : dict
@@ -1815,11 +1820,11 @@ def make_emulator(paths, out, facts: dict, components: int = None) -> Emulator:
     Emulator
         Its `facts` name its error: RMSMED (median over pixels of the rms) and RMS99.
     """
-    labels, flux, header = read_grid(paths)
-    aside = kept_aside(len(labels))
+    labels, flux, header = _read_grid(paths)
+    aside = _kept_aside(len(labels))
     domain = header.get("DOMAIN", "giants")
     emulator = _train_emulator(labels[~aside], flux[~aside], components, domain)
-    error = emulator_error(emulator, labels[aside], flux[aside])
+    error = _emulator_error(emulator, labels[aside], flux[aside])
     made = {name: header[name] for name in ("PYTHON", "PYSME", "LINES", "SEED") if name in header}
     others = {name: value for name, value in facts.items() if name not in made}
     emulator.facts = made | others
@@ -1919,7 +1924,7 @@ assert min(answer(name, "VMICRO") for name in ("Mg", "Si", "Fe")) > 0.001
 
 # %%
 #| export
-def aspcap_agreement(emulator: Emulator, labels, aspcap: np.ndarray, ivar: np.ndarray) -> tuple:
+def _aspcap_agreement(emulator: Emulator, labels, aspcap: np.ndarray, ivar: np.ndarray) -> tuple:
     """How far ASPCAP's synthetic spectra are from ours.
 
     Parameters
@@ -1953,7 +1958,7 @@ def aspcap_agreement(emulator: Emulator, labels, aspcap: np.ndarray, ivar: np.nd
 
 # %%
 known = emulator.inside(checked)
-off, correlation, rms = aspcap_agreement(
+off, correlation, rms = _aspcap_agreement(
     emulator, checked[known], models["ASPCAP"][known], spectra.ivar[known]
 )
 print(
@@ -1992,7 +1997,7 @@ def compare_with_aspcap(emulator: Emulator, spectra: Spectra, example, out, fact
     stars["INSIDE"] = emulator.inside(stars)
     inside = np.flatnonzero(stars["INSIDE"])
     aspcap = _aspcap_spectra(example, stars["APOGEE_ID"][inside])
-    off, correlation, rms = aspcap_agreement(emulator, stars[inside], aspcap, spectra.ivar[inside])
+    off, correlation, rms = _aspcap_agreement(emulator, stars[inside], aspcap, spectra.ivar[inside])
     for name, values in (("CORRELATION", correlation), ("RMS", rms)):
         stars[name] = np.full(len(stars), np.nan, "f4")
         stars[name][inside] = values
@@ -2016,7 +2021,7 @@ def compare_with_aspcap(emulator: Emulator, spectra: Spectra, example, out, fact
 # All giants of the clusters were compared when the emulator was made (`python tools/synthesis.py witness`): the chapter carries their table, and what each pixel showed.
 
 # %%
-with check_file() as hdus:
+with _check_file() as hdus:
     giants = Table(hdus["WITNESS"].data)
     giants_pixels = Table(hdus["WITNESS_PIXELS"].data)
     giants_made = hdus["WITNESS"].header
@@ -2091,7 +2096,7 @@ assert np.median(against_pysme) < 0.002
 # Nine labels free, inside the domain of the grid, and the pseudo-continuum as before. What does a star that took no part say of its own labels?
 
 # %%
-#| export
+#| exporti
 def fit_star(
     emulator: Emulator,
     grid: np.ndarray,

@@ -632,7 +632,7 @@ _SUPERPERSISTENCE = 0.08  # share of the fibres: the whole blue chip
 _PERSISTENCE = 0.12  # share of the fibres: a patch of it
 
 
-def draw_mask(velocity: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _draw_mask(velocity: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Pixel masks: what is fixed on the detector moves with the star's velocity.
 
     Parameters
@@ -671,7 +671,7 @@ def draw_mask(velocity: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 # %%
 rng = np.random.default_rng(5)
-masks = draw_mask(55.0 * rng.standard_normal(len(people)), rng)
+masks = _draw_mask(55.0 * rng.standard_normal(len(people)), rng)
 flagged = (masks != 0).mean(axis=1)
 fig, axes = plt.subplots(1, 2, figsize=(10, 3))
 axes[0].imshow(
@@ -705,7 +705,9 @@ Markdown(
 _TELLURIC_RESIDUAL = 0.004  # of the flux, what the division leaves
 
 
-def observe(flux: np.ndarray, snr: np.ndarray, mask: np.ndarray, rng: np.random.Generator) -> tuple:
+def _observe(
+    flux: np.ndarray, snr: np.ndarray, mask: np.ndarray, rng: np.random.Generator
+) -> tuple:
     """Spectra as the instrument delivers them.
 
     Parameters
@@ -715,7 +717,7 @@ def observe(flux: np.ndarray, snr: np.ndarray, mask: np.ndarray, rng: np.random.
     snr : ndarray, shape (N,)
         Signal to noise per pixel.
     mask : ndarray, shape (N, P)
-        APOGEE_PIXMASK bits, as of `draw_mask`.
+        APOGEE_PIXMASK bits, as of `_draw_mask`.
     rng : numpy Generator
 
     Returns
@@ -743,7 +745,7 @@ def observe(flux: np.ndarray, snr: np.ndarray, mask: np.ndarray, rng: np.random.
 
 # %%
 quiet_mask = np.zeros((300, len(wavelength)), "i2")
-quiet_flux, quiet_error = observe(
+quiet_flux, quiet_error = _observe(
     truth_flux[:300], np.full(300, 100.0), quiet_mask, np.random.default_rng(0)
 )
 pull = (quiet_flux - truth_flux[:300]) / quiet_error
@@ -752,7 +754,7 @@ assert abs(pull.std() - 1) < 0.01 and abs(pull.mean()) < 0.01  # the stated erro
 assert np.isclose(np.median(truth_flux[:300] / quiet_error), 100, rtol=0.05)
 assert 0.15 < flagged.mean() < 0.18 and 0.05 < np.mean(flagged > 3000 / 7214) < 0.12
 # ten pixels' worth of velocity: what the air does stays on the detector
-moved = draw_mask(np.array([0.0, 41.4189]), np.random.default_rng(1)) & PIXMASK.SIG_TELLURIC
+moved = _draw_mask(np.array([0.0, 41.4189]), np.random.default_rng(1)) & PIXMASK.SIG_TELLURIC
 assert np.array_equal(moved[0, 110:2900], moved[1, 100:2890])
 print(f"scatter over stated error: {pull.std():.3f}")
 
@@ -890,8 +892,8 @@ def mock_stars(stars: int = _STARS, seed: int = 42) -> tuple:
     n = len(truth)
     snr = np.clip(_SNR_MEDIAN * np.exp(_SNR_SPREAD * rng.standard_normal(n)), *_SNR_RANGE)
     velocity = _VELOCITY_SPREAD * rng.standard_normal(n)
-    mask = draw_mask(velocity, rng)
-    flux, error = observe(true_spectra(truth), snr, mask, rng)
+    mask = _draw_mask(velocity, rng)
+    flux, error = _observe(true_spectra(truth), snr, mask, rng)
     with np.errstate(divide="ignore"):
         ivar = np.where(error > 0, 1 / error**2, 0).astype("f4")
     facts = _observing_facts(truth, snr, velocity, rng)

@@ -15,6 +15,7 @@
 # ## Spectra
 # - **APOGEE.** A survey of the Milky Way in the near infrared, 1.51 to 1.70 micrometres, part of the Sloan Digital Sky Survey (SDSS).
 # - **Chip.** One of the three detectors; between them there are gaps.
+# - **Grid.** The wavelengths of the pixels, the same for all stars ([what a star is to us](00_survey.ipynb)); also the set of labels for which the book computed [spectra from physics](C_synthesis.ipynb).
 # - **Pixel.** One number of the spectrum: the flux in a narrow step of wavelength. The survey's grid has 8,575 pixels; 7,214 of them, the **on-band** ones, are filled in every star.
 # - **Vacuum wavelength.** Light is a little slower in air, so its wavelength there is shorter by 4 to 5 Ångström in our range. The survey gives wavelengths in vacuum.
 # - **Flux, error, ivar.** How much light, its standard deviation, and the inverse variance 1/error². A pixel that nobody should use has ivar 0.
@@ -23,6 +24,11 @@
 # - **Continuum.** The light without lines. In a cool star no pixel is free of lines, so one draws a **pseudo-continuum** by a fixed rule, the same for every star.
 # - **LSF.** Line-spread function: the shape that the spectrograph gives to an infinitely narrow line. Its width over the wavelength is 1/**R**, the resolution; APOGEE has R = 22,500.
 # - **apStar, aspcapStar, allStar.** The survey's files: a star's combined spectrum, the same normalized by the survey's pipeline (**ASPCAP**), and the catalogue of all stars' labels.
+# - **Archive.** A folder of files, laid out as the survey lays out its own, on disk or on a server ([fetching](01_fetch.ipynb); [where the stars come from](A_archives.ipynb)).
+# - **Field.** One pointing of the telescope, a few degrees wide, and the name of the folder with its stars' files ([what a star is to us](00_survey.ipynb)).
+# - **Product.** A kind of file: `apstar` is raw flux, `aspcapstar` is normalized by the survey ([what a star is to us](00_survey.ipynb)).
+# - **Catalogue.** The survey's table of its stars, with the labels that it measured and their errors ([cleaning](02_clean.ipynb)).
+# - **Cut.** A rule that drops stars by one column of the catalogue, such as all with a signal-to-noise ratio below 50 ([what a star is to us](00_survey.ipynb); applied in [cleaning](02_clean.ipynb)).
 # - **Visit.** One observation of a star; a star's spectrum combines several.
 #
 # ## Models
@@ -31,9 +37,11 @@
 # - **Vectorizer, terms, coefficients.** The Cannon's polynomial: the terms are products of labels; each pixel has a coefficient for each term.
 # - **Scaled label, pivot, scale.** A label minus the training mean (pivot), over the training standard deviation (scale).
 # - **Scatter.** What the polynomial gets wrong in a pixel beyond the noise.
+# - **Ridge regression.** A straight line from pixels to labels, with a penalty that keeps its coefficients small ([a straight line](13_readers.ipynb)).
 # - **Inversion.** Finding the labels whose model spectrum fits best.
 # - **chi2.** The sum over pixels of (flux - model)², each in units of its variance. If model and errors are right, it is about the number of pixels.
 # - **Box.** The range of labels that the search may not leave, a quarter beyond the training stars.
+# - **Digest.** A short number computed from all bytes of a file or of a folder, which tells whether two are the same ([where the stars come from](A_archives.ipynb)).
 # - **Emulator.** A fast formula for spectra that physics computes slowly.
 #
 # ## Errors

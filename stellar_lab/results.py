@@ -67,7 +67,7 @@ def _epochs(profile, stars):
     quick = {
         "lab network": epochs_within(600, everyone, 20),
         "augmented network": epochs_within(600, learned, 35),
-        "error-aware network": epochs_within(2_000, everyone, 100),
+        "error-aware network": epochs_within(2_000, everyone, 60),
     }
     return {"quick": quick, "full": full}[profile]
 

@@ -289,6 +289,10 @@ class _PixelPolynomials(LabelModel):
         "chi2 per pixel from which a fit counts as poor, from that of the training stars."
         return _POOR_FIT_FACTOR * float(np.quantile(self.training_chi2_, _POOR_FIT_QUANTILE))
 
+    def _learn_pixels(self, flux, ivar, design, min_stars):
+        "Coefficients, scatter, good pixels and chi2 of each star; a subclass may learn more."
+        return _fit_pixels(flux, ivar, design, min_stars, self.scatter)
+
     def _scaled_labels(self, labels):
         "Scaled labels (N, K) from physical ones, an array or a table that `infer` gave."
         check_is_fitted(self, "theta_")
@@ -435,9 +439,8 @@ class _Learning(_Drawing):
         _check_rank(design)
         terms = len(self.vectorizer_)
         min_stars = 2 * terms if self.min_stars is None else self.min_stars
-        self.theta_, self.scatter_, n_good, chi2 = _fit_pixels(
-            flux, ivar, design, min_stars, self.scatter
-        )
+        learned = self._learn_pixels(flux, ivar, design, min_stars)
+        self.theta_, self.scatter_, n_good, chi2 = learned
         self.training_chi2_ = chi2 / np.maximum(n_good, 1)
         self.training_digest_ = self._digest(n_good, chi2)
         return self

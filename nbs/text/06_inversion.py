@@ -78,17 +78,23 @@ class Statistics:
     b : (N, T-1) array
     n_good : (N,) int array
         pixels that carry weight
+    inverse, share : (N, q, q) and (N, q, T-1) arrays, optional
+        where the model has q hidden labels, already eliminated from A and b: these are
+        inverse @ force - share @ (change of v), with `force` the slope along their directions
     """
 
     A: np.ndarray
     b: np.ndarray
     n_good: np.ndarray
+    inverse: np.ndarray = None
+    share: np.ndarray = None
 
     def __len__(self):
         return len(self.b)
 
     def __getitem__(self, rows) -> "Statistics":
-        return Statistics(self.A[rows], self.b[rows], self.n_good[rows])
+        parts = (self.A, self.b, self.n_good, self.inverse, self.share)
+        return Statistics(*(None if part is None else part[rows] for part in parts))
 
     def matrix(self) -> np.ndarray:
         "The matrices A written out, (N, T-1, T-1) float64."
@@ -153,7 +159,9 @@ class _Basis:
 
     reference: np.ndarray  # (P,) the spectrum at the pivots
     theta: np.ndarray  # (T, P); the constant's row holds what rounding took from the reference
-    products: np.ndarray  # (M, P) distinct products of two of the other rows
+    hidden: np.ndarray  # (q, P) directions of hidden labels, none in a plain Cannon
+    rows: np.ndarray  # (T-1+q, P) theta without the constant, then the directions
+    products: np.ndarray  # (M, P) distinct products of two of these rows
     scatter2: np.ndarray  # (P,)
 
     @classmethod
@@ -161,15 +169,21 @@ class _Basis:
         theta = np.where(model.usable_[:, None], model.theta_, 0).T
         reference = theta[0].astype(dtype)
         theta = np.vstack([theta[0] - reference, theta[1:]]).astype(dtype)
-        i, j, _ = pair_index(len(theta) - 1)
+        hidden = np.asarray(getattr(model, "hidden_", np.empty((0, len(reference)))), dtype)
+        rows = np.vstack([theta[1:], hidden])
+        i, j, _ = pair_index(len(rows))
         scatter2 = np.where(model.usable_, model.scatter_**2, np.nan).astype(dtype)
-        return cls(reference, theta, theta[1:][i] * theta[1:][j], scatter2)
+        return cls(reference, theta, hidden, rows, rows[i] * rows[j], scatter2)
 
 
 # %%
 weights = pixel_weights(np.array([[100.0, 0, 100, 100]]), np.array([0, 0.01, 0.01, np.nan]))
 print("weights", weights)
 assert np.allclose(weights, [[100, 0, 50, 0]])
+
+# %% [markdown]
+# A later chapter meets stars with [labels that nobody told](16_hidden.ipynb). Their directions stand below the coefficients, and they are eliminated at once, so that all that follows sees
+# $A$ and $\mathbf b$ of the labels alone. A plain Cannon has none.
 
 # %%
 #| export
@@ -183,6 +197,20 @@ def _passes(work, size):
     return map(np.concatenate, zip(*results))
 
 
+def _without_hidden(A, b, hidden):
+    """Hidden labels eliminated: A and b of the terms alone, and what gives the hidden labels
+    back."""
+    full = A.astype(float)[:, pair_index(b.shape[1])[2]]
+    terms = b.shape[1] - hidden
+    inverse = np.linalg.inv(full[:, terms:, terms:] + np.eye(hidden))
+    share = inverse @ full[:, terms:, :terms]
+    turned = np.swapaxes(share, 1, 2)
+    i, j, _ = pair_index(terms)
+    left = full[:, :terms, :terms] - turned @ full[:, terms:, :terms]
+    right = b[:, :terms] - (turned @ b[:, terms:, None])[..., 0]
+    return left[:, i, j].astype(A.dtype), right.astype(b.dtype), inverse, share
+
+
 def _statistics(basis, flux, ivar):
     "Statistics of a block of stars."
 
@@ -194,7 +222,11 @@ def _statistics(basis, flux, ivar):
         A = weight @ basis.products.T
         n_good = (weight > 0).sum(axis=1, dtype=np.int32)
         difference *= weight
-        return A, difference @ basis.theta[1:].T, n_good
+        b = difference @ basis.rows.T
+        if not len(basis.hidden):
+            return A, b, n_good
+        A, b, inverse, share = _without_hidden(A, b, len(basis.hidden))
+        return A, b, n_good, inverse, share
 
     return Statistics(*_passes(work, len(flux)))
 
@@ -455,17 +487,31 @@ _EXACT_STEPS = 6  # rounds at most
 _EXACT_ERROR = 1e-4  # error that is left, in error bars
 
 
-def _gradient(basis, terms, flux, ivar):
-    "Half the slope of chi2 along each term (N, T-1), and chi2 (N,), from residuals."
+def _gradient(basis, terms, values, flux, ivar):
+    """Half the slope of chi2 along each term and each of the hidden labels, (N, T-1+q), and chi2
+    (N,), from residuals."""
     terms = terms.astype(basis.theta.dtype)
+    values = values.astype(basis.theta.dtype)
 
     def work(rows):
         residual = flux[rows] - basis.reference
         residual -= terms[rows] @ basis.theta
+        if len(basis.hidden):
+            residual -= values[rows] @ basis.hidden
         weighted = pixel_weights(ivar[rows], basis.scatter2) * residual
-        return weighted @ basis.theta[1:].T, np.einsum("np,np->n", weighted, residual)
+        return weighted @ basis.rows.T, np.einsum("np,np->n", weighted, residual)
 
     return _passes(work, len(flux))
+
+
+def _at_best_hidden(stats, force, chi2, values):
+    "Slopes along the terms (N, T-1) and chi2 (N,) at each star's best hidden labels; their change."
+    terms = stats.b.shape[1]
+    pull = force[:, terms:] - values
+    change = (stats.inverse @ pull[..., None])[..., 0]
+    chi2 = chi2 + (values**2).sum(axis=1) - (pull * change).sum(axis=1)
+    along = force[:, :terms] - (np.swapaxes(stats.share, 1, 2) @ pull[..., None])[..., 0]
+    return along, chi2, change
 
 
 def _finish(model, basis, labels, stats, flux, ivar, box):
@@ -475,20 +521,26 @@ def _finish(model, basis, labels, stats, flux, ivar, box):
     chi2 = np.empty(len(labels))
     resting = np.zeros(len(labels), dtype=bool)
     hessian = np.empty(labels.shape + labels.shape[1:])
+    values = np.zeros((len(labels), len(basis.hidden)))  # of the hidden labels
     rows = slice(None)
     for _ in range(_EXACT_STEPS):
+        here = stats[rows]
         terms = model.vectorizer_(labels[rows])
         jacobian = model.vectorizer_.derivative(labels[rows])[:, 1:]
-        force, chi2_here = _gradient(basis, terms, flux[rows], ivar[rows])
+        force, chi2_here = _gradient(basis, terms, values[rows], flux[rows], ivar[rows])
+        if len(basis.hidden):
+            force, chi2_here, change = _at_best_hidden(here, force, chi2_here, values[rows])
         turned = np.swapaxes(jacobian, 1, 2)
         gradient = (turned @ force[..., None].astype(float))[..., 0]
-        gauss = turned @ (stats[rows].matrix() @ jacobian)
+        gauss = turned @ (here.matrix() @ jacobian)
         hessian[rows] = gauss
         H = _with_curvature(model, labels[rows], gauss, force)
         step, _ = _newton_step(H, gradient, labels[rows], *box, np.zeros(len(terms)))
         curved = np.einsum("nk,nkl,nl->n", step, H, step)
         gain = 2 * np.einsum("nk,nk->n", step, gradient) - curved
         labels[rows] += step
+        if len(basis.hidden):
+            values[rows] += change - (here.share @ (jacobian @ step[..., None]))[..., 0]
         # Newton's error after a step: the step in error bars times the step
         left = np.sqrt(np.abs(gain)) * np.abs(step).max(axis=1)
         chi2[rows] = chi2_here - gain

@@ -556,6 +556,8 @@ class _PhysicsFacts(_PhysicsSpectra):
 class _PhysicsFile(_PhysicsFacts):
     "How the model is kept in a file, without the emulator."
 
+    _entries = ("parameters", "emulator", "degree", "cannon")
+
     @property
     def training_digest_(self) -> str:
         "Fingerprint of all that the answers depend on."

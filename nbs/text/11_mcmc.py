@@ -1258,7 +1258,7 @@ def observed(model, labels, noise, rng):
 
 
 # %%
-linear = made_up(1, "abc")
+linear = made_up(1, ["a", "b", "c"])
 flux, ivar = observed(linear, np.array([[0.3, -0.5, 1.0]]), 0.3, np.random.default_rng(7))
 slopes = linear.theta_[:, 1:]
 exact_covariance = np.linalg.inv(slopes.T * ivar[0] @ slopes)

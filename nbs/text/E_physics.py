@@ -861,6 +861,8 @@ assert facts._outside(np.vstack([giant_star, dwarf])).tolist() == [False, True]
 class _PhysicsFile(_PhysicsFacts):
     "How the model is kept in a file, without the emulator."
 
+    _entries = ("parameters", "emulator", "degree", "cannon")
+
     @property
     def training_digest_(self) -> str:
         "Fingerprint of all that the answers depend on."

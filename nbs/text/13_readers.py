@@ -22,7 +22,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from stellar_lab.cannon import pair_index
 from stellar_lab.models import Answer, LabelModel, answer, check_spectra, finite_flux
-from stellar_lab.survey import LabError
+from stellar_lab.survey import LabError, Spectra
 
 # %%
 #| hide
@@ -63,8 +63,19 @@ def _typical_flux(flux, good):
 _READ_BLOCK = 512  # stars at a time
 
 
-def _blocks(spectra):
-    "Flux, finite everywhere, and ivar of some hundred stars after the others."
+def spectra_blocks(spectra: Spectra):
+    """Some hundred stars after the others, so that no second copy of a survey is in memory.
+
+    Parameters
+    ----------
+    spectra : Spectra
+
+    Yields
+    ------
+    flux : (n, P) array
+        finite everywhere
+    ivar : (n, P) array
+    """
     for start in range(0, len(spectra), _READ_BLOCK):
         rows = slice(start, start + _READ_BLOCK)
         ivar = spectra.ivar[rows]
@@ -147,7 +158,7 @@ class LabelReader(LabelModel):
         spectra = check_spectra(self, flux, ivar, any_recipe)
         if spectra.ivar.min() < 0:
             raise LabError("ivar is negative somewhere: give 0 where a pixel is unusable")
-        return np.concatenate([self._read_labels(*block) for block in _blocks(spectra)])
+        return np.concatenate([self._read_labels(*block) for block in spectra_blocks(spectra)])
 
 
 # %% [markdown]
@@ -191,7 +202,7 @@ with pytest.raises(LabError, match="star 1 has a usable pixel without a finite f
 def _read_in_blocks(model, spectra, max_steps):
     "How a reader answers: no chi2, no search."
     blocks = []
-    for flux, ivar in _blocks(spectra):
+    for flux, ivar in spectra_blocks(spectra):
         labels, covariance = model._read(flux, ivar)
         n_good = ((ivar > 0) & model.usable_).sum(axis=1)
         blocks.append((labels, covariance, n_good))

@@ -36,7 +36,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 from astropy.table import Table
-
 from sklearn.linear_model import RidgeCV
 
 from stellar_lab.inversion import statistics
@@ -274,6 +273,7 @@ def learn_directions(
     Returns
     -------
     theta : (P, T) array
+        coefficients
     directions : (q, P) array
         change of the flux per unit of a hidden label
     scatter2 : (P,) array
@@ -485,7 +485,7 @@ def _learn_hidden(flux, ivar, terms, plain, hidden):
     start = np.nan_to_num(theta), np.nan_to_num(scatter) ** 2
     found = learn_directions(flux, ivar, terms, *start, hidden, _ROUNDS)
     theta, directions, scatter2 = found
-    directions = _strongest_first(np.where(usable, directions, 0))
+    directions = strongest_first(np.where(usable, directions, 0))
     residual = np.where(ivar > 0, flux - (terms @ theta.T).astype("f4"), 0)
     values, covariance = hidden_values(residual, ivar, directions, scatter2)
     left = residual - (values @ directions).astype("f4")
@@ -495,8 +495,18 @@ def _learn_hidden(flux, ivar, terms, plain, hidden):
     return theta, directions, np.where(usable, scatter2, np.nan), chi2
 
 
-def _strongest_first(directions):
-    "The same hidden labels turned so that each moves the spectrum in its own way, strongest first."
+def strongest_first(directions: np.ndarray) -> np.ndarray:
+    """The same hidden labels, turned so that each moves the spectrum in a way of its own.
+
+    Parameters
+    ----------
+    directions : (q, P) array
+
+    Returns
+    -------
+    (q, P) array
+        at right angles to each other, the strongest first; the largest change of each is positive
+    """
     size, turn = np.linalg.eigh(directions @ directions.T)
     turned = turn[:, np.argsort(size)[::-1]].T @ directions
     largest = np.abs(turned).argmax(axis=1)

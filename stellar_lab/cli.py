@@ -221,6 +221,7 @@ def _run_train(options):
         product=options.product,
         continuum_pixels=options.continuum_pixels,
         row=options.row,
+        kind=options.kind,
         order=options.order,
         scatter=options.scatter,
         test_size=options.test_size,
@@ -236,6 +237,8 @@ def _run_train(options):
 
 # %% ../nbs/H_cli.ipynb #29bac1c7
 _TRAINED = {  # option -> its help
+    "--kind": "which model: cannon, that of the original lab (default); hidden, a Cannon with "
+    "hidden labels; ridge, a straight line; latents, a Gaussian process on latents, the most exact",
     "--labels": "teff, logg, fe_h, mg_fe, si_fe, m_h, alpha_m, c_m, n_m "
     "(default: the archive's own)",
     "--fields": "fields to learn from, or 'all' (default: the archive's own)",
@@ -273,6 +276,7 @@ def _add_train(commands):
     )
     option = parser.add_argument
     _add_spectra_options(option)
+    option("--kind", default="cannon", metavar="NAME", help=_TRAINED["--kind"])
     option("--order", type=int, default=2, metavar="N", help="of the polynomial in the labels")
     option("--scatter", action="store_true", help=_TRAINED["--scatter"])
     split = parser.add_mutually_exclusive_group().add_argument

@@ -98,7 +98,8 @@ def lost(found):
 
 
 print(
-    f"lost with bad pixels left out {lost(directions):.1%}, with the mean in them {lost(filled):.1%}"
+    f"lost with bad pixels left out {lost(directions):.1%},",
+    f"with the mean in them {lost(filled):.1%}",
 )
 assert lost(directions) < 0.6 * lost(filled)
 

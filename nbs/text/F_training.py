@@ -538,11 +538,25 @@ def _model_facts(model, path):
     return {
         "file": None if path is None else path.name,
         "digest": model.training_digest_,
+        "class": type(model).__name__,
         "labels": list(model.label_names_),
-        "terms": model.vectorizer_.terms,
-        "scatter_median": float(np.nanmedian(model.scatter_)),
+        **_learned_facts(model),
         "pixels": int(model.usable_.sum()),
     }
+
+
+def _learned_facts(model):
+    "What only some kinds of models have learned."
+    facts = {}
+    if hasattr(model, "vectorizer_"):
+        facts["terms"] = model.vectorizer_.terms
+    if hasattr(model, "scatter_"):
+        facts["scatter_median"] = float(np.nanmedian(model.scatter_))
+    if hasattr(model, "hidden_"):
+        facts["hidden"] = len(model.hidden_)
+    if hasattr(model, "directions_"):
+        facts["latents"] = len(model.directions_)
+    return facts
 
 
 def _error_facts(model):
@@ -560,17 +574,63 @@ pixels = _continuum_facts(spectra.stars.meta)["pixels"]
 assert pixels == np.flatnonzero(lab_continuum_pixels()).tolist()
 assert json.dumps(_plain({"a": 1}["a"])) == "1" and _plain((np.float32(2), "x")) == [2.0, "x"]
 
-
 # %% [markdown]
 # ## Train, step by step
 # All pieces are there, and a training is four steps: *select* the stars, *fit and judge* the model, *report* what came out, *write* it down. First the request is checked, and put as the record keeps it.
 
 # %%
 #| export
-def _request(root, labels, fields, product, row, order, scatter, test_size, folds, seed):
+KINDS = {
+    "cannon": "Cannon",
+    "hidden": "HiddenCannon",
+    "ridge": "RidgeLabels",
+    "latents": "LatentLabels",
+}  # name of a kind of model -> its class
+_ROOMS = {
+    "Cannon": "cannon",
+    "HiddenCannon": "hidden",
+    "RidgeLabels": "readers",
+    "LatentLabels": "latents",
+    "PhysicsModel": "physics",
+}  # class -> the module that it lives in
+
+
+def _class(name):
+    "The class of a model by its name; imported only now."
+    return getattr(import_module(f"stellar_lab.{_ROOMS[name]}"), name)
+
+
+def _model_of_kind(request):
+    "An untrained model, as asked for."
+    kind = request["kind"]
+    order = request["order"]
+    scatter = request["scatter"]
+    options = {"labels": request["labels"]}
+    if kind in ("cannon", "hidden"):
+        options["order"] = order
+    elif order != 2:
+        raise LabError(f"a model of kind {kind} has no polynomial: leave the order out")
+    if kind == "cannon":
+        options["scatter"] = scatter
+    elif scatter:
+        raise LabError(f"a model of kind {kind} is fitted without that option: leave scatter out")
+    return _class(KINDS[kind])(**options)
+
+
+def _check_kind(kind):
+    "LabError for a kind of model that there is not."
+    if kind not in KINDS:
+        raise LabError(f"unknown kind {kind!r} of model: choose from {', '.join(KINDS)}")
+
+
+def _request(
+    root, labels, fields, product, row, order, scatter, test_size, folds, seed, kind="cannon"
+):
     "What was asked for, checked, as the record keeps it."
+    _check_kind(kind)
     _check_numbers(order, test_size, folds, seed)
     return {
+        "kind": kind,
         "labels": _label_list(root, labels),
         "fields": fields,
         "product": product,
@@ -606,7 +666,8 @@ def _select(root, request, pixels, progress):
         root, product, request["fields"], request["labels"], pixels, progress, row
     )
     _check_treatment(spectra.stars.meta["product"], pixels, row)
-    _check_terms(len(spectra), len(request["labels"]), request["order"])
+    if request["kind"] in ("cannon", "hidden"):
+        _check_terms(len(spectra), len(request["labels"]), request["order"])
     return spectra, ledger
 
 
@@ -683,7 +744,7 @@ def _train(root, path, request, continuum_pixels, progress):
     path = None if path is None else check_target(path, (".asdf",), "the model")
     spectra, ledger = _select(root, request, pixels, progress)
     spectra.stars.meta["continuum_source"] = source
-    model = Cannon(order=request["order"], scatter=request["scatter"], labels=request["labels"])
+    model = _model_of_kind(request)
     way = (request["test_size"], request["folds"], request["seed"])
     model, sets = _judge(model, spectra, *way, progress)
     report = _report(model, spectra, ledger, sets, request, root, path)
@@ -716,8 +777,9 @@ def train(
     seed: int = 42,
     progress: bool = True,
     row: int = None,
+    kind: str = "cannon",
 ) -> TrainingReport:
-    """Train a Cannon on an archive, judge it on stars left out, and keep both.
+    """Train a model on an archive, judge it on stars left out, and keep both.
 
     Parameters
     ----------
@@ -745,11 +807,14 @@ def train(
         show bars
     row : int, optional
         of apStar files: 0 and 1 are the combinations, the visits follow; the release's by default
+    kind : {"cannon", "hidden", "ridge", "latents"}, default "cannon"
+        which model: the Cannon of the original lab, one with hidden labels, ridge regression, or a
+        Gaussian process on latents; order and scatter are the Cannon's (order the hidden's, too)
 
     Returns
     -------
     TrainingReport
-        its ``model`` is the Cannon, with calibrated errors where the left-out stars are enough
+        its ``model`` is trained, with calibrated errors where the left-out stars are enough
 
     Raises
     ------
@@ -763,13 +828,26 @@ def train(
     >>> print(report)  # doctest: +SKIP
     """
     _as_path(root, "the root of an archive")
-    request = _request(root, labels, fields, product, row, order, scatter, test_size, folds, seed)
+    wish = (labels, fields, product, row, order, scatter, test_size, folds, seed, kind)
+    request = _request(root, *wish)
     return _train(root, path, request, continuum_pixels, progress)
 
 
 # %%
 report = train(archive_root(), here / "giants.asdf", scatter=True, progress=False)
 print(report)
+
+# %% [markdown]
+# Another kind of model comes by its name, with the same judgement, errors and record. What it has no use for is refused.
+
+# %%
+ridge = train(archive_root(), here / "ridge.asdf", ["teff", "m_h"], kind="ridge", progress=False)
+print(ridge.facts["model"]["class"], "-", ridge.facts["notes"][1])
+assert ridge.facts["arguments"]["kind"] == "ridge" and ridge.model.errors_ == "calibrated"
+with pytest.raises(LabError, match="has no polynomial"):
+    train(archive_root(), kind="ridge", order=3, progress=False)
+with pytest.raises(LabError, match="choose from cannon, hidden, ridge, latents"):
+    train(archive_root(), kind="best", progress=False)
 
 # %% [markdown]
 # The record that was written is the record that was printed, and no star is in both sets.
@@ -788,7 +866,6 @@ assert report.model.errors_ == "calibrated"
 
 # %%
 #| export
-_ROOMS = {"Cannon": "cannon", "RidgeLabels": "readers", "PhysicsModel": "physics"}  # by class
 
 
 def load_model(path):
@@ -828,8 +905,7 @@ def load_model(path):
     kind = tree["stellar_lab_model"]
     if kind not in _ROOMS:
         raise LabError(f"{path} holds a {kind}, which this version does not know")
-    room = import_module(f"stellar_lab.{_ROOMS[kind]}")
-    return getattr(room, kind)._from_tree(tree)
+    return _class(kind)._from_tree(tree)
 
 
 def _versions_of(path):
@@ -876,10 +952,14 @@ def _inside(model):
     if hasattr(model, "vectorizer_"):
         terms = model.vectorizer_.terms
         scatter = f"{np.nanmedian(model.scatter_):.4f} in the median pixel"
+        hidden = getattr(model, "hidden_", ())
         return [
             ("terms", f"{len(terms)}: {', '.join(terms)}"),
+            *([("hidden labels", str(len(hidden)))] if len(hidden) else []),
             ("scatter", scatter if model.scatter else "none fitted"),
         ]
+    if hasattr(model, "directions_"):
+        return [("latents", f"{len(model.directions_)} numbers describe a spectrum")]
     if hasattr(model, "net_"):
         last = [f"{name} {kept[-1]:.4g}" for name, kept in model.history_.items() if kept]
         epochs = len(model.history_["loss"])

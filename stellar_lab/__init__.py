@@ -12,6 +12,8 @@ from importlib import import_module
 _FRONT_DOOR = {
     "Cannon": "cannon",
     "Flag": "models",
+    "HiddenCannon": "hidden",
+    "LatentLabels": "latents",
     "RidgeLabels": "readers",
     "Spectra": "survey",
     "cross_label": "judging",

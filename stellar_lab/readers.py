@@ -14,7 +14,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from .cannon import pair_index
 from .models import Answer, LabelModel, answer, check_spectra, finite_flux
-from .survey import LabError, Spectra
+from .survey import Spectra
 
 # %% ../nbs/13_readers.ipynb #12009718
 def _typical_flux(flux, good):
@@ -111,8 +111,6 @@ class LabelReader(LabelModel):
             where the spectra are not such as the model can read, as `infer` says
         """
         spectra = check_spectra(self, flux, ivar, any_recipe)
-        if spectra.ivar.min() < 0:
-            raise LabError("ivar is negative somewhere: give 0 where a pixel is unusable")
         return np.concatenate([self._read_labels(*block) for block in spectra_blocks(spectra)])
 
 # %% ../nbs/13_readers.ipynb #b6c8ca25

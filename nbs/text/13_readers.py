@@ -22,7 +22,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from stellar_lab.cannon import pair_index
 from stellar_lab.models import Answer, LabelModel, answer, check_spectra, finite_flux
-from stellar_lab.survey import LabError, Spectra
+from stellar_lab.survey import Spectra
 
 # %%
 #| hide
@@ -37,7 +37,7 @@ from stellar_lab.archives import real_stars
 from stellar_lab.judging import cross_label, error_table, plot_comparison
 from stellar_lab.models import fold_numbers, infer, label_values, train_test_rows
 from stellar_lab.normalize import training_set
-from stellar_lab.survey import archive_record, archive_root, use_style
+from stellar_lab.survey import LabError, archive_record, archive_root, use_style
 
 
 # %% [markdown]
@@ -156,8 +156,6 @@ class LabelReader(LabelModel):
             where the spectra are not such as the model can read, as `infer` says
         """
         spectra = check_spectra(self, flux, ivar, any_recipe)
-        if spectra.ivar.min() < 0:
-            raise LabError("ivar is negative somewhere: give 0 where a pixel is unusable")
         return np.concatenate([self._read_labels(*block) for block in spectra_blocks(spectra)])
 
 

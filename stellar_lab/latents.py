@@ -199,12 +199,178 @@ def _learn_process(view, label, latents, covariance, values):
     parameters = _settings(inputs, left, extra, view.leading, parameters)
     return _Process(inputs, left, extra, parameters)
 
-# %% ../nbs/17_latents.ipynb #0edbacf1
+# %% ../nbs/17_latents.ipynb #975e86cb
+def _both_views(processes, label, latents, uncertain):
+    "Mean (N,) and variance (N,) of one label, both views taken together."
+    means = []
+    variances = []
+    for view, some in processes:
+        mean, variance, slopes = _seen(view, some[label], label, latents)
+        means.append(mean)
+        noise = np.exp(some[label].parameters[_NOISE])
+        variances.append(variance + noise + _passed_on(slopes, uncertain))
+    return np.mean(means, axis=0), np.mean(variances, axis=0) + np.var(means, axis=0)
+
+
+def _by_view(processes, labels):
+    "A flat list of processes as one list for each view."
+    return [processes[start : start + labels] for start in range(0, len(processes), labels)]
+
+
+def _error_correlation(processes):
+    "Correlation (K, K) of the errors of left-out training stars, over views."
+    pulls = []
+    for some in processes:
+        left_out = [(one.values, *one.left_out()) for one in some]
+        pulls.append([(y - mean) / np.sqrt(variance) for y, mean, variance in left_out])
+    return np.atleast_2d(np.corrcoef(np.mean(pulls, axis=0)))
+
+
+def _make_again(model):
+    "Views and processes of a model that was read from its file."
+    latents, scaled = model.latents_, model.latent_labels_
+    model._views = [make(latents, scaled) for make in (_View.plain, _View.by_line)]
+    model._processes = []
+    for view, settings, noise in zip(model._views, model.settings_, model.latent_noise_):
+        left = scaled - latents @ view.line - view.constant
+        parts = zip(left.T, noise, settings)
+        model._processes.append([_Process(latents @ view.turn, *part) for part in parts])
+
+# %% ../nbs/17_latents.ipynb #dc394a11
+_POOR_FIT_FACTOR = 1.5  # the limit of chi2 per pixel is this times …
+_POOR_FIT_QUANTILE = 0.99  # … this quantile of the training stars
+
+
+class _Compressed(LabelReader):
+    "A reader that describes spectra by latents: ``directions_`` (q, P) and ``scatter_`` (P,)."
+
+    def _learn_places(self, flux, ivar, number, progress=False):
+        "Learn to compress; latents (N, q) of the training stars and their covariance."
+        found = _compress(flux, ivar, self.typical_flux_, number, progress)
+        self.typical_flux_, self.directions_, scatter2 = found
+        self.scatter_ = np.sqrt(scatter2)
+        values, covariance, chi2 = self._place(flux, ivar)
+        self.training_chi2_ = chi2 / np.maximum((ivar > 0).sum(axis=1), 1)
+        return values, covariance
+
+    def _place(self, flux, ivar):
+        "Latents (N, q) of spectra, their covariance (N, q, q), and chi2 (N,)."
+        scatter2 = np.where(self.usable_, self.scatter_**2, np.nan).astype("f4")
+        left = flux - self.typical_flux_.astype("f4")
+        values, covariance = hidden_values(left, ivar, self.directions_, scatter2)
+        left -= (values @ self.directions_).astype("f4")
+        weight = pixel_weights(ivar, scatter2)
+        chi2 = np.einsum("np,np,np->n", weight, left, left) + (values**2).sum(axis=1)
+        return values, covariance, chi2
+
+    @property
+    def poor_fit_limit_(self) -> float:
+        "chi2 per pixel from which a fit counts as poor, from that of the training stars."
+        stars = len(self.training_labels_)
+        learned = len(self.directions_) + 1
+        limit = _POOR_FIT_FACTOR * float(np.quantile(self.training_chi2_, _POOR_FIT_QUANTILE))
+        return limit * (stars + learned) / (stars - learned)
+
+    def place(self, spectra) -> np.ndarray:
+        """The latents of stars.
+
+        Parameters
+        ----------
+        spectra : Spectra
+            N stars, as for `infer`
+
+        Returns
+        -------
+        (N, q) array
+            each of variance 1 among the training stars
+        """
+        check_is_fitted(self, "directions_")
+        spectra = check_spectra(self, spectra)
+        clean = np.where(spectra.ivar > 0, spectra.flux, 0)
+        return self._place(clean, spectra.ivar)[0]
+
+    def draw(self, spectra) -> np.ndarray:
+        """The spectra that the latents of stars stand for.
+
+        Parameters
+        ----------
+        spectra : Spectra
+            N stars, as for `infer`
+
+        Returns
+        -------
+        (N, P) array
+            relative to the continuum
+        """
+        return self.typical_flux_ + self.place(spectra) @ self.directions_
+
+# %% ../nbs/17_latents.ipynb #febc71cf
 _MOST_STARS = 4_000  # training stars of a process; the compression learns from all
+
+
+class _InTwoViews(_Compressed):
+    "Processes on latents: learned, kept and asked."
+
+    def _learn(self, latents, covariance, progress):
+        "A process for each label in each view, from the training stars' latents."
+        rows = np.unique(np.linspace(0, len(latents) - 1, _MOST_STARS).astype(int))
+        latents, covariance = latents[rows], covariance[rows]
+        scaled = self.scale(self.training_labels_)[rows]
+        self.latents_ = latents
+        self.latent_labels_ = scaled
+        self._views = [make(latents, scaled) for make in (_View.plain, _View.by_line)]
+        jobs = [(view, k) for view in self._views for k in range(scaled.shape[1])]
+        bar = tqdm(jobs, desc="labels", disable=not progress, leave=False)
+        learned = [_learn_process(v, k, latents, covariance, scaled[:, k]) for v, k in bar]
+        self._processes = _by_view(learned, scaled.shape[1])
+        self.settings_ = [np.array([one.parameters for one in some]) for some in self._processes]
+        self.latent_noise_ = [np.array([one.extra for one in some]) for some in self._processes]
+        self.correlation_ = _error_correlation(self._processes)
+
+    @property
+    def processes(self) -> list:
+        "Each view with its processes, one for each label; made again after loading."
+        if not hasattr(self, "_processes"):
+            _make_again(self)
+        return list(zip(self._views, self._processes))
+
+    def _answer(self, flux, ivar):
+        "Labels (N, K), covariance (N, K, K), chi2 (N,)."
+        latents, uncertain, chi2 = self._place(flux, ivar)
+        mean = np.empty((len(flux), len(self.label_names_)))
+        error = np.empty_like(mean)
+        for k in range(mean.shape[1]):
+            mean[:, k], variance = _both_views(self.processes, k, latents, uncertain)
+            error[:, k] = np.sqrt(variance)
+        error *= self.scales_
+        return self.unscale(mean), error[:, :, None] * self.correlation_ * error[:, None], chi2
+
+    def _read(self, flux, ivar):
+        return self._answer(flux, ivar)[:2]
+
+
+@answer.register(_InTwoViews)
+def _read_with_chi2(model, spectra, max_steps):
+    "How the reader answers: block by block, with a chi2."
+    blocks = []
+    for flux, ivar in spectra_blocks(spectra):
+        labels, covariance, chi2 = model._answer(flux, ivar)
+        n_good = ((ivar > 0) & model.usable_).sum(axis=1)
+        blocks.append((labels, covariance, n_good, chi2))
+    return Answer(*(np.concatenate(column) for column in zip(*blocks)))
+
+# %% ../nbs/17_latents.ipynb #1ecf1321
 _STARS_EACH = 3  # training stars per latent, at least
 
 
-class LatentLabels(LabelReader):
+def _checked_number(latents):
+    "LabError for a number of latents that cannot be."
+    if latents != int(latents) or latents < 1:
+        raise LabError(f"latents is {latents!r}: give a whole number from 1")
+    return int(latents)
+
+
+class LatentLabels(_InTwoViews):
     """Labels by a Gaussian process on the latents of a spectrum.
 
     Spectra are compressed by probabilistic principal components with each pixel's own noise, bad
@@ -274,157 +440,6 @@ class LatentLabels(LabelReader):
         """
         flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
         number = min(_checked_number(self.latents), max(len(flux) // _STARS_EACH, 1))
-        found = _compress(flux, ivar, self.typical_flux_, number, progress)
-        self.typical_flux_, self.directions_, scatter2 = found
-        self.scatter_ = np.sqrt(scatter2)
-        values, covariance, chi2 = self._place(flux, ivar)
-        self.training_chi2_ = chi2 / np.maximum((ivar > 0).sum(axis=1), 1)
+        values, covariance = self._learn_places(flux, ivar, number, progress)
         self._learn(values, covariance, progress)
         return self
-
-    def _place(self, flux, ivar):
-        "Latents (N, q) of spectra, their covariance (N, q, q), and chi2 (N,)."
-        scatter2 = np.where(self.usable_, self.scatter_**2, np.nan).astype("f4")
-        left = flux - self.typical_flux_.astype("f4")
-        values, covariance = hidden_values(left, ivar, self.directions_, scatter2)
-        left -= (values @ self.directions_).astype("f4")
-        weight = pixel_weights(ivar, scatter2)
-        chi2 = np.einsum("np,np,np->n", weight, left, left) + (values**2).sum(axis=1)
-        return values, covariance, chi2
-
-    def _learn(self, latents, covariance, progress):
-        "A process for each label in each view, from the training stars' latents."
-        rows = np.unique(np.linspace(0, len(latents) - 1, _MOST_STARS).astype(int))
-        latents, covariance = latents[rows], covariance[rows]
-        scaled = self.scale(self.training_labels_)[rows]
-        self.latents_ = latents
-        self.latent_labels_ = scaled
-        self._views = [make(latents, scaled) for make in (_View.plain, _View.by_line)]
-        jobs = [(view, k) for view in self._views for k in range(scaled.shape[1])]
-        bar = tqdm(jobs, desc="labels", disable=not progress, leave=False)
-        learned = [_learn_process(v, k, latents, covariance, scaled[:, k]) for v, k in bar]
-        self._processes = _by_view(learned, scaled.shape[1])
-        self.settings_ = [np.array([one.parameters for one in some]) for some in self._processes]
-        self.latent_noise_ = [np.array([one.extra for one in some]) for some in self._processes]
-        self.correlation_ = _error_correlation(self._processes)
-
-    @property
-    def processes(self) -> list:
-        "Each view with its processes, one for each label; made again after loading."
-        if not hasattr(self, "_processes"):
-            _make_again(self)
-        return list(zip(self._views, self._processes))
-
-    @property
-    def poor_fit_limit_(self) -> float:
-        "chi2 per pixel from which a fit counts as poor, from that of the training stars."
-        stars = len(self.training_labels_)
-        learned = len(self.directions_) + 1
-        limit = _POOR_FIT_FACTOR * float(np.quantile(self.training_chi2_, _POOR_FIT_QUANTILE))
-        return limit * (stars + learned) / (stars - learned)
-
-    def place(self, spectra) -> np.ndarray:
-        """The latents of stars.
-
-        Parameters
-        ----------
-        spectra : Spectra
-            N stars, as for `infer`
-
-        Returns
-        -------
-        (N, q) array
-            each of variance 1 among the training stars
-        """
-        check_is_fitted(self, "directions_")
-        spectra = check_spectra(self, spectra)
-        clean = np.where(spectra.ivar > 0, spectra.flux, 0)
-        return self._place(clean, spectra.ivar)[0]
-
-    def draw(self, spectra) -> np.ndarray:
-        """The spectra that the latents of stars stand for.
-
-        Parameters
-        ----------
-        spectra : Spectra
-            N stars, as for `infer`
-
-        Returns
-        -------
-        (N, P) array
-            relative to the continuum
-        """
-        return self.typical_flux_ + self.place(spectra) @ self.directions_
-
-    def _answer(self, flux, ivar):
-        "Labels (N, K), covariance (N, K, K), chi2 (N,)."
-        latents, uncertain, chi2 = self._place(flux, ivar)
-        mean = np.empty((len(flux), len(self.label_names_)))
-        error = np.empty_like(mean)
-        for k in range(mean.shape[1]):
-            mean[:, k], variance = _both_views(self.processes, k, latents, uncertain)
-            error[:, k] = np.sqrt(variance)
-        error *= self.scales_
-        return self.unscale(mean), error[:, :, None] * self.correlation_ * error[:, None], chi2
-
-    def _read(self, flux, ivar):
-        return self._answer(flux, ivar)[:2]
-
-# %% ../nbs/17_latents.ipynb #975e86cb
-def _both_views(processes, label, latents, uncertain):
-    "Mean (N,) and variance (N,) of one label, both views taken together."
-    means = []
-    variances = []
-    for view, some in processes:
-        mean, variance, slopes = _seen(view, some[label], label, latents)
-        means.append(mean)
-        noise = np.exp(some[label].parameters[_NOISE])
-        variances.append(variance + noise + _passed_on(slopes, uncertain))
-    return np.mean(means, axis=0), np.mean(variances, axis=0) + np.var(means, axis=0)
-
-
-def _by_view(processes, labels):
-    "A flat list of processes as one list for each view."
-    return [processes[start : start + labels] for start in range(0, len(processes), labels)]
-
-
-def _error_correlation(processes):
-    "Correlation (K, K) of the errors of left-out training stars, over views."
-    pulls = []
-    for some in processes:
-        left_out = [(one.values, *one.left_out()) for one in some]
-        pulls.append([(y - mean) / np.sqrt(variance) for y, mean, variance in left_out])
-    return np.atleast_2d(np.corrcoef(np.mean(pulls, axis=0)))
-
-
-def _make_again(model):
-    "Views and processes of a model that was read from its file."
-    latents, scaled = model.latents_, model.latent_labels_
-    model._views = [make(latents, scaled) for make in (_View.plain, _View.by_line)]
-    model._processes = []
-    for view, settings, noise in zip(model._views, model.settings_, model.latent_noise_):
-        left = scaled - latents @ view.line - view.constant
-        parts = zip(left.T, noise, settings)
-        model._processes.append([_Process(latents @ view.turn, *part) for part in parts])
-
-# %% ../nbs/17_latents.ipynb #dc394a11
-_POOR_FIT_FACTOR = 1.5  # the limit of chi2 per pixel is this times …
-_POOR_FIT_QUANTILE = 0.99  # … this quantile of the training stars
-
-
-def _checked_number(latents):
-    "LabError for a number of latents that cannot be."
-    if latents != int(latents) or latents < 1:
-        raise LabError(f"latents is {latents!r}: give a whole number from 1")
-    return int(latents)
-
-
-@answer.register(LatentLabels)
-def _read_with_chi2(model, spectra, max_steps):
-    "How the reader answers: block by block, with a chi2."
-    blocks = []
-    for flux, ivar in spectra_blocks(spectra):
-        labels, covariance, chi2 = model._answer(flux, ivar)
-        n_good = ((ivar > 0) & model.usable_).sum(axis=1)
-        blocks.append((labels, covariance, n_good, chi2))
-    return Answer(*(np.concatenate(column) for column in zip(*blocks)))

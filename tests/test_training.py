@@ -33,6 +33,7 @@ def test_training_prints_and_records(run, root, tmp_path):
         parse_constant=lambda name: pytest.fail(f"{name} is not JSON"),
     )
     assert record["arguments"] == {
+        "kind": "cannon",
         "labels": ["TEFF", "M_H"],
         "fields": None,
         "product": None,

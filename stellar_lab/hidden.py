@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .cannon import Cannon, pair_index
 from .inversion import infer, pixel_weights
-from .models import check_spectra, fold_numbers, in_blocks, label_values
+from .models import check_spectra, finite_flux, fold_numbers, in_blocks, label_values
 from .survey import LabError
 
 # %% ../nbs/16_hidden.ipynb #bd57c34b
@@ -183,7 +183,8 @@ _ROUNDS = 12
 
 def _check_number(number, n_stars):
     "LabError for a number of hidden labels that cannot be."
-    if number != int(number) or not 0 <= number < n_stars:
+    whole = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+    if not whole or not 0 <= number < n_stars:
         raise LabError(
             f"hidden is {number!r}: give a whole number from 0, and below the number of "
             f"training stars ({n_stars})"
@@ -231,6 +232,8 @@ def strongest_first(directions: np.ndarray) -> np.ndarray:
 class _Hidden(Cannon):
     """A Cannon with hidden directions ``hidden_`` (q, P), and what follows from them."""
 
+    _entries = (*Cannon._entries, "hidden_")
+
     @property
     def poor_fit_limit_(self) -> float:
         """chi2 per pixel from which a fit counts as poor. Each pixel learned T + q numbers from N
@@ -259,7 +262,11 @@ class _Hidden(Cannon):
         """
         check_is_fitted(self, "hidden_")
         spectra = check_spectra(self, spectra)
-        left = np.where(spectra.ivar > 0, spectra.flux - np.nan_to_num(self.predict(labels)), 0)
+        flux = finite_flux(spectra.flux, spectra.ivar)
+        drawn = np.nan_to_num(self.predict(labels))
+        if len(drawn) != len(flux):
+            raise LabError(f"{len(drawn)} rows of labels for {len(flux)} spectra")
+        left = np.where(spectra.ivar > 0, flux - drawn, 0)
         scatter2 = np.where(self.usable_, self.scatter_**2, np.nan)
         return hidden_values(left, spectra.ivar, self.hidden_, scatter2)[0]
 
@@ -298,15 +305,18 @@ def _missed(model, number, flux, ivar, rows):
 def _chosen_number(model, flux, ivar):
     "The number of hidden labels with which left-out stars are labelled best."
     stars = len(model.training_labels_)
-    folds = fold_numbers(stars, _CHOICE_FOLDS, model.seed)
     learned = stars * (1 - 1 / _CHOICE_FOLDS)
+    if learned < _CANDIDATES[1] * _STARS_EACH:
+        return 0  # too few to bear any, and to ask
+    folds = fold_numbers(stars, _CHOICE_FOLDS, model.seed)
     error = {}
     for number in _CANDIDATES:
         if number * _STARS_EACH > learned:
             break
         thirds = [folds == fold for fold in range(_CHOICE_FOLDS)]
         missed = np.concatenate([_missed(model, number, flux, ivar, rows) for rows in thirds])
-        error[number] = np.sqrt(np.nanmean(missed**2, axis=0)).mean()
+        known = np.isfinite(missed).all(axis=1)
+        error[number] = np.sqrt((missed[known] ** 2).sum(axis=0) / max(known.sum(), 1)).mean()
     return min(error, key=error.get)
 
 # %% ../nbs/16_hidden.ipynb #b1f12e2d

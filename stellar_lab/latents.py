@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .hidden import hidden_values, learn_directions, strongest_first
 from .inversion import pixel_weights
-from .models import Answer, answer, check_spectra
+from .models import Answer, answer, check_spectra, finite_flux
 from .readers import LabelReader, spectra_blocks
 from .survey import LabError
 
@@ -244,6 +244,8 @@ _POOR_FIT_QUANTILE = 0.99  # … this quantile of the training stars
 class _Compressed(LabelReader):
     "A reader that describes spectra by latents: ``directions_`` (q, P) and ``scatter_`` (P,)."
 
+    _entries = (*LabelReader._entries, "directions_", "scatter_", "training_chi2_")
+
     def _learn_places(self, flux, ivar, number, progress=False):
         "Learn to compress; latents (N, q) of the training stars and their covariance."
         found = _compress(flux, ivar, self.typical_flux_, number, progress)
@@ -286,8 +288,7 @@ class _Compressed(LabelReader):
         """
         check_is_fitted(self, "directions_")
         spectra = check_spectra(self, spectra)
-        clean = np.where(spectra.ivar > 0, spectra.flux, 0)
-        return self._place(clean, spectra.ivar)[0]
+        return self._place(finite_flux(spectra.flux, spectra.ivar), spectra.ivar)[0]
 
     def draw(self, spectra) -> np.ndarray:
         """The spectra that the latents of stars stand for.
@@ -310,6 +311,11 @@ _MOST_STARS = 4_000  # training stars of a process; the compression learns from 
 
 class _InTwoViews(_Compressed):
     "Processes on latents: learned, kept and asked."
+
+    _entries = (
+        *_Compressed._entries,
+        *("latents_", "latent_labels_", "latent_noise_", "settings_", "correlation_"),
+    )
 
     def _learn(self, latents, covariance, progress):
         "A process for each label in each view, from the training stars' latents."
@@ -361,13 +367,27 @@ def _read_with_chi2(model, spectra, max_steps):
 
 # %% ../nbs/17_latents.ipynb #1ecf1321
 _STARS_EACH = 3  # training stars per latent, at least
+_LEAST_STARS = 10  # training stars of a process, at least
 
 
 def _checked_number(latents):
     "LabError for a number of latents that cannot be."
-    if latents != int(latents) or latents < 1:
+    whole = isinstance(latents, (int, np.integer)) and not isinstance(latents, bool)
+    if not whole or latents < 1:
         raise LabError(f"latents is {latents!r}: give a whole number from 1")
     return int(latents)
+
+
+def _check_labels(labels, names):
+    "LabError where there are too few stars for a curve, or a label that no star tells apart."
+    if len(labels) < _LEAST_STARS:
+        raise LabError(
+            f"{len(labels)} training stars are too few for a Gaussian process: "
+            f"{_LEAST_STARS} are needed"
+        )
+    for name, values in zip(names, labels.T):
+        if np.ptp(values) == 0:
+            raise LabError(f"{name} is {values[0]:g} in all training stars: leave it out")
 
 
 class LatentLabels(_InTwoViews):
@@ -380,7 +400,7 @@ class LatentLabels(_InTwoViews):
 
     Parameters
     ----------
-    latents : int, default 60
+    latents : int, default 40
         numbers that describe a spectrum; at most a third of the training stars
     labels : sequence of str, optional
         names of the labels to learn from a `Spectra`; by default all that it holds
@@ -412,7 +432,7 @@ class LatentLabels(_InTwoViews):
     ['apogee_id', 'teff', 'teff_err']
     """
 
-    def __init__(self, latents: int = 60, labels: Sequence = None):
+    def __init__(self, latents: int = 40, labels: Sequence = None):
         self.latents = latents
         self.labels = labels
 
@@ -439,7 +459,8 @@ class LatentLabels(_InTwoViews):
             where the number of latents or the training stars make no sense
         """
         flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
-        number = min(_checked_number(self.latents), max(len(flux) // _STARS_EACH, 1))
+        _check_labels(self.training_labels_, self.label_names_)
+        number = min(_checked_number(self.latents), len(flux) // _STARS_EACH)
         values, covariance = self._learn_places(flux, ivar, number, progress)
         self._learn(values, covariance, progress)
         return self

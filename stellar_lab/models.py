@@ -320,6 +320,8 @@ class _Taught(_Scaled):
 
     def _begin(self, labels, flux, ivar, label_names, wavelength):
         "Check the training stars and learn their labels' scaling; returns flux and ivar (N, P)."
+        for learned in ("error_inflation_", "error_floor_"):
+            vars(self).pop(learned, None)  # of an earlier fit
         metadata = {}
         names = self.labels if label_names is None else label_names
         if isinstance(labels, Spectra):

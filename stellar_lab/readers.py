@@ -52,6 +52,12 @@ class LabelReader(LabelModel):
     A subclass says in `fit` how it learns, and in `_read` how it reads.
     """
 
+    _entries = (
+        *LabelModel._entries,
+        *("pivots_", "scales_", "training_labels_", "training_digest_"),
+        *("typical_flux_", "usable_"),
+    )
+
     def _begin(self, labels, flux, ivar, label_names, wavelength):
         "Take training stars as all models do, learn the typical flux; flux and ivar float32."
         flux, ivar = super()._begin(labels, flux, ivar, label_names, wavelength)
@@ -166,6 +172,8 @@ class RidgeLabels(LabelReader):
     >>> infer(model, stars[:2]).colnames[:3]
     ['apogee_id', 'teff', 'teff_err']
     """
+
+    _entries = (*LabelReader._entries, "weights_", "constant_")
 
     def __init__(self, labels: Sequence = None, alphas: Sequence = tuple(np.logspace(-3, 3, 19))):
         self.labels = labels

@@ -349,12 +349,19 @@ def _useless_notes(errors):
     ]
 
 
+def _formal_words(model):
+    "What formal errors of a model are worth."
+    if hasattr(model, "vectorizer_"):
+        return "formal, photon noise alone and much too small"
+    return "formal, as the model states them, not compared with stars left out"
+
+
 def _calibrated(model, kind, table, truth):
     "The model with calibrated errors if the left-out stars are enough, and a sentence about them."
     try:
         calibrated = with_error_model(model, table, truth)
     except LabError as error:
-        note = "the errors of new labels are formal, photon noise alone and much too small"
+        note = f"the errors of new labels are {_formal_words(model)}"
         return model, f"{note}: {error}"
     note = "the errors of new labels are calibrated: inflated to fit"
     return calibrated, f"{note} the {len(table)} {kind}"

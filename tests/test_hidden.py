@@ -1,5 +1,6 @@
 "Hidden labels and latents: planted truths, and what the other rooms do with these models."
 
+import asdf
 import numpy as np
 import pytest
 from astropy.table import Table
@@ -8,7 +9,7 @@ from sklearn.base import clone
 from stellar_lab import LatentLabels, cross_label, infer, load_model, with_error_model
 from stellar_lab.hidden import HiddenCannon, hidden_values, learn_directions
 from stellar_lab.inversion import statistics
-from stellar_lab.models import label_values
+from stellar_lab.models import label_values, read_model_file
 from stellar_lab.survey import LabError, Spectra
 
 
@@ -147,3 +148,59 @@ def test_latents_read_curves_with_right_errors():
 def test_numbers_that_cannot_be_are_refused(model):
     with pytest.raises(LabError, match="give a whole number"):
         fitted(planted(60), model)
+
+
+@pytest.mark.parametrize("number", [True, 2.0, "x", np.nan, None, [2]])
+def test_numbers_of_another_kind_are_refused(number):
+    with pytest.raises(LabError, match="give a whole number"):
+        fitted(planted(60), LatentLabels(latents=number))
+    if number is not None:  # which lets the stars choose
+        with pytest.raises(LabError, match="give a whole number"):
+            fitted(planted(60), HiddenCannon(hidden=number))
+
+
+def test_too_few_stars_and_labels_that_tell_nothing_apart():
+    world = planted(9)
+    with pytest.raises(LabError, match="9 training stars are too few"):
+        fitted(world, LatentLabels())
+    world = planted(40)
+    world["labels"][:, 1] = 2
+    with pytest.raises(LabError, match="LOGG is 2 in all training stars"):
+        fitted(world, LatentLabels())
+    assert len(fitted(planted(40), HiddenCannon()).hidden_) == 0
+
+
+@pytest.mark.parametrize("model", [HiddenCannon(hidden=1), LatentLabels(latents=3)])
+def test_a_new_fit_forgets_the_old_calibration(model):
+    world = planted(80)
+    table = infer(fitted(world, model), world["flux"], world["ivar"], min_good=0)
+    calibrated = with_error_model(model, table, world["labels"])
+    assert calibrated.errors_ == "calibrated"
+    assert fitted(world, calibrated).errors_ == "formal"
+
+
+@pytest.mark.parametrize("model", [HiddenCannon(hidden=1), LatentLabels(latents=3)])
+def test_a_file_without_an_entry_is_refused(model, tmp_path):
+    path = tmp_path / "model.asdf"
+    fitted(planted(80), model).save(path)
+    whole = read_model_file(path)
+    learned = [name for name in whole if name.endswith("_")]
+    assert len(learned) > 8
+    optional = {"wavelength_", "error_inflation_", "error_floor_"}
+    for name in sorted(set(learned) - optional):
+        asdf.AsdfFile({key: value for key, value in whole.items() if key != name}).write_to(path)
+        with pytest.raises(LabError, match=f"no entry {name}"):
+            load_model(path)
+
+
+def test_values_of_broken_spectra_are_refused():
+    world = planted(80)
+    model = fitted(world)
+    flux = np.where(world["ivar"] > 0, world["flux"], 0)
+    flux[2] = np.nan
+    grid = np.arange(90) + 15_200.0
+    broken = Spectra(grid, flux, world["ivar"], Table(world["labels"], names=["TEFF", "LOGG"]))
+    with pytest.raises(LabError, match="star 2"):
+        model.values(broken, world["labels"])
+    with pytest.raises(LabError, match="3 rows of labels for 80 spectra"):
+        model.values(broken.replace(flux=np.nan_to_num(flux)), world["labels"][:3])

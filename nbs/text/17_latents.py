@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from stellar_lab.hidden import hidden_values, learn_directions, strongest_first
 from stellar_lab.inversion import pixel_weights
-from stellar_lab.models import Answer, answer, check_spectra
+from stellar_lab.models import Answer, answer, check_spectra, finite_flux
 from stellar_lab.readers import LabelReader, spectra_blocks
 from stellar_lab.survey import LabError
 
@@ -114,14 +114,10 @@ train, test = train_test_rows(len(spectra))
 catalogue = spectra[test].labels(names)
 few = spectra[train[:150]]
 mean = np.average(few.flux, axis=0, weights=few.ivar + 1e-9)
-_, directions, scatter2 = _compress(few.flux, few.ivar, mean, 40)
+_, directions, _ = _compress(few.flux, few.ivar, mean, 40)
 ax = plt.subplots(figsize=(5, 2.4))[1]
 ax.semilogy(1 + np.arange(40), np.sqrt((directions**2).mean(axis=1)), ".-")
-ax.axhline(
-    np.sqrt(np.median(scatter2)), color="0.6", lw=0.8, label="scatter of a pixel that is left"
-)
-ax.set(xlabel="direction", ylabel="rms change of the flux", title="How giants differ")
-ax.legend(frameon=False);
+ax.set(xlabel="direction", ylabel="rms change of the flux", title="How giants differ");
 
 # %% [markdown]
 # **What to see.** A handful of directions does most of the work: temperature, gravity, metals. Then follows a long tail of small ones, which no label names, but which the spectra share.
@@ -455,6 +451,8 @@ _POOR_FIT_QUANTILE = 0.99  # … this quantile of the training stars
 class _Compressed(LabelReader):
     "A reader that describes spectra by latents: ``directions_`` (q, P) and ``scatter_`` (P,)."
 
+    _entries = (*LabelReader._entries, "directions_", "scatter_", "training_chi2_")
+
     def _learn_places(self, flux, ivar, number, progress=False):
         "Learn to compress; latents (N, q) of the training stars and their covariance."
         found = _compress(flux, ivar, self.typical_flux_, number, progress)
@@ -497,8 +495,7 @@ class _Compressed(LabelReader):
         """
         check_is_fitted(self, "directions_")
         spectra = check_spectra(self, spectra)
-        clean = np.where(spectra.ivar > 0, spectra.flux, 0)
-        return self._place(clean, spectra.ivar)[0]
+        return self._place(finite_flux(spectra.flux, spectra.ivar), spectra.ivar)[0]
 
     def draw(self, spectra) -> np.ndarray:
         """The spectra that the latents of stars stand for.
@@ -553,6 +550,11 @@ _MOST_STARS = 4_000  # training stars of a process; the compression learns from 
 class _InTwoViews(_Compressed):
     "Processes on latents: learned, kept and asked."
 
+    _entries = (
+        *_Compressed._entries,
+        *("latents_", "latent_labels_", "latent_noise_", "settings_", "correlation_"),
+    )
+
     def _learn(self, latents, covariance, progress):
         "A process for each label in each view, from the training stars' latents."
         rows = np.unique(np.linspace(0, len(latents) - 1, _MOST_STARS).astype(int))
@@ -605,13 +607,27 @@ def _read_with_chi2(model, spectra, max_steps):
 # %%
 #| export
 _STARS_EACH = 3  # training stars per latent, at least
+_LEAST_STARS = 10  # training stars of a process, at least
 
 
 def _checked_number(latents):
     "LabError for a number of latents that cannot be."
-    if latents != int(latents) or latents < 1:
+    whole = isinstance(latents, (int, np.integer)) and not isinstance(latents, bool)
+    if not whole or latents < 1:
         raise LabError(f"latents is {latents!r}: give a whole number from 1")
     return int(latents)
+
+
+def _check_labels(labels, names):
+    "LabError where there are too few stars for a curve, or a label that no star tells apart."
+    if len(labels) < _LEAST_STARS:
+        raise LabError(
+            f"{len(labels)} training stars are too few for a Gaussian process: "
+            f"{_LEAST_STARS} are needed"
+        )
+    for name, values in zip(names, labels.T):
+        if np.ptp(values) == 0:
+            raise LabError(f"{name} is {values[0]:g} in all training stars: leave it out")
 
 
 class LatentLabels(_InTwoViews):
@@ -624,7 +640,7 @@ class LatentLabels(_InTwoViews):
 
     Parameters
     ----------
-    latents : int, default 60
+    latents : int, default 40
         numbers that describe a spectrum; at most a third of the training stars
     labels : sequence of str, optional
         names of the labels to learn from a `Spectra`; by default all that it holds
@@ -656,7 +672,7 @@ class LatentLabels(_InTwoViews):
     ['apogee_id', 'teff', 'teff_err']
     """
 
-    def __init__(self, latents: int = 60, labels: Sequence = None):
+    def __init__(self, latents: int = 40, labels: Sequence = None):
         self.latents = latents
         self.labels = labels
 
@@ -683,7 +699,8 @@ class LatentLabels(_InTwoViews):
             where the number of latents or the training stars make no sense
         """
         flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
-        number = min(_checked_number(self.latents), max(len(flux) // _STARS_EACH, 1))
+        _check_labels(self.training_labels_, self.label_names_)
+        number = min(_checked_number(self.latents), len(flux) // _STARS_EACH)
         values, covariance = self._learn_places(flux, ivar, number, progress)
         self._learn(values, covariance, progress)
         return self

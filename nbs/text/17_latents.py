@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from stellar_lab.hidden import hidden_values, learn_directions, strongest_first
 from stellar_lab.inversion import pixel_weights
-from stellar_lab.models import Answer, answer, check_spectra, finite_flux
+from stellar_lab.models import Answer, answer, check_spectra, finite_flux, single_threaded
 from stellar_lab.readers import LabelReader, spectra_blocks
 from stellar_lab.survey import LabError
 
@@ -565,7 +565,8 @@ class _InTwoViews(_Compressed):
         self._views = [make(latents, scaled) for make in (_View.plain, _View.by_line)]
         jobs = [(view, k) for view in self._views for k in range(scaled.shape[1])]
         bar = tqdm(jobs, desc="labels", disable=not progress, leave=False)
-        learned = [_learn_process(v, k, latents, covariance, scaled[:, k]) for v, k in bar]
+        with single_threaded():  # these matrices are too small to share
+            learned = [_learn_process(v, k, latents, covariance, scaled[:, k]) for v, k in bar]
         self._processes = _by_view(learned, scaled.shape[1])
         self.settings_ = [np.array([one.parameters for one in some]) for some in self._processes]
         self.latent_noise_ = [np.array([one.extra for one in some]) for some in self._processes]

@@ -24,6 +24,7 @@ from stellar_lab.models import (
     infer,
     label_values,
     name_list,
+    poor_fit_limit,
     single_threaded,
 )
 from .survey import LabError, Spectra, chip_slices, label_record, plot_spectrum
@@ -246,10 +247,6 @@ def _fit_pixels(flux, ivar, design, min_stars, scatter):
     return np.concatenate(theta), np.concatenate(scatters), sum(n_good), sum(chi2)
 
 # %% ../nbs/05_cannon.ipynb #01bf56bc
-_POOR_FIT_FACTOR = 1.5  # the limit of chi2 per pixel is this times …
-_POOR_FIT_QUANTILE = 0.99  # … this quantile of the training stars
-
-
 class _PixelPolynomials(LabelModel):
     """A trained Cannon: coefficients ``theta_`` (P, T) and ``scatter_`` (P,), and what follows from
     them."""
@@ -287,7 +284,7 @@ class _PixelPolynomials(LabelModel):
     @property
     def poor_fit_limit_(self) -> float:
         "chi2 per pixel from which a fit counts as poor, from that of the training stars."
-        return _POOR_FIT_FACTOR * float(np.quantile(self.training_chi2_, _POOR_FIT_QUANTILE))
+        return poor_fit_limit(self.training_chi2_)
 
     def _learn_pixels(self, flux, ivar, design, min_stars):
         "Coefficients, scatter, good pixels and chi2 of each star; a subclass may learn more."

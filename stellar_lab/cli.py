@@ -190,9 +190,10 @@ def _add_fetch(commands):
 
 # %% ../nbs/H_cli.ipynb #7763ee27
 _TRAIN = """
-Train The Cannon on the stars of an archive: read the spectra, join them with
-the catalogue's labels, drop what the archive's cuts drop, normalize, fit; then
-judge the model on stars that it has not seen, and give it errors that hold.
+Train a model (The Cannon, unless --kind names another) on the stars of an
+archive: read the spectra, join them with the catalogue's labels, drop what the
+archive's cuts drop, normalize, fit; then judge the model on stars that it has
+not seen, and give it errors that hold.
 
 Prints the ledger (which rule dropped how many stars) and, for each label, the
 errors (predicted - catalogue) of the training stars and of those left out:
@@ -238,7 +239,7 @@ def _run_train(options):
 # %% ../nbs/H_cli.ipynb #29bac1c7
 _TRAINED = {  # option -> its help
     "--kind": "which model: cannon, that of the original lab (default); hidden, a Cannon with "
-    "hidden labels; ridge, a straight line; latents, a Gaussian process on latents, the most exact",
+    "hidden labels; ridge, a straight line; latents, a Gaussian process on latents",
     "--labels": "teff, logg, fe_h, mg_fe, si_fe, m_h, alpha_m, c_m, n_m "
     "(default: the archive's own)",
     "--fields": "fields to learn from, or 'all' (default: the archive's own)",

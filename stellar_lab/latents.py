@@ -18,10 +18,9 @@ from sklearn.linear_model import RidgeCV
 from sklearn.utils.validation import check_is_fitted
 from tqdm import tqdm
 
-from .hidden import hidden_values, learn_directions, strongest_first
-from .inversion import pixel_weights
-from .models import Answer, answer, check_spectra, finite_flux, single_threaded
-from .readers import LabelReader, spectra_blocks
+from .hidden import hidden_chi2, hidden_values, learn_directions, strongest_first
+from .models import check_spectra, finite_flux, poor_fit_limit, single_threaded
+from .readers import LabelReader
 from .survey import LabError
 
 # %% ../nbs/17_latents.ipynb #07eb8984
@@ -237,10 +236,6 @@ def _make_again(model):
         model._processes.append([_Process(latents @ view.turn, *part) for part in parts])
 
 # %% ../nbs/17_latents.ipynb #dc394a11
-_POOR_FIT_FACTOR = 1.5  # the limit of chi2 per pixel is this times …
-_POOR_FIT_QUANTILE = 0.99  # … this quantile of the training stars
-
-
 class _Compressed(LabelReader):
     "A reader that describes spectra by latents: ``directions_`` (q, P) and ``scatter_`` (P,)."
 
@@ -260,18 +255,13 @@ class _Compressed(LabelReader):
         scatter2 = np.where(self.usable_, self.scatter_**2, np.nan).astype("f4")
         left = flux - self.typical_flux_.astype("f4")
         values, covariance = hidden_values(left, ivar, self.directions_, scatter2)
-        left -= (values @ self.directions_).astype("f4")
-        weight = pixel_weights(ivar, scatter2)
-        chi2 = np.einsum("np,np,np->n", weight, left, left) + (values**2).sum(axis=1)
+        chi2 = hidden_chi2(left, ivar, self.directions_, scatter2, values)
         return values, covariance, chi2
 
     @property
     def poor_fit_limit_(self) -> float:
         "chi2 per pixel from which a fit counts as poor, from that of the training stars."
-        stars = len(self.training_labels_)
-        learned = len(self.directions_) + 1
-        limit = _POOR_FIT_FACTOR * float(np.quantile(self.training_chi2_, _POOR_FIT_QUANTILE))
-        return limit * (stars + learned) / (stars - learned)
+        return poor_fit_limit(self.training_chi2_, len(self.directions_) + 1)
 
     def place(self, spectra) -> np.ndarray:
         """The latents of stars.
@@ -341,8 +331,7 @@ class _InTwoViews(_Compressed):
             _make_again(self)
         return list(zip(self._views, self._processes))
 
-    def _answer(self, flux, ivar):
-        "Labels (N, K), covariance (N, K, K), chi2 (N,)."
+    def _read(self, flux, ivar):
         latents, uncertain, chi2 = self._place(flux, ivar)
         mean = np.empty((len(flux), len(self.label_names_)))
         error = np.empty_like(mean)
@@ -351,20 +340,6 @@ class _InTwoViews(_Compressed):
             error[:, k] = np.sqrt(variance)
         error *= self.scales_
         return self.unscale(mean), error[:, :, None] * self.correlation_ * error[:, None], chi2
-
-    def _read(self, flux, ivar):
-        return self._answer(flux, ivar)[:2]
-
-
-@answer.register(_InTwoViews)
-def _read_with_chi2(model, spectra, max_steps):
-    "How the reader answers: block by block, with a chi2."
-    blocks = []
-    for flux, ivar in spectra_blocks(spectra):
-        labels, covariance, chi2 = model._answer(flux, ivar)
-        n_good = ((ivar > 0) & model.usable_).sum(axis=1)
-        blocks.append((labels, covariance, n_good, chi2))
-    return Answer(*(np.concatenate(column) for column in zip(*blocks)))
 
 # %% ../nbs/17_latents.ipynb #1ecf1321
 _STARS_EACH = 3  # training stars per latent, at least
@@ -424,9 +399,8 @@ class LatentLabels(_InTwoViews):
 
     Examples
     --------
-    >>> from stellar_lab import infer
+    >>> from stellar_lab import LatentLabels, infer
     >>> from stellar_lab.archives import real_stars
-    >>> from stellar_lab.latents import LatentLabels
     >>> stars = real_stars()[:100]
     >>> model = LatentLabels(latents=10, labels=["TEFF", "M_H"]).fit(stars)
     >>> infer(model, stars[:2]).colnames[:3]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MASKED_LIMIT', 'lab_continuum_pixels', 'read_continuum_pixels', 'ContinuumFit', 'continuum', 'normalize',
-           'count_mask_bits', 'drop_masked', 'training_set', 'continuum_steps', 'as_trained']
+           'count_mask_bits', 'drop_masked', 'training_set', 'continuum_steps', 'check_grid', 'as_trained']
 
 # %% ../nbs/03_normalize.ipynb #25f32df2
 import sys
@@ -588,8 +588,16 @@ def continuum_steps(meta: dict) -> list:
 _DARK = 0.05  # share of the typical light, as in `clean.read_archive`
 
 
-def _check_grid(model, grid):
-    "LabError for spectra on another grid than the model's."
+def check_grid(model, grid):
+    """LabError for spectra on another grid than the model's.
+
+    Parameters
+    ----------
+    model : LabelModel
+        fitted
+    grid : (P,) array
+        wavelengths of the spectra, Angstrom
+    """
     known = model.wavelength_
     if known is None:
         known = np.arange(len(model.typical_flux_))
@@ -643,7 +651,7 @@ def as_trained(model, spectra: Spectra) -> Spectra:
         where the spectra are on another grid than the model's
     """
     check_is_fitted(model)
-    _check_grid(model, spectra.wavelength)
+    check_grid(model, spectra.wavelength)
     if spectra.stars.meta.get("normalized", False):
         return spectra
     fraction = _dark_share(model.metadata_)

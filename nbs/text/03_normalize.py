@@ -1440,8 +1440,16 @@ assert step["pixels"] == np.flatnonzero(own_pixels).tolist()
 _DARK = 0.05  # share of the typical light, as in `clean.read_archive`
 
 
-def _check_grid(model, grid):
-    "LabError for spectra on another grid than the model's."
+def check_grid(model, grid):
+    """LabError for spectra on another grid than the model's.
+
+    Parameters
+    ----------
+    model : LabelModel
+        fitted
+    grid : (P,) array
+        wavelengths of the spectra, Angstrom
+    """
     known = model.wavelength_
     if known is None:
         known = np.arange(len(model.typical_flux_))
@@ -1508,7 +1516,7 @@ def as_trained(model, spectra: Spectra) -> Spectra:
         where the spectra are on another grid than the model's
     """
     check_is_fitted(model)
-    _check_grid(model, spectra.wavelength)
+    check_grid(model, spectra.wavelength)
     if spectra.stars.meta.get("normalized", False):
         return spectra
     fraction = _dark_share(model.metadata_)

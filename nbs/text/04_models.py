@@ -43,7 +43,7 @@ from sklearn.utils.validation import check_is_fitted
 from threadpoolctl import ThreadpoolController
 
 from stellar_lab import __version__
-from stellar_lab.normalize import MASKED_LIMIT, continuum_steps
+from stellar_lab.normalize import MASKED_LIMIT, check_grid, continuum_steps
 from stellar_lab.survey import LABELS, LabError, Spectra, atomic_path, label_record, on_band
 
 # %%
@@ -700,6 +700,32 @@ flag_names([0, 5, 16])
 
 # %%
 #| export
+_POOR_FIT_FACTOR = 1.5  # the limit of chi2 per pixel is this times …
+_POOR_FIT_QUANTILE = 0.99  # … this quantile of the training stars
+
+
+def poor_fit_limit(chi2, learned: int = 0) -> float:
+    """chi2 per pixel from which a fit counts as poor.
+
+    Parameters
+    ----------
+    chi2 : (N,) array
+        per pixel, of each training star
+    learned : int, default 0
+        numbers that each pixel learned from these stars; where they are many, the training stars
+        fit better than others, by (N - learned) / (N + learned)
+
+    Returns
+    -------
+    float
+    """
+    stars = len(chi2)
+    limit = _POOR_FIT_FACTOR * float(np.quantile(chi2, _POOR_FIT_QUANTILE))
+    return limit * ((stars + learned) / max(stars - learned, 1))
+
+
+# %%
+#| export
 _NEIGHBOURS = 3  # a star's distance from the training stars is that to the third nearest
 
 
@@ -870,17 +896,6 @@ with pytest.raises(LabError, match="object has not said how it reads a spectrum"
 
 # %%
 #| export
-def _check_grid(model, spectra):
-    grid, known = spectra.wavelength, model.wavelength_
-    if known is None:
-        return
-    if len(grid) != len(known) or not np.allclose(grid, known, rtol=1e-8):
-        raise LabError(
-            f"the spectra have {len(grid)} pixels from {grid[0]:.2f} Angstrom, the model "
-            f"{len(known)} from {known[0]:.2f}: read the spectra on the model's grid"
-        )
-
-
 def _check_recipe(model, meta, any_recipe):
     "Were the spectra normalized as the model's were, as far as both sides know?"
     trained = model.metadata_
@@ -938,7 +953,8 @@ def check_spectra(model: LabelModel, flux, ivar=None, any_recipe: bool = False) 
     """
     check_is_fitted(model)
     if isinstance(flux, Spectra):
-        _check_grid(model, flux)
+        if model.wavelength_ is not None:
+            check_grid(model, flux.wavelength)
         _check_recipe(model, flux.stars.meta, any_recipe)
         stars = flux.stars
         flux, ivar = flux.flux, flux.ivar

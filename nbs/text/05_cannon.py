@@ -34,6 +34,7 @@ from stellar_lab.models import (
     infer,
     label_values,
     name_list,
+    poor_fit_limit,
     single_threaded,
 )
 from stellar_lab.survey import LabError, Spectra, chip_slices, label_record, plot_spectrum
@@ -469,6 +470,7 @@ left = three_flux - (theta @ design.T).T
 alone = share_left[np.searchsorted(complete, three)] * three_flux.std(axis=0)
 assert np.all(left.std(axis=0) < alone)  # more labels explain more
 
+
 # %% [markdown]
 # ## The estimator
 # `Cannon` is an estimator as scikit-learn means it: parameters in the constructor, `fit` returns the object, what was learned ends in an underscore. How training stars come in and how labels are scaled is
@@ -478,10 +480,6 @@ assert np.all(left.std(axis=0) < alone)  # more labels explain more
 
 # %%
 #| export
-_POOR_FIT_FACTOR = 1.5  # the limit of chi2 per pixel is this times …
-_POOR_FIT_QUANTILE = 0.99  # … this quantile of the training stars
-
-
 class _PixelPolynomials(LabelModel):
     """A trained Cannon: coefficients ``theta_`` (P, T) and ``scatter_`` (P,), and what follows from
     them."""
@@ -519,7 +517,7 @@ class _PixelPolynomials(LabelModel):
     @property
     def poor_fit_limit_(self) -> float:
         "chi2 per pixel from which a fit counts as poor, from that of the training stars."
-        return _POOR_FIT_FACTOR * float(np.quantile(self.training_chi2_, _POOR_FIT_QUANTILE))
+        return poor_fit_limit(self.training_chi2_)
 
     def _learn_pixels(self, flux, ivar, design, min_stars):
         "Coefficients, scatter, good pixels and chi2 of each star; a subclass may learn more."

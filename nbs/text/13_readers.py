@@ -22,7 +22,6 @@ from sklearn.utils.validation import check_is_fitted
 
 from stellar_lab.cannon import pair_index
 from stellar_lab.models import Answer, LabelModel, answer, check_spectra, finite_flux
-from stellar_lab.survey import Spectra
 
 # %%
 #| hide
@@ -63,19 +62,8 @@ def _typical_flux(flux, good):
 _READ_BLOCK = 512  # stars at a time
 
 
-def spectra_blocks(spectra: Spectra):
-    """Some hundred stars after the others, so that no second copy of a survey is in memory.
-
-    Parameters
-    ----------
-    spectra : Spectra
-
-    Yields
-    ------
-    flux : (n, P) array
-        finite everywhere
-    ivar : (n, P) array
-    """
+def _blocks(spectra):
+    "Flux, finite everywhere, and ivar of some hundred stars after the others."
     for start in range(0, len(spectra), _READ_BLOCK):
         rows = slice(start, start + _READ_BLOCK)
         ivar = spectra.ivar[rows]
@@ -132,7 +120,8 @@ class LabelReader(LabelModel):
         return np.where((ivar > 0) & self.usable_, flux, self.typical_flux_.astype(np.float32))
 
     def _read(self, flux, ivar):
-        "Labels (N, K) in physical units and their covariance (N, K, K), NaN where none is known."
+        """Labels (N, K) in physical units, their covariance (N, K, K), NaN where none is known, and
+        chi2 (N,) if the reader can draw a spectrum."""
         raise NotImplementedError
 
     def _read_labels(self, flux, ivar):
@@ -162,7 +151,7 @@ class LabelReader(LabelModel):
             where the spectra are not such as the model can read, as `infer` says
         """
         spectra = check_spectra(self, flux, ivar, any_recipe)
-        return np.concatenate([self._read_labels(*block) for block in spectra_blocks(spectra)])
+        return np.concatenate([self._read_labels(*block) for block in _blocks(spectra)])
 
 
 # %% [markdown]
@@ -204,12 +193,12 @@ with pytest.raises(LabError, match="star 1 has a usable pixel without a finite f
 #| export
 @answer.register(LabelReader)
 def _read_in_blocks(model, spectra, max_steps):
-    "How a reader answers: no chi2, no search."
+    "How a reader answers: no search."
     blocks = []
-    for flux, ivar in spectra_blocks(spectra):
-        labels, covariance = model._read(flux, ivar)
+    for flux, ivar in _blocks(spectra):
+        labels, covariance, *chi2 = model._read(flux, ivar)
         n_good = ((ivar > 0) & model.usable_).sum(axis=1)
-        blocks.append((labels, covariance, n_good))
+        blocks.append((labels, covariance, n_good, *chi2))
     return Answer(*(np.concatenate(column) for column in zip(*blocks)))
 
 

@@ -25,7 +25,14 @@ from tqdm import tqdm
 
 from stellar_lab.cannon import Cannon, pair_index
 from stellar_lab.inversion import infer, pixel_weights
-from stellar_lab.models import check_spectra, finite_flux, fold_numbers, in_blocks, label_values
+from stellar_lab.models import (
+    check_spectra,
+    finite_flux,
+    fold_numbers,
+    in_blocks,
+    label_values,
+    poor_fit_limit,
+)
 from stellar_lab.survey import LabError
 
 # %%
@@ -139,6 +146,21 @@ def hidden_values(residual, ivar, directions, scatter2) -> tuple:
     return tuple(np.concatenate(part) for part in zip(*parts))
 
 
+def hidden_chi2(residual, ivar, directions, scatter2, values) -> np.ndarray:
+    """chi2 (N,) of stars at their hidden labels, which count as seen to be 0 with an error of 1.
+
+    Parameters
+    ----------
+    residual, ivar, directions, scatter2
+        as of `hidden_values`
+    values : (N, q) array
+        the hidden labels
+    """
+    left = residual - (values @ directions).astype(np.float32)
+    weight = pixel_weights(ivar, np.asarray(scatter2, np.float32))
+    return np.einsum("np,np,np->n", weight, left, left) + (values**2).sum(axis=1)
+
+
 # %% [markdown]
 # We tell it the true direction:
 
@@ -189,7 +211,7 @@ class _Moments:
 #| export
 def _scatter_step(squares, ivar, scatter2):
     "One step of Fisher's scoring for the scatter of each pixel; squares (N, B) hold the noise too."
-    weight2 = (ivar / (1 + ivar * scatter2.astype("f4"))) ** 2
+    weight2 = pixel_weights(ivar, scatter2.astype("f4")) ** 2
     variance = 1 / np.where(ivar > 0, ivar, np.inf)
     change = (weight2 * (squares - variance)).sum(axis=0, dtype=float)
     total = weight2.sum(axis=0, dtype=float)
@@ -199,7 +221,7 @@ def _scatter_step(squares, ivar, scatter2):
 def _regress(moments, flux, ivar, scatter2, hidden):
     "Coefficients and directions (B, T+q) and scatter (B,) of a block of pixels."
     columns = moments.design.shape[1]
-    weight = ivar / (1 + ivar * scatter2.astype("f4"))
+    weight = pixel_weights(ivar, scatter2.astype("f4"))
     A = (weight.T @ moments.products).astype(float)[:, pair_index(columns)[2]]
     b = ((weight * flux).T @ moments.design).astype(float)
     solved = np.linalg.solve(A + _RIDGE * np.eye(columns), b[..., None])[..., 0]
@@ -361,10 +383,8 @@ def _learn_hidden(flux, ivar, terms, plain, hidden):
     theta, directions, scatter2 = found
     directions = strongest_first(np.where(usable, directions, 0))
     residual = np.where(ivar > 0, flux - (terms @ theta.T).astype("f4"), 0)
-    values, covariance = hidden_values(residual, ivar, directions, scatter2)
-    left = residual - (values @ directions).astype("f4")
-    weight = pixel_weights(ivar, scatter2.astype("f4"))
-    chi2 = np.einsum("np,np,np->n", weight, left, left) + (values**2).sum(axis=1)
+    values, _ = hidden_values(residual, ivar, directions, scatter2)
+    chi2 = hidden_chi2(residual, ivar, directions, scatter2, values)
     theta = np.where(usable[:, None], theta, np.nan)
     return theta, directions, np.where(usable, scatter2, np.nan), chi2
 
@@ -410,14 +430,9 @@ class _Hidden(Cannon):
 
     @property
     def poor_fit_limit_(self) -> float:
-        """chi2 per pixel from which a fit counts as poor. Each pixel learned T + q numbers from N
-        stars, which therefore fit better than others: by (N - T - q) / (N + T + q)."""
-        limit = super().poor_fit_limit_
-        if not len(self.hidden_):
-            return limit
-        stars = len(self.training_labels_)
-        learned = len(self.vectorizer_) + len(self.hidden_)
-        return limit * (stars + learned) / max(stars - learned, 1)
+        "chi2 per pixel from which a fit counts as poor; each pixel learned T + q numbers."
+        learned = len(self.vectorizer_) + len(self.hidden_) if len(self.hidden_) else 0
+        return poor_fit_limit(self.training_chi2_, learned)
 
     def values(self, spectra, labels) -> np.ndarray:
         """The hidden labels of stars.
@@ -530,9 +545,8 @@ class HiddenCannon(_Hidden):
 
     Examples
     --------
-    >>> from stellar_lab import infer
+    >>> from stellar_lab import HiddenCannon
     >>> from stellar_lab.archives import real_stars
-    >>> from stellar_lab.hidden import HiddenCannon
     >>> stars = real_stars()[:150]
     >>> model = HiddenCannon(hidden=3, order=1, labels=["TEFF", "LOGG", "M_H"]).fit(stars)
     >>> model.hidden_.shape

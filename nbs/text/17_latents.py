@@ -27,10 +27,9 @@ from sklearn.linear_model import RidgeCV
 from sklearn.utils.validation import check_is_fitted
 from tqdm import tqdm
 
-from stellar_lab.hidden import hidden_values, learn_directions, strongest_first
-from stellar_lab.inversion import pixel_weights
-from stellar_lab.models import Answer, answer, check_spectra, finite_flux, single_threaded
-from stellar_lab.readers import LabelReader, spectra_blocks
+from stellar_lab.hidden import hidden_chi2, hidden_values, learn_directions, strongest_first
+from stellar_lab.models import check_spectra, finite_flux, poor_fit_limit, single_threaded
+from stellar_lab.readers import LabelReader
 from stellar_lab.survey import LabError
 
 # %%
@@ -444,10 +443,6 @@ def _make_again(model):
 
 # %%
 #| export
-_POOR_FIT_FACTOR = 1.5  # the limit of chi2 per pixel is this times …
-_POOR_FIT_QUANTILE = 0.99  # … this quantile of the training stars
-
-
 class _Compressed(LabelReader):
     "A reader that describes spectra by latents: ``directions_`` (q, P) and ``scatter_`` (P,)."
 
@@ -467,18 +462,13 @@ class _Compressed(LabelReader):
         scatter2 = np.where(self.usable_, self.scatter_**2, np.nan).astype("f4")
         left = flux - self.typical_flux_.astype("f4")
         values, covariance = hidden_values(left, ivar, self.directions_, scatter2)
-        left -= (values @ self.directions_).astype("f4")
-        weight = pixel_weights(ivar, scatter2)
-        chi2 = np.einsum("np,np,np->n", weight, left, left) + (values**2).sum(axis=1)
+        chi2 = hidden_chi2(left, ivar, self.directions_, scatter2, values)
         return values, covariance, chi2
 
     @property
     def poor_fit_limit_(self) -> float:
         "chi2 per pixel from which a fit counts as poor, from that of the training stars."
-        stars = len(self.training_labels_)
-        learned = len(self.directions_) + 1
-        limit = _POOR_FIT_FACTOR * float(np.quantile(self.training_chi2_, _POOR_FIT_QUANTILE))
-        return limit * (stars + learned) / (stars - learned)
+        return poor_fit_limit(self.training_chi2_, len(self.directions_) + 1)
 
     def place(self, spectra) -> np.ndarray:
         """The latents of stars.
@@ -540,7 +530,7 @@ left = (star.flux - compressor.draw(star))[0, window]
 assert left.std() < 0.4 * star.flux[0, window].std()
 
 # %% [markdown]
-# The answer is found block by block, as for every reader, with the $\chi^2$ of the drawn spectrum.
+# The answer holds the $\chi^2$ of the drawn spectrum, too.
 
 # %%
 #| export
@@ -579,8 +569,7 @@ class _InTwoViews(_Compressed):
             _make_again(self)
         return list(zip(self._views, self._processes))
 
-    def _answer(self, flux, ivar):
-        "Labels (N, K), covariance (N, K, K), chi2 (N,)."
+    def _read(self, flux, ivar):
         latents, uncertain, chi2 = self._place(flux, ivar)
         mean = np.empty((len(flux), len(self.label_names_)))
         error = np.empty_like(mean)
@@ -589,20 +578,6 @@ class _InTwoViews(_Compressed):
             error[:, k] = np.sqrt(variance)
         error *= self.scales_
         return self.unscale(mean), error[:, :, None] * self.correlation_ * error[:, None], chi2
-
-    def _read(self, flux, ivar):
-        return self._answer(flux, ivar)[:2]
-
-
-@answer.register(_InTwoViews)
-def _read_with_chi2(model, spectra, max_steps):
-    "How the reader answers: block by block, with a chi2."
-    blocks = []
-    for flux, ivar in spectra_blocks(spectra):
-        labels, covariance, chi2 = model._answer(flux, ivar)
-        n_good = ((ivar > 0) & model.usable_).sum(axis=1)
-        blocks.append((labels, covariance, n_good, chi2))
-    return Answer(*(np.concatenate(column) for column in zip(*blocks)))
 
 
 # %%
@@ -664,9 +639,8 @@ class LatentLabels(_InTwoViews):
 
     Examples
     --------
-    >>> from stellar_lab import infer
+    >>> from stellar_lab import LatentLabels, infer
     >>> from stellar_lab.archives import real_stars
-    >>> from stellar_lab.latents import LatentLabels
     >>> stars = real_stars()[:100]
     >>> model = LatentLabels(latents=10, labels=["TEFF", "M_H"]).fit(stars)
     >>> infer(model, stars[:2]).colnames[:3]

@@ -587,7 +587,7 @@ assert json.dumps(_plain({"a": 1}["a"])) == "1" and _plain((np.float32(2), "x"))
 
 # %%
 #| export
-KINDS = {
+_KINDS = {
     "cannon": "Cannon",
     "hidden": "HiddenCannon",
     "ridge": "RidgeLabels",
@@ -621,13 +621,13 @@ def _model_of_kind(request):
         options["scatter"] = scatter
     elif scatter:
         raise LabError(f"a model of kind {kind} is fitted without that option: leave scatter out")
-    return _class(KINDS[kind])(**options)
+    return _class(_KINDS[kind])(**options)
 
 
 def _check_kind(kind):
     "LabError for a kind of model that there is not."
-    if kind not in KINDS:
-        raise LabError(f"unknown kind {kind!r} of model: choose from {', '.join(KINDS)}")
+    if kind not in _KINDS:
+        raise LabError(f"unknown kind {kind!r} of model: choose from {', '.join(_KINDS)}")
 
 
 def _request(

@@ -277,9 +277,10 @@ show_help(_add_fetch, "fetch")
 # %%
 #| export
 _TRAIN = """
-Train The Cannon on the stars of an archive: read the spectra, join them with
-the catalogue's labels, drop what the archive's cuts drop, normalize, fit; then
-judge the model on stars that it has not seen, and give it errors that hold.
+Train a model (The Cannon, unless --kind names another) on the stars of an
+archive: read the spectra, join them with the catalogue's labels, drop what the
+archive's cuts drop, normalize, fit; then judge the model on stars that it has
+not seen, and give it errors that hold.
 
 Prints the ledger (which rule dropped how many stars) and, for each label, the
 errors (predicted - catalogue) of the training stars and of those left out:
@@ -330,7 +331,7 @@ def _run_train(options):
 #| export
 _TRAINED = {  # option -> its help
     "--kind": "which model: cannon, that of the original lab (default); hidden, a Cannon with "
-    "hidden labels; ridge, a straight line; latents, a Gaussian process on latents, the most exact",
+    "hidden labels; ridge, a straight line; latents, a Gaussian process on latents",
     "--labels": "teff, logg, fe_h, mg_fe, si_fe, m_h, alpha_m, c_m, n_m "
     "(default: the archive's own)",
     "--fields": "fields to learn from, or 'all' (default: the archive's own)",

@@ -433,6 +433,13 @@ class Flag(IntFlag):
     OUTSIDE_TRAINING = 4  # further from the training stars than any of them is from the others
     POOR_FIT = 8  # chi2 per pixel larger than any training star's should be
     FEW_PIXELS = 16  # fewer usable pixels than asked for
+    SHIFTED = 32  # lines stand at another velocity than the training stars'
+    BROADENED = 64  # lines are broader, or narrower
+    DILUTED = 128  # featureless light in it, or lines too deep
+    TILTED = 256  # a slope of the continuum along a chip
+    SECOND_LIGHT = 512  # another star's light in it
+    UNUSUAL = 1024  # far from all training spectra, whatever the labels
+    BRIGHT_LINES = 2048  # lines in emission
 
 
 def flag_names(flags) -> list:
@@ -846,6 +853,8 @@ def infer(
     """
     spectra = _finite_spectra(check_spectra(model, flux, ivar, any_recipe))
     table = label_table(model, answer(model, spectra, max_steps), min_good)
+    if getattr(model, "refusal_", None) is not None:
+        model.refusal_.examine(spectra, table)
     if "APOGEE_ID" in spectra.stars.colnames:
         ids = [str(name) for name in spectra.stars["APOGEE_ID"]]
         table.add_column(ids, index=0, name="apogee_id")

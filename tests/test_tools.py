@@ -267,7 +267,7 @@ def test_the_contents_lead_into_the_book():
     chapters = [
         ("00_survey", "What?", "The <facts>", ""),
         ("01_fetch", "Is it?", "", "cell 3: ValueError"),
-        ("18_results", "Which is best?", "", ""),
+        ("19_results", "Which is best?", "", ""),
         ("A_archives", "Where from?", "", ""),
     ]
     page = pages.index(chapters, ["archive clusters"], "TEFF 80 K")

@@ -228,7 +228,7 @@ HEAD = """\
 
 What each model of this book reads from spectra that took no part in its training, and what that
 costs. `tools/readme.py` writes this page from what was recorded; change nothing here by hand.
-[The chapter on results](nbs/18_results.ipynb) says how the contests are held.
+[The chapter on results](nbs/19_results.ipynb) says how the contests are held.
 
 - *RMSE*: root mean square of predicted minus catalogue; *bias*, in brackets: their mean.
 - *Scaled RMSE*: RMSE divided by the spread of the label over the judged stars. At 1 a model is no

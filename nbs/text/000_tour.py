@@ -161,7 +161,7 @@ player(rising, interval=150)
 # - The path of the book: [what a star is to us](00_survey.ipynb), [fetching](01_fetch.ipynb), [cleaning](02_clean.ipynb), [the continuum](03_normalize.ipynb),
 #   [the contract of models](04_models.ipynb), [The Cannon](05_cannon.ipynb), [its inversion](06_inversion.ipynb), [judging](07_judging.ipynb).
 # - Your own files: [ten thousand labels](G_labelling.ipynb), and [the command line](H_cli.ipynb).
-# - How good it gets: [real giants](08_giants.ipynb), and [all models side by side](18_results.ipynb). Which model should you take? Begin with the Cannon: it explains what it reads, and says by its chi2 when a star
+# - How good it gets: [real giants](08_giants.ipynb), and [all models side by side](19_results.ipynb). Which model should you take? Begin with the Cannon: it explains what it reads, and says by its chi2 when a star
 #   is of another kind. If you want the smallest errors on stars like those of the training set, try the [Gaussian process on latents](17_latents.ipynb), or the Cannon that learns [hidden labels](16_hidden.ipynb).
 # - Words that you do not know: [the glossary](I_glossary.ipynb).
 #

@@ -575,9 +575,13 @@ class HiddenCannon(_Hidden):
         self.min_stars = min_stars
         self.seed = seed
 
+    def _number(self, flux, ivar):
+        "How many hidden labels there are to be; a subclass may choose otherwise."
+        return _chosen_number(self, flux, ivar)
+
     def _learn_pixels(self, flux, ivar, design, min_stars):
         learned = super()._learn_pixels(flux, ivar, design, min_stars)
-        number = _chosen_number(self, flux, ivar) if self.hidden is None else self.hidden
+        number = self._number(flux, ivar) if self.hidden is None else self.hidden
         _check_number(number, len(flux))
         if not number:
             self.hidden_ = np.empty((0, flux.shape[1]))

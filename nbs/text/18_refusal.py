@@ -1,0 +1,467 @@
+# %% [markdown]
+# # Is this a star like those we know?
+# > A model answers whatever it is asked: a guard looks for what no star like the training stars explains, a wrong velocity, lines too broad, a second light, and says so.
+#
+# **Question.** Give a model a flat line, a galaxy or two stars in one, and it returns five labels with small errors. How do we notice?
+#
+# **Idea.** At the star's best labels we ask a few questions more. Would the spectrum fit better if we shifted it, broadened it, thinned its lines, or mixed in a dwarf? Each
+# question is one more column in the same linear algebra. Left-out training stars tell how large the answers are for good stars. What goes far beyond is flagged.
+#
+# You learn how to test for what should not be there, why "significant" is not "wrong", and how to choose a limit that costs few good stars.
+
+# %%
+#| default_exp refusal
+
+# %%
+#| export
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from astropy import constants
+from astropy import units as u
+from astropy.table import QTable, Table
+from scipy.ndimage import uniform_filter1d
+from sklearn.utils.validation import check_is_fitted
+
+from stellar_lab.hidden import HiddenCannon
+from stellar_lab.inversion import infer, pixel_weights
+from stellar_lab.models import Flag, finite_flux, fold_numbers, in_blocks, label_values
+from stellar_lab.survey import LOG10_STEP, LabError, Spectra, chip_slices
+
+# %%
+#| hide
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import pytest
+from scipy.ndimage import gaussian_filter1d
+
+from stellar_lab.clean import read_archive
+from stellar_lab.models import flag_names, train_test_rows
+from stellar_lab.normalize import training_set
+from stellar_lab.survey import archive_root, use_style
+
+# %% [markdown]
+# ## What should not be there
+# Let $g$ be the spectrum of a star at its best labels. If the star moves at a velocity $v$ that nobody corrected, its lines stand a little further to the red:
+# $$ f(\lambda) = g\!\left(\lambda\,(1 - v/c)\right) \approx g - \frac{v}{c}\,\frac{\mathrm d g}{\mathrm d\ln\lambda}. $$
+# A *broadening* by a variance $b$ adds $\tfrac{b}{2}$ times the second derivative. *Dilution*, a share $d$ of light without lines, adds $d\,(1-g)$. A *second light*, a share $s$
+# of a known other spectrum $D$, adds $s\,(D-g)$. A *tilt* of a chip adds a slope times $g$. Each is a column of as many pixels as the spectrum.
+
+# %%
+#| export
+# km/s from one pixel of the survey's grid to the next
+PIXEL_VELOCITY = float(constants.c.to_value("km/s") * np.log(10) * LOG10_STEP)
+
+
+def _by_chip(work, spectra, chips):
+    "Something done to each chip of spectra (N, P), so that nothing crosses a gap."
+    return np.concatenate([work(spectra[:, chip]) for chip in chips], axis=1)
+
+
+def _slope(part):
+    return np.gradient(part, axis=1)
+
+
+def _bend(part):
+    return _slope(_slope(part))
+
+
+def foreign_columns(drawn: np.ndarray, chips: Sequence, lights: np.ndarray) -> np.ndarray:
+    """How spectra change with what should not be there.
+
+    Parameters
+    ----------
+    drawn : (N, P) float32 array
+        spectra of stars at their best labels, relative to the continuum
+    chips : sequence of slice
+        the pixels of each chip
+    lights : (L, P) array
+        spectra whose light may be mixed in
+
+    Returns
+    -------
+    (N, 3 + C + L, P) float32 array
+        per km/s of velocity, per (km/s)^2 of broadening, per share of featureless light, per half
+        of a chip's length for each of C chips, and per share of each other light
+    """
+    parts = [
+        -_by_chip(_slope, drawn, chips) / PIXEL_VELOCITY,
+        _by_chip(_bend, drawn, chips) / (2 * PIXEL_VELOCITY**2),
+        1 - drawn,
+    ]
+    for chip in chips:
+        tilted = np.zeros_like(drawn)
+        tilted[:, chip] = np.linspace(-1, 1, drawn[:, chip].shape[1]) * drawn[:, chip]
+        parts.append(tilted)
+    parts += [light - drawn for light in np.asarray(lights, np.float32)]
+    return np.stack(parts, axis=1).astype(np.float32)
+
+
+# %% [markdown]
+# The columns are first-order changes. A spectrum of one line shows how good they are. We shift it by half a pixel, and compare with the column.
+
+# %%
+use_style()
+pixel = np.arange(60)
+line = 1 - 0.5 * np.exp(-0.5 * ((pixel - 30) / 2.5) ** 2)[None]
+shifted = 1 - 0.5 * np.exp(-0.5 * ((pixel - 30.5) / 2.5) ** 2)[None]
+columns = foreign_columns(line.astype("f4"), [slice(0, 60)], np.empty((0, 60)))
+fig, ax = plt.subplots(figsize=(5, 2.6))
+ax.plot((shifted - line)[0], label="shifted by half a pixel")
+ax.plot(columns[0, 0] * PIXEL_VELOCITY / 2, "--", label="the column")
+ax.set(xlabel="pixel", ylabel="change of the flux")
+ax.legend()
+assert np.abs(columns[0, 0] * PIXEL_VELOCITY / 2 - (shifted - line)[0]).max() < 0.01
+
+# %% [markdown]
+# **What to see.** The two curves agree: for shifts below a pixel, the column is nearly the change itself.
+#
+# A second check: blurring with a Gaussian of known variance is what the column of broadening says.
+
+# %%
+blurred = gaussian_filter1d(line, 1.0, axis=1, mode="nearest")
+expected = columns[0, 1] * PIXEL_VELOCITY**2  # a variance of one pixel^2
+assert np.abs(expected - (blurred - line)[0]).max() < 0.15 * np.abs(blurred - line).max()
+
+
+# %% [markdown]
+# ## One more unknown
+# A spectrum that is a little shifted can also be fitted by slightly wrong labels. So a fair question lets labels and [hidden labels](16_hidden.ipynb) follow. In the language of
+# linear algebra: we project out of the column what labels and hidden labels can mimic, and compare the rest with what the fit left over. With weights $w$, a column $\mathbf n$, the
+# residual $\mathbf r$ of the best fit, and $\langle\cdot,\cdot\rangle$ for weighted products after that projection,
+# $$ c = \frac{\langle \mathbf n,\mathbf r\rangle}{\langle \mathbf n,\mathbf n\rangle}, \qquad \sigma_c = \langle \mathbf n,\mathbf n\rangle^{-1/2}. $$
+# Hidden labels are eliminated first; they have a prior. Then the labels, which are free.
+
+# %%
+#| export
+def _without_hidden(columns, weight, left, model):
+    """Products (N, C, C) of columns with each other and (N, C) with the residual, after hidden
+    labels have followed as far as their prior lets them."""
+    heavy = columns * weight[:, None]
+    products = (heavy @ np.swapaxes(columns, 1, 2)).astype(float)
+    pull = np.einsum("ncp,np->nc", heavy, left).astype(float)
+    directions = np.asarray(model.hidden_, np.float32)
+    if not len(directions):
+        return products, pull
+    crossed = (heavy @ directions.T).astype(float)
+    rows = np.stack([weight * row for row in directions], axis=1)
+    stiff = (rows @ directions.T).astype(float) + np.eye(len(directions))
+    return products - crossed @ np.linalg.solve(stiff, np.swapaxes(crossed, 1, 2)), pull
+
+
+def _one_by_one(products, pull, labels):
+    """Value and error (N, C - K) of each column but the first K, which stand for the labels and
+    are free: each column is asked on its own."""
+    ours = slice(None, labels)
+    size = np.sqrt(np.einsum("ncc->nc", products)[:, ours]) + 1e-12
+    inner = products[:, ours, ours] / size[:, :, None] / size[:, None] + 1e-6 * np.eye(labels)
+    crossed = products[:, labels:, ours] / size[:, None]
+    mimic = np.linalg.solve(inner, np.swapaxes(crossed, 1, 2))  # (N, K, C - K)
+    own = np.einsum("ncc->nc", products)[:, labels:]
+    own = np.maximum(own - np.einsum("nck,nkc->nc", crossed, mimic), 1e-12)
+    pull_labels = pull[:, ours] / size
+    rest = pull[:, labels:] - np.einsum("nkc,nk->nc", mimic, pull_labels)
+    return rest / own, 1 / np.sqrt(own)
+
+
+# %% [markdown]
+# ## What is asked of a spectrum
+# Beside these columns, three numbers say whether the spectrum is near any that we know: how far its hidden labels are from zero (their squared length), chi2 per pixel, and the
+# highest bump of the residual over five pixels, in its error, which finds lines in emission. A table of records says what each is called, which flag it raises, and where its limit
+# stands: at a quantile of left-out training stars, times a factor.
+
+# %%
+#| export
+@dataclass(frozen=True)
+class Question:
+    "One thing that should not be there."
+
+    name: str  # of the column
+    flag: Flag
+    quantile: float  # of left-out training stars …
+    factor: float  # … times this is the limit
+    unit: str = ""
+    signed: bool = False  # both signs are possible, and both count
+
+
+QUESTIONS = (
+    Question("velocity", Flag.SHIFTED, 0.987, 1.0, "km/s", True),
+    Question("broadening", Flag.BROADENED, 0.99, 1.0, "km2/s2", True),
+    Question("dilution", Flag.DILUTED, 0.99, 2.2, "", True),
+    Question("tilt", Flag.TILTED, 0.99, 2.0),
+    Question("second_light", Flag.SECOND_LIGHT, 0.99, 1.35),
+    Question("strangeness", Flag.UNUSUAL, 0.99, 2.0),
+    Question("misfit", Flag.UNUSUAL, 0.99, 2.0),
+    Question("bump", Flag.BRIGHT_LINES, 0.99, 1.5),
+)
+_LEAST_SIGNIFICANCE = 5  # a value below so many of its own errors is no news
+_FIXED = 3  # columns before the chips: velocity, broadening, dilution
+
+
+def _bump(sigmas, width=5):
+    "The highest sum of so many neighbouring residuals (N, P), in its error; (N,)."
+    return uniform_filter1d(sigmas, width, axis=1).max(axis=1) * np.sqrt(width)
+
+
+# %%
+#| export
+def _fit_at(model, flux, ivar, labels):
+    "Spectra (N, P) drawn at labels and best hidden labels, residual, weight, hidden labels."
+    scatter2 = np.where(model.usable_, model.scatter_**2, np.nan).astype("f4")
+    weight = pixel_weights(ivar, scatter2)
+    drawn = np.nan_to_num(model.predict(labels), nan=1.0).astype("f4")
+    left = np.where(weight > 0, flux - drawn, 0).astype("f4")
+    directions = np.asarray(model.hidden_, np.float32)
+    rows = np.stack([weight * row for row in directions], axis=1) if len(directions) else None
+    if rows is None:
+        return drawn, left, weight, np.zeros((len(flux), 0))
+    stiff = (rows @ directions.T).astype(float) + np.eye(len(directions))
+    pull = np.einsum("nqp,np->nq", rows, left).astype(float)
+    hidden = np.linalg.solve(stiff, pull[..., None])[..., 0]
+    change = (hidden @ directions).astype("f4")
+    return drawn + change, np.where(weight > 0, left - change, 0), weight, hidden
+
+
+def _answers(model, lights, flux, ivar, labels):
+    "Each question's value (N, Q) and the error of it (N, Q), 0 where it has none."
+    drawn, left, weight, hidden = _fit_at(model, flux, ivar, labels)
+    chips = [chip for chip in _chips(model) if chip.stop > chip.start]
+    slopes = np.nan_to_num(model.derivative(labels)) * model.scales_[:, None]
+    foreign = foreign_columns(drawn, chips, lights)
+    columns = np.concatenate([slopes.astype("f4"), foreign], axis=1)
+    products, pull = _without_hidden(columns, weight, left, model)
+    value, error = _one_by_one(products, pull, slopes.shape[1])
+    own = [value[:, :_FIXED], *_largest(value, error, len(chips))]
+    own_error = [error[:, :_FIXED], np.zeros((len(flux), 2))]
+    sigmas = np.sqrt(weight) * left
+    good = np.maximum((weight > 0).sum(axis=1), 1)
+    misfit = (sigmas**2).sum(axis=1) / good
+    near = [(hidden**2).sum(axis=1), misfit, _bump(sigmas)]
+    found = np.column_stack([*own, *near])
+    return found, np.column_stack([*own_error, np.zeros((len(flux), len(near)))])
+
+
+def _largest(value, error, chips):
+    "The largest tilt of a chip (N,), and the largest share of another light (N,)."
+    sure = np.where(np.abs(value) > _LEAST_SIGNIFICANCE * error, value, 0)
+    tilt = np.abs(sure[:, _FIXED : _FIXED + chips]).max(axis=1)
+    lights = sure[:, _FIXED + chips :]
+    return tilt, lights.max(axis=1, initial=0)
+
+
+def _chips(model):
+    "The pixels of each chip; of one chip where the model knows no wavelengths."
+    if model.wavelength_ is None or model.wavelength_[0] < 1e3:
+        return [slice(0, len(model.typical_flux_))]
+    return list(chip_slices(model.wavelength_).values())
+
+
+# %%
+#| export
+_BLOCK = 64  # stars to a block
+
+
+def _ask(model, lights, spectra):
+    "Each question's value (N, Q) for stars, by a Cannon with hidden labels, and its error (N, Q)."
+    flux = finite_flux(spectra.flux, spectra.ivar)
+    ivar = np.asarray(spectra.ivar, np.float32)
+    labels = label_values(infer(model, flux, ivar, min_good=0), model.label_names_)
+    known = np.isfinite(labels).all(axis=1)
+    labels = np.where(known[:, None], labels, model.pivots_)
+
+    def work(rows):
+        return _answers(model, lights, flux[rows], ivar[rows], labels[rows])
+
+    parts = in_blocks(work, len(flux), _BLOCK)
+    value, error = (np.concatenate(part) for part in zip(*parts))
+    value[~known] = np.nan
+    return value, error
+
+
+# %% [markdown]
+# ## A guard
+# The guard is a [Cannon with hidden labels](16_hidden.ipynb) of its own, so it serves any model: ridge regression cannot draw a spectrum, but a guard beside it can. Its limits come
+# from stars that were left out in thirds; a star in training always looks too good.
+
+# %%
+#| export
+_HIDDEN = 20  # hidden labels of a guard, where there are stars enough
+_STARS_EACH = 12  # training stars that each of them needs
+_THIRDS = 3
+
+
+def _number(hidden, stars):
+    "How many hidden labels a guard has."
+    return min(_HIDDEN, stars // _STARS_EACH) if hidden is None else hidden
+
+
+def _left_out(guard, flux, ivar, rows):
+    "The answers (N, Q) of some training stars, by a model that has not seen them."
+    number = _number(guard.hidden, np.count_nonzero(~rows))
+    one = HiddenCannon(number, guard.order, pivots=guard.pivots_, scales=guard.scales_)
+    labels = guard.training_labels_[~rows]
+    one.fit(labels, flux[~rows], ivar[~rows], guard.label_names_, guard.wavelength_)
+    spectra = Spectra(_grid(guard), flux[rows], ivar[rows], Table({"ROW": np.flatnonzero(rows)}))
+    return _ask(one, guard.lights_, spectra)[0]
+
+
+def _grid(guard):
+    "Wavelengths (P,), or the pixels' numbers where the guard knows none."
+    pixels = np.arange(len(guard.lights_.T), dtype=float)
+    return pixels if guard.wavelength_ is None else guard.wavelength_
+
+
+def _limits(value):
+    "The limit of each question (Q,), from its values (N, Q) among left-out stars."
+    known = np.abs(value[np.isfinite(value).all(axis=1)])
+    if not len(known):
+        raise LabError("no left-out star could be examined: there are too few training stars")
+    return np.array([q.factor * np.quantile(v, q.quantile) for q, v in zip(QUESTIONS, known.T)])
+
+
+# %%
+#| export
+class _Asking(HiddenCannon):
+    "A guard that can be asked."
+
+    _entries = (*HiddenCannon._entries, "lights_", "limits_")
+
+    def answers(self, spectra) -> tuple:
+        """The value of each question, before any limit.
+
+        Parameters
+        ----------
+        spectra : Spectra
+            N stars, normalized as the training stars were
+
+        Returns
+        -------
+        value, error : (N, Q) arrays
+            in the order of `QUESTIONS`; an error of 0 where none is known. NaN where a star has
+            no labels
+        """
+        check_is_fitted(self, "limits_")
+        return _ask(self, self.lights_, spectra)
+
+    def examine(self, spectra, table: QTable) -> QTable:
+        """Add what was found, and its flags, to a table of labels.
+
+        Parameters
+        ----------
+        spectra : Spectra
+            N stars, normalized as the training stars were
+        table : QTable
+            as from `infer` of any model; changed in place
+
+        Returns
+        -------
+        QTable
+            the same, with the columns of `QUESTIONS`, ``velocity_err``, and further `flags`
+        """
+        value, error = self.answers(spectra)
+        doubts = _doubts(value, error, self.limits_)
+        table["flags"] = (np.asarray(table["flags"]) | doubts).astype(np.int32)
+        for k, question in enumerate(QUESTIONS):
+            table[question.name] = value[:, k] * u.Unit(question.unit)
+            if k == 0:
+                table["velocity_err"] = error[:, k] * u.Unit(question.unit)
+        return table
+
+
+def _doubts(value, error, limits):
+    "The sum of flags (N,) that answers raise."
+    large = np.where([question.signed for question in QUESTIONS], np.abs(value), value)
+    with np.errstate(invalid="ignore"):
+        beyond = (large > limits) & (np.abs(value) > _LEAST_SIGNIFICANCE * error)
+    doubts = np.zeros(len(value), dtype=int)
+    for question, raised in zip(QUESTIONS, beyond.T):
+        doubts |= np.where(raised, int(question.flag), 0)
+    return doubts
+
+
+# %%
+#| export
+class Refusal(_Asking):
+    """A guard that flags what no star like the training stars explains.
+
+    At the best labels of a star, by a Cannon with hidden labels, it measures a velocity, a
+    broadening, a dilution, tilts of the chips and a share of other light, each as one more column
+    of the linear fit, and how unusual the spectrum is. Limits stand where few left-out training
+    stars are.
+
+    Parameters
+    ----------
+    hidden : int, optional
+        number of hidden labels; by default 20, or fewer where there are fewer than 240 stars
+    order : int, default 2
+        of the polynomial in the labels
+    labels : sequence of str, optional
+        labels to use from a `Spectra`
+    seed : int, default 0
+        of the thirds that are left out
+
+    Attributes
+    ----------
+    limits_ : (Q,) array
+        of each of `QUESTIONS`
+    lights_ : (L, P) array
+        spectra whose light may be mixed in
+
+    Examples
+    --------
+    >>> from stellar_lab import Refusal, infer
+    >>> from stellar_lab.archives import real_stars
+    >>> stars = real_stars()[:150]
+    >>> guard = Refusal(order=1, labels=["TEFF", "LOGG", "M_H"]).fit(stars)
+    >>> table = guard.examine(stars[:3], infer(guard, stars[:3]))
+    >>> table["velocity"].unit
+    Unit("km / s")
+    """
+
+    def __init__(self, hidden: int = None, order: int = 2, labels: Sequence = None, seed: int = 0):
+        super().__init__(hidden=hidden, order=order, labels=labels, seed=seed)
+
+    def fit(
+        self,
+        labels,
+        flux=None,
+        ivar=None,
+        label_names=None,
+        wavelength=None,
+        lights: Mapping = None,
+    ) -> "Refusal":
+        """Learn what stars look like, and how far good ones go.
+
+        Parameters
+        ----------
+        labels, flux, ivar, label_names, wavelength
+            as for `Cannon.fit`; a `Spectra` alone holds all of it
+        lights : mapping of (P,) arrays, optional
+            spectra whose light may be mixed in, by name
+
+        Returns
+        -------
+        Refusal
+            itself
+
+        Raises
+        ------
+        LabError
+            where the training stars make no sense, or are too few to leave any out
+        """
+        pixels = (labels.flux if isinstance(labels, Spectra) else np.asarray(flux)).shape[-1]
+        self.lights_ = np.array(list((lights or {}).values()), "f4").reshape(-1, pixels)
+        return super().fit(labels, flux, ivar, label_names, wavelength)
+
+    def _number(self, flux, ivar):
+        return _number(self.hidden, len(flux))
+
+    def _learn_pixels(self, flux, ivar, design, min_stars):
+        learned = super()._learn_pixels(flux, ivar, design, min_stars)
+        folds = fold_numbers(len(flux), _THIRDS, self.seed)
+        found = [_left_out(self, flux, ivar, folds == fold) for fold in range(_THIRDS)]
+        self.limits_ = _limits(np.concatenate(found))
+        return learned

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from .cannon import Cannon, pair_index
 from .inversion import infer, pixel_weights
 from stellar_lab.models import (
+    Held,
     check_spectra,
     finite_flux,
     fold_numbers,
@@ -252,7 +253,7 @@ def strongest_first(directions: np.ndarray) -> np.ndarray:
 class _Hidden(Cannon):
     """A Cannon with hidden directions ``hidden_`` (q, P), and what follows from them."""
 
-    _entries = (*Cannon._entries, "hidden_")
+    _entries = Cannon._entries | {"hidden_": Held("number", "qP")}
 
     @property
     def poor_fit_limit_(self) -> float:
@@ -323,7 +324,7 @@ def _chosen_number(model, flux, ivar):
     learned = stars * (1 - 1 / _CHOICE_FOLDS)
     if learned < _CANDIDATES[1] * _STARS_EACH:
         return 0  # too few to bear any, and to ask
-    folds = fold_numbers(stars, _CHOICE_FOLDS, model.seed)
+    folds = fold_numbers(stars, _CHOICE_FOLDS, model.seed, stars=model._star_names)
     error = {}
     for number in _CANDIDATES:
         if number * _STARS_EACH > learned:

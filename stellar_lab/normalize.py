@@ -7,6 +7,8 @@ __all__ = ['MASKED_LIMIT', 'lab_continuum_pixels', 'read_continuum_pixels', 'Con
            'count_mask_bits', 'drop_masked', 'training_set', 'continuum_steps', 'check_grid', 'as_trained']
 
 # %% ../nbs/03_normalize.ipynb #25f32df2
+import os
+import stat
 import sys
 import warnings
 from collections.abc import Sequence
@@ -92,6 +94,24 @@ def _chosen_pixels(values, path):
     return on_band[values]
 
 # %% ../nbs/03_normalize.ipynb #fff9591d
+_LARGEST_LIST = 10_000_000  # bytes of a list of pixels
+
+
+def _listed(path):
+    "What a list of pixels holds; nothing is allocated that is larger than the file."
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no file")
+    if found.st_size > _LARGEST_LIST:
+        raise ValueError(f"it has {found.st_size:,} bytes, far too many for a list of pixels")
+    if path.suffix != ".npy":
+        return np.loadtxt(path, ndmin=1)
+    values = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(values, np.ndarray):
+        raise ValueError("it holds several arrays")
+    return np.array(values)
+
+
 def read_continuum_pixels(path) -> np.ndarray:
     """Read a list of continuum pixels.
 
@@ -113,10 +133,11 @@ def read_continuum_pixels(path) -> np.ndarray:
     """
     path = Path(path)
     try:
-        values = np.load(path) if path.suffix == ".npy" else np.loadtxt(path, ndmin=1)
-    except (OSError, ValueError, EOFError) as error:
+        values = _listed(path)
+    except Exception as error:  # whatever a foreign or damaged file brings about
+        said = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise LabError(
-            f"cannot read continuum pixels from {path} ({error}): give a .npy file of flags, or "
+            f"cannot read continuum pixels from {path} ({said}): give a .npy file of flags, or "
             "text, one wavelength per line"
         ) from error
     if values.ndim != 1 or values.dtype.kind not in "biuf" or not len(values):

@@ -32,11 +32,15 @@ from stellar_lab.emulator import (
 )
 from .inversion import infer
 from stellar_lab.models import (
+    Held,
     LabelModel,
+    all_or_nothing,
     answer,
+    check_held,
     check_spectra,
     finite_flux,
     label_values,
+    whole_model,
 )
 from .normalize import normalize
 from .survey import LabError, Spectra, on_band, plot_spectrum
@@ -556,7 +560,23 @@ class _PhysicsFacts(_PhysicsSpectra):
 class _PhysicsFile(_PhysicsFacts):
     "How the model is kept in a file, without the emulator."
 
-    _entries = ("parameters", "emulator", "degree", "cannon")
+    _entries = {
+        "parameters": Held("facts"),
+        "emulator": Held("facts"),
+        "degree": Held("whole", low=0, high=20),
+        "cannon": Held("facts"),
+        "correction": Held("facts", optional=True),
+        "metadata_": Held("facts"),
+        "label_names_": Held("names", optional=True),
+        "poor_fit_": Held("number", low=0),
+        "fe_h_scale_": Held("number", "*"),
+        "error_inflation_": Held("number", "*", low=0, optional=True),
+        "error_floor_": Held("number", "*", low=0, optional=True),
+    }
+    _correction = {name: Held("number", "P") for name in ("gain", "offset", "scatter")}
+
+    def _check_restored(self):
+        "What makes the whole is not there yet: `_from_tree` asks when it is."
 
     @property
     def training_digest_(self) -> str:
@@ -588,21 +608,42 @@ class _PhysicsFile(_PhysicsFacts):
     @classmethod
     def _from_tree(cls, tree):
         emulator = Emulator.load()
-        wanted = tree["emulator"]["digest"]
+        wanted = str(tree["emulator"].get("digest"))
         brought = _emulator_digest(emulator)
         if brought != wanted:
             raise LabError(
                 f"the model needs the emulator {wanted[:16]}, and this version of stellar_lab "
                 f"brings {brought[:16]}: build the model again with physics_model()"
             )
-        knowledge = tuple(Knowledge(**one) for one in tree["parameters"]["knowledge"])
-        parameters = tree["parameters"] | {"knowledge": knowledge}
-        model = super()._from_tree(tree | {"parameters": parameters})
-        model.cannon_ = Cannon._from_tree(tree["cannon"])
-        arrays = tree.get("correction")
-        correction = None if arrays is None else Correction(**arrays)
-        model.stars_ = SyntheticStars(emulator, tree["degree"], correction)
+        file = tree.get("file", "the model's file")
+        with whole_model(file, cls.__name__):
+            knowledge = tuple(Knowledge(**one) for one in tree["parameters"]["knowledge"])
+            parameters = tree["parameters"] | {"knowledge": knowledge}
+            model = super()._from_tree(type(tree)(tree | {"parameters": parameters}))
+            model.cannon_ = Cannon._from_tree(tree["cannon"] | {"file": file})
+            arrays = tree.get("correction")
+            correction = None if arrays is None else Correction(**arrays)
+            if correction is not None:
+                check_held(arrays, cls._correction)
+            model.stars_ = SyntheticStars(emulator, tree["degree"], correction)
+            _check_parts(model)
         return model
+
+
+def _check_parts(model):
+    "ValueError where the parts of a physics model from a file do not go together."
+    if model.cannon_.label_names_ != PHYSICS_LABELS:
+        raise ValueError("its Cannon has other labels")
+    correction = model.stars_.correction
+    pixels = [len(model.cannon_.theta_)]
+    pixels += [] if correction is None else [len(correction.gain)]
+    if set(pixels) != {len(SURVEY_WAVELENGTH)} or len(model.fe_h_scale_) != 2:
+        raise ValueError("its parts are of different sizes")
+    for one in model.knowledge:
+        numbers = np.array([one.value, one.error, *one.factors.values()], dtype=float)
+        if set(one.factors) - set(PHYSICS_LABELS) or not np.isfinite(numbers).all():
+            raise ValueError("what it knows of stars beforehand is no knowledge")
+    LabelModel._check_restored(model)
 
 # %% ../nbs/E_physics.ipynb #4742d380
 _POOR_FIT = 2.5  # the limit is this times the 99th percentile of the correction's own stars
@@ -637,6 +678,7 @@ class PhysicsModel(_PhysicsFile):
         self.rounds = rounds
         self.knowledge = knowledge
 
+    @all_or_nothing
     def fit(self, spectra, held=None, stars=None, cannon=None) -> "PhysicsModel":
         """Learn the correction from real stars; the labels that they carry are not looked at.
 

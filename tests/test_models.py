@@ -1,5 +1,7 @@
 """The contract of all models: what `fit` and `infer` refuse, what a file must hold, one thread."""
 
+import os
+
 import asdf
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from threadpoolctl import ThreadpoolController
 
 from stellar_lab import models
 from stellar_lab.cannon import Cannon
+from stellar_lab.hidden import HiddenCannon
 from stellar_lab.inversion import infer
 from stellar_lab.models import (
     Answer,
@@ -20,6 +23,7 @@ from stellar_lab.models import (
 )
 from stellar_lab.readers import RidgeLabels
 from stellar_lab.survey import LabError
+from stellar_lab.training import load_model
 
 NAMES = ("TEFF", "LOGG", "FE_H")
 
@@ -147,8 +151,6 @@ def test_facts_of_the_spectra_survive_as_plain_values(tmp_path):
 
 @pytest.mark.parametrize("entry", ["parameters", "label_names_", "theta_", "exponents", "pivots_"])
 def test_a_file_that_lacks_an_entry_is_refused_by_name(tmp_path, entry):
-    from stellar_lab.training import load_model
-
     path = tmp_path / "model.asdf"
     Cannon(order=1).fit(make_spectra()).save(path)
     with asdf.open(path, memmap=False, lazy_load=False) as file:
@@ -211,3 +213,207 @@ def test_training_stars_are_searched_in_one_tree(monkeypatch):
 def test_names_of_stars_must_match_the_rows():
     with pytest.raises(LabError, match="2 names of stars for 10 rows"):
         fold_numbers(10, stars=["a", "b"])
+
+
+# --- files that are no models, or no longer
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    "A model in a file."
+    path = tmp_path_factory.mktemp("kept") / "model.asdf"
+    Cannon(order=1).fit(make_spectra()).save(path)
+    return path
+
+
+def changed(path, folder, change):
+    "A file whose tree `change` has changed, checksums right."
+    with asdf.open(path, memmap=False, lazy_load=False) as file:
+        tree = {name: value for name, value in file.tree.items()}
+        arrays = {name: np.array(value) for name, value in tree.items() if hasattr(value, "dtype")}
+        tree |= arrays
+        change(tree)
+        asdf.AsdfFile(tree).write_to(folder / "changed.asdf")
+    return folder / "changed.asdf"
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("theta_", np.ones((4, 40)), "theta_ has the shape"),
+        ("theta_", np.ones((40, 4)) > 0, "theta_ is of the type bool instead of numbers"),
+        ("theta_", [[1.0]], "theta_ is a list instead of an array"),
+        ("scales_", np.zeros(3), "scales_ holds numbers beyond"),
+        ("scatter_", -np.ones(40), "scatter_ holds numbers beyond"),
+        ("pivots_", np.array([1, np.nan, 3]), "1 of 3 numbers in pivots_ are not finite"),
+        ("exponents", np.full((4, 3), 10**9), "exponents holds numbers beyond 0 to 64"),
+        ("exponents", np.ones((4, 3), int), "its terms are none"),
+        ("label_names_", ["TEFF", "TEFF", "FE_H"], "a label cannot be called TEFF"),
+        ("label_names_", ["TEFF", "\x1b[31m", "FE_H"], "label_names_ holds"),
+        ("wavelength_", np.arange(40.0)[::-1], "must be finite and increase"),
+        ("metadata_", {"product": 3}, "metadata_ has a int as product"),
+        ("metadata_", {"recipe": [{"step": "continuum"}]}, "a step of its recipe has the entries"),
+        ("parameters", {"order": "two"}, "has 'two' as the parameter order"),
+        ("versions", None, "does not say by which versions"),
+        ("training_labels_", np.empty((0, 3)), "training_labels_ is empty"),
+        ("usable_", np.ones(40, bool), "it has the entry usable_"),
+        ("theta_", np.ones((40, 4)), "changed since it was written"),
+    ],
+)
+def test_a_file_that_holds_something_else_is_one_sentence(kept, tmp_path, name, value, message):
+    path = changed(kept, tmp_path, lambda tree: tree.update({name: value}))
+    with pytest.raises(LabError, match=message) as refused:
+        load_model(path)
+    assert "changed.asdf" in str(refused.value) and "train the model again" in str(refused.value)
+
+
+def test_nothing_outside_a_file_is_opened(kept, tmp_path):
+    other = tmp_path / "other.asdf"
+    asdf.AsdfFile({"x": np.ones(3)}).write_to(other)
+    for source in (f"file://{other}", "other.asdf", "http://127.0.0.1:9/x", "-1", "99", "[0]"):
+        path = tmp_path / "model.asdf"
+        path.write_bytes(kept.read_bytes().replace(b"source: 0", f"source: {source}".encode()))
+        with pytest.raises(LabError, match="an array is not in the file itself"):
+            load_model(path)
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        (b"shape: [40, 4]", b"shape: [4000000000, 4]", "larger than the file"),
+        (b"shape: [40, 4]", b"shape: [40, -4]", "an array of the shape"),
+        (b"datatype: float64", b"datatype: complex128", "an array of 'complex128'"),
+        (b"format_version: 1", b"format_version: !!python/name:os.system", "could not determine"),
+        (b"format_version: 1", b"format_version: &a [*a]", "refers to itself"),
+        (
+            b"format_version: 1",
+            b"format_version: " + b"[" * 1000 + b"]" * 1000,
+            "too deep|flow level",
+        ),
+        (b"format_version: 1", b"format_version: 1" + b"0" * 5000, "Exceeds the limit|holds"),
+        (b"#ASDF", b"SIMPL", "it begins with 'SIMPL"),
+    ],
+)
+def test_texts_that_ask_for_too_much_are_refused(kept, tmp_path, old, new, message):
+    path = tmp_path / "model.asdf"
+    path.write_bytes(kept.read_bytes().replace(old, new))
+    with pytest.raises(LabError, match=message):
+        load_model(path)
+
+
+def test_every_cut_and_every_flipped_bit_is_seen(kept, tmp_path):
+    whole = kept.read_bytes()
+    path = tmp_path / "model.asdf"
+    first = whole.index(b"\xd3BLK")
+    last = whole.index(b"#ASDF BLOCK INDEX")
+    for cut in range(0, last, last // 50):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(LabError, match="model.asdf"):
+            load_model(path)
+    for place in range(first, last, (last - first) // 50):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        try:
+            again = load_model(path)  # a bit in the room behind an array
+        except LabError as error:
+            assert "model.asdf" in str(error)
+        else:
+            assert again.theta_.tobytes() == load_model(kept).theta_.tobytes()
+
+
+def test_a_pipe_and_a_device_are_no_models(tmp_path):
+    os.mkfifo(tmp_path / "pipe.asdf")
+    (tmp_path / "device.asdf").symlink_to("/dev/zero")
+    for name in ("pipe.asdf", "device.asdf", "pipe.json"):
+        with pytest.raises(LabError, match="it is a pipe, a device or a socket|there is no model"):
+            load_model(tmp_path / name)
+
+
+# --- numbers that no star has, and stars that no model can learn from
+
+
+def test_one_training_star_has_no_neighbours():
+    model = Cannon(order=1).fit(make_spectra())
+    model.training_labels_ = model.training_labels_[:1]
+    assert outside_training(model, make_labels(5, NAMES)).all()
+
+
+def test_labels_beyond_all_numbers_are_outside():
+    model = Cannon(order=1).fit(make_spectra())
+    far = model.training_labels_[:3] * [[1], [1e300], [np.inf]]
+    assert outside_training(model, far).tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize("model", [Cannon(order=1), RidgeLabels()])
+@pytest.mark.parametrize("kind", [str, complex, bool])
+def test_arrays_hold_real_numbers(model, kind):
+    labels, flux, ivar = arrays()
+    for wrong in ((labels.astype(kind), flux, ivar), (labels, flux.astype(kind), ivar)):
+        with pytest.raises(LabError, match="not real numbers"):
+            model.fit(*wrong, NAMES)
+    model.fit(labels, flux, ivar, NAMES)
+    with pytest.raises(LabError, match="flux holds"):
+        infer(model, flux.astype(kind), ivar)
+    with pytest.raises(LabError, match="ivar holds"):
+        infer(model, flux, ivar.astype(kind))
+
+
+@pytest.mark.parametrize("model", [Cannon(order=1, scatter=True), RidgeLabels()])
+@pytest.mark.parametrize("size", [3e38, 1e300, -3e38])
+def test_a_flux_beyond_any_star_s_is_no_pixel(model, size):
+    labels, flux, ivar = arrays()
+    model.fit(labels, flux, ivar, NAMES)
+    wild = flux.astype(float)
+    wild[7, 3] = size
+    without = ivar.copy()
+    without[7, 3] = 0
+    found, expected = infer(model, wild, ivar), infer(model, flux, without)
+    assert found["n_good"][7] == 39
+    for name in ("teff", "teff_err", "flags"):
+        assert np.array_equal(found[name], expected[name])
+    with pytest.raises(LabError, match="star 7 has 1 pixels with a flux beyond any star's"):
+        model.fit(labels, wild, ivar, NAMES)
+
+
+def test_labels_no_star_has_are_named():
+    labels, flux, ivar = arrays()
+    labels[5, 1] = 1e300
+    with pytest.raises(LabError, match=r"star 5 has the LOGG 1e\+300"):
+        Cannon(order=1).fit(labels, flux, ivar, NAMES)
+
+
+@pytest.mark.parametrize("offset", [0, 1e-6, 1e-3])
+def test_two_labels_that_are_one_are_named(offset):
+    labels, flux, ivar = arrays()
+    noise = np.random.default_rng(0).normal(size=len(labels))
+    labels[:, 2] = labels[:, 1] + offset * noise
+    message = "follows from the other labels|determine only"
+    with pytest.raises(LabError, match=message):
+        Cannon(order=2).fit(labels, flux, ivar, NAMES)
+    RidgeLabels().fit(labels, flux, ivar, NAMES)  # each has a line of its own
+
+
+def test_a_weight_beyond_all_others_is_named():
+    labels, flux, ivar = arrays()
+    ivar[9, 4] = 1e24
+    with pytest.raises(LabError, match=r"star 9 has the ivar 1e\+24 in a pixel"):
+        Cannon(order=1).fit(labels, flux, ivar, NAMES)
+
+
+@pytest.mark.parametrize("model", [Cannon(order=1), RidgeLabels(), HiddenCannon(hidden=2, order=1)])
+def test_a_fit_that_fails_leaves_the_model_as_it_was(model):
+    spectra = make_spectra()
+    before = infer(model.fit(spectra), spectra)
+    broken = spectra.replace(flux=np.full_like(spectra.flux, np.nan))
+    for wrong in (broken, spectra[:1], spectra[:0]):
+        with pytest.raises(LabError):
+            model.fit(wrong)
+        after = infer(model, spectra)
+        assert all(np.array_equal(after[name], before[name]) for name in ("teff", "flags"))
+
+
+def test_blocks_do_not_depend_on_the_cores(monkeypatch):
+    seen = []
+    for cores in (1, 2, 8):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        seen.append(models.in_blocks(lambda rows: (rows.start, rows.stop), 7214))
+    assert seen[0] == seen[1] == seen[2]

@@ -1,6 +1,7 @@
 """A training: what it prints and records, and what it refuses."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -311,3 +312,104 @@ def test_no_path_is_no_model(ask, tmp_path):
             ask(nothing)
     with pytest.raises(LabError):
         ask(tmp_path)
+
+
+# --- nothing lost, nothing half
+
+
+def test_a_record_replaces_no_other_file(run, root, tmp_path):
+    words = ["train", root, "--labels", "teff,m_h", "--model"]
+    settings = tmp_path / "m.json"
+    for text in ('{"my": "settings"}', "no JSON", '{"archive": "clusters"}', "[" * 9999):
+        settings.write_text(text)
+        code, out, err = run(*words, tmp_path / "m.asdf")
+        assert (code, out) == (2, "") and "m.json" in err and "is no record of a training" in err
+        assert settings.read_text() == text and not (tmp_path / "m.asdf").exists()
+    settings.unlink()
+    assert run(*words, tmp_path / "m.asdf")[0] == 0
+    assert run(*words, tmp_path / "m.asdf")[0] == 0  # its own record may be replaced
+
+
+def test_an_archive_s_record_stays(run, root):
+    before = (root / "archive.json").read_bytes()
+    code, _, err = run("train", root, "--labels", "teff,m_h", "--model", root / "archive.asdf")
+    assert code == 2 and "archive.json" in err and (root / "archive.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("what", ["link", "read-only", "pipe"])
+def test_what_must_not_be_replaced_stays(run, root, tmp_path, what):
+    path = tmp_path / "m.asdf"
+    if what == "link":
+        (tmp_path / "mine").write_text("mine")
+        path.symlink_to(tmp_path / "mine")
+    elif what == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_text("mine")
+        path.chmod(0o444)
+    code, _, err = run("train", root, "--labels", "teff,m_h", "--model", path)
+    assert code == 2 and what in err and "m.asdf" in err
+
+
+def test_too_few_stars_are_said_and_nothing_is_written(run, root, tmp_path):
+    words = ["--model", tmp_path / "m.asdf", "--labels", "teff,m_h,alpha_m"]
+    code, out, err = run("train", root, *words, "--test-size", "0.6")
+    assert (code, out) == (2, "") and not list(tmp_path.iterdir())
+    assert re.search(r"\d+ training stars, 20 are needed: take more stars, a lower order", err)
+
+
+@pytest.mark.parametrize("where", ["the record", "the model's name"])
+def test_model_and_record_appear_both_or_neither(root, model, tmp_path, monkeypatch, where):
+    path = tmp_path / "m.asdf"
+    shutil.copy(model, path)
+    shutil.copy(model.with_suffix(".json"), tmp_path / "m.json")
+    before = [file.read_bytes() for file in (path, tmp_path / "m.json")]
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    real = os.replace
+    if where == "the record":
+        monkeypatch.setattr(TrainingReport, "save", full)
+    else:
+        monkeypatch.setattr(os, "replace", lambda a, b: full() if Path(b) == path else real(a, b))
+    for there in (True, False):
+        with pytest.raises((OSError, LabError)):
+            train(root, path, labels=["teff", "m_h"], progress=False, seed=7)
+        after = [file.read_bytes() for file in (path, tmp_path / "m.json") if file.exists()]
+        assert after == (before if there else [])
+        for file in tmp_path.iterdir():
+            file.unlink()
+
+
+@pytest.mark.parametrize(
+    "flux, ivar", [(1e36, 1e4), (np.nan, 1e4), (np.inf, 1e4), (0.9, 1e24), (-3e38, 1e24)]
+)
+def test_one_damaged_star_does_not_end_a_training(root, monkeypatch, flux, ivar):
+    real_set = training.training_set
+
+    def damaged(*request):
+        spectra, ledger = real_set(*request)
+        spectra.flux[3, 100] = flux
+        spectra.ivar[3, 100] = ivar
+        return spectra, ledger
+
+    usual = train(root, labels=["teff", "m_h"], progress=False)
+    monkeypatch.setattr(training, "training_set", damaged)
+    report = train(root, labels=["teff", "m_h"], progress=False)
+    assert any("1 pixels of 1 stars" in note for note in report.facts["notes"])
+    sets = list(usual.errors)
+    assert abs(report.errors[sets[1]]["rmse"][0] / usual.errors[sets[1]]["rmse"][0] - 1) < 0.02
+
+
+@pytest.mark.parametrize("path", [("ledger", "found"), ("errors",), ("notes",), ("arguments",)])
+@pytest.mark.parametrize("value", [None, 10**20, "x", [None], {"a": {}}, [[1]], -1, True])
+def test_a_record_that_holds_something_else_is_none(model, tmp_path, path, value):
+    shutil.copy(model, tmp_path / "m.asdf")
+    record = json.loads(model.with_suffix(".json").read_text())
+    inner = record
+    for name in path[:-1]:
+        inner = inner[name]
+    inner[path[-1]] = value
+    (tmp_path / "m.json").write_text(json.dumps(record))
+    assert "is not the record of a training" in describe(tmp_path / "m.asdf")

@@ -20,6 +20,8 @@
 
 # %%
 #| export
+import os
+import stat
 import sys
 import warnings
 from collections.abc import Sequence
@@ -169,9 +171,26 @@ for form, values in forms.items():
     print(f"{form}: {len(values)} values mean {len(chosen)} pixels")
     assert np.array_equal(chosen, np.flatnonzero(on_full_grid))
 
-
 # %%
 #| export
+_LARGEST_LIST = 10_000_000  # bytes of a list of pixels
+
+
+def _listed(path):
+    "What a list of pixels holds; nothing is allocated that is larger than the file."
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("it is no file")
+    if found.st_size > _LARGEST_LIST:
+        raise ValueError(f"it has {found.st_size:,} bytes, far too many for a list of pixels")
+    if path.suffix != ".npy":
+        return np.loadtxt(path, ndmin=1)
+    values = np.load(path, mmap_mode="r", allow_pickle=False)
+    if not isinstance(values, np.ndarray):
+        raise ValueError("it holds several arrays")
+    return np.array(values)
+
+
 def read_continuum_pixels(path) -> np.ndarray:
     """Read a list of continuum pixels.
 
@@ -193,10 +212,11 @@ def read_continuum_pixels(path) -> np.ndarray:
     """
     path = Path(path)
     try:
-        values = np.load(path) if path.suffix == ".npy" else np.loadtxt(path, ndmin=1)
-    except (OSError, ValueError, EOFError) as error:
+        values = _listed(path)
+    except Exception as error:  # whatever a foreign or damaged file brings about
+        said = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise LabError(
-            f"cannot read continuum pixels from {path} ({error}): give a .npy file of flags, or "
+            f"cannot read continuum pixels from {path} ({said}): give a .npy file of flags, or "
             "text, one wavelength per line"
         ) from error
     if values.ndim != 1 or values.dtype.kind not in "biuf" or not len(values):

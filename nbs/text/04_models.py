@@ -22,18 +22,24 @@
 # %%
 #| export
 import hashlib
+import inspect
 import math
 import os
+import re
+import stat
+import struct
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import IntFlag
-from functools import singledispatch
+from functools import singledispatch, wraps
 
 import asdf
 import numpy as np
 import sklearn
+import yaml
 from astropy.table import QTable, Table
 from scipy.spatial import cKDTree
 from sklearn.base import BaseEstimator
@@ -244,6 +250,50 @@ with pytest.raises(LabError, match="no column logg: it has teff, teff_err"):
 
 # %%
 #| export
+def number_array(values, name: str, kinds: str = "fiu") -> np.ndarray:
+    """Values as an array of numbers.
+
+    Parameters
+    ----------
+    values : array_like
+    name : str
+        for the message
+    kinds : str, default "fiu"
+        kinds of numpy's dtypes that are taken: floats and integers
+
+    Returns
+    -------
+    ndarray
+        as it is, where it is one
+
+    Raises
+    ------
+    LabError
+        for text, complex numbers, True and False, and what is no array at all
+    """
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise LabError(f"{name} is no array of numbers ({_first_line(error)})") from error
+    if array.dtype.kind not in kinds:
+        raise LabError(f"{name} holds {array.dtype}, not real numbers: give an array of numbers")
+    return array
+
+
+def _first_line(error):
+    "What an exception says, in one line."
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+# %%
+for wrong in (["a", "b"], [1j], [True], [[1], [1, 2]], None):
+    with pytest.raises(LabError, match="flux (holds|is no array)"):
+        number_array(wrong, "flux")
+print(number_array([1, 2.5], "flux"), _first_line(KeyError("one")))
+
+
+# %%
+#| export
 def _named_labels(labels, names):
     """Labels as an array (N, K), and their names: those given, those of the table's columns, or
     numbers."""
@@ -252,7 +302,9 @@ def _named_labels(labels, names):
         if columns is not None:
             names = list(columns) if names is None else name_list(names)
             labels = np.column_stack([_numbers(labels[c]) for c in _columns_of(columns, names)])
-        labels = np.asarray(labels, dtype=float)
+        labels = np.asarray(number_array(labels, "labels", "fiuO"), dtype=float)
+    except LabError:
+        raise
     except (TypeError, ValueError) as error:
         raise LabError(f"labels must be numbers, a column for each label ({error})") from error
     if labels.ndim == 1:
@@ -301,6 +353,8 @@ def _check_names(names, n_labels):
         raise LabError(f"{len(names)} names ({', '.join(names)}) for {n_labels} labels")
     taken = set(_COLUMNS)
     for name in names:
+        if not name or "," in name or not name.isprintable():
+            raise LabError(f"a label cannot be called {name!r}: give it a name without commas")
         columns = {name.lower(), f"{name.lower()}_err"}
         if taken & columns:
             raise LabError(
@@ -313,6 +367,7 @@ def _check_names(names, n_labels):
 # %%
 #| export
 _MANY_LABELS = 20  # more labels than this, and than pixels, are spectra
+_LARGEST_LABEL = 1e30  # in any unit; its square must be a number, too
 
 
 def _check_training(labels, flux, ivar, names):
@@ -335,6 +390,12 @@ def _check_training(labels, flux, ivar, names):
         raise LabError(
             f"{without.sum()} of {len(labels)} training stars lack a label "
             f"(first: row {np.argmax(without)}): leave them out (apply_cuts)"
+        )
+    star, label = np.unravel_index(np.abs(labels).argmax(), labels.shape)
+    if np.abs(labels[star, label]) > _LARGEST_LABEL:
+        raise LabError(
+            f"star {star} has the {names[label]} {labels[star, label]:.3g}, "
+            "which is no star's: leave it out"
         )
 
 
@@ -374,6 +435,22 @@ def _check_pixels(flux, ivar, first=0):
             raise LabError(
                 f"star {first + start + star} has a usable pixel without a finite flux or ivar "
                 f"({count} such pixels): set ivar to 0 there"
+            )
+
+
+_LARGEST_FLUX = 1e15  # relative to anything; its square must be a number of 32 bits
+
+
+def _check_size(flux, ivar):
+    "LabError where a pixel that counts is beyond any star's light."
+    for start in range(0, len(flux), _ROWS):
+        rows = slice(start, start + _ROWS)
+        wild = (np.abs(flux[rows]) > _LARGEST_FLUX) & (ivar[rows] > 0)
+        if wild.any():
+            star, count = _first_star(wild)
+            raise LabError(
+                f"star {start + star} has {count} pixels with a flux beyond any star's: "
+                "set ivar to 0 there"
             )
 
 
@@ -476,6 +553,13 @@ def _plain_scalar(value):
     return value.item() if isinstance(value, np.generic) else value
 
 
+def _names_of_stars(spectra, labels):
+    "Names (N,) that copies of a star share: its own, else its labels."
+    if spectra is not None and "APOGEE_ID" in spectra.stars.colnames:
+        return np.asarray(spectra.stars["APOGEE_ID"]).astype(str)
+    return np.array([row.tobytes().hex() for row in labels])
+
+
 # %%
 #| export
 class _Taught(_Scaled):
@@ -490,6 +574,7 @@ class _Taught(_Scaled):
             vars(self).pop(learned, None)  # of an earlier fit
         metadata = {}
         names = self.labels if label_names is None else label_names
+        spectra = None
         if isinstance(labels, Spectra):
             spectra = labels
             names = spectra.label_names if self.labels is None else name_list(self.labels)
@@ -499,12 +584,14 @@ class _Taught(_Scaled):
         elif flux is None:
             raise LabError("flux is missing: fit(labels, flux, ivar), or fit(spectra)")
         labels, names = _named_labels(labels, names)
-        flux = np.asarray(flux)
-        ivar = np.ones(flux.shape) if ivar is None else np.asarray(ivar)
+        flux = number_array(flux, "flux")
+        ivar = np.ones(flux.shape) if ivar is None else number_array(ivar, "ivar")
         _check_training(labels, flux, ivar, names)
         _check_pixels(flux, ivar)
+        _check_size(flux, ivar)
         self._learn_scaling(labels)
         self.label_names_ = names
+        self._star_names = _names_of_stars(spectra, labels)
         self.metadata_ = metadata
         self.wavelength_ = _checked_grid(wavelength, flux.shape[1])
         self.training_labels_ = labels
@@ -538,9 +625,271 @@ for grid in (np.arange(5.0), [3.0, 2, 1], [1.0, 2, np.inf]):
 
 
 # %% [markdown]
+# ## What a file must hold
+# A model is kept in a file, and a file can be anything: cut short, of another version, made by somebody with bad intentions. So each kind of model says beforehand what its file must hold: under which
+# name, of which kind, in which shape. Shapes are written in letters, P for the pixels, N for the training stars, K for the labels; a letter means the same number everywhere in the file.
+
+# %%
+#| export
+@dataclass(frozen=True)
+class Held:
+    """What a model's file must hold under a name.
+
+    Parameters
+    ----------
+    kind : str
+        ``number``, ``whole`` or ``flag``: one of them, or an array; ``text``; ``names``, a list of
+        short texts; ``texts``, a list of any; ``facts``, a dict; ``any``
+    shape : str, default ""
+        of an array, a letter for each length; a letter means one length throughout the file, and
+        ``*`` any
+    holes : bool, default False
+        may numbers be NaN?
+    low, high : float, default -1e30 and 1e30
+        the smallest and the largest number
+    optional : bool, default False
+        the file may do without it, or hold None
+    several : bool, default False
+        a list of such arrays
+    """
+
+    kind: str
+    shape: str = ""
+    holes: bool = False
+    low: float = -1e30
+    high: float = 1e30
+    optional: bool = False
+    several: bool = False
+
+
+_DTYPES = {"number": "fiu", "whole": "iu", "flag": "b"}  # kind -> kinds of numpy's dtypes
+_TYPES = {"text": str, "names": list, "texts": list, "facts": dict, "any": object}
+_NEVER_EMPTY = "PNKT"
+
+
+def _check_numbers(name, array, held):
+    "ValueError where numbers are not finite, or beyond what they can be."
+    unknown = np.isinf(array) if held.holes else ~np.isfinite(array)
+    if unknown.any():
+        raise ValueError(f"{unknown.sum()} of {array.size} numbers in {name} are not finite")
+    if np.any(array < held.low) or np.any(array > held.high):
+        raise ValueError(f"{name} holds numbers beyond {held.low:g} to {held.high:g}")
+
+
+def _check_shape(name, array, held, lengths):
+    "ValueError for another shape than the declared one; `lengths` learns what letters stand for."
+    wanted = [lengths.get(letter) for letter in held.shape]
+    known = len(wanted) == array.ndim
+    if not known or any(w not in (None, n) for w, n in zip(wanted, array.shape)):
+        letters = ", ".join(held.shape)
+        there = ", ".join(f"{letter} = {n}" for letter, n in lengths.items() if letter in letters)
+        raise ValueError(
+            f"{name} has the shape {array.shape} instead of ({letters}){there and f', {there}'}"
+        )
+    for letter, length in zip(held.shape, array.shape):
+        if not length and letter in _NEVER_EMPTY:
+            raise ValueError(f"{name} is empty")
+        if letter != "*":
+            lengths[letter] = length
+
+
+# %%
+lengths = {}
+_check_shape("theta_", np.ones((5, 3)), Held("number", "PT"), lengths)
+with pytest.raises(ValueError, match=r"has the shape \(4,\) instead of \(P\), P = 5"):
+    _check_shape("scatter_", np.ones(4), Held("number", "P"), lengths)
+print(lengths)
+
+
+# %%
+#| export
+def _check_entry(name, value, held, lengths):
+    "ValueError where a value is not what a file must hold under a name."
+    if held.several:
+        if not isinstance(value, list) or not value:
+            raise ValueError(f"{name} is no list of arrays")
+        for part in value:
+            _check_entry(name, part, replace(held, several=False), lengths)
+        return
+    if held.kind not in _DTYPES:
+        if not isinstance(value, _TYPES[held.kind]):
+            raise ValueError(f"{name} is a {type(value).__name__} instead of {held.kind}")
+        if held.kind == "texts" and not all(isinstance(text, str) for text in value):
+            raise ValueError(f"{name} holds something else than texts")
+        if held.kind == "names":
+            _check_texts(name, value)
+        if held.kind == "text":
+            _check_texts(name, [value])
+        return
+    array = np.asarray(value)
+    if set(held.shape) - {"*"} and not isinstance(value, np.ndarray):
+        raise ValueError(f"{name} is a {type(value).__name__} instead of an array")
+    if array.dtype.kind not in _DTYPES[held.kind]:
+        raise ValueError(f"{name} is of the type {array.dtype} instead of {held.kind}s")
+    _check_shape(name, array, held, lengths)
+    _check_numbers(name, array, held)
+
+
+def _check_texts(name, texts):
+    "ValueError for texts that no one could print."
+    for text in texts:
+        if not isinstance(text, str) or not text.isprintable() or not 0 < len(text) <= 200:
+            raise ValueError(f"{name} holds {text!r:.50} instead of text")
+
+
+def check_held(tree: dict, entries: dict):
+    """Does a file hold what it must?
+
+    Parameters
+    ----------
+    tree : dict
+        of the file
+    entries : dict
+        name -> `Held`
+
+    Raises
+    ------
+    ValueError
+        that says what is wrong
+    """
+    names = tree.get("label_names_")
+    lengths = {"K": len(names)} if isinstance(names, list | tuple) else {}
+    for name, held in entries.items():
+        value = tree.get(name)
+        if value is None and held.optional:
+            continue
+        if name not in tree:
+            raise ValueError(f"it has no entry {name}")
+        _check_entry(name, value, held, lengths)
+
+
+# %%
+entries = {"label_names_": Held("names"), "pivots_": Held("number", "K")}
+check_held({"label_names_": ["TEFF", "LOGG"], "pivots_": np.array([4500, 2.0])}, entries)
+for message, wrong in {
+    "pivots_ is of the type <U1 instead of numbers": np.array(["a", "b"]),
+    r"pivots_ has the shape \(3,\) instead of \(K\), K = 2": np.ones(3),
+    "1 of 2 numbers in pivots_ are not finite": np.array([1, np.inf]),
+}.items():
+    with pytest.raises(ValueError, match=message):
+        check_held({"label_names_": ["TEFF", "LOGG"], "pivots_": wrong}, entries)
+
+# %% [markdown]
+# What is right by itself can be wrong together: wavelengths that do not increase, names of labels that would share a column, a recipe that no spectrum could follow.
+
+# %%
+#| export
+_META = {  # what a model may know of its spectra -> the type that it must have
+    "normalized": bool,
+    "product": str,
+    "release": str,
+    "archive": str,
+    "row": int,
+    "continuum_source": str,
+    "dark": (int, float),
+    "recipe": list,
+    "continuum_pixels": list,
+}
+
+
+def _check_metadata(meta, pixels):
+    "ValueError where a model's facts of its spectra are none."
+    for name, kind in _META.items():
+        value = meta.get(name)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"metadata_ has a {type(value).__name__} as {name}")
+    _check_texts("metadata_", [v for v in meta.values() if isinstance(v, str) and v])
+    if not 0 <= (meta.get("dark") or 0) < 1 or (meta.get("row") or 0) < 0:
+        raise ValueError("metadata_ holds a number that cannot be")
+    for step in meta.get("recipe") or []:
+        if not isinstance(step, dict) or not isinstance(step.get("step"), str):
+            raise ValueError("a step of its recipe has no name")
+        if step["step"] == "continuum":
+            _check_continuum(step, pixels)
+    _check_pixel_numbers(meta.get("continuum_pixels") or [], pixels)
+
+
+_RULE = {"degree": (0, 20), "run": (1, 10_000), "tolerance": (1e-9, 1e9), "min_pixels": (1, 1e6)}
+
+
+def _check_continuum(step, pixels):
+    "ValueError for a division by a continuum that no spectrum could go through."
+    if step.keys() - {"step", "pixels"} - set(_RULE) or not {"pixels", "degree"} <= step.keys():
+        raise ValueError(f"a step of its recipe has the entries {', '.join(map(str, step))}")
+    for name, (low, high) in _RULE.items():
+        value = step.get(name)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        whole = isinstance(value, int) or name == "tolerance"
+        if name in step and not (name == "min_pixels" and value is None):
+            if not number or not whole or not low <= value <= high:
+                raise ValueError(f"its recipe says {name} {value!r:.30}")
+    if step["pixels"] is not None:
+        _check_pixel_numbers(step["pixels"], pixels)
+
+
+def _check_pixel_numbers(numbers, pixels):
+    "ValueError unless all are numbers of pixels."
+    if not isinstance(numbers, list):
+        raise ValueError("its continuum pixels are no list")
+    for number in numbers:
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < pixels:
+            raise ValueError(f"{number!r:.30} is no number of one of its {pixels} pixels")
+
+
+def _check_restored(model):
+    "ValueError where parts that came from a file are right each, and wrong together."
+    pixels = len(model.typical_flux_)
+    _check_names(model.label_names_, len(model.pivots_))
+    _checked_grid(model.wavelength_, pixels)
+    _check_metadata(model.metadata_, pixels)
+
+
+# %%
+_check_metadata({"product": "apstar", "normalized": True, "row": 1, "release": None}, 40)
+step = {"step": "continuum", "pixels": [3, 7], "degree": 2, "run": 20, "tolerance": 0.1}
+_check_metadata({"recipe": [step]}, 40)
+for message, wrong in {
+    "its recipe says degree 1000000000": {"degree": 10**9},
+    "no number of one of its 40 pixels": {"pixels": [3, 40]},
+    "the entries step, pixels, degree, run, tolerance, colour": {"colour": "red"},
+}.items():
+    with pytest.raises(ValueError, match=message):
+        _check_metadata({"recipe": [step | wrong]}, 40)
+
+
+# %% [markdown]
 # ## The model
 # `LabelModel` is what all models inherit. A subclass has `labels` among its parameters, and its `fit` begins with `_begin`. What it has learned are attributes whose name ends with an underscore, as
 # everywhere in scikit-learn. How it is written to a file comes [below](#a-file-without-a-pickle).
+
+# %%
+#| export
+def all_or_nothing(fit):
+    """A `fit` that fails leaves the model as it was: a decorator.
+
+    Parameters
+    ----------
+    fit : callable
+        method of a model
+
+    Returns
+    -------
+    callable
+        the same; where it raises, what the model had learned before is there again
+    """
+
+    @wraps(fit)
+    def fit_or_restore(self, *arguments, **options):
+        before = dict(vars(self))
+        try:
+            return fit(self, *arguments, **options)
+        except BaseException:
+            vars(self).clear()
+            vars(self).update(before)
+            raise
+
+    return fit_or_restore
+
 
 # %%
 #| export
@@ -553,7 +902,18 @@ class LabelModel(_Taught, BaseEstimator):
     """
 
     # what its file must hold; a subclass adds to it
-    _entries = ("parameters", "label_names_", "metadata_")
+    _entries = {
+        "parameters": Held("facts"),
+        "label_names_": Held("names"),
+        "metadata_": Held("facts"),
+        "training_digest_": Held("text"),
+        "wavelength_": Held("number", "P", low=0, optional=True),
+        "pivots_": Held("number", "K"),
+        "scales_": Held("number", "K", low=1e-300),
+        "training_labels_": Held("number", "NK"),
+        "error_inflation_": Held("number", "K", low=0, optional=True),
+        "error_floor_": Held("number", "K", low=0, optional=True),
+    }
 
     @property
     def least_pixels_(self) -> int:
@@ -610,6 +970,10 @@ class LabelModel(_Taught, BaseEstimator):
     def _from_tree(cls, tree):
         "The model again, from what its file holds."
         return _model_of(cls, tree)
+
+    def _check_restored(self):
+        "ValueError where parts that came from a file are right each, and wrong together."
+        _check_restored(self)
 
 
 # %% [markdown]
@@ -754,8 +1118,13 @@ def outside_training(model: LabelModel, labels) -> np.ndarray:
     """
     check_is_fitted(model)
     tree, farthest, k = _neighbours_of(model)
-    distance, _ = tree.query(model.scale(labels), k=[k], workers=-1)
-    return distance[:, 0] > farthest
+    scaled = np.atleast_2d(model.scale(labels))
+    outside = np.ones(len(scaled), dtype=bool)
+    near = np.isfinite(scaled).all(axis=1)
+    if tree is not None and near.any():  # a tree without neighbours must not be asked
+        distance, _ = tree.query(scaled[near], k=[k], workers=-1)
+        outside[near] = distance[:, 0] > farthest
+    return outside
 
 
 def _neighbours_of(model):
@@ -766,6 +1135,8 @@ def _neighbours_of(model):
     if len(made_of) == len(learned) and all(a is b for a, b in zip(made_of, learned)):
         return found
     training = model.scale(model.training_labels_)
+    if len(training) < 2:  # one star has no neighbours, and all others are far from it
+        return None, np.inf, 1
     tree = cKDTree(training)
     k = max(1, min(_NEIGHBOURS, len(training) - 1))
     nearest, _ = tree.query(training, k=[k + 1], workers=-1)  # the first is the star itself
@@ -934,6 +1305,16 @@ print(refused.value)
 
 # %%
 #| export
+def _as_float32(values):
+    "Numbers of 32 bits; what is too large for them stays a number."
+    with np.errstate(over="ignore"):
+        small = np.asarray(values, dtype=np.float32)
+    if values.dtype != np.float32 and not np.isfinite(small).all():
+        large = np.isfinite(values) & ~np.isfinite(small)
+        small[large] = np.sign(values[large]) * np.finfo(np.float32).max
+    return small
+
+
 def check_spectra(model: LabelModel, flux, ivar=None, any_recipe: bool = False) -> Spectra:
     """Spectra that the model can read.
 
@@ -972,8 +1353,8 @@ def check_spectra(model: LabelModel, flux, ivar=None, any_recipe: bool = False) 
             "ivar is missing: give the inverse variance of each pixel, 0 where unusable, "
             "or a Spectra"
         )
-    flux = np.atleast_2d(np.asarray(flux, dtype=np.float32))
-    ivar = np.atleast_2d(np.asarray(ivar, dtype=np.float32))
+    flux = np.atleast_2d(_as_float32(number_array(flux, "flux")))
+    ivar = np.atleast_2d(_as_float32(number_array(ivar, "ivar")))
     pixels = len(model.typical_flux_)
     if flux.shape != ivar.shape or flux.shape[1] != pixels:
         raise LabError(f"flux {flux.shape} and ivar {ivar.shape} must both be (N, {pixels})")
@@ -1131,11 +1512,19 @@ assert np.isfinite(found.labels).all()  # the answer itself is left alone
 # %%
 #| export
 def _finite_spectra(spectra):
-    "The spectra with zeros in unusable pixels that hold no number; LabError for usable ones."
+    """The spectra with zeros in unusable pixels that hold no number; LabError for usable ones.
+
+    Pixels with a flux beyond any star's become unusable: their squares are no numbers any more."""
     _check_pixels(spectra.flux, spectra.ivar)
-    if np.isfinite(spectra.flux).all():
+    tame = np.abs(spectra.flux) <= _LARGEST_FLUX  # False for NaN
+    if tame.all():
         return spectra
-    return spectra.replace(flux=finite_flux(spectra.flux, spectra.ivar))
+    flux = finite_flux(spectra.flux, spectra.ivar)
+    wild = np.abs(flux) > _LARGEST_FLUX
+    if wild.any():  # no star's light: the pixel is as good as none
+        flux = np.where(wild, 0, flux)
+        return spectra.replace(flux=flux, ivar=np.where(wild, 0, spectra.ivar))
+    return spectra.replace(flux=flux)
 
 
 # %%
@@ -1262,12 +1651,21 @@ with pytest.raises(LabError, match="star 0 has a usable pixel without a finite f
 
 # %% [markdown]
 # ## A file without a pickle
-# A model is kept as [ASDF](https://asdf.readthedocs.io): text that a person can read, and plain arrays. A pickle could run code when it is opened; this format cannot.
-# Each array carries a checksum, and reading verifies it. A file that is cut short, damaged or of another kind is refused.
+# A model is kept as [ASDF](https://asdf.readthedocs.io): text that a person can read, and behind it *blocks* of plain bytes, one for each array. A pickle could run code when it is opened; this format
+# cannot. Each block carries a checksum.
+#
+# ASDF can do more than a model needs: an array may lie in another file or on another computer, a block may be packed so that a small file fills the memory, a text may refer to itself. We read the few
+# things that our own writer writes, and refuse the rest before any of it is looked at. Nothing is allocated that is larger than the file. Last, the whole has a *fingerprint*: a number that somebody changed
+# by hand is as wrong as one that a disk changed.
 
 # %%
 #| export
 _FORMAT_VERSION = 1
+_MOST_TEXT = 1 << 22  # bytes of a file's text; a model's has some thousand
+_DEEPEST = 32  # lists in lists
+_TREE_END = re.compile(rb"\r?\n\.\.\.\r?\n")
+_BLOCK = b"\xd3BLK"
+_BLOCK_HEADER = struct.Struct(">I4sQQQ16s")  # flags, packing, room, used, size, MD5
 
 
 class _Tree(dict):
@@ -1290,21 +1688,240 @@ def plain_value(value):
     return list(value) if isinstance(value, tuple) else value
 
 
-def _in_memory(value):
-    "Arrays of a file as numpy's own; a block that is cut short fails here and not later."
-    if isinstance(value, dict):
-        return {key: _in_memory(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_in_memory(part) for part in value]
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return np.array(value)
-    return value
-
-
 # %%
 print(plain_value(np.float64(0.5)), plain_value((1, 2)))
 with pytest.raises(LabError, match="giants.asdf has no entry theta_: train the model again"):
     _Tree(file="giants.asdf")["theta_"]
+
+
+# %%
+#| export
+def read_regular(path, most: int = None, first: int = -1) -> bytes:
+    """The bytes of a file that is one: no folder, pipe, device or socket.
+
+    Parameters
+    ----------
+    path : str or Path
+    most : int, optional
+        bytes that such a file can have
+    first : int, default -1
+        so many bytes from its start; all by default
+
+    Raises
+    ------
+    FileNotFoundError
+        where there is none
+    ValueError
+        where it is something else, or larger
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a device or a socket"
+        raise ValueError(f"it is {what}, no file")
+    if most is not None and found.st_size > most:
+        raise ValueError(f"it has {found.st_size:,} bytes, {most:,} at most would be right")
+    with open(path, "rb") as file:
+        return file.read(first)
+
+
+def _blocks(data, place):
+    "The blocks of an ASDF file (bytes) from a place on, each verified."
+    found = []
+    while data[place : place + 4] == _BLOCK:
+        start = place + 6 + int.from_bytes(data[place + 4 : place + 6], "big")
+        header = data[place + 6 : place + 6 + _BLOCK_HEADER.size]
+        if len(header) < _BLOCK_HEADER.size or start < place + 6 + _BLOCK_HEADER.size:
+            raise ValueError("it is cut short")
+        flags, packing, room, used, size, checksum = _BLOCK_HEADER.unpack(header)
+        if flags or packing != bytes(4) or used != size:
+            raise ValueError("an array in it is packed or has no end")
+        if room < used or start + room > len(data):
+            raise ValueError("it is cut short")
+        block = data[start : start + used]
+        if hashlib.md5(block, usedforsecurity=False).digest() != checksum:
+            raise ValueError(f"the checksum of its array {len(found)} is wrong: it is damaged")
+        found.append(block)
+        place = start + room
+    return found
+
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "numbers.asdf"
+    asdf.AsdfFile({"numbers": np.arange(3)}).write_to(path)
+    data = read_regular(path)
+    with pytest.raises(ValueError, match="it is a folder, no file"):
+        read_regular(folder)
+print(data[:5], [np.frombuffer(block, int) for block in _blocks(data, data.index(_BLOCK))])
+with pytest.raises(ValueError, match="it is cut short"):
+    _blocks(data[: data.index(_BLOCK) + 60], data.index(_BLOCK))
+
+
+# %%
+#| export
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+    "Plain values alone, and notes on arrays."
+
+
+class _ArrayNote(dict):
+    "What the text of a file says of an array."
+
+
+def _construct(loader, suffix, node):
+    kind = suffix.rpartition("-")[0]
+    if kind not in ("asdf", "ndarray", "software", "extension_metadata", "history_entry"):
+        raise ValueError(f"it holds a {suffix!r:.50}, which no model has")
+    values = loader.construct_mapping(node, deep=True)
+    return _ArrayNote(values) if kind == "ndarray" else values
+
+
+_Loader.add_multi_constructor("tag:stsci.edu:asdf/core/", _construct)
+
+
+def _check_text(text):
+    "ValueError where the text of a file refers to itself, or goes too deep."
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
+            raise ValueError("its text refers to itself")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > _DEEPEST:
+            raise ValueError("its text goes too deep")
+
+
+def _dtype(note):
+    "The numpy dtype of an array that the text of a file describes."
+    kind = note.get("datatype")
+    order = {"little": "<", "big": ">"}[note.get("byteorder", "big")]
+    if isinstance(kind, list):  # text of so many characters
+        letter = {"ascii": "S", "ucs4": "U"}[kind[0]]
+        return np.dtype(f"{order}{letter}{int(kind[1])}")
+    if kind == "bool8":
+        return np.dtype(bool)
+    if not re.fullmatch(r"u?int(8|16|32|64)|float(16|32|64)", str(kind)):
+        raise ValueError(f"it holds an array of {kind!r:.30}")
+    return np.dtype(kind).newbyteorder(order)
+
+
+# %%
+for text, message in {
+    b"a: &x [1, 2]\nb: *x": "refers to itself",
+    b"[" * 99 + b"]" * 99: "too deep",
+}.items():
+    with pytest.raises(ValueError, match=message):
+        _check_text(text)
+print(_dtype({"datatype": "float64", "byteorder": "little"}), _dtype({"datatype": ["ucs4", 3]}))
+
+
+# %%
+#| export
+class _Arrays:
+    "Arrays in the blocks of a file, by the notes in its text."
+
+    def __init__(self, blocks):
+        self.blocks = blocks
+        self.left = 2 * sum(map(len, blocks)) + 1024  # bytes that all arrays may take together
+
+    def of(self, value):
+        "A value of the text with its arrays in place of the notes."
+        if isinstance(value, _ArrayNote):
+            return self._array(value)
+        if isinstance(value, dict):
+            return {str(key): self.of(part) for key, part in value.items()}
+        return [self.of(part) for part in value] if isinstance(value, list) else value
+
+    def _array(self, note):
+        source, shape = note.get("source"), note.get("shape")
+        known = {"source", "shape", "datatype", "byteorder", "offset", "strides"}
+        inside = type(source) is int and 0 <= source < len(self.blocks)
+        if not inside or note.keys() - known:
+            raise ValueError("an array is not in the file itself")
+        sizes = [*shape, note.get("offset", 0)] if isinstance(shape, list) else [None]
+        if not all(type(size) is int and size >= 0 for size in sizes) or len(sizes) > 9:
+            raise ValueError(f"it holds an array of the shape {shape!r:.50}")
+        dtype = _dtype(note)
+        size = math.prod(shape) * dtype.itemsize
+        block = self.blocks[source]
+        self.left -= size
+        if size > len(block) or self.left < 0:
+            raise ValueError("an array is larger than the file")
+        if not size:
+            return np.empty(shape, dtype)
+        place = {"offset": note.get("offset", 0), "strides": note.get("strides")}
+        return np.array(np.ndarray(shape, dtype, block, **place), dtype.newbyteorder("="))
+
+
+def _read_tree(path):
+    "What an ASDF file of ours holds; ValueError (or another error) for any other file."
+    start = read_regular(path, first=20)
+    if not start.startswith(b"#ASDF"):
+        raise ValueError(f"it begins with {start.decode('latin-1')!r}" if start else "empty")
+    data = read_regular(path)
+    end = _TREE_END.search(data, 0, _MOST_TEXT)
+    if not end:
+        raise ValueError("it is cut short")
+    text = data[: end.end()]
+    _check_text(text)
+    blocks = _blocks(data, end.end())
+    tree = yaml.load(text, _Loader)  # plain values alone: see above
+    if not isinstance(tree, dict):
+        raise ValueError("it holds no entries")
+    return _Arrays(blocks).of(tree)
+
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "numbers.asdf"
+    asdf.AsdfFile({"numbers": np.arange(6).reshape(2, 3).T}).write_to(path)
+    print(_read_tree(path)["numbers"].tolist())
+    text = path.read_bytes()
+    for old, new in {
+        b"source: 0": b"source: http://127.0.0.1/x",
+        b"shape: [3, 2]": b"shape: [3000000000, 2]",
+        b"datatype: int64": b"datatype: object",
+    }.items():
+        path.write_bytes(text.replace(old, new))
+        with pytest.raises(ValueError, match="not in the file|larger than the file|array of"):
+            _read_tree(path)
+
+# %%
+#| export
+_NOT_OURS = ("fingerprint", "asdf_library", "history")  # entries that have no share in it
+
+
+def _fingerprint(tree):
+    "SHA-256 of all that a model's file holds."
+    digest = hashlib.sha256()
+    _add(digest, {name: value for name, value in tree.items() if name not in _NOT_OURS})
+    return digest.hexdigest()
+
+
+def _add(digest, value):
+    "Let a value have its share in a fingerprint."
+    if isinstance(value, dict):
+        digest.update(f"{{{len(value)}".encode())
+        for key in sorted(value):
+            digest.update(f"{key!r}:".encode())
+            _add(digest, value[key])
+    elif isinstance(value, list | tuple):
+        digest.update(f"[{len(value)}".encode())
+        for part in value:
+            _add(digest, part)
+    elif isinstance(value, np.ndarray):
+        little = value.dtype.newbyteorder("<")
+        digest.update(f"{little.str}{value.shape}".encode())
+        digest.update(np.ascontiguousarray(value, little).tobytes())
+    else:
+        digest.update(f"{type(value).__name__} {value!r};".encode())
+
+
+# %%
+one = {"a": np.arange(3.0), "b": [1, True, None, "x"]}
+print(_fingerprint(one)[:16])
+assert _fingerprint(one) == _fingerprint({"b": [1, True, None, "x"], "a": np.arange(3.0).copy()})
+for other in ({"a": np.arange(3)}, {"b": [1, 1, None, "x"]}, {"c": 0}):
+    assert _fingerprint(one | other) != _fingerprint(one)
 
 
 # %%
@@ -1329,21 +1946,30 @@ def read_model_file(path) -> dict:
         where there is no such file, or it is damaged, or no model of this version
     """
     try:
-        with asdf.open(path, memmap=False, lazy_load=False, validate_checksums=True) as file:
-            tree = _in_memory(dict(file.tree))
+        tree = _read_tree(path)
     except FileNotFoundError as error:
         raise LabError(
             f"there is no model at {path}: train one with 'stellar-lab train'"
         ) from error
-    except Exception as error:  # whatever asdf makes of a foreign or damaged file
-        raise LabError(f"{path} is not a model of stellar_lab ({error})") from error
-    kind, version = tree.get("stellar_lab_model"), tree.get("format_version")
-    if not isinstance(kind, str) or version != _FORMAT_VERSION:
+    except MemoryError as error:
+        raise LabError(f"{path} does not fit into the memory that is left") from error
+    except Exception as error:  # whatever a foreign or damaged file brings about
+        said = getattr(error, "strerror", None) or _first_line(error)
         raise LabError(
-            f"{path} holds {kind!r} in format {version!r}; this version reads models in format "
-            f"{_FORMAT_VERSION}: train the model again"
+            f"{path} is not a model of stellar_lab ({said}): train the model again"
+        ) from error
+    kind, version = tree.get("stellar_lab_model"), tree.get("format_version")
+    versions = tree.setdefault("versions", {})
+    if not isinstance(versions, dict) or not all(isinstance(v, str) for v in versions.values()):
+        raise LabError(f"{path} does not say by which versions it was made: train the model again")
+    if not isinstance(kind, str) or type(version) is not int or version != _FORMAT_VERSION:
+        raise LabError(
+            f"{path} holds {kind!r:.50} in format {version!r:.50}; this version reads models in "
+            f"format {_FORMAT_VERSION}: train the model again"
         )
-    return _Tree(tree, file=str(path))
+    found = _Tree(tree, file=str(path))
+    found.fingerprint = _fingerprint(tree)
+    return found
 
 
 # %% [markdown]
@@ -1351,6 +1977,15 @@ def read_model_file(path) -> dict:
 
 # %%
 #| export
+def _unshared(value):
+    "Lists and dicts of their own: text that refers to itself is refused when it is read."
+    if isinstance(value, dict):
+        return {key: _unshared(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_unshared(part) for part in value]
+    return np.array(value) if isinstance(value, np.ndarray) else plain_value(value)
+
+
 def _write_model(model, path):
     "Write a fitted model as ASDF, whole or not at all."
     versions = {"stellar_lab": __version__, "numpy": np.__version__}
@@ -1362,6 +1997,8 @@ def _write_model(model, path):
         "parameters": {name: plain_value(v) for name, v in model.get_params().items()},
         **model._learned(),
     }
+    tree = _unshared(tree)
+    tree["fingerprint"] = _fingerprint(tree)
     with atomic_path(path) as temporary:
         asdf.AsdfFile(tree).write_to(temporary)
 
@@ -1374,27 +2011,117 @@ def _read_model(cls, path):
             f"{path} holds a {tree['stellar_lab_model']}, not a {cls.__name__}: "
             "stellar_lab.load_model reads either"
         )
-    return cls._from_tree(tree)
+    return restored(cls, tree)
+
+
+def restored(cls, tree: dict):
+    """The model that a file holds.
+
+    Parameters
+    ----------
+    cls : type
+        its class
+    tree : dict
+        from `read_model_file`
+
+    Returns
+    -------
+    LabelModel
+
+    Raises
+    ------
+    LabError
+        where something in the file is missing, wrong, or was changed since it was written
+    """
+    model = cls._from_tree(tree)
+    if tree.fingerprint != tree.get("fingerprint"):
+        raise LabError(
+            f"{tree['file']} was changed since it was written, although it looks whole: "
+            "train the model again"
+        )
+    return model
+
+
+# %%
+#| export
+@contextmanager
+def whole_model(file, kind: str):
+    """Whatever goes wrong while a model is put together from a file becomes one sentence.
+
+    Parameters
+    ----------
+    file : str or Path
+        for the message
+    kind : str
+        of model, for the message
+
+    Raises
+    ------
+    LabError
+        that says to train the model again
+    """
+    try:
+        yield
+    except LabError as error:
+        if "train the" in str(error):
+            raise
+        raise LabError(f"{file} is no whole {kind} ({error}): train the model again") from error
+    except Exception as error:  # a file can hold anything
+        said = _first_line(error)
+        raise LabError(f"{file} is no whole {kind} ({said}): train the model again") from error
+
+
+def check_parameters(cls, parameters: dict, file):
+    """LabError where a file has parameters that a class does not take.
+
+    Parameters
+    ----------
+    cls : type
+        class of models
+    parameters : dict
+    file : str or Path
+        for the message
+    """
+    known = inspect.signature(cls.__init__).parameters
+    unknown = [str(name) for name in parameters if name not in cls._get_param_names()]
+    if unknown:
+        raise LabError(
+            f"{file} has the parameters {', '.join(sorted(unknown))}, "
+            f"which a {cls.__name__} does not have: train the model again"
+        )
+    for name, value in parameters.items():
+        usual = known[name].default
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if isinstance(usual, bool) != isinstance(value, bool) or (
+            isinstance(usual, int | float) and not isinstance(usual, bool) and not number
+        ):
+            raise LabError(
+                f"{file} has {value!r:.50} as the parameter {name}: train the model again"
+            )
 
 
 def _model_of(cls, tree):
     "A model from what its file holds."
-    missing = [name for name in cls._entries if name not in tree]
+    file = tree.get("file", "the model's file")
+    entries = cls._entries if isinstance(cls._entries, dict) else dict.fromkeys(cls._entries, _ANY)
+    missing = [name for name, held in entries.items() if name not in tree and not held.optional]
     if missing:
         raise _lacking(tree, missing)
-    unknown = set(tree["parameters"]) - set(cls._get_param_names())
-    if unknown:
-        raise LabError(
-            f"{tree.get('file', 'the file')} has the parameters {', '.join(sorted(unknown))}, "
-            f"which a {cls.__name__} does not have: train the model again"
-        )
-    model = cls(**tree["parameters"])
-    for name, value in tree.items():
-        if name.endswith("_"):
-            setattr(model, name, value)
-    model.label_names_ = tuple(model.label_names_)
+    with whole_model(file, cls.__name__):
+        check_held(tree, entries)
+        check_parameters(cls, tree["parameters"], file)
+        model = cls(**tree["parameters"])
+        for name, value in tree.items():
+            if name.endswith("_"):
+                if name not in entries and hasattr(cls, name):
+                    raise ValueError(f"it has the entry {name}")
+                setattr(model, name, value)
+        model.label_names_ = tuple(model.label_names_)
+        model._check_restored()
     return model
 
+
+_ANY = Held("any")
 
 # %% [markdown]
 # A file brings back the same model, and one that is cut short, damaged or incomplete is refused.
@@ -1426,7 +2153,7 @@ assert (
 # %% [markdown]
 # ## All stars at once
 # Thousands of stars and thousands of pixels are a job for matrix products. `in_blocks` cuts such a job into blocks of rows that fit into the processor's cache, and
-# gives each core a block at a time. The numerical library underneath (BLAS) would start threads of its own in each of ours, so it is kept to one. This setting belongs to the whole process: where
+# gives each core a block at a time. The blocks do not depend on the number of cores: sums of rounded numbers depend on where they are cut, and a model should be the same, to the last bit, on every machine. The numerical library underneath (BLAS) would start threads of its own in each of ours, so it is kept to one. This setting belongs to the whole process: where
 # two threads ask for it and overlap, the first to come sets it, and only the last to go takes it back.
 
 # %%
@@ -1500,13 +2227,12 @@ def in_blocks(work, size: int, block: int = 520) -> list:
     list
         the results, in the order of the rows
     """
-    cores = os.cpu_count()
     count = math.ceil(size / block)
-    if count > 1:  # a multiple of the cores, so that none waits for the last block
-        count = min(math.ceil(count / cores) * cores, size)
+    if count > 1:  # an even number, whatever the cores: the same sums on every machine
+        count = min(2 * math.ceil(count / 2), size)
     edges = np.linspace(0, size, count + 1).astype(int) if count else []
     slices = [slice(int(start), int(stop)) for start, stop in zip(edges[:-1], edges[1:])]
-    with single_threaded(), ThreadPoolExecutor(cores) as pool:
+    with single_threaded(), ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(work, slices))
 
 

@@ -29,13 +29,16 @@ from astropy.table import Row, Table
 from sklearn.utils.validation import check_is_fitted
 
 from stellar_lab.models import (
+    Held,
     LabelModel,
+    all_or_nothing,
     in_blocks,
     infer,
     label_values,
     name_list,
     poor_fit_limit,
     single_threaded,
+    whole_model,
 )
 from stellar_lab.survey import LabError, Spectra, chip_slices, label_record, plot_spectrum
 
@@ -470,7 +473,6 @@ left = three_flux - (theta @ design.T).T
 alone = share_left[np.searchsorted(complete, three)] * three_flux.std(axis=0)
 assert np.all(left.std(axis=0) < alone)  # more labels explain more
 
-
 # %% [markdown]
 # ## The estimator
 # `Cannon` is an estimator as scikit-learn means it: parameters in the constructor, `fit` returns the object, what was learned ends in an underscore. How training stars come in and how labels are scaled is
@@ -480,15 +482,19 @@ assert np.all(left.std(axis=0) < alone)  # more labels explain more
 
 # %%
 #| export
+_HIGHEST_POWER = 64  # of a label in a term, in a file
+
+
 class _PixelPolynomials(LabelModel):
     """A trained Cannon: coefficients ``theta_`` (P, T) and ``scatter_`` (P,), and what follows from
     them."""
 
-    _entries = (
-        *LabelModel._entries,
-        *("exponents", "theta_", "scatter_", "pivots_", "scales_"),
-        *("training_labels_", "training_chi2_", "training_digest_"),
-    )
+    _entries = LabelModel._entries | {
+        "exponents": Held("whole", "TK", low=0, high=_HIGHEST_POWER),
+        "theta_": Held("number", "PT", holes=True),
+        "scatter_": Held("number", "P", holes=True, low=0),
+        "training_chi2_": Held("number", "N", low=0),
+    }
 
     def __sklearn_tags__(self):
         tags = super().__sklearn_tags__()
@@ -541,10 +547,20 @@ class _PixelPolynomials(LabelModel):
         del learned["vectorizer_"]
         return {"exponents": self.vectorizer_.exponents, **learned}
 
+    def _check_restored(self):
+        super()._check_restored()
+        whole = np.isfinite(self.theta_).all(axis=1) & np.isfinite(self.scatter_)
+        if not np.array_equal(whole, self.usable_):
+            raise ValueError("some of its pixels have only some of their coefficients")
+
     @classmethod
     def _from_tree(cls, tree):
         model = super()._from_tree(tree)
-        model.vectorizer_ = Vectorizer(model.label_names_, tree["exponents"])
+        exponents = np.asarray(tree["exponents"], dtype=int)
+        with whole_model(tree.get("file", "the model's file"), cls.__name__):
+            if exponents[0].any() or len(np.unique(exponents, axis=0)) < len(exponents):
+                raise ValueError("its terms are none")
+        model.vectorizer_ = Vectorizer(model.label_names_, exponents)
         return model
 
 
@@ -681,6 +697,7 @@ with pytest.raises(LabError, match="1 training stars cannot determine 2 terms in
 class _Learning(_Drawing):
     "Stars with known labels -> coefficients."
 
+    @all_or_nothing
     def fit(self, labels, flux=None, ivar=None, label_names=None, wavelength=None) -> "Cannon":
         """Learn the spectrum from stars with known labels.
 
@@ -712,13 +729,83 @@ class _Learning(_Drawing):
         self.vectorizer_ = _vectorizer_of(self)
         design = self.vectorizer_(self.scale(self.training_labels_))
         _check_rank(design)
+        _check_alike(self.scale(self.training_labels_), self.label_names_)
+        _check_weights(ivar)
         terms = len(self.vectorizer_)
         min_stars = 2 * terms if self.min_stars is None else self.min_stars
-        learned = self._learn_pixels(flux, ivar, design, min_stars)
+        if self.min_stars is None:
+            _check_stars(len(flux), (ivar > 0).sum(axis=0).max(), min_stars)
+        try:
+            learned = self._learn_pixels(flux, ivar, design, min_stars)
+        except np.linalg.LinAlgError as error:
+            raise LabError(_odd_star(self)) from error
         self.theta_, self.scatter_, n_good, chi2 = learned
         self.training_chi2_ = chi2 / np.maximum(n_good, 1)
         self.training_digest_ = self._digest(n_good, chi2)
         return self
+
+
+_LEAST_OWN = 0.01  # of a label's spread that the other labels must not explain
+
+
+def _check_alike(scaled, names):
+    "LabError where one label follows from the others: no spectrum could tell them apart."
+    n_stars, n_labels = scaled.shape
+    if n_labels < 2 or n_stars < 2 * n_labels + 2:
+        return
+    with single_threaded():
+        correlation = np.corrcoef(scaled.T)
+        values, vectors = np.linalg.eigh(correlation)
+    own = 1 / (vectors**2 / np.maximum(values, 1e-15)).sum(axis=1)
+    label = int(own.argmin())
+    if own[label] < _LEAST_OWN**2:
+        closest = np.abs(correlation[label] - np.eye(n_labels)[label]).argmax()
+        raise LabError(
+            f"{names[label]} follows from the other labels, above all from {names[closest]}, in "
+            "all training stars: leave one of them out"
+        )
+
+
+def _check_stars(n_stars, most_good, min_stars):
+    "LabError where no pixel has enough good stars."
+    if most_good < min_stars:
+        there = f"{n_stars} training stars"
+        if n_stars >= min_stars:
+            there = f"no pixel is good in more than {most_good} of {n_stars} training stars"
+        raise LabError(
+            f"{there}, {min_stars} are needed: take more stars, a lower order or fewer labels"
+        )
+
+
+_LARGEST_SHARE = 1e12  # weight of a star in a pixel over that of all others together
+
+
+def _check_weights(ivar):
+    "LabError where one star alone would decide a pixel."
+    largest = ivar.max(axis=0, initial=0).astype(float)
+    others = np.where(ivar < largest, ivar, 0).sum(axis=0, dtype=float)
+    alone = (largest > _LARGEST_SHARE * others) & (others > 0)
+    if alone.any():
+        pixel = int(np.argmax(alone))
+        raise LabError(
+            f"star {np.argmax(ivar[:, pixel])} has the ivar {largest[pixel]:.3g} in a pixel, "
+            f"{largest[pixel] / others[pixel]:.0e} times that of all others together: "
+            "set ivar to 0 there"
+        )
+
+
+def _odd_star(model):
+    "In words, which training star is the least like the others, where no solution was found."
+    labels = model.training_labels_
+    middle = np.median(labels, axis=0)
+    spread = np.median(np.abs(labels - middle), axis=0)
+    far = np.abs(labels - middle) / np.where(spread > 0, spread, np.inf)
+    star, label = np.unravel_index(far.argmax(), far.shape)
+    return (
+        "these stars have no solution in double precision: the one least like the others is "
+        f"star {star}, whose {model.label_names_[label]} is {labels[star, label]:.4g}; leave it "
+        "out, or look for pixels with far too small errors"
+    )
 
 
 def _check_rank(design):

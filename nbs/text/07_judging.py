@@ -28,7 +28,7 @@ from sklearn.utils.validation import has_fit_parameter
 from tqdm import tqdm
 
 from stellar_lab.inversion import infer
-from stellar_lab.models import LabelModel, label_values, name_list
+from stellar_lab.models import LabelModel, label_values, name_list, number_array
 from stellar_lab.survey import LabError, Spectra, label_record
 
 # %%
@@ -140,7 +140,7 @@ def robust_scatter(values) -> np.ndarray:
 def _differences(table, truth, names):
     "Predicted minus catalogue labels (N, K)."
     predicted = label_values(table, names)
-    catalogue = np.asarray(truth, dtype=float)
+    catalogue = number_array(truth, "the catalogue labels").astype(float)
     if catalogue.shape != predicted.shape:
         raise LabError(
             f"the catalogue labels have the shape {catalogue.shape}: for {len(predicted)} stars "
@@ -347,6 +347,11 @@ def _inflation_and_floor(residual, formal2):
     "Inflation and floor of one label's variance, by maximum likelihood."
     use = _judged(residual, formal2)
     unit2 = np.mean(residual[use] ** 2)
+    if not 0 < unit2 < np.inf:
+        raise LabError(
+            "the labels of the left-out stars are exactly the catalogue's, or beyond all numbers: "
+            "give the answers of a model that has not seen these stars"
+        )
     if not np.isfinite(formal2).any():
         return 0, unit2
     typical2 = np.median(formal2[use])
@@ -418,7 +423,12 @@ def with_error_model(model: LabelModel, table: QTable, truth) -> LabelModel:
             "before, with formal errors"
         )
     residual = _differences(table, truth, model.label_names_)
-    formal2 = label_values(table, [f"{name}_err" for name in model.label_names_]) ** 2
+    formal = label_values(table, [f"{name}_err" for name in model.label_names_])
+    if np.any(formal < 0):
+        raise LabError(
+            f"{np.sum(formal < 0)} errors in the table are negative: give those of infer"
+        )
+    formal2 = formal**2
     fits = [_inflation_and_floor(r, f2) for r, f2 in zip(residual.T, formal2.T)]
     model = copy.copy(model)
     model.error_inflation_, model.error_floor_ = np.array(fits).T

@@ -21,7 +21,18 @@ from sklearn.linear_model import RidgeCV
 from sklearn.utils.validation import check_is_fitted
 
 from stellar_lab.cannon import pair_index
-from stellar_lab.models import Answer, LabelModel, answer, check_spectra, finite_flux
+from stellar_lab.models import (
+    Answer,
+    Held,
+    LabelModel,
+    all_or_nothing,
+    answer,
+    check_spectra,
+    finite_flux,
+    number_array,
+    single_threaded,
+)
+from stellar_lab.survey import LabError
 
 # %%
 #| hide
@@ -36,7 +47,7 @@ from stellar_lab.archives import real_stars
 from stellar_lab.judging import cross_label, error_table, plot_comparison
 from stellar_lab.models import fold_numbers, infer, label_values, train_test_rows
 from stellar_lab.normalize import training_set
-from stellar_lab.survey import LabError, archive_record, archive_root, use_style
+from stellar_lab.survey import archive_record, archive_root, use_style
 
 
 # %% [markdown]
@@ -85,11 +96,10 @@ class LabelReader(LabelModel):
     A subclass says in `fit` how it learns, and in `_read` how it reads.
     """
 
-    _entries = (
-        *LabelModel._entries,
-        *("pivots_", "scales_", "training_labels_", "training_digest_"),
-        *("typical_flux_", "usable_"),
-    )
+    _entries = LabelModel._entries | {
+        "typical_flux_": Held("number", "P"),
+        "usable_": Held("flag", "P"),
+    }
 
     def _begin(self, labels, flux, ivar, label_names, wavelength):
         "Take training stars as all models do, learn the typical flux; flux and ivar float32."
@@ -256,6 +266,27 @@ assert np.allclose(by_formula, np.cov(drawn.T), rtol=0.05, atol=0.05)
 
 # %%
 #| export
+def _checked_penalties(alphas):
+    "Penalties as an array; LabError for what is none."
+    penalties = number_array(alphas, "alphas").astype(float)
+    if (
+        penalties.ndim != 1
+        or not len(penalties)
+        or not np.all((penalties > 0) & (penalties < 1e30))
+    ):
+        raise LabError(f"alphas are {alphas!r:.100}: give a list of positive numbers")
+    return penalties
+
+
+def _check_differ(labels, names):
+    "LabError where stars do not differ in a label: nothing could be learned of it."
+    if len(labels) < 2:
+        raise LabError("1 training star is too few: a line needs 2 at least")
+    for name, values in zip(names, labels.T):
+        if np.ptp(values) == 0:
+            raise LabError(f"{name} is {values[0]:g} in all training stars: leave it out")
+
+
 class RidgeLabels(LabelReader):
     """Ridge regression from flux to labels: the best that a linear map can do, in a second.
 
@@ -279,12 +310,17 @@ class RidgeLabels(LabelReader):
     ['apogee_id', 'teff', 'teff_err']
     """
 
-    _entries = (*LabelReader._entries, "weights_", "constant_")
+    _entries = LabelReader._entries | {
+        "weights_": Held("number", "KP"),
+        "constant_": Held("number", "K"),
+        "alpha_": Held("number", low=0),
+    }
 
     def __init__(self, labels: Sequence = None, alphas: Sequence = tuple(np.logspace(-3, 3, 19))):
         self.labels = labels
         self.alphas = alphas
 
+    @all_or_nothing
     def fit(self, labels, flux=None, ivar=None, label_names=None, wavelength=None) -> "RidgeLabels":
         """Learn from stars with known labels.
 
@@ -297,10 +333,18 @@ class RidgeLabels(LabelReader):
         -------
         RidgeLabels
             itself, with the penalty chosen in ``alpha_``
+
+        Raises
+        ------
+        LabError
+            where a line cannot be learned from these stars, or a penalty is none
         """
+        alphas = _checked_penalties(self.alphas)
         flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
-        ridge = RidgeCV(np.array(self.alphas, dtype=float))
-        ridge.fit(self.fill(flux, ivar) - self.typical_flux_, self.scale(self.training_labels_))
+        _check_differ(self.training_labels_, self.label_names_)
+        ridge = RidgeCV(alphas)
+        with single_threaded():  # the same line with any number of cores
+            ridge.fit(self.fill(flux, ivar) - self.typical_flux_, self.scale(self.training_labels_))
         self.alpha_ = float(ridge.alpha_)
         self.weights_ = ridge.coef_ * self.scales_[:, None]  # (K, P) physical units
         self.constant_ = self.unscale(ridge.intercept_) - self.weights_ @ self.typical_flux_

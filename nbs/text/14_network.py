@@ -37,7 +37,18 @@ from sklearn.utils.validation import check_is_fitted
 from tqdm import tqdm
 
 from stellar_lab import __version__
-from stellar_lab.models import check_spectra, finite_flux, plain_value, train_test_rows
+from stellar_lab.models import (
+    Held,
+    all_or_nothing,
+    check_held,
+    check_parameters,
+    check_spectra,
+    finite_flux,
+    plain_value,
+    read_regular,
+    train_test_rows,
+    whole_model,
+)
 from stellar_lab.readers import LabelReader, photon_covariance
 from stellar_lab.survey import LabError, Spectra, atomic_path, require
 
@@ -549,6 +560,7 @@ assert not set(data[2].numpy().ravel()) & set(held[2].numpy().ravel())
 class _Trainable(_Training, LabelReader):
     "A reader of labels that is trained in epochs."
 
+    @all_or_nothing
     def fit(
         self,
         labels,
@@ -680,19 +692,66 @@ def network_facts(path) -> dict:
         where there is no such file, or it is no network of this version
     """
     try:
-        with zipfile.ZipFile(path) as file:
+        with _opened(path) as file:
             tree = json.loads(file.read(_MEMBER))
+        if not isinstance(tree, dict):
+            raise ValueError("it says nothing of itself")
     except FileNotFoundError as error:
         raise LabError(f"there is no network at {path}: train one and save it there") from error
-    except (zipfile.BadZipFile, KeyError, ValueError, OSError) as error:
-        raise LabError(f"{path} is not a network of stellar_lab ({error})") from error
-    version = tree.get("format_version")
-    if version != _NETWORK_FORMAT:
+    except Exception as error:  # whatever a foreign or damaged file brings about
+        said = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
         raise LabError(
-            f"{path} has the format {version!r}; this version reads format {_NETWORK_FORMAT}: "
+            f"{path} is not a network of stellar_lab ({said}): train the network again"
+        ) from error
+    version = tree.get("format_version")
+    if type(version) is not int or version != _NETWORK_FORMAT:
+        raise LabError(
+            f"{path} has the format {version!r:.50}; this version reads format {_NETWORK_FORMAT}: "
             "train the network again"
         )
+    with whole_model(path, "network"):
+        check_held(tree, _FACTS)
+        if not all(isinstance(v, str) for v in tree["versions"].values()):
+            raise ValueError("it does not say by which versions it was made")
     return tree
+
+
+_FACTS = {
+    "stellar_lab_model": Held("text"),
+    "module": Held("text"),
+    "versions": Held("facts"),
+    "parameters": Held("facts"),
+    "learned": Held("facts"),
+}
+_KERAS_MEMBERS = ("metadata.json", "config.json", "model.weights.h5")
+_MOST_JSON = 1 << 28  # bytes of a text in the file, unpacked
+
+
+@contextmanager
+def _opened(path):
+    "The parts of a Keras file, once it is sure that they do not unpack to more than they should."
+    read_regular(path, first=1)
+    with zipfile.ZipFile(path) as file:
+        parts = file.infolist()
+        names = {part.filename for part in parts}
+        if len(names) < len(parts) or names - {*_KERAS_MEMBERS, _MEMBER}:
+            raise ValueError("its parts are not those of a network")
+        for part in parts:
+            packed = part.compress_size < part.file_size / 50 and part.file_size > 1 << 20
+            text = part.filename.endswith(".json") and part.file_size > _MOST_JSON
+            if packed or text:
+                raise ValueError(f"its part {part.filename} is far too large")
+        yield file
+
+
+def _fingerprint(file, facts):
+    "SHA-256 of Keras' own parts of a file and of what else the file says."
+    digest = hashlib.sha256()
+    for name in _KERAS_MEMBERS:
+        digest.update(hashlib.sha256(file.read(name)).digest())
+    said = {name: value for name, value in facts.items() if name != "fingerprint"}
+    digest.update(json.dumps(said, sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def _to_json(value):
@@ -703,7 +762,10 @@ def _to_json(value):
 
 def _from_json(value):
     if isinstance(value, dict) and "array" in value:
-        return np.array(value["array"], dtype=value["dtype"])
+        dtype = np.dtype(value["dtype"])
+        if dtype.kind not in "biuf":
+            raise ValueError(f"it holds an array of {dtype}")
+        return np.array(value["array"], dtype=dtype)
     return value
 
 
@@ -757,18 +819,46 @@ def _network_class(tree, path):
 
 def _rebuilt(kind, tree, path):
     "The network again, from what its file says and what Keras reads."
-    model = kind(**{name: _from_json(value) for name, value in tree["parameters"].items()})
-    for name, value in tree["learned"].items():
-        setattr(model, name, _from_json(value))
-    model.label_names_ = tuple(model.label_names_)
+    with whole_model(path, kind.__name__):
+        parameters = {name: _from_json(value) for name, value in tree["parameters"].items()}
+        check_parameters(kind, parameters, path)
+        model = kind(**parameters)
+        learned = {name: _from_json(value) for name, value in tree["learned"].items()}
+        check_held(learned | {"parameters": parameters}, LabelReader._entries | _LEARNED)
+        for name, value in learned.items():
+            if not name.endswith("_") or hasattr(kind, name):
+                raise ValueError(f"it has the entry {name}")
+            setattr(model, name, value)
+        model.label_names_ = tuple(model.label_names_)
+        model._check_restored()
     try:
+        with _opened(path) as file:
+            if tree.get("fingerprint") != _fingerprint(file, tree):
+                raise ValueError("something in it was changed since it was written")
         model.keras_ = keras.saving.load_model(path, compile=False)
         layers = model.keras_.layers
         model.net_ = next(layer for layer in layers if isinstance(layer, keras.Model))
     except Exception as error:  # whatever Keras makes of a broken file
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise LabError(f"{path} cannot be read ({reason}): train the network again") from error
+    with whole_model(path, kind.__name__):
+        _try_out(model)
     return model
+
+
+_LEARNED = {"history_": Held("facts"), "best_epoch_": Held("whole", low=0)}
+
+
+def _try_out(model):
+    "ValueError unless the layers read a spectrum and say as many labels as there are names."
+    for losses in model.history_.values():
+        if not all(isinstance(loss, int | float) for loss in losses):
+            raise ValueError("its losses are no numbers")
+    K = len(model.label_names_)
+    star = np.ones((1, len(model.typical_flux_)), np.float32)
+    labels, covariance = model._read(star, star)[:2]
+    if labels.shape != (1, K) or covariance.shape != (1, K, K):
+        raise ValueError(f"its layers do not say {K} labels")
 
 
 # %%
@@ -803,8 +893,11 @@ class _InKerasFile:
             raise LabError(f"cannot write the network to {path}: its extension must be .keras")
         with atomic_path(path) as temporary:
             self.keras_.save(temporary)
+            facts = json.loads(json.dumps(_facts(self)))
+            with zipfile.ZipFile(temporary) as file:
+                facts["fingerprint"] = _fingerprint(file, facts)
             with zipfile.ZipFile(temporary, "a", zipfile.ZIP_DEFLATED) as file:
-                file.writestr(_MEMBER, json.dumps(_facts(self)))
+                file.writestr(_MEMBER, json.dumps(facts))
 
     @classmethod
     def load(cls, path) -> "Network":

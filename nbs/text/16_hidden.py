@@ -26,6 +26,7 @@ from tqdm import tqdm
 from stellar_lab.cannon import Cannon, pair_index
 from stellar_lab.inversion import infer, pixel_weights
 from stellar_lab.models import (
+    Held,
     check_spectra,
     finite_flux,
     fold_numbers,
@@ -426,7 +427,7 @@ assert np.linalg.norm(directions[1]) < 0.3 * np.linalg.norm(directions[0])
 class _Hidden(Cannon):
     """A Cannon with hidden directions ``hidden_`` (q, P), and what follows from them."""
 
-    _entries = (*Cannon._entries, "hidden_")
+    _entries = Cannon._entries | {"hidden_": Held("number", "qP")}
 
     @property
     def poor_fit_limit_(self) -> float:
@@ -502,7 +503,7 @@ def _chosen_number(model, flux, ivar):
     learned = stars * (1 - 1 / _CHOICE_FOLDS)
     if learned < _CANDIDATES[1] * _STARS_EACH:
         return 0  # too few to bear any, and to ask
-    folds = fold_numbers(stars, _CHOICE_FOLDS, model.seed)
+    folds = fold_numbers(stars, _CHOICE_FOLDS, model.seed, stars=model._star_names)
     error = {}
     for number in _CANDIDATES:
         if number * _STARS_EACH > learned:

@@ -28,7 +28,14 @@ from sklearn.utils.validation import check_is_fitted
 from tqdm import tqdm
 
 from stellar_lab.hidden import hidden_chi2, hidden_values, learn_directions, strongest_first
-from stellar_lab.models import check_spectra, finite_flux, poor_fit_limit, single_threaded
+from stellar_lab.models import (
+    Held,
+    all_or_nothing,
+    check_spectra,
+    finite_flux,
+    poor_fit_limit,
+    single_threaded,
+)
 from stellar_lab.readers import LabelReader
 from stellar_lab.survey import LabError
 
@@ -332,11 +339,15 @@ class _View:
 
     @classmethod
     def by_line(cls, latents, values):
-        ridge = RidgeCV(_PENALTIES).fit(latents, values)
-        line = np.atleast_2d(ridge.coef_).T
+        with single_threaded():  # the same line with any number of cores
+            ridge = RidgeCV(_PENALTIES).fit(latents, values)
+        return cls.along(np.atleast_2d(ridge.coef_).T, np.atleast_1d(ridge.intercept_))
+
+    @classmethod
+    def along(cls, line, constant):
         weight = np.sqrt((line**2).sum(axis=1))
         turn = np.hstack([line, np.diag(weight / max(weight.max(), 1e-12))])
-        return cls(turn, line, np.atleast_1d(ridge.intercept_), 0)
+        return cls(turn, line, constant, 0)
 
 
 # %% [markdown]
@@ -430,12 +441,17 @@ def _error_correlation(processes):
 def _make_again(model):
     "Views and processes of a model that was read from its file."
     latents, scaled = model.latents_, model.latent_labels_
-    model._views = [make(latents, scaled) for make in (_View.plain, _View.by_line)]
+    by_line = _View.along(model.line_, model.line_constant_)
+    model._views = [_View.plain(latents, scaled), by_line]
     model._processes = []
-    for view, settings, noise in zip(model._views, model.settings_, model.latent_noise_):
+    kept = zip(model._views, model.settings_, model.latent_noise_, model.process_weights_)
+    for view, settings, noise, weights in kept:
         left = scaled - latents @ view.line - view.constant
         parts = zip(left.T, noise, settings)
-        model._processes.append([_Process(latents @ view.turn, *part) for part in parts])
+        processes = [_Process(latents @ view.turn, *part) for part in parts]
+        for process, of_this in zip(processes, weights):
+            process.weights = of_this  # as they were learned: another machine rounds otherwise
+        model._processes.append(processes)
 
 
 # %% [markdown]
@@ -446,7 +462,11 @@ def _make_again(model):
 class _Compressed(LabelReader):
     "A reader that describes spectra by latents: ``directions_`` (q, P) and ``scatter_`` (P,)."
 
-    _entries = (*LabelReader._entries, "directions_", "scatter_", "training_chi2_")
+    _entries = LabelReader._entries | {
+        "directions_": Held("number", "qP"),
+        "scatter_": Held("number", "P", holes=True, low=0),
+        "training_chi2_": Held("number", "N", low=0),
+    }
 
     def _learn_places(self, flux, ivar, number, progress=False):
         "Learn to compress; latents (N, q) of the training stars and their covariance."
@@ -540,10 +560,25 @@ _MOST_STARS = 4_000  # training stars of a process; the compression learns from 
 class _InTwoViews(_Compressed):
     "Processes on latents: learned, kept and asked."
 
-    _entries = (
-        *_Compressed._entries,
-        *("latents_", "latent_labels_", "latent_noise_", "settings_", "correlation_"),
-    )
+    _entries = _Compressed._entries | {
+        "latents_": Held("number", "Mq"),
+        "latent_labels_": Held("number", "MK"),
+        "latent_noise_": Held("number", "KM", low=0, several=True),
+        "settings_": Held("number", "K*", low=-99, high=99, several=True),
+        "process_weights_": Held("number", "KM", several=True),
+        "line_": Held("number", "qK"),
+        "line_constant_": Held("number", "K"),
+        "correlation_": Held("number", "KK", low=-1.01, high=1.01),
+    }
+
+    def _check_restored(self):
+        super()._check_restored()
+        for view, processes in self.processes:
+            for process in processes:
+                lengths = len(process.parameters[_LENGTHS])
+                if not 1 <= lengths <= view.turn.shape[1]:
+                    raise ValueError("its processes have other latents")
+                _ = process.factor  # what cannot be solved is found here
 
     def _learn(self, latents, covariance, progress):
         "A process for each label in each view, from the training stars' latents."
@@ -560,6 +595,11 @@ class _InTwoViews(_Compressed):
         self._processes = _by_view(learned, scaled.shape[1])
         self.settings_ = [np.array([one.parameters for one in some]) for some in self._processes]
         self.latent_noise_ = [np.array([one.extra for one in some]) for some in self._processes]
+        self.process_weights_ = [
+            np.array([one.weights for one in some]) for some in self._processes
+        ]
+        self.line_ = self._views[1].line
+        self.line_constant_ = self._views[1].constant
         self.correlation_ = _error_correlation(self._processes)
 
     @property
@@ -651,6 +691,7 @@ class LatentLabels(_InTwoViews):
         self.latents = latents
         self.labels = labels
 
+    @all_or_nothing
     def fit(
         self, labels, flux=None, ivar=None, label_names=None, wavelength=None, progress=False
     ) -> "LatentLabels":

@@ -35,10 +35,14 @@ from stellar_lab.clean import Ledger, find_files
 from stellar_lab.inversion import infer
 from stellar_lab.judging import cross_label, error_table, with_error_model
 from stellar_lab.models import (
+    Held,
+    check_held,
     count_flags,
     fold_numbers,
     plain_value,
     read_model_file,
+    read_regular,
+    restored,
     train_test_rows,
 )
 from stellar_lab.normalize import continuum_steps, read_continuum_pixels, training_set
@@ -47,9 +51,10 @@ from stellar_lab.survey import PRODUCTS, LabError, archive_record, atomic_path, 
 # %%
 #| hide
 import pytest
+from astropy.table import Table
 
 from stellar_lab.normalize import lab_continuum_pixels
-from stellar_lab.survey import archive_root
+from stellar_lab.survey import Spectra, archive_root
 
 
 # %% [markdown]
@@ -94,37 +99,111 @@ assert _error_rows(_plain_rows(made_up))["rmse"].tolist()[0] == 61.25
 _REPORT_FORMAT = 1
 
 
-_FACTS = {"arguments": dict, "archive": dict, "model": dict, "notes": list}  # name -> its type
-_IN_FACTS = (("archive", "root"), ("archive", "title"), ("model", "digest"))
+_LARGEST_RECORD = 1 << 28  # bytes
+_RECORD = {
+    "arguments": Held("facts"),
+    "archive": Held("facts"),
+    "model": Held("facts"),
+    "notes": Held("texts"),
+    "error_model": Held("facts", optional=True),
+    "ledger": Held("facts"),
+    "errors": Held("facts"),
+}
+_TEXTS = {"archive": ("root", "title"), "model": ("digest",)}  # what `describe` prints
+_COLUMNS = ("label", "unit", "n", "rmse", "scaled_rmse", "mae", "bias", "robust")
 
 
-def _check_facts(plain):
-    "LookupError or TypeError where a record lacks what `describe` reads."
-    for name, kind in _FACTS.items():
-        if not isinstance(plain[name], kind):
-            raise TypeError(f"{name} is no {kind.__name__}")
-    for name, key in _IN_FACTS:
-        plain[name][key]
+def _is_number(value, whole=False):
+    "Is this a finite number, and a whole one where it has to be?"
+    if isinstance(value, bool):
+        return False
+    if whole:
+        return isinstance(value, (int, np.integer))
+    return isinstance(value, (int, float, np.integer, np.floating)) and math.isfinite(value)
+
+
+def _check_record(plain):
+    "ValueError where a record does not hold what `TrainingReport` and `describe` need."
+    if "error_model" not in plain:
+        raise ValueError("it has no entry error_model")
+    check_held(plain, _RECORD)
+    for fact, names in _TEXTS.items():
+        if not all(isinstance(plain[fact].get(name), str) for name in names):
+            raise ValueError(f"its entry {fact} lacks {' or '.join(names)}")
     for label in (plain["error_model"] or {}).values():
-        label["floor"]
+        if not isinstance(label, dict) or not _is_number(label.get("floor")):
+            raise ValueError("an error floor in it is no number")
+    for value in plain["arguments"].values():
+        parts = value if isinstance(value, list) else [value]
+        if not all(part is None or isinstance(part, str | bool | int | float) for part in parts):
+            raise ValueError("its arguments are neither texts nor numbers")
+    _check_steps(plain["ledger"])
+    for name, rows in plain["errors"].items():
+        _check_rows(name, rows)
 
 
+def _check_steps(ledger):
+    "ValueError for a ledger that says more, or less, than how stars fell to rules."
+    steps = ledger.get("steps")
+    check_held(ledger, {"found": Held("whole", low=0, high=1e15)})
+    if not isinstance(steps, list):
+        raise ValueError("its ledger is none")
+    stars = Held("texts")
+    parts = {"rule": Held("text"), "stars": stars, "details": stars}
+    parts |= {"counted": Held("whole", low=0, high=1e15), "reason": Held("any")}
+    for step in steps:
+        if not isinstance(step, dict) or step.keys() != parts.keys():
+            raise ValueError("a step of its ledger is none")
+        check_held(step, parts)
+        if not isinstance(step["reason"], str) or step["details"][len(step["stars"]) :]:
+            raise ValueError("a step of its ledger is none")
+        if step["details"] and len(step["details"]) < len(step["stars"]):
+            raise ValueError("a step of its ledger is none")
+    if sum(len(step["stars"]) for step in steps) > ledger["found"]:
+        raise ValueError("its ledger drops more stars than there were")
+
+
+def _check_rows(name, rows):
+    "ValueError for what is no table of errors."
+    if not isinstance(rows, list) or not rows:
+        raise ValueError(f"its errors of the {name} are none")
+    for row in rows:
+        if not isinstance(row, dict) or not row.keys() >= set(_COLUMNS):
+            raise ValueError(f"its errors of the {name} have other columns")
+        texts = [row[column] for column in _COLUMNS[:2]]
+        numbers = [row[column] for column in _COLUMNS[2:]]
+        if not all(isinstance(text, str) for text in texts) or not all(
+            number is None or _is_number(number) for number in numbers
+        ):
+            raise ValueError(f"its errors of the {name} are no numbers")
+
+
+# %%
+with pytest.raises(ValueError, match="a step of its ledger is none"):
+    _check_steps({"found": 3, "steps": [{"rule": "too noisy"}]})
+with pytest.raises(ValueError, match="drops more stars than there were"):
+    _check_steps(Ledger(1).drop("too noisy", ["Castor"]).to_dict() | {"found": 0})
+_check_steps(Ledger(3).drop("too noisy", ["Castor"]).count("seen twice", 1).to_dict())
+
+
+# %%
+#| export
 def _read_record(path):
     "What a record's file holds, as a dict; LabError for any other file."
     try:
-        plain = json.loads(Path(path).read_text(encoding="utf-8"))
-        if plain.pop("format") != _REPORT_FORMAT:
+        plain = json.loads(read_regular(path, most=_LARGEST_RECORD).decode("utf-8"))
+        if not isinstance(plain, dict) or plain.pop("format", None) != _REPORT_FORMAT:
             raise ValueError("another format")
+        _check_record(plain)
         plain["ledger"] = Ledger.from_dict(plain["ledger"])
         plain["errors"] = {name: _error_rows(rows) for name, rows in plain["errors"].items()}
-        _check_facts(plain)
         return plain
     except FileNotFoundError as error:
         raise LabError(
             f"there is no record {path}: 'stellar-lab train' writes it with the model"
         ) from error
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        said = f"it lacks {error}" if isinstance(error, KeyError) else error
+    except Exception as error:  # a file can hold anything
+        said = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise LabError(
             f"{path} is not the record of a training ({said or type(error).__name__}): "
             "train the model again"
@@ -183,8 +262,10 @@ class TrainingReport:
     def save(self, path):
         "Write the record as JSON, whole or not at all."
         text = json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
+        # bytes of a path that are no letters are spelled out, in a way that JSON reads
+        data = f"{text}\n".encode(errors="backslashreplace")
         with atomic_path(path) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+            temporary.write_bytes(data)
 
     @classmethod
     def load(cls, path) -> "TrainingReport":
@@ -232,8 +313,8 @@ def _as_path(path, what):
     return Path(path)
 
 
-def check_target(path, suffixes, what: str) -> Path:
-    """A file can be written at `path`, and its extension is a right one.
+def check_target(path, suffixes, what: str, inputs=()) -> Path:
+    """A file can be written at `path`, its extension is a right one, and nothing is lost by it.
 
     Parameters
     ----------
@@ -243,6 +324,8 @@ def check_target(path, suffixes, what: str) -> Path:
         extensions to choose from, such as ``(".asdf",)``
     what : str
         goes there, for the message
+    inputs : sequence of paths, default ()
+        files that are read, and must not be replaced
 
     Returns
     -------
@@ -251,7 +334,8 @@ def check_target(path, suffixes, what: str) -> Path:
     Raises
     ------
     LabError
-        where the extension is another, or nothing can be written there
+        where the extension is another, nothing can be written there, or one of the inputs, a link,
+        or a file that is read-only stands there
     """
     path = _as_path(path, what)
     if path.suffix.lower() not in suffixes:
@@ -267,7 +351,49 @@ def check_target(path, suffixes, what: str) -> Path:
         ) from error
     if path.is_dir():
         raise LabError(f"cannot write {what} to {path}: it is a folder")
+    _check_replaceable(path, what, inputs)
     return path
+
+
+def _check_replaceable(path, what, inputs):
+    "LabError where what stands at a path must not be replaced."
+    if path.is_symlink():
+        raise LabError(
+            f"cannot write {what} to {path}: it is a link to {os.readlink(path)}; name that file, "
+            "or remove the link"
+        )
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise LabError(f"cannot write {what} to {path}: it is a pipe, a device or a socket")
+    if not path.stat().st_mode & 0o222:
+        raise LabError(
+            f"cannot write {what} to {path}: it is read-only; choose another name, or make it "
+            "writable"
+        )
+    for other in inputs:
+        if os.path.exists(other) and os.path.samefile(path, other):
+            raise LabError(
+                f"cannot write {what} to {path}: it is one of the files that are read; choose "
+                "another name"
+            )
+
+
+def _check_record_target(path):
+    "LabError where a record would replace a file that is none; all records know their ledger."
+    _check_replaceable(path, "the record", ())
+    if not path.exists():
+        return
+    try:
+        plain = json.loads(read_regular(path, most=_LARGEST_RECORD).decode("utf-8"))
+        known = {"format", "arguments", "ledger"} <= plain.keys()
+    except Exception:  # whatever else stands there
+        known = False
+    if not known:
+        raise LabError(
+            f"cannot write the record to {path}: what stands there is no record of a training; "
+            "give the model another name, or remove that file"
+        )
 
 
 # %%
@@ -289,13 +415,6 @@ def _label_list(root, labels):
     if not names or len(set(names)) < len(names):
         raise LabError(f"labels are {', '.join(names) or 'none'}: name each once")
     return names
-
-
-def _is_number(value, whole=False):
-    "Is this a finite number, and a whole one where it has to be?"
-    if whole:
-        return isinstance(value, (int, np.integer))
-    return isinstance(value, (int, float, np.integer, np.floating)) and math.isfinite(value)
 
 
 def _check_numbers(order, test_size, folds, seed):
@@ -737,24 +856,98 @@ assert small.model.errors_ == "calibrated" and small.facts["flagged"] == count_f
 # %%
 #| export
 def _write(report, path):
-    "The model to `path`, and its record to the same name with .json; nothing where path is None."
-    if path is not None:
-        report.model.save(path)
-        report.save(path.with_suffix(".json"))
+    """The model to `path`, and its record to the same name with .json: both or neither.
+
+    Nothing is written where path is None."""
+    if path is None:
+        return
+    record = path.with_suffix(".json")
+    _check_record_target(record)
+    before = record.read_bytes() if record.exists() else None
+    try:
+        with atomic_path(path) as temporary:
+            report.model.save(temporary)
+            report.save(record)  # first: there is no model without a record
+    except BaseException:
+        if before is None:
+            record.unlink(missing_ok=True)
+        else:
+            record.write_bytes(before)
+        raise
 
 
+_WILD_FLUX = 1e4  # times the continuum: no star, and no line, is as bright
+_WILD_RATIO = 1e6  # signal to noise in a pixel: no detector counts as many photons
+
+
+def believable(spectra) -> tuple:
+    """Spectra without the pixels that no star and no detector could have made.
+
+    Parameters
+    ----------
+    spectra : Spectra
+        relative to the continuum
+
+    Returns
+    -------
+    spectra : Spectra
+        the same where there is nothing to doubt; otherwise these pixels have no weight
+    wild : (N,) int array
+        how many pixels of each star
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        size = np.abs(spectra.flux)
+        wild = ~(size <= _WILD_FLUX) | (size * np.sqrt(spectra.ivar) > _WILD_RATIO)
+    wild &= spectra.ivar > 0
+    counts = wild.sum(axis=1)
+    if not counts.any():
+        return spectra, counts
+    flux = np.where(wild, 0, spectra.flux).astype(spectra.flux.dtype)
+    return spectra.replace(flux=flux, ivar=np.where(wild, 0, spectra.ivar)), counts
+
+
+def _believable_note(spectra, wild):
+    "A sentence about stars with pixels that were not believed."
+    if not wild.any():
+        return []
+    names = [str(name) for name in spectra.stars["APOGEE_ID"][wild > 0]]
+    some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return [
+        f"{wild.sum()} pixels of {len(names)} stars ({some}) hold a flux or an error that no star "
+        "has: they count as unusable"
+    ]
+
+
+# %%
+broken = Spectra(
+    np.arange(3.0),
+    np.array([[1, 0.9, 1], [1, 1e36, 1]], "f4"),
+    np.array([[1e4, 1e24, 1e4], [1e4, 1e4, 1e4]], "f4"),
+    Table({"APOGEE_ID": ["Castor", "Pollux"]}),
+)
+sober, wild = believable(broken)
+print(*_believable_note(broken, wild))
+assert (sober.ivar > 0).sum(axis=1).tolist() == [2, 2] and believable(sober)[0] is sober
+
+
+# %%
+#| export
 def _train(root, path, request, continuum_pixels, progress):
     "Select, fit and judge, report, write."
     pixels, source = _chosen_pixels(continuum_pixels)
     if pixels is not None:
         request["continuum_pixels"] = source
-    path = None if path is None else check_target(path, (".asdf",), "the model")
+    if path is not None:
+        path = check_target(path, (".asdf",), "the model")
+        _check_record_target(path.with_suffix(".json"))
     spectra, ledger = _select(root, request, pixels, progress)
-    spectra.stars.meta["continuum_source"] = source
+    spectra, wild = believable(spectra)
+    spectra.stars.meta["continuum_source"] = source.encode(errors="backslashreplace").decode()
     model = _model_of_kind(request)
     way = (request["test_size"], request["folds"], request["seed"])
     model, sets = _judge(model, spectra, *way, progress)
     report = _report(model, spectra, ledger, sets, request, root, path)
+    report.facts["notes"] += _believable_note(spectra, wild)
     _write(report, path)
     return report
 
@@ -912,7 +1105,7 @@ def load_model(path):
     kind = tree["stellar_lab_model"]
     if kind not in _ROOMS:
         raise LabError(f"{path} holds a {kind}, which this version does not know")
-    return _class(kind)._from_tree(tree)
+    return restored(_class(kind), tree)
 
 
 def _versions_of(path):
@@ -998,7 +1191,7 @@ def _origin(model):
     "The stars that a model learned from."
     meta = model.metadata_
     stars = getattr(model, "training_labels_", ())
-    parts = [f"{len(stars)} stars", meta.get("product", "of unknown product")]
+    parts = [f"{len(stars)} stars", meta.get("product") or "of unknown product"]
     parts += [f"archive {meta['archive']}"] if meta.get("archive") else []
     parts += [f"release {meta['release'].upper()}"] if meta.get("release") else []
     parts += [f"row {meta['row']}"] if meta.get("row") is not None else []

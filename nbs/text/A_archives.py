@@ -49,6 +49,7 @@ from stellar_lab.survey import (
     LABELS,
     LOG10_START,
     LOG10_STEP,
+    MYSTERY_FILE,
     N_PIXELS,
     PIXMASK,
     TRUTH_FILE,
@@ -1267,7 +1268,6 @@ Table(rows=rows, names=["what", "how many"])
 
 # %%
 #| export
-MYSTERY_FILE = "mystery_spec_wiped.fits"  # at the root of an archive that we wrote
 _HTML = """<!DOCTYPE html>
 <html><head><title>503 Service Unavailable</title></head><body>Try again later.</body></html>
 """

@@ -10,6 +10,7 @@ __all__ = ['full_wavelength', 'on_band', 'wavelength', 'PIXMASK', 'LABELS', 'PRO
 
 # %% ../nbs/00_survey.ipynb #95364aa8
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -64,6 +65,33 @@ def require(package: str, extra: str):
             f"this needs the package {package!r}, which is not installed: "
             f"pip install 'stellar_lab[{extra}]'"
         ) from error
+
+# %% ../nbs/00_survey.ipynb #2ce9794d
+def what_stands_at(path) -> str:
+    """What stands at a path in place of a file.
+
+    Parameters
+    ----------
+    path : path
+        Where to look; links are followed.
+
+    Returns
+    -------
+    str
+        "a folder", "a named pipe", "a device", "a socket"; "" for a file, or where nothing stands.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # nothing there, or a path that cannot be one
+        return ""
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+        stat.S_IFSOCK: "a socket",
+    }
+    return "" if stat.S_ISREG(mode) else kinds.get(stat.S_IFMT(mode), "something that is no file")
 
 # %% ../nbs/00_survey.ipynb #f93379d6
 N_PIXELS = 8575
@@ -353,6 +381,24 @@ class _Tree:
             known = ", ".join(self.paths)
             raise LabError(f"{self.name} has no product {product!r}: choose from {known}")
         return self.paths[product]
+
+# %% ../nbs/00_survey.ipynb #1d794575
+def same_star(one: str, other: str) -> bool:
+    """Whether two names can be of the same star.
+
+    Parameters
+    ----------
+    one, other : str
+        APOGEE_IDs, or what stands in a header.
+
+    Returns
+    -------
+    bool
+        False only if both hold a place in the sky, as `2M21334193-0048169` does, and the places
+        differ: other catalogues may have other names for a star.
+    """
+    places = [re.fullmatch(r"[A-Z0-9]{2}(\d{8}[+-]\d{7})", name.strip()) for name in (one, other)]
+    return not all(places) or places[0][1] == places[1][1]
 
 # %% ../nbs/00_survey.ipynb #f722a942
 @dataclass(frozen=True)
@@ -660,13 +706,15 @@ def archive_record(root) -> Archive:
     if not file.exists():
         return ARCHIVES["survey"]
     try:
+        if what_stands_at(file):
+            raise ValueError(f"it is {what_stands_at(file)}, not a file")
         name = json.loads(file.read_text(encoding="utf-8"))["archive"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LabError(
             f"{file} does not name an archive ({error}): write the archive again, "
             "or remove the file if this is the survey"
         ) from error
-    if name not in ARCHIVES:
+    if name not in [*ARCHIVES]:  # a list: what stands there may not be a name at all
         raise LabError(
             f"{file} names the archive {name!r}, which this version does not know: "
             f"choose from {', '.join(ARCHIVES)}"
@@ -795,31 +843,21 @@ def data_file(name: str):
     return as_file(file)
 
 # %% ../nbs/00_survey.ipynb #7a56f7cd
-def what_stands_at(path) -> str:
-    """What stands at a path in place of a file.
+def sha256_of(path) -> str:
+    """The checksum of a file.
 
     Parameters
     ----------
     path : path
-        Where to look; links are followed.
+        A file.
 
     Returns
     -------
     str
-        "a folder", "a named pipe", "a device", "a socket"; "" for a file, or where nothing stands.
+        Its sha256, in hexadecimal digits.
     """
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError):  # nothing there, or a path that cannot be one
-        return ""
-    kinds = {
-        stat.S_IFDIR: "a folder",
-        stat.S_IFIFO: "a named pipe",
-        stat.S_IFCHR: "a device",
-        stat.S_IFBLK: "a device",
-        stat.S_IFSOCK: "a socket",
-    }
-    return "" if stat.S_ISREG(mode) else kinds.get(stat.S_IFMT(mode), "something that is no file")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_target(path):

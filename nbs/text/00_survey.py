@@ -19,6 +19,7 @@
 # %%
 #| export
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -133,6 +134,43 @@ with pytest.raises(MissingExtra, match=r"pip install 'stellar_lab\[network\]'") 
     require("a_package_nobody_wrote", "network")
 assert require("json", "network") is json
 print(refusal.value)
+
+
+# %% [markdown]
+# A path can name something that is no file at all: a folder, a device, or a *named pipe*, which keeps a program that opens it waiting until another
+# one writes into it. So we look before we open.
+
+# %%
+#| exporti
+def what_stands_at(path) -> str:
+    """What stands at a path in place of a file.
+
+    Parameters
+    ----------
+    path : path
+        Where to look; links are followed.
+
+    Returns
+    -------
+    str
+        "a folder", "a named pipe", "a device", "a socket"; "" for a file, or where nothing stands.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # nothing there, or a path that cannot be one
+        return ""
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+        stat.S_IFSOCK: "a socket",
+    }
+    return "" if stat.S_ISREG(mode) else kinds.get(stat.S_IFMT(mode), "something that is no file")
+
+
+# %%
+what_stands_at("."), what_stands_at(os.devnull), what_stands_at("nowhere")
 
 # %% [markdown]
 # ## The wavelength grid
@@ -562,6 +600,26 @@ class _Tree:
 
 
 # %%
+#| exporti
+def same_star(one: str, other: str) -> bool:
+    """Whether two names can be of the same star.
+
+    Parameters
+    ----------
+    one, other : str
+        APOGEE_IDs, or what stands in a header.
+
+    Returns
+    -------
+    bool
+        False only if both hold a place in the sky, as `2M21334193-0048169` does, and the places
+        differ: other catalogues may have other names for a star.
+    """
+    places = [re.fullmatch(r"[A-Z0-9]{2}(\d{8}[+-]\d{7})", name.strip()) for name in (one, other)]
+    return not all(places) or places[0][1] == places[1][1]
+
+
+# %%
 class Toy(_Tree):
     "A tree with a single branch."
 
@@ -570,6 +628,8 @@ class Toy(_Tree):
     other_layouts = {}
 
 
+assert same_star("2M21334193-0048169", "AP21334193-0048169") and same_star("VESTA", "anything")
+assert not same_star("2M21334193-0048169", "2M21334193+0048169")
 leaf = Toy().path("apstar", "M67", "VESTA", telescope="lco25m")
 assert Toy().parse_name("apstar", Path(leaf).name) == "VESTA"
 leaf
@@ -986,13 +1046,15 @@ def archive_record(root) -> Archive:
     if not file.exists():
         return ARCHIVES["survey"]
     try:
+        if what_stands_at(file):
+            raise ValueError(f"it is {what_stands_at(file)}, not a file")
         name = json.loads(file.read_text(encoding="utf-8"))["archive"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LabError(
             f"{file} does not name an archive ({error}): write the archive again, "
             "or remove the file if this is the survey"
         ) from error
-    if name not in ARCHIVES:
+    if name not in [*ARCHIVES]:  # a list: what stands there may not be a name at all
         raise LabError(
             f"{file} names the archive {name!r}, which this version does not know: "
             f"choose from {', '.join(ARCHIVES)}"
@@ -1187,36 +1249,26 @@ print(refusal.value)
 
 # %% [markdown]
 # ## Nothing of the user's is lost
-# Before anything is written we look at what stands there. A name can also belong to a folder, to a device, or to a *named pipe*, which keeps whoever
-# opens it waiting until somebody writes into it.
+# Before anything is written we look at what stands there: a link, a read-only file or a pipe is not replaced. And a checksum tells one content of a
+# file from another.
 
 # %%
 #| exporti
-def what_stands_at(path) -> str:
-    """What stands at a path in place of a file.
+def sha256_of(path) -> str:
+    """The checksum of a file.
 
     Parameters
     ----------
     path : path
-        Where to look; links are followed.
+        A file.
 
     Returns
     -------
     str
-        "a folder", "a named pipe", "a device", "a socket"; "" for a file, or where nothing stands.
+        Its sha256, in hexadecimal digits.
     """
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError):  # nothing there, or a path that cannot be one
-        return ""
-    kinds = {
-        stat.S_IFDIR: "a folder",
-        stat.S_IFIFO: "a named pipe",
-        stat.S_IFCHR: "a device",
-        stat.S_IFBLK: "a device",
-        stat.S_IFSOCK: "a socket",
-    }
-    return "" if stat.S_ISREG(mode) else kinds.get(stat.S_IFMT(mode), "something that is no file")
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_target(path):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['full_wavelength', 'on_band', 'wavelength', 'PIXMASK', 'LABELS', 'PRODUCTS', 'RELEASES', 'ARCHIVES', 'LabError',
-           'air_to_vacuum', 'chip_slices', 'label_records', 'label_record', 'archive_record', 'archive_root',
-           'real_data', 'profile', 'read_truth', 'true_labels', 'data_file', 'atomic_path', 'write_table', 'Spectra',
-           'use_style', 'plot_spectrum']
+           'air_to_vacuum', 'chip_slices', 'label_records', 'label_record', 'archive_record', 'archive_sums',
+           'archive_root', 'real_data', 'profile', 'read_truth', 'true_labels', 'data_file', 'atomic_path',
+           'write_table', 'Spectra', 'use_style', 'plot_spectrum']
 
 # %% ../nbs/00_survey.ipynb #95364aa8
 import errno
@@ -310,6 +310,8 @@ class Product:
         Whether the flux is already relative to a pseudo-continuum. Such files have one row.
     max_error : float
         A pixel with this error or a larger one is unusable, in the unit of the flux.
+    max_flux : float
+        A pixel with a larger flux is unusable: no star is so bright.
     """
 
     name: str
@@ -319,11 +321,13 @@ class Product:
     mask: int | None = None
     normalized: bool = False
     max_error: float = np.inf
+    max_flux: float = np.inf
 
 # %% ../nbs/00_survey.ipynb #cd02da7c
 PRODUCTS = {
-    "apstar": Product("apstar", hdus=10, mask=3, max_error=1e10),  # 1e10 means "no value"
-    "aspcapstar": Product("aspcapstar", hdus=5, normalized=True, max_error=0.3),
+    # An error of 1e10 means "no value"; the brightest star of the sky has a flux below 1e9.
+    "apstar": Product("apstar", hdus=10, mask=3, max_error=1e10, max_flux=1e12),
+    "aspcapstar": Product("aspcapstar", hdus=5, normalized=True, max_error=0.3, max_flux=1e4),
 }
 
 # %% ../nbs/00_survey.ipynb #d4492dbe
@@ -720,6 +724,29 @@ def archive_record(root) -> Archive:
             f"choose from {', '.join(ARCHIVES)}"
         )
     return ARCHIVES[name]
+
+
+def archive_sums(root) -> dict:
+    """The checksums that an archive has of its files.
+
+    Parameters
+    ----------
+    root : path
+        Of an archive.
+
+    Returns
+    -------
+    dict
+        Path below the root -> sha256; empty where `archive.json` has none, or is not there.
+    """
+    file = Path(root) / ARCHIVE_FILE
+    if not file.is_file():
+        return {}
+    archive_record(root)  # it may be damaged
+    sums = json.loads(file.read_text(encoding="utf-8")).get("sha256", {})
+    if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
+        raise LabError(f"{file} is damaged (its checksums are none): write the archive again")
+    return sums
 
 # %% ../nbs/00_survey.ipynb #d4976066
 def archive_root() -> Path:
@@ -1201,7 +1228,7 @@ class Spectra(_Labelled):
     stars : Table
         N rows. The readers give APOGEE_ID, TELESCOPE, FIELD, LOCATION_ID, SNR, NVISITS, J, H, K
         [mag], RA, DEC [degree, J2000] and FILE, each empty or NaN where the header does not say it;
-        from the catalogue labels and `_ERR` columns in physical units, NaN where there is none.
+        STRANGE_PIXELS (how many were taken out) and VERIFIED (by a checksum); from the catalogue labels and `_ERR` columns in physical units, NaN where there is none.
         Its `meta` says what the flux is: `product`, `release`, `archive`, `normalized`, `row`.
     mask : ndarray, optional
         (N, P) integer APOGEE_PIXMASK bits; None where the product has none.

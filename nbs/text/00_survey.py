@@ -513,6 +513,8 @@ class Product:
         Whether the flux is already relative to a pseudo-continuum. Such files have one row.
     max_error : float
         A pixel with this error or a larger one is unusable, in the unit of the flux.
+    max_flux : float
+        A pixel with a larger flux is unusable: no star is so bright.
     """
 
     name: str
@@ -522,13 +524,15 @@ class Product:
     mask: int | None = None
     normalized: bool = False
     max_error: float = np.inf
+    max_flux: float = np.inf
 
 
 # %%
 #| export
 PRODUCTS = {
-    "apstar": Product("apstar", hdus=10, mask=3, max_error=1e10),  # 1e10 means "no value"
-    "aspcapstar": Product("aspcapstar", hdus=5, normalized=True, max_error=0.3),
+    # An error of 1e10 means "no value"; the brightest star of the sky has a flux below 1e9.
+    "apstar": Product("apstar", hdus=10, mask=3, max_error=1e10, max_flux=1e12),
+    "aspcapstar": Product("aspcapstar", hdus=5, normalized=True, max_error=0.3, max_flux=1e4),
 }
 
 # %%
@@ -1062,11 +1066,34 @@ def archive_record(root) -> Archive:
     return ARCHIVES[name]
 
 
+def archive_sums(root) -> dict:
+    """The checksums that an archive has of its files.
+
+    Parameters
+    ----------
+    root : path
+        Of an archive.
+
+    Returns
+    -------
+    dict
+        Path below the root -> sha256; empty where `archive.json` has none, or is not there.
+    """
+    file = Path(root) / ARCHIVE_FILE
+    if not file.is_file():
+        return {}
+    archive_record(root)  # it may be damaged
+    sums = json.loads(file.read_text(encoding="utf-8")).get("sha256", {})
+    if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
+        raise LabError(f"{file} is damaged (its checksums are none): write the archive again")
+    return sums
+
+
 # %%
 with tempfile.TemporaryDirectory() as root:
     assert archive_record(root).name == "survey"
-    (Path(root) / ARCHIVE_FILE).write_text('{"archive": "clusters"}')
-    assert archive_record(root).labels[2] == "M_H"
+    (Path(root) / ARCHIVE_FILE).write_text('{"archive": "clusters", "sha256": {"a.fits": "0f"}}')
+    assert archive_record(root).labels[2] == "M_H" and archive_sums(root) == {"a.fits": "0f"}
     (Path(root) / ARCHIVE_FILE).write_text('{"archive": "atlantis"}')
     with pytest.raises(LabError, match="'atlantis'.*choose from survey, mock, clusters") as refusal:
         archive_record(root)
@@ -1769,7 +1796,7 @@ class Spectra(_Labelled):
     stars : Table
         N rows. The readers give APOGEE_ID, TELESCOPE, FIELD, LOCATION_ID, SNR, NVISITS, J, H, K
         [mag], RA, DEC [degree, J2000] and FILE, each empty or NaN where the header does not say it;
-        from the catalogue labels and `_ERR` columns in physical units, NaN where there is none.
+        STRANGE_PIXELS (how many were taken out) and VERIFIED (by a checksum); from the catalogue labels and `_ERR` columns in physical units, NaN where there is none.
         Its `meta` says what the flux is: `product`, `release`, `archive`, `normalized`, `row`.
     mask : ndarray, optional
         (N, P) integer APOGEE_PIXMASK bits; None where the product has none.

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['full_wavelength', 'on_band', 'wavelength', 'PIXMASK', 'LABELS', 'PRODUCTS', 'RELEASES', 'ARCHIVES', 'LabError',
            'air_to_vacuum', 'chip_slices', 'label_records', 'label_record', 'archive_record', 'archive_sums',
-           'archive_root', 'real_data', 'profile', 'read_truth', 'true_labels', 'data_file', 'atomic_path',
-           'write_table', 'Spectra', 'use_style', 'plot_spectrum']
+           'archive_root', 'real_data', 'profile', 'read_truth', 'true_labels', 'data_file', 'write_table', 'Spectra',
+           'use_style', 'plot_spectrum']
 
 # %% ../nbs/00_survey.ipynb #95364aa8
 import errno
@@ -1021,14 +1021,24 @@ _DISK_TROUBLE = {
     errno.EFBIG: "the file would be too large for this disk: choose another place",
     errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
     errno.ENOTDIR: "what should be its folder is none: choose another place",
-    errno.EEXIST: "what should be its folder is none: choose another place",
     errno.EIO: "the disk reports a fault: choose another one",
 }
 
 
 @contextmanager
-def _trouble_in_words(path):
-    "What a disk can answer becomes a LabError that names the file and a way out."
+def trouble_in_words(path):
+    """What a disk can answer becomes a LabError that names the file and a way out.
+
+    Parameters
+    ----------
+    path : path
+        What is written in the block.
+
+    Raises
+    ------
+    LabError
+        Where the disk is full, read-only, out of order, or the path cannot be one.
+    """
     try:
         yield
     except LabError:
@@ -1065,9 +1075,12 @@ def atomic_path(path):
         read-only or out of order.
     """
     path = Path(path)
-    with _trouble_in_words(path):
+    with trouble_in_words(path):
         _check_target(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # a file in place of a folder is said below
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if path.parent.exists() and not path.parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder")
         remove_strays(path)
         temporary = own_temporary(path)
         try:
@@ -1228,7 +1241,8 @@ class Spectra(_Labelled):
     stars : Table
         N rows. The readers give APOGEE_ID, TELESCOPE, FIELD, LOCATION_ID, SNR, NVISITS, J, H, K
         [mag], RA, DEC [degree, J2000] and FILE, each empty or NaN where the header does not say it;
-        STRANGE_PIXELS (how many were taken out) and VERIFIED (by a checksum); from the catalogue labels and `_ERR` columns in physical units, NaN where there is none.
+        STRANGE_PIXELS (how many were taken out) and VERIFIED (by a checksum); from the catalogue
+        labels and `_ERR` columns in physical units, NaN where there is none.
         Its `meta` says what the flux is: `product`, `release`, `archive`, `normalized`, `row`.
     mask : ndarray, optional
         (N, P) integer APOGEE_PIXMASK bits; None where the product has none.

@@ -1473,7 +1473,7 @@ with tempfile.TemporaryDirectory() as folder:
 # What goes wrong while writing is said in words: which file, what is wrong, and a way out.
 
 # %%
-#| export
+#| exporti
 _DISK_TROUBLE = {
     errno.ENOSPC: "the disk is full: free some space, or choose another place",
     errno.EDQUOT: "the quota is used up: free some space, or choose another place",
@@ -1483,14 +1483,24 @@ _DISK_TROUBLE = {
     errno.EFBIG: "the file would be too large for this disk: choose another place",
     errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
     errno.ENOTDIR: "what should be its folder is none: choose another place",
-    errno.EEXIST: "what should be its folder is none: choose another place",
     errno.EIO: "the disk reports a fault: choose another one",
 }
 
 
 @contextmanager
-def _trouble_in_words(path):
-    "What a disk can answer becomes a LabError that names the file and a way out."
+def trouble_in_words(path):
+    """What a disk can answer becomes a LabError that names the file and a way out.
+
+    Parameters
+    ----------
+    path : path
+        What is written in the block.
+
+    Raises
+    ------
+    LabError
+        Where the disk is full, read-only, out of order, or the path cannot be one.
+    """
     try:
         yield
     except LabError:
@@ -1527,9 +1537,12 @@ def atomic_path(path):
         read-only or out of order.
     """
     path = Path(path)
-    with _trouble_in_words(path):
+    with trouble_in_words(path):
         _check_target(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError):  # a file in place of a folder is said below
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if path.parent.exists() and not path.parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder")
         remove_strays(path)
         temporary = own_temporary(path)
         try:
@@ -1796,7 +1809,8 @@ class Spectra(_Labelled):
     stars : Table
         N rows. The readers give APOGEE_ID, TELESCOPE, FIELD, LOCATION_ID, SNR, NVISITS, J, H, K
         [mag], RA, DEC [degree, J2000] and FILE, each empty or NaN where the header does not say it;
-        STRANGE_PIXELS (how many were taken out) and VERIFIED (by a checksum); from the catalogue labels and `_ERR` columns in physical units, NaN where there is none.
+        STRANGE_PIXELS (how many were taken out) and VERIFIED (by a checksum); from the catalogue
+        labels and `_ERR` columns in physical units, NaN where there is none.
         Its `meta` says what the flux is: `product`, `release`, `archive`, `normalized`, `row`.
     mask : ndarray, optional
         (N, P) integer APOGEE_PIXMASK bits; None where the product has none.

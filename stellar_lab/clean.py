@@ -7,7 +7,12 @@ __all__ = ['Ledger', 'product_of', 'Problem', 'read_stars', 'read_files', 'find_
            'nan_median', 'dark_pixels', 'drop_dark_pixels', 'read_archive', 'keep', 'apply_cuts']
 
 # %% ../nbs/02_clean.ipynb #04582bf0
+import bz2
 import gzip
+import hashlib
+import lzma
+import math
+import mmap
 import os
 import re
 import warnings
@@ -17,10 +22,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from glob import escape, glob
+from io import BytesIO
 from pathlib import Path, PurePosixPath
 from string import Formatter
 from typing import NamedTuple
 
+import astropy.units as u
 import numpy as np
 from astropy.io import fits
 from astropy.table import Column, QTable, Table
@@ -40,10 +47,13 @@ from stellar_lab.survey import (
     Release,
     Spectra,
     archive_record,
+    archive_sums,
     label_records,
     on_band,
     plot_spectrum,
+    same_star,
     wavelength,
+    what_stands_at,
 )
 
 # %% ../nbs/02_clean.ipynb #b5525a4d
@@ -215,6 +225,37 @@ def inverse_variance(flux, error, product) -> np.ndarray:
         ivar = np.where(good, 1 / error**2, 0).astype(np.float32)
     return np.where(np.isfinite(ivar), ivar, np.float32(0))
 
+# %% ../nbs/02_clean.ipynb #d671f718
+_STRANGE_FLUX = 1e4  # in units of the star's median flux
+_STRANGE_ERROR = 1e-3  # in units of the star's median error
+
+
+def _strange_pixels(flux, ivar, product) -> np.ndarray:
+    """Pixels whose numbers no star and no detector can give.
+
+    Parameters
+    ----------
+    flux, ivar : ndarray
+        (P,) of one star; ivar 0 where a pixel is unusable anyway.
+    product : Product
+        Says which flux no star has.
+
+    Returns
+    -------
+    ndarray
+        (P,) bool.
+    """
+    usable = ivar > 0
+    size = np.abs(np.asarray(flux, np.float64))
+    strange = usable & (size > product.max_flux)
+    usable &= ~strange
+    if usable.any():
+        level = np.median(size[usable])
+        limit = _STRANGE_FLUX * level if level > 0 else np.inf
+        weights = ivar[usable].astype(np.float64)
+        strange |= usable & ((size > limit) | (ivar > np.median(weights) / _STRANGE_ERROR**2))
+    return strange
+
 # %% ../nbs/02_clean.ipynb #1885cd71
 FILE_NAME = re.compile(
     rf"(?P<kind>aspcap|ap|as)Star-(?:(?P<reduction>[^-]+)-)?(?:.*?-)?(?P<id>{APOGEE_ID})"
@@ -243,6 +284,8 @@ def product_of(path) -> str | None:
     match = FILE_NAME.fullmatch(Path(path).name)
     if match:
         return "aspcapstar" if match["kind"] == "aspcap" else "apstar"
+    if what_stands_at(path):
+        return None
     try:
         with fits.open(path, lazy_load_hdus=True) as hdus:
             return _product_of_hdus(hdus)
@@ -255,7 +298,8 @@ def _product_of_hdus(hdus):
     third = hdus[3]
     if not third.is_image or third.shape is None or third.shape[-1:] != (N_PIXELS,):
         return None
-    return "apstar" if third.header["BITPIX"] in (16, 32, 64) else "aspcapstar"
+    whole_numbers = third.header["BITPIX"] > 0 and third.header.get("BSCALE", 1) == 1
+    return "apstar" if whole_numbers else "aspcapstar"
 
 # %% ../nbs/02_clean.ipynb #4c8f2b6b
 def _combined_row(path, header):
@@ -286,7 +330,7 @@ class _Fact(NamedTuple):
             if isinstance(self.missing, str):
                 return str(value).strip()
             value = type(self.missing)(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return self.missing
         return self.missing if value <= _MISSING else value
 
@@ -313,60 +357,228 @@ class Problem(NamedTuple):
         return f"{Path(self.path).name}: {self.reason}"
 
 
+class _Wrong(ValueError):
+    "What is wrong with a file, in words for its reader."
+
+
 _CUT_PACKED = "cut short: what is packed in it ends too early; fetch it again"
+_BAD_PACKED = "damaged: what is packed in it does not fit its checksum; fetch it again"
+_PACKINGS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+_MAX_STAR = 1 << 28  # bytes; a star's file is never that large, also unpacked
 
 
-def _packed(path):
-    return str(path).endswith(".gz")
+def _opener(path):
+    "The function that opens a packed file, by how it begins; None for what is not packed."
+    with open(path, "rb") as file:
+        start = file.read(6)
+    return next((opener for magic, opener in _PACKINGS.items() if start.startswith(magic)), None)
 
 
-def _unpacks(path):
-    "Whether a .gz file can be unpacked to its end."
+def _packing_problem(path):
+    "Why a packed file cannot be unpacked to its end; '' if it can, or is not packed."
     try:
-        with gzip.open(path) as file:
-            while file.read(1 << 20):
-                pass
-    except (OSError, EOFError, zlib.error):
-        return False
-    return True
-
-
-def _check_bytes(hdu, path):
-    "Raise ValueError if the file ends before the HDU does."
-    size = os.path.getsize(path)
-    end = hdu.fileinfo()["datLoc"] + hdu.size
-    if size < end and not _packed(path):
-        raise ValueError(f"cut short: {size} of {end} bytes")
+        opener = _opener(path)
+        if opener:
+            with opener(path) as file:
+                while file.read(1 << 20):
+                    pass
+    except EOFError:
+        return _CUT_PACKED
+    except (OSError, zlib.error, lzma.LZMAError):
+        return _BAD_PACKED
+    return ""
 
 # %% ../nbs/02_clean.ipynb #289ac1e5
-def _check_whole(hdus, path, product):
-    "Raise ValueError unless all bytes, the right HDUs and the survey's grid are there."
-    if _packed(path) and not _unpacks(path):
-        raise ValueError(_CUT_PACKED)
-    _check_bytes(hdus[-1], path)
-    found = _product_of_hdus(hdus) if len(hdus) > 3 else None
+def _content(path):
+    "All bytes of a star's file, unpacked, and whether a checksum was verified on the way."
+    if os.path.getsize(path) > _MAX_STAR:
+        raise _Wrong("larger than any star's file")
+    opener = _opener(path)
+    if opener is None:
+        return Path(path).read_bytes(), False
+    try:
+        with opener(path) as file:
+            content = file.read(_MAX_STAR)
+            if len(content) == _MAX_STAR:
+                raise _Wrong("unpacks to more than any star's file")
+    except EOFError as error:
+        raise _Wrong(_CUT_PACKED) from error
+    except (OSError, zlib.error, lzma.LZMAError) as error:
+        raise _Wrong(_BAD_PACKED) from error
+    return content, True
+
+
+class _Place(NamedTuple):
+    "Where an HDU is in the bytes of a file."
+
+    header: int
+    data: int
+    size: int  # of the data, without the padding
+    end: int  # where the next one begins
+
+
+_END = b"END" + b" " * 77
+_BLOCK = 2880  # bytes; headers and data are padded to it
+
+
+def _chain(content):
+    "The places of all HDUs; raises _Wrong where the file ends before they do."
+    places = []
+    start = 0
+    while content[start : start + 8] == (b"XTENSION" if places else b"SIMPLE  "):
+        stop = content.find(_END, start)
+        while stop > 0 and (stop - start) % 80:
+            stop = content.find(_END, stop + 1)
+        if stop < 0:
+            raise _Wrong(f"cut short: the header of HDU {len(places)} has no end")
+        data = start + math.ceil((stop + 80 - start) / _BLOCK) * _BLOCK
+        size = _data_size(content[start:stop], len(places))
+        if data + size > len(content):
+            raise _Wrong(f"cut short: {len(content)} of {data + size} bytes")
+        places.append(_Place(start, data, size, data + math.ceil(size / _BLOCK) * _BLOCK))
+        start = places[-1].end
+    return places
+
+
+def _data_size(header, number):
+    "Bytes of an HDU's data, by section 4.4 of the FITS standard."
+
+    def card(key, usual=None):
+        at = header.find(key.ljust(8).encode() + b"=")
+        while at > 0 and at % 80:
+            at = header.find(key.ljust(8).encode() + b"=", at + 1)
+        text = header[at + 10 : at + 80].split(b"/")[0].strip()
+        if at < 0 and usual is not None:
+            return usual
+        if at < 0 or not text.isdigit() and not (key == "BITPIX" and text[1:].isdigit()):
+            raise _Wrong(f"damaged: the header of HDU {number} has no good card {key}")
+        return int(text)
+
+    axes = [card(f"NAXIS{k}") for k in range(1, card("NAXIS") + 1)]
+    elements = card("GCOUNT", 1) * (card("PCOUNT", 0) + math.prod(axes)) if axes else 0
+    return abs(card("BITPIX")) // 8 * elements
+
+# %% ../nbs/02_clean.ipynb #13f8ee4e
+def _ones_sum(content, start, end):
+    "Sum of 32-bit numbers in ones' complement, a block at a time."
+    total = 0
+    for at in range(start, end, _SUM_BLOCK):
+        piece = content[at : min(at + _SUM_BLOCK, end)]
+        piece += bytes(-len(piece) % 4)
+        total += int(np.frombuffer(piece, ">u4").sum(dtype=np.uint64))
+    while total >> 32:
+        total = (total & 0xFFFFFFFF) + (total >> 32)
+    return total
+
+
+_SUM_BLOCK = 1 << 26  # bytes
+
+
+def _check_sums(content, places):
+    "Raise _Wrong where a checksum does not fit; returns whether there were any."
+    found = False
+    for number, place in enumerate(places):
+        header = content[place.header : place.data]
+        if b"DATASUM =" not in header and b"CHECKSUM=" not in header:
+            continue
+        cards = fits.Header.fromstring(header.decode("ascii", "replace"))
+        datasum = str(cards.get("DATASUM", "")).strip()
+        of_data = _ones_sum(content, place.data, place.end)
+        wrong = datasum and (not datasum.isdigit() or of_data != int(datasum))
+        checksum = str(cards.get("CHECKSUM", "")).strip()
+        of_all = _ones_sum(content, place.header, place.data) + of_data
+        wrong = wrong or (checksum and of_all % 0xFFFFFFFF)
+        if wrong:
+            raise _Wrong(f"damaged: HDU {number} does not fit its checksum; fetch it again")
+        found = found or bool(datasum or checksum)
+    return found
+
+# %% ../nbs/02_clean.ipynb #2e3e2a0a
+def _check_whole(hdus, number, product):
+    "Raise _Wrong unless the right HDUs (of so many) and the survey's grid are there."
+    found = _product_of_hdus(hdus) if number > 3 else None
     if found not in (None, product.name):
-        raise ValueError(f"its HDUs are those of an {found} file, not of an {product.name} file")
-    if len(hdus) < product.hdus:
-        raise ValueError(
-            f"has {len(hdus)} HDUs, a whole {product.name} file at least {product.hdus}"
-        )
+        raise _Wrong(f"its HDUs are those of an {found} file, not of an {product.name} file")
+    if number < product.hdus:
+        raise _Wrong(f"has {number} HDUs, a whole {product.name} file at least {product.hdus}")
+    roles = {"flux": product.flux, "error": product.error, "mask": product.mask}
+    needed = {role: k for role, k in roles.items() if k is not None}
     _check_grid(hdus[product.flux].header, hdus[0].header)
-    needed = [k for k in (product.flux, product.error, product.mask) if k is not None]
-    shapes = {getattr(hdus[k], "shape", None) for k in needed}
+    shapes = {getattr(hdus[k], "shape", None) for k in needed.values()}
     if found is None or len(shapes) > 1 or len(shapes.pop()) > 2:
-        raise ValueError(f"its HDUs are not those of an {product.name} file")
+        raise _Wrong(f"its HDUs are not those of an {product.name} file")
+    for role, k in needed.items():
+        _check_cards(hdus[k].header, k)
+        held = _role(hdus[k].header.get("BUNIT", ""))
+        if held not in ("", role):
+            unit = hdus[k].header["BUNIT"]
+            raise _Wrong(f"HDU {k} holds {unit!r}, where the {role} should be")
+    _check_cards(hdus[0].header, 0)
+
+
+def _role(unit):
+    "What an HDU holds, by its BUNIT; '' where that does not say it."
+    words = re.findall("[A-Z]+", str(unit).upper()) or [""]
+    if words[0] == "FLUX":
+        return "error" if words[1:2] and words[1].startswith("ERR") else "flux"
+    kinds = {"SKY": "sky", "TELLURIC": "tellurics", "BEST": "best fit", "MODEL": "best fit"}
+    kinds |= {"PIXEL": "mask", "FLAG": "mask", "MASK": "mask", "BITMASK": "mask"}
+    return "error" if words[0].startswith("ERR") else kinds.get(words[0], "")
+
+# %% ../nbs/02_clean.ipynb #e1400cab
+_GRID = {"CRVAL1": LOG10_START, "CDELT1": LOG10_STEP, "NAXIS1": N_PIXELS, "CRPIX1": 1}
 
 
 def _check_grid(header, first):
-    "Raise ValueError unless a header, or the file's first, describes the survey's grid."
-    keys = ("CRVAL1", "CDELT1", "NAXIS1")
-    grid = [header.get(key, first.get(key, np.nan)) for key in keys]
-    start = header.get("CRPIX1", 1)
-    usual = np.allclose(grid, [LOG10_START, LOG10_STEP, N_PIXELS], rtol=1e-7, atol=0)
-    if not usual or start != 1:
-        found = ", ".join(f"{key} {value}" for key, value in zip(keys, grid, strict=True))
-        raise ValueError(f"another wavelength grid: {found}, CRPIX1 {start}")
+    "Raise _Wrong unless a header, or the file's first, describes the survey's grid."
+    usual = {"CRPIX1": 1}
+    found = {key: header.get(key, first.get(key, usual.get(key))) for key in _GRID}
+    if not all(_is_near(found[key], value) for key, value in _GRID.items()):
+        said = ", ".join(f"{key} {value}" for key, value in found.items())
+        raise _Wrong(f"another wavelength grid: {said}")
+
+
+def _is_near(value, right):
+    "Whether the value of a card is the right number."
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value - right) <= 1e-7 * abs(right)
+
+
+def _check_cards(header, number):
+    "Raise _Wrong where a header contradicts the survey's grid; a card that is not there may lack."
+    problem = ""
+    for key in ("CRVAL1", "CDELT1", "CD1_1", "CRPIX1"):
+        right = _GRID["CDELT1" if key == "CD1_1" else key]
+        if key in header and not _is_near(header[key], right):
+            problem = f"{key} {header[key]}"
+    kind = str(header.get("CTYPE1", "LOG-LINEAR")).strip().upper()
+    if kind and ("LOG" not in kind or kind.startswith("AWAV")):
+        problem = f"CTYPE1 {kind}"
+    if header.get("DC-FLAG", 1) != 1:
+        problem = f"DC-FLAG {header['DC-FLAG']}"
+    unit = str(header.get("CUNIT1", "")).strip().upper()
+    if unit and unit != "A" and "ANG" not in unit:
+        problem = f"CUNIT1 {unit}"
+    if problem:
+        raise _Wrong(f"another wavelength grid: {problem} in HDU {number}")
+
+
+def _check_star(path, header, product):
+    "Raise _Wrong if the header names another star than the file, or the spectrum is not at rest."
+    match = FILE_NAME.fullmatch(Path(path).name)
+    named = str(header.get("OBJID", header.get("OBJ", ""))).strip()
+    if match and not same_star(named, match["id"]):
+        raise _Wrong(f"holds another star: its header says {named}, its name {match['id']}")
+    velocity = header.get("VRAD", 0)
+    if product.name == "apstar" and isinstance(velocity, (int, float)):
+        if not abs(velocity) <= _AT_REST:
+            raise _Wrong(
+                f"not at rest: its header says VRAD {velocity:g} km/s, and a combined spectrum "
+                "should have 0"
+            )
+
+
+_AT_REST = 1.0  # km/s; a quarter of a pixel
 
 # %% ../nbs/02_clean.ipynb #f2c333f0
 class _Star(NamedTuple):
@@ -383,22 +595,41 @@ def _pixels(hdu, row):
     "On-band pixels of one row; an array without rows is the only row there is."
     if len(hdu.shape) == 1 or hdu.shape[0] == 1:
         if row > 1:
-            raise ValueError(
+            raise _Wrong(
                 f"row {row} does not exist: the star was seen once, and the file holds one spectrum"
             )
         data = hdu.section[:] if len(hdu.shape) == 1 else hdu.section[0, :]
     else:
         if row >= hdu.shape[0]:
-            raise ValueError(f"row {row} does not exist: the file has rows 0 to {hdu.shape[0] - 1}")
+            raise _Wrong(f"row {row} does not exist: the file has rows 0 to {hdu.shape[0] - 1}")
         data = hdu.section[row, :]
     return np.asarray(data)[on_band]
 
 
-def _read_star(path, product, row) -> _Star:
+_TINY = 1e-18  # the square of a smaller error is no number of single precision
+
+
+def _checked_content(path, sha256):
+    "Bytes of a file, the places of its HDUs, and whether a checksum was verified."
+    content, verified = _content(path)
+    if sha256:
+        packed = content if not verified else Path(path).read_bytes()
+        if hashlib.sha256(packed).hexdigest() != sha256:
+            raise _Wrong("damaged: its sha256 is not the one in archive.json; fetch it again")
+        verified = True
+    places = _chain(content)
+    if not places:
+        raise ValueError("not a FITS file")
+    return content, places, _check_sums(content, places) or verified
+
+
+def _read_star(path, product, row, sha256="") -> _Star:
     "The star of a file. Whatever is wrong with the file raises."
-    with fits.open(path, memmap=True, lazy_load_hdus=True) as hdus:
-        _check_whole(hdus, path, product)
+    content, places, verified = _checked_content(path, sha256)
+    with fits.open(BytesIO(content), lazy_load_hdus=True) as hdus:
+        _check_whole(hdus, len(places), product)
         header = hdus[0].header
+        _check_star(path, header, product)
         if row is None:
             row = _combined_row(path, header)
         flux = _pixels(hdus[product.flux], row)
@@ -409,7 +640,15 @@ def _read_star(path, product, row) -> _Star:
     facts["APOGEE_ID"] = match["id"] if match else facts["APOGEE_ID"] or Path(path).stem
     facts["FILE"] = Path(path).name
     ivar = inverse_variance(flux, error, product)
-    flux = np.nan_to_num(flux, nan=0, posinf=0, neginf=0).astype(np.float32)
+    strange = _strange_pixels(flux, ivar, product) | ((error > 0) & (error < _TINY))
+    facts["STRANGE_PIXELS"] = int(strange.sum())
+    facts["VERIFIED"] = verified
+    if strange.any():
+        flux = np.where(strange, 0, flux)
+        ivar = np.where(strange, np.float32(0), ivar)
+    with np.errstate(over="ignore"):
+        flux = np.asarray(flux).astype(np.float32)
+    flux = np.nan_to_num(flux, nan=0, posinf=0, neginf=0)
     return _Star(facts, flux, ivar, mask, None if product.normalized else row)
 
 # %% ../nbs/02_clean.ipynb #fa691480
@@ -445,32 +684,55 @@ _POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 def _reason(path, error, wanted="apStar or aspcapStar files"):
     "Why a file cannot be read, in words."
+    other = what_stands_at(path)
+    if other:
+        return f"{other}{'' if other == 'a folder' else ', not a file'}: give {wanted}"
     try:
         with open(path, "rb") as file:
             start = file.read(80)
-    except IsADirectoryError:
-        return f"a folder: give {wanted}"
     except OSError as problem:
         return problem.strerror or str(problem)
+    except ValueError:
+        return "its name cannot be that of a file"
     if not start:
         return "empty"
     if start.startswith(_POINTER):
         return "a pointer of Git LFS, not the file itself: fetch it with 'git lfs pull'"
-    if start.startswith(b"\x1f\x8b"):
-        if not _unpacks(path):
-            return _CUT_PACKED
-    elif not start.startswith(b"SIMPLE"):
+    if any(map(start.startswith, _PACKINGS)):
+        if isinstance(error, _Wrong):
+            return str(error)
+        if problem := _packing_problem(path):
+            return problem
+    elif not start.startswith(b"SIMPLE") and not start.startswith(_ZIPPED):
         return f"not a FITS file: it begins with {start[:20].decode('latin-1')!r}"
     kind = _kind_of_fits(path)
-    if kind and not (kind.startswith("a spectrum") and "apStar" in wanted):
+    is_wanted = "allStar" in kind and "allStar" in wanted
+    is_wanted |= kind.startswith("a spectrum") and "apStar" in wanted
+    if kind and not is_wanted:
         return f"{kind}: give {wanted}"
-    return str(error) or type(error).__name__
+    return _in_words(error)
+
+
+_ZIPPED = (b"PK", b"\x1f\x9d")  # further packings
+
+
+def _in_words(error):
+    "An error of any layer below in our words."
+    if isinstance(error, (_Wrong, LabError)):
+        return str(error)
+    if isinstance(error, MemoryError):
+        return "larger than the memory: its headers may be damaged"
+    if isinstance(error, PermissionError) and error.strerror:
+        return error.strerror
+    return "damaged: its headers do not describe what is in it; fetch it again"
 
 # %% ../nbs/02_clean.ipynb #09e3ebaf
-def _try_star(path, product, row) -> _Star | Problem:
+def _try_star(path, sha256="", product=None, row=None) -> _Star | Problem:
     "The star of a file, or what is wrong with the file."
     try:
-        return _read_star(path, product, row)
+        if what_stands_at(path):  # a pipe would keep whoever opens it
+            raise _Wrong("not a file")
+        return _read_star(path, product, row, sha256)
     except Exception as error:  # a damaged file can make any layer below raise anything
         return Problem(str(path), _reason(path, error))
 
@@ -499,7 +761,7 @@ class _Room:
     def spectra(self) -> Spectra:
         "What was filled, as spectra."
         n = len(self.facts)
-        names = (*(fact.column for fact in _FACTS), "FILE")
+        names = (*(fact.column for fact in _FACTS), "FILE", "STRANGE_PIXELS", "VERIFIED")
         stars = Table({name: [fact[name] for fact in self.facts] for name in names if n})
         stars.meta = {
             "product": self.product.name,
@@ -512,7 +774,9 @@ class _Room:
         return Spectra(wavelength, self.flux[:n], self.ivar[:n], stars, mask)
 
 # %% ../nbs/02_clean.ipynb #ad0bbd51
-def read_stars(paths, product, row=None, workers=None, keep=None, progress=True) -> tuple:
+def read_stars(
+    paths, product, row=None, workers=None, keep=None, progress=True, sums=None
+) -> tuple:
     """Spectra of files of one product, in their order, and what became of each file.
 
     `read_files` is the door for people; this one says also where each star came from.
@@ -532,11 +796,15 @@ def read_stars(paths, product, row=None, workers=None, keep=None, progress=True)
         (F,) bool, whose spectra to keep; all by default. The others are opened, too.
     progress : bool, default True
         Show a bar.
+    sums : sequence of str, optional
+        (F,) sha256 of each file, "" where nobody knows it.
 
     Returns
     -------
     spectra : Spectra
-        Of N good files. `stars.meta["row"]` is the row that was used, None if not one for all.
+        Of N good files. `stars.STRANGE_PIXELS` counts pixels of impossible flux or error, which
+        have no weight; `stars.VERIFIED` says whether a checksum was verified. `stars.meta["row"]`
+        is the row that was used, None if not one for all.
     places : ndarray
         (N,) their places in `paths`.
     problems : list of Problem
@@ -556,7 +824,8 @@ def read_stars(paths, product, row=None, workers=None, keep=None, progress=True)
     places, problems = [], []
     with warnings.catch_warnings(), ThreadPoolExecutor(workers or 4) as pool:
         warnings.simplefilter("ignore", AstropyWarning)  # said by the problem's reason
-        stars = pool.map(partial(_try_star, product=product, row=row), paths)
+        read = partial(_try_star, product=product, row=row)
+        stars = pool.map(read, paths, [""] * len(paths) if sums is None else sums)
         bar = {"desc": "reading", "unit": "file", "disable": not progress, "leave": False}
         for place, star in enumerate(tqdm(stars, total=len(paths), **bar)):
             if isinstance(star, Problem):
@@ -760,6 +1029,7 @@ def find_catalogue(root, release=None) -> Path:
 
 # %% ../nbs/02_clean.ipynb #2b6fce15
 _KEYS = ("APOGEE_ID", "TARGET_ID", "TELESCOPE", "FIELD", "LOCATION_ID")  # to find a row by
+_TEXT_KEYS = ("APOGEE_ID", "TARGET_ID", "TELESCOPE", "FIELD")
 _FLAGS = ("STARFLAG", "ASPCAPFLAG")  # a cut may ask for them
 _NEAREST = {
     "FE_H": "M_H",
@@ -808,26 +1078,91 @@ def _column(path, known, name):
     return known[name.upper()]
 
 # %% ../nbs/02_clean.ipynb #ff38d531
-def _copy_columns(path, sources, rows, block):
+_HELD = {"A": "text", "C": "complex numbers", "M": "complex numbers", "L": "truth values"}
+_HELD |= {"P": "arrays of varying length", "Q": "arrays of varying length", "X": "bits"}
+
+
+def _check_types(path, columns, texts, numbers):
+    "LabError unless each of some columns of a FITS table holds one text, or one number, per star."
+    for names, letters, need in ((texts, "A", "text"), (numbers, "BIJKED", "number")):
+        for name in names:
+            form = re.match(r"(\d*)([A-Z])", columns[name].format)
+            repeat = 1 if form[2] == "A" or form[1] == "" else int(form[1])
+            held = _HELD.get(form[2], "numbers" if need == "text" else "")
+            if columns[name].dim or repeat != 1:
+                held = "arrays"
+            if held and (form[2] not in letters or held == "arrays"):
+                raise LabError(
+                    f"{path}: the column {name} holds {held}; one {need} per star is needed"
+                )
+
+
+def _converted(path, name, values, unit, label):
+    "Values of a label, or of its error, in the label's unit; LabError if the unit is another."
+    text = str(unit or "").strip()
+    if text in ("", str(label.unit)):
+        return values
+    is_error = name.endswith("_ERR")
+    if label.unit == u.dex:
+        shift = _dex_shift(text, label)
+        if shift is not None:
+            return values + (0 if is_error else shift)
+    else:
+        known = u.Unit({"KELVIN": "K", "DEG_K": "K"}.get(text.upper(), text), parse_strict="silent")
+        if is_error and known == u.deg_C:
+            return values
+        if known.is_equivalent(label.unit) or known == u.deg_C:
+            return known.to(label.unit, values, equivalencies=u.temperature())
+    raise LabError(
+        f"{path}: the column {name} is in {text!r}, which does not become {label.unit}: "
+        "convert it, and write the table again"
+    )
+
+
+def _dex_shift(text, label):
+    "What a logarithm in another unit needs added; None if the unit is not that of a logarithm."
+    plain = re.sub(r"[\s()\[\].*^_-]|10", "", text.lower())
+    if plain in ("", "dex", "log", "logarithm", "dexsolar", "logsolar", "sun", "solar"):
+        return 0.0
+    is_log = text.lower().startswith(("dex", "log", "["))
+    if label.name != "LOGG" or not is_log:
+        return None
+    unit = plain.removeprefix("dex").removeprefix("log")
+    return {"cgs": 0.0, "cm/s2": 0.0, "cms2": 0.0, "m/s2": 2.0, "ms2": 2.0, "si": 2.0}.get(unit)
+
+# %% ../nbs/02_clean.ipynb #ff125780
+def _copy_columns(path, sources, rows, block, numbers=()):
     "Copies of some columns, a block of rows at a time so that no more than a block is resident."
-    step = rows if _packed(path) else block  # what is packed has to be unpacked whole
+    step = rows if _opener(path) else block  # what is packed has to be unpacked whole
     blocks = []
     for start in range(0, rows, step):
         with fits.open(path, memmap=True) as hdus:
             data = hdus[1].data[start : start + step]
-            blocks.append({name: _native(data[source]) for name, source in sources.items()})
-    return Table({name: np.concatenate([part[name] for part in blocks]) for name in sources})
+            nulls = {name: hdus[1].columns[source].null for name, source in sources.items()}
+            blocks.append(
+                {
+                    name: _native(data[source], nulls[name], name in numbers)
+                    for name, source in sources.items()
+                }
+            )
+    return Table({name: np.ma.concatenate([part[name] for part in blocks]) for name in sources})
 
 
-def _native(values):
-    "A copy in the machine's byte order; text without padding, floats with NaN for missing values."
+def _native(values, null=None, as_number=False):
+    "A copy in the machine's byte order; text without padding, missing values NaN or masked."
     values = np.asarray(values)
     if values.dtype.kind in "SU":
         return np.char.strip(values.astype(str))
-    if values.dtype.kind == "f":
+    is_null = values == null if isinstance(null, (int, np.integer)) else np.zeros(len(values), bool)
+    if values.dtype.kind == "f" or as_number:
         values = values.astype(np.float64)
-        return np.where(values <= _MISSING, np.nan, values)
-    return values.astype(values.dtype.newbyteorder("="))
+        return np.where((values <= _MISSING) | is_null, np.nan, values)
+    is_null |= values == int(_NO_NUMBER)
+    values = values.astype(values.dtype.newbyteorder("="))
+    return np.ma.array(values, mask=is_null) if is_null.any() else values
+
+
+_NO_NUMBER = -9999  # among whole numbers; flags may be below it, for their highest bit is the sign
 
 # %% ../nbs/02_clean.ipynb #247f5575
 @contextmanager
@@ -841,24 +1176,39 @@ def _catalogue_errors(path):
             raise
         except Exception as error:  # a damaged file can make any layer below raise anything
             reason = _reason(path, error, "the allStar table, one row per star")
-            remedy = "" if "give the" in reason else ": fetch it again"
+            remedy = "" if "give the" in reason or "fetch it" in reason else ": fetch it again"
             raise LabError(f"{path} is not a whole allStar table ({reason}){remedy}") from error
 
 
+def _check_table(path):
+    "Raise _Wrong unless the bytes of a table are all there, and fit their checksums."
+    other = what_stands_at(path)
+    problem = f"{other}, not a file" if other else _packing_problem(path)
+    if problem:
+        raise _Wrong(problem)
+    if _opener(path) is None:
+        with (
+            open(path, "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            _check_sums(content, _chain(content))
+
+
 def _columns_of(path):
-    "Names of a table's columns (upper case -> as written) and its number of rows."
-    with _catalogue_errors(path), fits.open(path, memmap=True) as hdus:
-        known = {name.upper(): name for name in hdus[1].columns.names}
-        if "APOGEE_ID" in known:
-            _check_bytes(hdus[1], path)
-        rows = hdus[1].header["NAXIS2"]
+    "Names of a table's columns (upper case -> as written), its number of rows, its columns."
+    with _catalogue_errors(path):
+        _check_table(path)
+        with fits.open(path, memmap=True) as hdus:
+            columns = hdus[1].columns
+            known = {name.upper(): name for name in columns.names}
+            rows = hdus[1].header["NAXIS2"]
     kind = _kind_of_table(set(known)) if "APOGEE_ID" in known else _kind_of_fits(path)
     if kind and "allStar" not in kind:
         raise LabError(f"{path} is {kind}: give the allStar table, one row per star")
     if "APOGEE_ID" not in known or not rows:
         lacks = "no rows" if not rows else "no column APOGEE_ID"
         raise LabError(f"{path} is not an allStar table: it has {lacks}")
-    return known, rows
+    return known, rows, columns
 
 # %% ../nbs/02_clean.ipynb #bf391129
 def read_catalogue(path, labels=None, columns=(), block=8192) -> Table:
@@ -884,18 +1234,28 @@ def read_catalogue(path, labels=None, columns=(), block=8192) -> Table:
     Raises
     ------
     LabError
-        If the file is broken or another table, or lacks a label or column.
+        If the file is broken or another table, lacks a label or column, or one of them holds
+        something else than a number per star or is in a unit that cannot be converted.
     """
-    known, rows = _columns_of(path)
+    known, rows, columns_there = _columns_of(path)
     wanted = _label_columns(path, known, labels)
     extra = [name for name in columns if name in LABELS and name not in wanted]
     extra = _label_columns(path, known, extra)
     sources = {name: known[name] for name in (*_KEYS, "SNR", *_FLAGS) if name in known}
     sources |= {name: _column(path, known, name) for name in columns if name not in LABELS}
+    numbers = {}
     for pair in (wanted | extra).values():
-        sources |= {name: source for name, source in pair.items() if source}
+        numbers |= {name: source for name, source in pair.items() if source}
+    sources |= numbers
+    texts = [sources[name] for name in _TEXT_KEYS if name in sources]
+    plain = [sources[name] for name in (*numbers, *columns, "SNR", *_FLAGS) if name in sources]
+    _check_types(path, columns_there, texts, plain)
     with _catalogue_errors(path):
-        table = _copy_columns(path, sources, rows, block)
+        table = _copy_columns(path, sources, rows, block, numbers.keys() | {"SNR"})
+    for name, source in numbers.items():
+        unit = columns_there[source].unit or columns_there[source.removesuffix("_ERR")].unit
+        label = LABELS[name.removesuffix("_ERR")]
+        table[name] = _converted(path, name, np.asarray(table[name]), unit, label)
     for name in (*wanted, *extra):
         _give_unit(table, name)
     table.meta = {"labels": list(wanted), "catalogue": Path(path).name}
@@ -1210,8 +1570,10 @@ def read_archive(
     catalogue, rows, further, lonely = _rows_of_files(root, files, record, rules, labels, release)
     row = rules.row if row is None else row
     paths = list(files["path"])
+    known = archive_sums(root)
+    sums = [known.get(Path(path).relative_to(root).as_posix(), "") for path in paths]
     spectra, places, problems = read_stars(
-        paths, PRODUCTS[product], row, workers, rows >= 0, progress
+        paths, PRODUCTS[product], row, workers, rows >= 0, progress, sums
     )
     ledger = _ledger_of(files, problems, rows, further, places, lonely)
     if not len(spectra):
@@ -1219,6 +1581,9 @@ def read_archive(
     stars = _with_labels(spectra.stars, files[places], catalogue[places])
     known = {"release": rules.name.lower(), "archive": record.name}
     known["dark"] = 0.0 if PRODUCTS[product].normalized else float(dark or 0)
+    strange = np.sum(stars["STRANGE_PIXELS"])
+    if strange:
+        ledger = ledger.count("strange pixels", strange, "no star has such a flux or error")
     stars.meta |= known | {"labels": list(catalogue.meta["labels"])}
     if dark and not PRODUCTS[product].normalized:
         # In place: this array is our own, nobody else has seen it.
@@ -1318,12 +1683,32 @@ def _cuts_of(spectra, cuts):
     return ARCHIVES[name].cuts
 
 
+def _impossible(spectra):
+    "Name of a label -> the stars (N,) whose value no star can have; only labels with such stars."
+    stars = {}
+    for label in label_records(spectra.label_names):
+        values = spectra.labels([label.name])[:, 0]
+        low, high = label.possible
+        outside = (values <= low) | (values >= high)
+        if outside.any():
+            stars[label.name] = outside
+    return stars
+
+
 def _rules_of(spectra, cuts):
     "Name, stars that pass, and reason of each rule."
     light = np.any((spectra.flux != 0) & (spectra.ivar > 0), axis=1)
     yield "flux all zero", light, "no usable pixel"
     labelled = np.isfinite(spectra.labels()).all(axis=1)
     yield "missing labels", labelled, "needs " + ", ".join(spectra.label_names)
+    impossible = _impossible(spectra)
+    if impossible:
+        ranges = [
+            f"{label.name} within {label.possible[0]:g} and {label.possible[1]:g}"
+            for label in label_records(impossible)
+        ]
+        possible = ~np.any(list(impossible.values()), axis=0)
+        yield "impossible label", possible, f"stars have {', '.join(ranges)}"
     for cut in cuts:
         if cut.column not in spectra.stars.colnames:
             known = ", ".join(spectra.stars.colnames)

@@ -13,12 +13,13 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
@@ -33,6 +34,8 @@ from astropy.io import fits
 from astropy.table import Table
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
@@ -46,10 +49,13 @@ from stellar_lab.survey import (
     LabError,
     Release,
     atomic_path,
+    same_star,
+    sha256_of,
+    what_stands_at,
 )
 
 # %% ../nbs/01_fetch.ipynb #9ce3c6db
-def file_problem(path, hdus: int = 0) -> str:
+def file_problem(path, hdus: int = 0, star: str = "") -> str:
     """Say why a file is not whole.
 
     Of a FITS file only the headers are read, of other files the first bytes. The size that
@@ -61,12 +67,17 @@ def file_problem(path, hdus: int = 0) -> str:
         A file.
     hdus : int, default 0
         HDUs that a FITS file has at least; 0 for a file that is no FITS file.
+    star : str, optional
+        APOGEE_ID that a star's file should have in its first header.
 
     Returns
     -------
     str
         What is wrong, "" if nothing is.
     """
+    other = what_stands_at(path)
+    if other:
+        return f"{other}, not a file"
     size = os.path.getsize(path)
     if not size:
         return "empty"
@@ -80,10 +91,10 @@ def file_problem(path, hdus: int = 0) -> str:
         if not start.startswith(b"SIMPLE  ="):
             return "not a FITS file"
         file.seek(0)
-        return _fits_problem(file, size, hdus)
+        return _fits_problem(file, size, hdus, star)
 
 # %% ../nbs/01_fetch.ipynb #50f56e6c
-def _fits_problem(file, size, hdus):
+def _fits_problem(file, size, hdus, star):
     "What is wrong with the chain of HDUs of an open FITS file, '' if nothing is."
     count = 0
     end = 0
@@ -99,6 +110,9 @@ def _fits_problem(file, size, hdus):
             return f"damaged: HDU {count} is not an extension of FITS"
         if end > size:
             return f"truncated: HDU {count} ends at byte {end:,}, the file at {size:,}"
+        named = str(header.get("OBJID", header.get("OBJ", ""))).strip()
+        if not count and star and not same_star(named, star):
+            return f"holds another star: its header says {named}, its name {star}"
         count += 1
         file.seek(end)
     return "" if count >= hdus else f"only {count} of {hdus} HDUs"
@@ -158,12 +172,28 @@ def _parse_index(chunks, url):
     Links that lead elsewhere, up, or to a query are not names."""
     links = _Links(url)
     try:
-        for chunk in chunks:
-            links.feed(chunk)
+        for block in _blocks(chunks):
+            links.feed(block)
+            if len(links.rawdata) > _MAX_TAG:  # a tag that never ends would be read again and again
+                links.rawdata = ""
         links.close()
     except AssertionError:  # how html.parser of some Pythons answers a broken <![declaration
         pass
     return _Listing(tuple(links.files), tuple(links.folders))
+
+
+_MAX_TAG = 1 << 16  # letters; what is longer is no tag
+
+
+def _blocks(chunks):
+    "The same text in pieces of equal length."
+    text = ""
+    for chunk in chunks:
+        text += chunk
+        while len(text) >= _MAX_TAG:
+            yield text[:_MAX_TAG]
+            text = text[_MAX_TAG:]
+    yield text
 
 # %% ../nbs/01_fetch.ipynb #2758cec1
 _MAX_WAIT = 60  # s; the longest pause between two tries, whatever the server asks for
@@ -215,6 +245,13 @@ class Patience:
 class SourceError(Exception):
     """A source did not give what it was asked for.
 
+    Its text may quote the source, so nothing in it can move a terminal's cursor.
+
+    Parameters
+    ----------
+    reason : str
+        What went wrong.
+
     Attributes
     ----------
     cause : str
@@ -222,6 +259,15 @@ class SourceError(Exception):
     """
 
     cause = ""
+
+    def __init__(self, reason=""):
+        super().__init__(_harmless(reason))
+
+
+def _harmless(text):
+    "One line of a stranger's text, without what a terminal would obey."
+    plain = "".join(letter if letter.isprintable() else "?" for letter in str(text))
+    return plain if len(plain) <= 300 else plain[:300] + "…"
 
 
 class _Missing(SourceError):
@@ -319,8 +365,9 @@ class _FolderSource:
 
     def stat(self, path):
         "Size and tag of a file below the root."
-        if (self.root / path).is_dir():
-            raise _Missing("a folder, not a file")
+        other = what_stands_at(self.root / path)
+        if other:
+            raise (_Missing if other == "a folder" else _Refused)(f"{other}, not a file")
         with _refusing():
             stat = os.stat(self.root / path)
         return _Remote(stat.st_size, f'"{stat.st_mtime_ns:x}-{stat.st_size:x}"')
@@ -473,8 +520,61 @@ def _why(error):
             return re.sub(where, "", str(error)) or type(error).__name__
         error = inner
 
+# %% ../nbs/01_fetch.ipynb #db8cc18e
+class _InTime:
+    "A connection that hangs up when status and headers do not come in time, however they trickle."
+
+    def getresponse(self):
+        late = threading.Event()
+        timer = threading.Timer(self.sock.gettimeout() or 60, self._hang_up, [late])
+        timer.daemon = True
+        timer.start()
+        try:
+            response = super().getresponse()
+        finally:
+            timer.cancel()
+        if late.is_set():  # the end of a connection looks like the end of its headers
+            response.close()
+            raise TimeoutError("the headers did not come in time")
+        return response
+
+    def _hang_up(self, late):
+        late.set()
+        with suppress(OSError, AttributeError):
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+
+class _HttpInTime(_InTime, HTTPConnection):
+    "Over http."
+
+
+class _HttpsInTime(_InTime, HTTPSConnection):
+    "Over https."
+
+
+class _HttpPool(HTTPConnectionPool):
+    ConnectionCls = _HttpInTime
+
+
+class _HttpsPool(HTTPSConnectionPool):
+    ConnectionCls = _HttpsInTime
+
+
+class _Adapter(HTTPAdapter):
+    "The adapter of requests, with these connections."
+
+    def init_poolmanager(self, *args, **options):
+        super().init_poolmanager(*args, **options)
+        self.poolmanager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
+
+    def proxy_manager_for(self, *args, **options):
+        manager = super().proxy_manager_for(*args, **options)
+        manager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
+        return manager
+
 # %% ../nbs/01_fetch.ipynb #190c5d58
 _MIN_RATE = 500  # bytes per second; a body that comes slower has stalled
+_PAGE_TIMEOUTS = 10  # a page may take so many timeouts in all
 
 
 def _session(parts, patience):
@@ -493,16 +593,17 @@ def _session(parts, patience):
         status_forcelist=(429, 500, 502, 503, 504),
         allowed_methods=("GET", "HEAD"),
     )
-    adapter = HTTPAdapter(
+    adapter = _Adapter(
         pool_connections=2, pool_maxsize=patience.workers, max_retries=retry, pool_block=True
     )
     session.mount(f"{parts.scheme}://", adapter)
     return session
 
 
-def _chunks(response, timeout):
-    "The body of an answer as it comes, given up when hardly anything comes."
-    start = time.monotonic()
+def _chunks(response, timeout, in_all=float("inf")):
+    "The body of an answer as it comes, given up when hardly anything comes, or too late `in_all`."
+    begun = time.monotonic()
+    start = begun
     received = 0
     while True:
         try:
@@ -513,6 +614,8 @@ def _chunks(response, timeout):
             return
         yield chunk
         received += len(chunk)
+        if time.monotonic() - begun > in_all:
+            raise _Dropped(f"too slow: not there after {in_all:g} s")
         if time.monotonic() - start > timeout:
             if received < _MIN_RATE * timeout:
                 raise _Dropped(f"too slow: {received} bytes in {timeout:g} s")
@@ -534,8 +637,7 @@ def _remote(response):
     "Size and tag of a file, as far as an answer tells."
     length = response.headers.get("Content-Length", "")
     tag = response.headers.get("ETag", "")
-    if not tag or tag.startswith("W/"):  # a weak tag does not promise the same bytes
-        tag = response.headers.get("Last-Modified", "")
+    tag = tag if re.fullmatch(r'"[^"]+"', tag) else ""  # a weak tag does not promise the same bytes
     return _Remote(int(length) if length.isdecimal() and length.isascii() else None, tag)
 
 
@@ -553,7 +655,7 @@ def _start(response, offset, expected):
     if not match or match[2] == "*":
         return None
     same_place = int(match[1]) == offset and int(match[2]) == expected.size
-    same_file = remote.tag in ("", expected.tag)
+    same_file = remote.tag == expected.tag != ""
     return (expected, offset) if same_place and same_file else None
 
 # %% ../nbs/01_fetch.ipynb #770152ee
@@ -572,8 +674,9 @@ class _HttpSource:
         "Names in the index of a folder below the root."
         with self._request("GET", f"{folder}/" if folder else "") as response:
             decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-            text = map(decoder.decode, _bounded(_chunks(response, self.patience.timeout)))
-            return _parse_index(text, response.url)
+            in_all = _PAGE_TIMEOUTS * self.patience.timeout
+            text = _bounded(_chunks(response, self.patience.timeout, in_all))
+            return _parse_index(map(decoder.decode, text), response.url)
 
     def stat(self, path):
         "Size and tag of a file below the root, as far as the server tells."
@@ -590,9 +693,7 @@ class _HttpSource:
         "The file from byte `offset` on if it is still the `expected` one, else from its start."
         headers = {}
         if offset:
-            headers["Range"] = f"bytes={offset}-"
-            if expected.tag:
-                headers["If-Range"] = expected.tag
+            headers = {"Range": f"bytes={offset}-", "If-Range": expected.tag}
         with self._request("GET", path, headers) as response:
             start = _start(response, offset, expected)
             if start:
@@ -678,6 +779,8 @@ class _Item:
     state: str = "to fetch"  # then "fetched", "already there" or "failed"
     reason: str = ""  # why it failed
     cause: str = ""  # "missing", "refused", "dropped" or "damaged" if it failed
+    star: str = ""  # whose spectrum it should be
+    sha256: str = ""  # its checksum, where the archive knows it
     received: int = 0  # bytes that came
     shown: int = 0  # bytes that the progress bar knows of
 
@@ -701,8 +804,48 @@ def _started(part, note):
         offset = part.stat().st_size
     except (OSError, ValueError, KeyError, TypeError):
         return 0, None
-    known = isinstance(remote.size, int) and isinstance(remote.tag, str) and offset < remote.size
+    is_tagged = isinstance(remote.tag, str) and remote.tag != ""
+    known = is_tagged and isinstance(remote.size, int) and offset < remote.size
     return (offset, remote) if known else (0, None)
+
+# %% ../nbs/01_fetch.ipynb #df618a24
+_MAX_HEADER = 1 << 20  # bytes; no header is longer
+_MAX_HDUS = 1000
+
+
+def _bytes(number):
+    "A number of bytes as people read it."
+    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= scale:
+            return f"{number / scale:.1f} {unit}"
+    return f"{number:.0f} bytes"
+
+
+class _Promise:
+    "How long a FITS file that is being written will be, by the headers that have come."
+
+    def __init__(self, part):
+        self.part = part
+        self.end = 0
+        self.hdus = 0
+
+    def check(self, length):
+        "Stop if the file has outgrown its headers, or will outgrow the disk."
+        with open(self.part, "rb") as file:
+            while self.end + _MAX_HEADER < length:
+                file.seek(self.end)
+                try:
+                    size = fits.Header.fromfile(file).data_size_padded
+                except Exception as error:  # astropy answers garbage with many kinds of errors
+                    problem = f"more comes than its headers explain ({_bytes(self.end)})"
+                    raise _Damaged(problem) from error
+                self.end = file.tell() + size
+                self.hdus += 1
+                if size < 0 or self.hdus > _MAX_HDUS:
+                    raise _Damaged("more comes than a file of the survey has")
+        missing = self.end - length
+        if missing > shutil.disk_usage(self.part.parent).free:
+            raise _Refused(f"its headers promise {_bytes(self.end)}, which the disk cannot hold")
 
 # %% ../nbs/01_fetch.ipynb #d1881f58
 def _receive(source, item, part, note, show, stop):
@@ -718,6 +861,7 @@ def _receive(source, item, part, note, show, stop):
             about = {"size": body.remote.size, "tag": body.remote.tag}
             note.write_text(json.dumps(about), encoding="utf-8")
         length = body.offset
+        promise = _Promise(part)
         with open(part, "ab") as file:
             show(item, length)
             for chunk in body.chunks:
@@ -727,38 +871,74 @@ def _receive(source, item, part, note, show, stop):
                 length += len(chunk)
                 item.received += len(chunk)
                 show(item, length)
+                if item.hdus and length > promise.end + _MAX_HEADER:
+                    file.flush()
+                    promise.check(length)
     if body.remote.size not in (None, length):
         raise _Dropped(f"truncated: {length:,} of {body.remote.size:,} bytes came")
 
 # %% ../nbs/01_fetch.ipynb #3db3c2f0
-def _put_aside(target, hdus):
+def _put_aside(target, hdus, star):
     "Take its name from a file that cannot be whole: nothing wrong stays under a final name."
-    if target.exists() and (not hdus or file_problem(target, hdus)):
-        os.replace(target, _beside(target, "old"))
+    other = what_stands_at(target)
+    if other:
+        raise _Refused(f"{other} stands in its place")
+    if target.exists() and (not hdus or file_problem(target, hdus, star)):
+        old = _beside(target, "old")
+        number = 1
+        while old.exists() and not _is_worthless(old, target):
+            number += 1
+            old = _beside(target, f"{number}.old")
+        os.replace(target, old)
 
 
+def _is_worthless(old, target):
+    "Whether a file holds nothing but a page, or a beginning of what stands at `target`."
+    if file_problem(old) in ("empty", "a web page, not data"):
+        return True
+    size = old.stat().st_size
+    if not target.exists() or size > target.stat().st_size:
+        return False
+    with open(old, "rb") as one, open(target, "rb") as other:
+        return all(chunk == other.read(len(chunk)) for chunk in iter(lambda: one.read(_CHUNK), b""))
+
+
+def _check_arrived(item, part):
+    "Stop if what came is not what it should be."
+    problem = file_problem(part, item.hdus, item.star)
+    if not problem and item.sha256 and sha256_of(part) != item.sha256:
+        problem = f"another content than {ARCHIVE_FILE} says (its sha256 differs)"
+    if problem:
+        raise _Damaged(problem)
+
+# %% ../nbs/01_fetch.ipynb #de2cf370
 def _fetch_file(source, item, root, patience, show=lambda item, length: None):
     "Bring one file home, whole and under its name, or say in the item why not."
     target = Path(root) / item.path
     part = _beside(target, "part")
     note = _beside(target, "part.note")
+    old = _beside(target, "old")
 
     def attempt():
-        _receive(source, item, part, note, show, patience.stop)
-        problem = file_problem(part, item.hdus)
-        if problem:
+        try:
+            _receive(source, item, part, note, show, patience.stop)
+            _check_arrived(item, part)
+        except _Damaged:
             note.unlink(missing_ok=True)
-            part.unlink()
-            raise _Damaged(problem)
+            part.unlink(missing_ok=True)
+            raise
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _put_aside(target, item.hdus)
+        _put_aside(target, item.hdus, item.star)
         _persist(attempt, patience, lambda: part.stat().st_size if part.exists() else 0)
         os.replace(part, target)
         note.unlink(missing_ok=True)
-        _beside(target, "old").unlink(missing_ok=True)
         item.state = "fetched"
+        if old.exists() and _is_worthless(old, target):
+            old.unlink()
+        elif old.exists():
+            item.reason = f"what stood there is kept as {old.name}"
     except SourceError as error:
         item.fail(error, error.cause)
     except OSError as error:
@@ -776,6 +956,7 @@ class _Marker:
     record: Archive = ARCHIVES["survey"]
     files: tuple = ()  # further files
     content: bytes | None = None  # None where there is no archive.json
+    sums: dict = field(default_factory=dict)  # path -> sha256, as far as it says
 
 
 def _parse_marker(content, where):
@@ -784,7 +965,8 @@ def _parse_marker(content, where):
         marker = json.loads(content)
         name = marker["archive"]
         files = marker.get("files", [])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        sums = marker.get("sha256", {})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LabError(
             f"{where} does not name an archive ({error!r}): it is damaged, "
             "or this is no archive of stellar_lab"
@@ -794,13 +976,29 @@ def _parse_marker(content, where):
             f"{where} names the archive {name!r}, which this version does not know: "
             f"choose from {', '.join(ARCHIVES)}"
         )
+    _check_files(files, ARCHIVES[name], where)
+    sums = sums if isinstance(sums, dict) else {"": sums}
+    if not all(re.fullmatch("[0-9a-f]{64}", str(value)) for value in sums.values()):
+        raise LabError(
+            f"{where} holds checksums that are none: it is damaged, fetch or write it again"
+        )
+    return _Marker(ARCHIVES[name], tuple(files), content, sums)
+
+
+def _check_files(files, record, where):
+    "LabError for a file that the archive cannot have."
     unsafe = [file for file in files if not _is_safe(file)] if isinstance(files, list) else [files]
     if unsafe:
         raise LabError(
             f"{where} names the file {unsafe[0]!r}, which is not a path below its root: "
             "do not trust this archive"
         )
-    return _Marker(ARCHIVES[name], tuple(files), content)
+    strange = [file for file in files if file not in record.files]
+    if strange:
+        raise LabError(
+            f"{where} names the file {strange[0]!r}, which an archive {record.name!r} does not "
+            f"have (it may have {', '.join(record.files)}): do not trust this archive"
+        )
 
 
 def _is_safe(path):
@@ -910,14 +1108,18 @@ def _find_stars(source, release, product, field, telescopes):
             except _Missing:
                 continue
             folders.add(folder)
-            for name in listing.files:
+            for name in (*listing.files, *listing.folders):
                 star = release.parse_name(product, name)
                 if star:
                     path, *others = [
                         _fill(other, release, field, telescope, star) for other in templates
                     ]
                     hdus = PRODUCTS[product].hdus
-                    items.setdefault(path, _Item(path, f"{folder}/{name}", hdus, tuple(others)))
+                    item = _Item(path, f"{folder}/{name}", hdus, tuple(others), star=star)
+                    if name not in listing.files:
+                        item.origin = ""
+                        item.fail("a folder, not a file", "missing")
+                    items.setdefault(path, item)
         if folders:
             return list(items.values())
     raise _Missing("no such folder")
@@ -1005,6 +1207,12 @@ def _find_all(source, wanted, extra, catalogue, patience):
     items = [_find_catalogue(source, wanted.release)] if catalogue else []
     items += [_Item(path, path, 1 if path.endswith(".fits") else 0) for path in extra]
     return list({item.path: item for item in items + stars}.values())
+
+
+def _give_sums(items, sums):
+    "Checksums for the items whose archive knows them."
+    for item in items:
+        item.sha256 = sums.get(item.origin, "")
 
 # %% ../nbs/01_fetch.ipynb #ab7284b7
 @dataclass
@@ -1097,14 +1305,6 @@ class FetchSummary(_Counts):
         return "\n".join(_report(self))
 
 # %% ../nbs/01_fetch.ipynb #0d0e7454
-def _bytes(number):
-    "A number of bytes as people read it."
-    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= scale:
-            return f"{number / scale:.1f} {unit}"
-    return f"{number:.0f} bytes"
-
-
 def _report(summary):
     "The lines of a summary."
     states = ("to fetch", "fetched", "already there", "failed")
@@ -1128,12 +1328,13 @@ def _report(summary):
 
 # %% ../nbs/01_fetch.ipynb #1e433d23
 def _is_there(root, item):
-    "A whole file of the right size stands at home, in the survey's layout or another one."
+    "A whole file of the right size and content is at home, in the survey's layout or another one."
     for path in (item.path, *item.elsewhere):
         try:
             right = item.size in (None, os.path.getsize(root / path))
             checkable = item.hdus or item.size is not None
-            if right and checkable and not file_problem(root / path, item.hdus):
+            whole = right and checkable and not file_problem(root / path, item.hdus, item.star)
+            if whole and item.sha256 in ("", sha256_of(root / path)):
                 return True
         except OSError:
             continue
@@ -1160,6 +1361,7 @@ def _check_root(root, source, marker, release):
     if isinstance(source, _FolderSource) and root.exists() and root.samefile(source.root):
         raise LabError(f"{root} is the source itself: choose another root")
     try:
+        _check_holds_archive(root)
         old = (root / ARCHIVE_FILE).read_bytes()
     except FileNotFoundError:
         old = None
@@ -1167,14 +1369,49 @@ def _check_root(root, source, marker, release):
         raise LabError(f"cannot write to {root}: {error.strerror}; choose another root") from error
     there = _Marker() if old is None else _parse_marker(old, f"{root / ARCHIVE_FILE}")
     has_stars = any((root / path).exists() for path in release.templates("allstar"))
-    if there.record.name != marker.record.name and (old is not None or has_stars):
+    another = old is not None and marker.content is not None and _differ(old, marker.content)
+    if another or (there.record.name != marker.record.name and (old is not None or has_stars)):
+        which = "another archive" if another else f"the archive {there.record.name!r}"
         raise LabError(
-            f"{root} holds the archive {there.record.name!r}, but {source.name} is "
+            f"{root} holds {which}, but {source.name} is "
             f"{marker.record.name!r}: choose another root"
         )
     return old == marker.content
 
 
+def _check_holds_archive(root):
+    "LabError for a root that holds something, but nothing that a fetch writes."
+    with os.scandir(root) as entries:
+        names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+    known = {ARCHIVE_FILE}
+    for rules in RELEASES.values():
+        for product in ("allstar", *rules.paths):
+            known |= {template.split("/")[0] for template in rules.templates(product)}
+    if names and not known & set(names):
+        raise LabError(
+            f"{root} is not empty and holds no archive ({names[0]} is in it): choose another root"
+        )
+    other = what_stands_at(root / ARCHIVE_FILE)
+    if other:
+        raise LabError(f"{root / ARCHIVE_FILE} is {other}, not a file: choose another root")
+
+
+def _differ(old, new):
+    "Whether two archive.json are of two archives: made of other stars, or with another seed."
+    old, new = json.loads(old), json.loads(new)
+    return any(old.get(key) != new.get(key) for key in ("seed", "stars", "content"))
+
+
+def _check_further(root, items, marker):
+    "LabError for a file that bears the name of an archive's further file, but no fetch wrote it."
+    for item in items:
+        unknown = item.path in marker.files and item.state != "already there"
+        if unknown and not (root / ARCHIVE_FILE).exists() and (root / item.path).exists():
+            raise LabError(
+                f"{root / item.path} was not fetched from an archive: choose another root"
+            )
+
+# %% ../nbs/01_fetch.ipynb #2634ca66
 @contextmanager
 def _locked(root):
     "The root, writable and ours alone while the block runs (where the system can lock a folder)."
@@ -1275,10 +1512,12 @@ def _look_for(source, root, wanted, marker, catalogue, patience):
     "All files that belong to what was asked for, and which of them are at home."
     is_marked = _check_root(root, source, marker, wanted.release)
     items = _find_all(source, wanted, marker.files, catalogue, patience)
+    _give_sums(items, marker.sums)
     look = partial(_look, source, root)
     with closing(_side_by_side(items, look, patience)) as looking:
         bar = {"total": len(items), "unit": "file", "desc": "looking"}
         list(tqdm(looking, **bar, disable=not patience.progress))
+    _check_further(root, items, marker)
     return _marker_items(marker, root, is_marked) + items
 
 # %% ../nbs/01_fetch.ipynb #a522c123

@@ -4,15 +4,21 @@
 
 # %% auto #0
 __all__ = ['full_wavelength', 'on_band', 'wavelength', 'PIXMASK', 'LABELS', 'PRODUCTS', 'RELEASES', 'ARCHIVES', 'LabError',
-           'air_to_vacuum', 'chip_slices', 'label_records', 'label_record', 'archive_record', 'archive_root',
-           'real_data', 'profile', 'read_truth', 'true_labels', 'data_file', 'atomic_path', 'write_table', 'Spectra',
+           'air_to_vacuum', 'chip_slices', 'label_records', 'label_record', 'archive_record', 'archive_sums',
+           'archive_root', 'real_data', 'profile', 'read_truth', 'true_labels', 'data_file', 'write_table', 'Spectra',
            'use_style', 'plot_spectrum']
 
 # %% ../nbs/00_survey.ipynb #95364aa8
+import errno
+import hashlib
 import json
+import multiprocessing
 import os
 import re
-from contextlib import contextmanager
+import shutil
+import stat
+import threading
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from enum import IntFlag
 from importlib import import_module
@@ -59,6 +65,33 @@ def require(package: str, extra: str):
             f"this needs the package {package!r}, which is not installed: "
             f"pip install 'stellar_lab[{extra}]'"
         ) from error
+
+# %% ../nbs/00_survey.ipynb #2ce9794d
+def what_stands_at(path) -> str:
+    """What stands at a path in place of a file.
+
+    Parameters
+    ----------
+    path : path
+        Where to look; links are followed.
+
+    Returns
+    -------
+    str
+        "a folder", "a named pipe", "a device", "a socket"; "" for a file, or where nothing stands.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # nothing there, or a path that cannot be one
+        return ""
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+        stat.S_IFSOCK: "a socket",
+    }
+    return "" if stat.S_ISREG(mode) else kinds.get(stat.S_IFMT(mode), "something that is no file")
 
 # %% ../nbs/00_survey.ipynb #f93379d6
 N_PIXELS = 8575
@@ -160,6 +193,8 @@ class Label:
         The range that plots show, None where nobody knows one.
     columns, errors : tuple of str
         Columns of value and 1-sigma error in the allStar tables; the first that exists counts.
+    possible : tuple of float
+        The open interval beyond which no star of the survey can be; no limits by default.
     """
 
     name: str
@@ -168,6 +203,7 @@ class Label:
     plot_range: tuple | None
     columns: tuple
     errors: tuple
+    possible: tuple = (-np.inf, np.inf)
 
     @property
     def axis(self) -> str:
@@ -177,23 +213,25 @@ class Label:
         return f"{self.symbol} [{self.unit:unicode}]"
 
 # %% ../nbs/00_survey.ipynb #27755f22
-def _label(name, symbol, unit, plot_range, *older):
+def _label(name, symbol, unit, plot_range, possible, *older):
     "A label with the name of its column; `older` are names that the column had before."
     columns = (name, *older)
     errors = tuple(f"{column}_ERR" for column in columns)
-    return Label(name, symbol, unit, plot_range, columns, errors)
+    return Label(name, symbol, unit, plot_range, columns, errors, possible)
 
 
+_METALS = (-6, 1.5)  # dex; the poorest stars known, and more than the richest
+_RATIOS = (-4, 4)  # dex
 _RECORDS = (
-    _label("TEFF", r"$T_\mathrm{eff}$", u.K, (3200, 5700)),
-    _label("LOGG", r"$\log g$", u.dex, (-0.5, 4.5)),
-    _label("FE_H", "[Fe/H]", u.dex, (-1.2, 0.8)),
-    _label("MG_FE", "[Mg/Fe]", u.dex, (-0.4, 0.6)),
-    _label("SI_FE", "[Si/Fe]", u.dex, (-0.4, 0.5)),
-    _label("M_H", "[M/H]", u.dex, (-2.7, 0.7), "PARAM_M_H"),
-    _label("ALPHA_M", r"[$\alpha$/M]", u.dex, (-0.5, 0.6), "PARAM_ALPHA_M"),
-    _label("C_M", "[C/M]", u.dex, (-0.9, 0.7)),
-    _label("N_M", "[N/M]", u.dex, (-0.6, 1.1)),
+    _label("TEFF", r"$T_\mathrm{eff}$", u.K, (3200, 5700), (2000, 30_000)),
+    _label("LOGG", r"$\log g$", u.dex, (-0.5, 4.5), (-2, 7)),
+    _label("FE_H", "[Fe/H]", u.dex, (-1.2, 0.8), _METALS),
+    _label("MG_FE", "[Mg/Fe]", u.dex, (-0.4, 0.6), _RATIOS),
+    _label("SI_FE", "[Si/Fe]", u.dex, (-0.4, 0.5), _RATIOS),
+    _label("M_H", "[M/H]", u.dex, (-2.7, 0.7), _METALS, "PARAM_M_H"),
+    _label("ALPHA_M", r"[$\alpha$/M]", u.dex, (-0.5, 0.6), _RATIOS, "PARAM_ALPHA_M"),
+    _label("C_M", "[C/M]", u.dex, (-0.9, 0.7), _RATIOS),
+    _label("N_M", "[N/M]", u.dex, (-0.6, 1.1), _RATIOS),
 )
 LABELS = {label.name: label for label in _RECORDS}
 
@@ -272,6 +310,8 @@ class Product:
         Whether the flux is already relative to a pseudo-continuum. Such files have one row.
     max_error : float
         A pixel with this error or a larger one is unusable, in the unit of the flux.
+    max_flux : float
+        A pixel with a larger flux is unusable: no star is so bright.
     """
 
     name: str
@@ -281,11 +321,13 @@ class Product:
     mask: int | None = None
     normalized: bool = False
     max_error: float = np.inf
+    max_flux: float = np.inf
 
 # %% ../nbs/00_survey.ipynb #cd02da7c
 PRODUCTS = {
-    "apstar": Product("apstar", hdus=10, mask=3, max_error=1e10),  # 1e10 means "no value"
-    "aspcapstar": Product("aspcapstar", hdus=5, normalized=True, max_error=0.3),
+    # An error of 1e10 means "no value"; the brightest star of the sky has a flux below 1e9.
+    "apstar": Product("apstar", hdus=10, mask=3, max_error=1e10, max_flux=1e12),
+    "aspcapstar": Product("aspcapstar", hdus=5, normalized=True, max_error=0.3, max_flux=1e4),
 }
 
 # %% ../nbs/00_survey.ipynb #d4492dbe
@@ -343,6 +385,24 @@ class _Tree:
             known = ", ".join(self.paths)
             raise LabError(f"{self.name} has no product {product!r}: choose from {known}")
         return self.paths[product]
+
+# %% ../nbs/00_survey.ipynb #1d794575
+def same_star(one: str, other: str) -> bool:
+    """Whether two names can be of the same star.
+
+    Parameters
+    ----------
+    one, other : str
+        APOGEE_IDs, or what stands in a header.
+
+    Returns
+    -------
+    bool
+        False only if both hold a place in the sky, as `2M21334193-0048169` does, and the places
+        differ: other catalogues may have other names for a star.
+    """
+    places = [re.fullmatch(r"[A-Z0-9]{2}(\d{8}[+-]\d{7})", name.strip()) for name in (one, other)]
+    return not all(places) or places[0][1] == places[1][1]
 
 # %% ../nbs/00_survey.ipynb #f722a942
 @dataclass(frozen=True)
@@ -560,6 +620,11 @@ def _passes(cut, column):
     return kept
 
 # %% ../nbs/00_survey.ipynb #538fdbc0
+ARCHIVE_FILE = "archive.json"  # at the root of an archive that we wrote
+TRUTH_FILE = "truth.fits"  # next to it, what only its writer knows
+MYSTERY_FILE = "mystery_spec_wiped.fits"  # a star without a name
+
+
 @dataclass(frozen=True)
 class Archive:
     """What differs from archive to archive; `archive.json` at a root names the record.
@@ -576,6 +641,8 @@ class Archive:
         What a star must pass.
     products : tuple of str
         Its kinds of files, the default first.
+    files : tuple of str
+        Further files that may stand at its root.
     """
 
     name: str
@@ -585,15 +652,12 @@ class Archive:
     fields: tuple
     cuts: tuple
     products: tuple = ("apstar", "aspcapstar")
+    files: tuple = (MYSTERY_FILE, TRUTH_FILE)
 
     @property
     def rules(self) -> Release:
         "The path rules of its release."
         return RELEASES[self.release]
-
-
-ARCHIVE_FILE = "archive.json"  # at the root of an archive that we wrote
-TRUTH_FILE = "truth.fits"  # next to it, what only its writer knows
 
 # %% ../nbs/00_survey.ipynb #f87da938
 _SNR = Cut("signal-to-noise", "SNR", low=50, reason="too noisy to train on")
@@ -646,18 +710,43 @@ def archive_record(root) -> Archive:
     if not file.exists():
         return ARCHIVES["survey"]
     try:
+        if what_stands_at(file):
+            raise ValueError(f"it is {what_stands_at(file)}, not a file")
         name = json.loads(file.read_text(encoding="utf-8"))["archive"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LabError(
             f"{file} does not name an archive ({error}): write the archive again, "
             "or remove the file if this is the survey"
         ) from error
-    if name not in ARCHIVES:
+    if name not in [*ARCHIVES]:  # a list: what stands there may not be a name at all
         raise LabError(
             f"{file} names the archive {name!r}, which this version does not know: "
             f"choose from {', '.join(ARCHIVES)}"
         )
     return ARCHIVES[name]
+
+
+def archive_sums(root) -> dict:
+    """The checksums that an archive has of its files.
+
+    Parameters
+    ----------
+    root : path
+        Of an archive.
+
+    Returns
+    -------
+    dict
+        Path below the root -> sha256; empty where `archive.json` has none, or is not there.
+    """
+    file = Path(root) / ARCHIVE_FILE
+    if not file.is_file():
+        return {}
+    archive_record(root)  # it may be damaged
+    sums = json.loads(file.read_text(encoding="utf-8")).get("sha256", {})
+    if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
+        raise LabError(f"{file} is damaged (its checksums are none): write the archive again")
+    return sums
 
 # %% ../nbs/00_survey.ipynb #d4976066
 def archive_root() -> Path:
@@ -781,6 +870,188 @@ def data_file(name: str):
     return as_file(file)
 
 # %% ../nbs/00_survey.ipynb #7a56f7cd
+def sha256_of(path) -> str:
+    """The checksum of a file.
+
+    Parameters
+    ----------
+    path : path
+        A file.
+
+    Returns
+    -------
+    str
+        Its sha256, in hexadecimal digits.
+    """
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_target(path):
+    "LabError if a file cannot or should not be written at a path."
+    if path.is_symlink():
+        raise LabError(
+            f"{path} is a symbolic link to {os.readlink(path)}: name the file itself, "
+            "or remove the link"
+        )
+    other = what_stands_at(path)
+    if other:
+        raise LabError(f"{path} is {other}, not a file: give another name for the output")
+    if not path.exists():
+        return
+    if not (path.stat().st_mode & 0o222 and os.access(path, os.W_OK)):
+        raise LabError(
+            f"{path} is read-only: give another name for the output, or allow writing to it "
+            "(chmod u+w)"
+        )
+
+# %% ../nbs/00_survey.ipynb #600f5bde
+def safe_output(path, inputs=()) -> Path:
+    """Check that writing a file would replace nothing of the user's.
+
+    Parameters
+    ----------
+    path : path
+        The output.
+    inputs : iterable of path
+        Files that are read: spectra, models, catalogues. Those that do not exist do not count.
+
+    Returns
+    -------
+    Path
+        The same path.
+
+    Raises
+    ------
+    LabError
+        If the output is one of the inputs (under any name), bears a name that an archive keeps for
+        its own files, is a link, read-only or no file.
+    """
+    path = Path(path)
+    _check_target(path)
+    here = _identity(path)
+    if here is not None and here in map(_identity, inputs):
+        raise LabError(f"{path} is one of the inputs: give another name for the output")
+    in_archive = any((folder / ARCHIVE_FILE).is_file() for folder in path.absolute().parents)
+    if (path.exists() or in_archive) and _is_survey_name(path.name):
+        raise LabError(
+            f"{path} is the name of an archive's own file: give another name for the output"
+        )
+    return path
+
+
+def _identity(path):
+    "What two names of the same file have in common; None where there is no file."
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _is_survey_name(name):
+    "Whether an archive's catalogue, star or other file is called so."
+    plain = name.removesuffix(".gz")
+    known = {ARCHIVE_FILE, TRUTH_FILE, MYSTERY_FILE}
+    for release in RELEASES.values():
+        known |= {PurePosixPath(path).name for path in release.templates("allstar")}
+    stars = (
+        rules.parse_name(product, plain) for rules in RELEASES.values() for product in PRODUCTS
+    )
+    return plain in known or any(stars)
+
+# %% ../nbs/00_survey.ipynb #ba3c0c73
+def own_temporary(path) -> Path:
+    """The temporary name of a file or folder that this process writes.
+
+    Parameters
+    ----------
+    path : path
+        Where it will stand.
+
+    Returns
+    -------
+    Path
+        In the same folder, with the same extension.
+    """
+    path = Path(path)
+    return path.with_name(f".{os.getpid()}.{path.name}")
+
+
+def remove_strays(path):
+    """Remove what runs that ended too early have left of a file or folder.
+
+    Parameters
+    ----------
+    path : path
+        Where it should have stood.
+    """
+    path = Path(path)
+    stray = re.compile(rf"\.(\d+)\.{re.escape(path.name)}")
+    with suppress(OSError):
+        for name in os.listdir(path.parent):
+            match = stray.fullmatch(name)
+            if match and not _runs(int(match[1])):
+                left = path.with_name(name)
+                if left.is_dir() and not left.is_symlink():
+                    shutil.rmtree(left, ignore_errors=True)
+                else:
+                    left.unlink(missing_ok=True)
+
+
+def _runs(process):
+    "Whether a process of this number runs; True where the system does not say."
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
+
+# %% ../nbs/00_survey.ipynb #f1dab76b
+_DISK_TROUBLE = {
+    errno.ENOSPC: "the disk is full: free some space, or choose another place",
+    errno.EDQUOT: "the quota is used up: free some space, or choose another place",
+    errno.EROFS: "the disk is read-only: choose another place",
+    errno.EACCES: "permission denied: choose another place, or change the permissions",
+    errno.EPERM: "permission denied: choose another place, or change the permissions",
+    errno.EFBIG: "the file would be too large for this disk: choose another place",
+    errno.ENAMETOOLONG: "the name is too long: choose a shorter one",
+    errno.ENOTDIR: "what should be its folder is none: choose another place",
+    errno.EIO: "the disk reports a fault: choose another one",
+}
+
+
+@contextmanager
+def trouble_in_words(path):
+    """What a disk can answer becomes a LabError that names the file and a way out.
+
+    Parameters
+    ----------
+    path : path
+        What is written in the block.
+
+    Raises
+    ------
+    LabError
+        Where the disk is full, read-only, out of order, or the path cannot be one.
+    """
+    try:
+        yield
+    except LabError:
+        raise
+    except (OSError, RuntimeError) as error:
+        number = getattr(error, "errno", None)
+        if re.search("space on disk|No space left", str(error)):  # of astropy and of HDF5
+            number = errno.ENOSPC
+        if number not in _DISK_TROUBLE:
+            raise
+        raise LabError(f"cannot write {path}: {_DISK_TROUBLE[number]}") from error
+
+
 @contextmanager
 def atomic_path(path):
     """A temporary path to write to, in the folder of `path`.
@@ -796,15 +1067,27 @@ def atomic_path(path):
     ------
     Path
         The temporary path, with the same extension, by which writers choose the format.
+
+    Raises
+    ------
+    LabError
+        If a link, a read-only file or something that is no file stands there, or the disk is full,
+        read-only or out of order.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with trouble_in_words(path):
+        _check_target(path)
+        with suppress(FileExistsError):  # a file in place of a folder is said below
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if path.parent.exists() and not path.parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder")
+        remove_strays(path)
+        temporary = own_temporary(path)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 # %% ../nbs/00_survey.ipynb #6aaab15e
 TABLE_FORMATS = {".fits": "fits", ".ecsv": "ascii.ecsv", ".parquet": "parquet"}
@@ -832,7 +1115,45 @@ def write_table(table: Table, path):
     if suffix == ".parquet":
         require("pyarrow", "parquet")
     with atomic_path(path) as temporary:
-        table.write(temporary, format=TABLE_FORMATS[suffix], overwrite=True)
+        _plain_text(table, suffix).write(temporary, format=TABLE_FORMATS[suffix], overwrite=True)
+
+
+def _plain_text(table, suffix):
+    """The table with texts that its format can hold.
+
+    FITS takes ASCII alone: other letters become the bytes of their UTF-8. A name of a file may hold
+    bytes that are no letters at all; outside FITS these are spelled out."""
+    texts = [name for name in table.colnames if np.asarray(table[name]).dtype.kind == "U"]
+    texts = [name for name in texts if not all(map(str.isascii, map(str, table[name])))]
+    table = table.copy(copy_data=False) if texts else table
+    for name in texts:
+        values = np.asarray(table[name]).tolist()
+        data = [value.encode("utf-8", "surrogateescape") for value in values]
+        if suffix != ".fits":
+            data = [text.decode("utf-8", "backslashreplace") for text in data]
+        table[name] = data
+    return table
+
+# %% ../nbs/00_survey.ipynb #9af3b6ed
+def end_with_parent():
+    """Let this worker process end when its parent does: the `initializer` of a pool.
+
+    Examples
+    --------
+    >>> from concurrent.futures import ProcessPoolExecutor
+    >>> with ProcessPoolExecutor(2, initializer=end_with_parent) as pool:
+    ...     list(pool.map(abs, [-1, -2]))
+    [1, 2]
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent):
+    "Wait for the end of the parent, then end at once."
+    parent.join()
+    os._exit(1)
 
 # %% ../nbs/00_survey.ipynb #e6ea68ad
 def _check_parts(spectra):
@@ -920,7 +1241,8 @@ class Spectra(_Labelled):
     stars : Table
         N rows. The readers give APOGEE_ID, TELESCOPE, FIELD, LOCATION_ID, SNR, NVISITS, J, H, K
         [mag], RA, DEC [degree, J2000] and FILE, each empty or NaN where the header does not say it;
-        from the catalogue labels and `_ERR` columns in physical units, NaN where there is none.
+        STRANGE_PIXELS (how many were taken out) and VERIFIED (by a checksum); from the catalogue
+        labels and `_ERR` columns in physical units, NaN where there is none.
         Its `meta` says what the flux is: `product`, `release`, `archive`, `normalized`, `row`.
     mask : ndarray, optional
         (N, P) integer APOGEE_PIXMASK bits; None where the product has none.

@@ -1,9 +1,14 @@
 """The embedded real stars and the writer: files, faults, what must hold for any seed."""
 
+import errno
 import hashlib
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
+import time
 from importlib.resources import files
 from pathlib import Path
 
@@ -32,7 +37,16 @@ from stellar_lab.archives import (
     write_archive,
     write_clusters,
 )
-from stellar_lab.survey import ARCHIVE_FILE, ARCHIVES, TRUTH_FILE, LabError, on_band
+from stellar_lab.clean import read_archive
+from stellar_lab.survey import (
+    ARCHIVE_FILE,
+    ARCHIVES,
+    TRUTH_FILE,
+    LabError,
+    archive_sums,
+    on_band,
+    sha256_of,
+)
 
 RULES = ARCHIVES["clusters"].rules
 FLAWS = {
@@ -413,3 +427,97 @@ def test_tree_digest_sees_names_and_contents(tmp_path):
     (tmp_path / "a").rename(tmp_path / "b")
     assert tree_digest(tmp_path) != first
     assert Path(tmp_path / "b").read_text() == "1"
+
+
+# --- what is written stays what it is -------------------------------------------------------------
+
+
+def test_archive_json_knows_every_file(small):
+    card = json.loads((small / ARCHIVE_FILE).read_text())
+    files = {file for file in small.rglob("*") if file.is_file()} - {small / ARCHIVE_FILE}
+    assert card["sha256"] == {
+        file.relative_to(small).as_posix(): sha256_of(file) for file in sorted(files)
+    }
+    assert archive_sums(small) == card["sha256"] and card["format"] == 2
+    spectra, ledger = read_archive(small, progress=False)
+    assert spectra.stars["VERIFIED"].all() and len(spectra) > 10
+
+
+@pytest.fixture
+def few(tmp_path):
+    "A function that writes a tiny archive."
+
+    def write(name="few"):
+        return write_clusters(tmp_path / name, stars=3, flaws={}, workers=1, progress=False)
+
+    return write
+
+
+def test_a_changed_file_is_seen(few):
+    root = few().root
+    star = next(root.rglob("apStar-*.fits"))
+    content = star.read_bytes()
+    star.write_bytes(content[:-1] + b"x")
+    with pytest.raises(LabError, match=f"{re.escape(star.name)} is missing or changed, and 0 more"):
+        few()
+    star.write_bytes(content)
+    assert not few().new
+    card = json.loads((root / ARCHIVE_FILE).read_text())  # as earlier versions wrote it
+    del card["sha256"]
+    (root / ARCHIVE_FILE).write_text(json.dumps(card | {"format": 1}))
+    assert not few().new
+    for content in ("[]", "[" * 10_000, '{"archive": 1, "sha256": 3}'):
+        (root / ARCHIVE_FILE).write_text(content)
+        with pytest.raises(LabError, match="is not an archive of ours|holds another archive"):
+            few()
+
+
+def test_two_at_once(few, tmp_path, monkeypatch):
+    other = few("other").root
+    sums = archives._sums
+
+    def slower(tree):
+        shutil.copytree(other, tmp_path / "few")  # another run ends first
+        return sums(tree)
+
+    monkeypatch.setattr(archives, "_sums", slower)
+    summary = few()
+    assert not summary.new and tree_digest(tmp_path / "few") == tree_digest(other)
+    assert {file.name for file in tmp_path.iterdir()} == {"few", "other"}
+
+
+def test_a_full_disk_is_said(few, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(archives, "_allstar_table", full)
+    with pytest.raises(LabError, match="cannot write .*few: the disk is full: free some space"):
+        few()
+    assert not list(tmp_path.iterdir())
+
+
+def children(process):
+    "Numbers of a process's children."
+    return Path(f"/proc/{process}/task/{process}/children").read_text().split()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no /proc here")
+def test_killed_while_it_writes(tmp_path):
+    root = tmp_path / "clusters"
+    program = (
+        "import sys\nfrom stellar_lab.archives import write_clusters\n"
+        "write_clusters(sys.argv[1], stars=60, workers=2, progress=False)\n"
+    )
+    run = subprocess.Popen([sys.executable, "-c", program, root], stdout=subprocess.PIPE)
+    end = time.monotonic() + 60
+    while len(list(tmp_path.rglob("*.fits"))) < 3 and time.monotonic() < end:
+        time.sleep(0.02)
+    workers = children(run.pid)
+    run.kill()
+    run.communicate(timeout=60)  # ends when the last worker lets go of the pipe
+    while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert workers and not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert [file.name for file in tmp_path.iterdir()] == [f".{run.pid}.clusters"]
+    assert write_clusters(root, stars=3, flaws={}, workers=1, progress=False).new
+    assert [file.name for file in tmp_path.iterdir()] == ["clusters"]

@@ -2,19 +2,22 @@
 
 import gzip
 import json
+import os
 import re
 import shutil
+import socket
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 from astropy.io import fits
-from astropy.table import Table
+from astropy.table import Column, MaskedColumn, Table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from stellar_lab import clean
 from stellar_lab.clean import (
     Ledger,
     apply_cuts,
@@ -38,7 +41,9 @@ from stellar_lab.survey import (
     Spectra,
     on_band,
     real_data,
+    sha256_of,
     wavelength,
+    write_table,
 )
 
 GRID = {"CRVAL1": 4.179, "CDELT1": 6e-6, "CRPIX1": 1}
@@ -1071,3 +1076,352 @@ def test_real_catalogues():
     assert list(rows) == list(range(33)) and not further.any()
     with pytest.raises(LabError, match="no label MG_FE .*it has TEFF, LOGG, FE_H, M_H, ALPHA_M"):
         read_catalogue(real_data() / "allStar-v603-hipparcos.fits.gz", ["TEFF", "MG_FE"])
+
+
+# Evidence that is there is looked at --------------------------------------------------------------
+
+OURS = re.compile(  # whose words these are
+    "memmap|ufunc|verify|Errno|numpy|astropy|Traceback|NoneType|cannot convert|header missing"
+)
+
+
+def change(number, **cards):
+    "A fault: other cards in the header of an HDU."
+
+    def damage(path):
+        with fits.open(path) as hdus:
+            hdus[number].header.update(
+                {key.replace("_", "-"): value for key, value in cards.items()}
+            )
+            hdus.writeto(path, overwrite=True)
+
+    return damage
+
+
+def raw_change(old, new, count=1):
+    "A fault: other bytes."
+    return lambda path: path.write_bytes(path.read_bytes().replace(old, new, count))
+
+
+def swap(one, other):
+    "A fault: two HDUs in each other's place."
+
+    def damage(path):
+        with fits.open(path) as hdus:
+            parts = list(hdus)
+            for k, kind in enumerate(
+                ("Flux (x)", "Error (x)", "Flag Mask (bitwise)", "Sky (x)"), 1
+            ):
+                parts[k].header["BUNIT"] = kind
+            parts[one], parts[other] = parts[other], parts[one]
+            fits.HDUList(parts).writeto(path, overwrite=True)
+
+    return damage
+
+
+def wrong_sum(path):
+    with fits.open(path) as hdus:
+        hdus.writeto(path, overwrite=True, checksum=True)
+    content = bytearray(path.read_bytes())
+    content[3 * 2880] ^= 1
+    path.write_bytes(content)
+
+
+SPOKEN = {
+    "another star": (
+        change(0, OBJID=B),
+        re.escape(f"holds another star: its header says {B}, its name {A}"),
+    ),
+    "not at rest": (change(0, VRAD=8.3), "not at rest: its header says VRAD 8.3 km/s"),
+    "linear": (change(1, CTYPE1="LINEAR"), "another wavelength grid: CTYPE1 LINEAR in HDU 1"),
+    "air": (change(1, CTYPE1="AWAV"), "another wavelength grid: CTYPE1 AWAV"),
+    "no logarithm": (change(1, DC_FLAG=0), "another wavelength grid: DC-FLAG 0"),
+    "nanometres": (change(1, CUNIT1="nm"), "another wavelength grid: CUNIT1 NM"),
+    "another step": (
+        lambda p: fits.setval(p, "CD1_1", value=1e-6, ext=1),
+        "another wavelength grid",
+    ),
+    "errors elsewhere": (change(2, CRVAL1=4.1), "another wavelength grid: CRVAL1 4.1 in HDU 2"),
+    "mask elsewhere": (change(3, CRPIX1=5), "another wavelength grid: CRPIX1 5 in HDU 3"),
+    "text for a number": (
+        raw_change(b"CRVAL1  =                4.179", b"CRVAL1  = '4.179   '          ", 9),
+        "another wavelength grid: CRVAL1 4.179",
+    ),
+    "no number": (
+        raw_change(b"CRVAL1  =                4.179", b"CRVAL1  =                  NaN", 9),
+        "damaged|another wavelength grid",
+    ),
+    "negative": (
+        raw_change(b"NAXIS2  =                    5", b"NAXIS2  =                   -1"),
+        "damaged: the header of HDU 1 has no good card NAXIS2",
+    ),
+    "huge": (
+        raw_change(b"NAXIS2  =                    5", b"NAXIS2  = 99999999999999999999"),
+        "cut short",
+    ),
+    "sky for flux": (swap(1, 4), "HDU 1 holds 'Sky .x.', where the flux should be"),
+    "error for flux": (swap(1, 2), "HDU 1 holds 'Error .x.', where the flux should be"),
+    "checksum": (wrong_sum, "damaged: HDU 1 does not fit its checksum"),
+}
+
+
+@pytest.mark.parametrize("fault", SPOKEN)
+def test_what_a_header_or_a_checksum_says_is_heard(tmp_path, fault):
+    damage, words = SPOKEN[fault]
+    file = write_apstar(tmp_path / f"apStar-r8-{A}.fits")
+    damage(file)
+    good = write_apstar(tmp_path / f"apStar-r8-{B}.fits", 1)
+    spectra, (problem,) = read_files([file, good], progress=False)
+    assert list(spectra.stars["APOGEE_ID"]) == [B]
+    assert re.match(words, problem.reason) and not OURS.search(problem.reason)
+
+
+def test_a_good_checksum_is_said(tmp_path):
+    file = write_apstar(tmp_path / f"apStar-r8-{A}.fits", VRAD=0.0, CUNIT1="Angstrom")
+    (tmp_path / f"apStar-r8-{A}.fits.gz").write_bytes(gzip.compress(file.read_bytes()))
+    with fits.open(file) as hdus:
+        hdus.writeto(tmp_path / f"apStar-r12-{A}.fits", checksum=True)
+    spectra, problems = read_files(sorted(tmp_path.glob("*.fits*")), progress=False)
+    assert not problems and len(spectra) == 3
+    said = dict(zip(spectra.stars["FILE"], spectra.stars["VERIFIED"]))
+    assert said == {
+        f"apStar-r12-{A}.fits": True,
+        f"apStar-r8-{A}.fits": False,
+        f"apStar-r8-{A}.fits.gz": True,
+    }
+
+
+@pytest.mark.parametrize("suffix", [".fits.gz", ".fits"])  # packed, and packed under a plain name
+@pytest.mark.parametrize("level", [0, 9])
+def test_every_bit_of_a_packed_file_counts(tmp_path, suffix, level):
+    packed = gzip.compress(write_apstar(tmp_path / "a.fits").read_bytes(), level)
+    file = tmp_path / f"apStar-r8-{A}{suffix}"
+    for at in np.random.default_rng(level).integers(20, len(packed) - 8, 6):
+        damaged = bytearray(packed)
+        damaged[at] ^= 4
+        file.write_bytes(damaged)
+        with pytest.raises(LabError, match="what is packed in it|cut short"):
+            read_files(file, progress=False)
+
+
+def test_a_bomb_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(clean, "_MAX_STAR", 1 << 20)
+    file = tmp_path / f"apStar-r8-{A}.fits.gz"
+    file.write_bytes(gzip.compress(bytes(1 << 21)))
+    with pytest.raises(LabError, match="unpacks to more than any star's file"):
+        read_files(file, progress=False)
+
+
+@pytest.mark.parametrize("what", ["pipe", "device", "socket"])
+def test_only_files_are_read(tmp_path, what):
+    path = tmp_path / f"apStar-r8-{A}.fits"
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.bind(str(path))
+    good = write_apstar(tmp_path / f"apStar-r8-{B}.fits")
+    for paths in ([path, good], tmp_path):
+        spectra, (problem,) = read_files(paths, progress=False)
+        assert len(spectra) == 1 and re.match("a (named pipe|device|socket), not", problem.reason)
+    nameless = path.rename(tmp_path / "pipe.fits")
+    assert product_of(nameless) is None
+    with pytest.raises(LabError, match="not a whole allStar table .a .*, not a file"):
+        read_catalogue(nameless)
+
+
+def test_scaled_images_are_read(tmp_path):
+    "Whole numbers with BSCALE, BZERO and BLANK, as the standard allows them."
+    plain = write_apstar(tmp_path / f"apStar-r8-{A}.fits")
+    with fits.open(plain) as hdus:
+        hdus[1].data[1, on_band[0]] = np.nan
+        parts = [hdus[0], *hdus[1:3], *hdus[3:]]
+        for k, step in ((1, 0.01), (2, 0.0001)):
+            with np.errstate(invalid="ignore"):
+                numbers = np.rint(np.nan_to_num(hdus[k].data / step, nan=-7)).astype(">i4")
+            parts[k] = fits.ImageHDU(numbers, fits.Header(GRID))
+            parts[k].header["BLANK"] = -7
+        parts[3] = fits.ImageHDU(hdus[3].data.astype(np.uint16), fits.Header(GRID))
+        fits.HDUList(parts).writeto(tmp_path / f"apStar-r12-{A}.fits")
+    scaled = tmp_path / f"apStar-r12-{A}.fits"
+    with fits.open(scaled, mode="update", do_not_scale_image_data=True) as hdus:
+        hdus[1].header["BSCALE"] = 0.01
+        hdus[2].header["BSCALE"] = 0.0001
+    spectra, problems = read_files([plain, scaled], progress=False)
+    assert not problems and spectra.ivar[1, 0] == 0
+    np.testing.assert_allclose(spectra.flux[1, 1:], spectra.flux[0, 1:], atol=0.006)
+    np.testing.assert_allclose(spectra.ivar[1, 1:], spectra.ivar[0, 1:], rtol=1e-3)
+    np.testing.assert_array_equal(spectra.mask[1], spectra.mask[0])
+
+
+STRANGE = [(1, 1e36), (1, 3e38), (1, -1e36), (1, 1e20), (1, 1e300), (2, 1e-12), (2, 1e-30)]
+
+
+@pytest.mark.parametrize("hdu, value", STRANGE)
+@pytest.mark.parametrize("write", [write_apstar, write_aspcapstar])
+def test_a_pixel_that_no_star_has_is_unusable(tmp_path, write, hdu, value):
+    kind = "aspcapStar" if write is write_aspcapstar else "apStar"
+    file = write(tmp_path / f"{kind}-r8-{A}.fits")
+    plain, _ = read_files(file, progress=False)
+    with fits.open(file) as hdus:
+        hdus[hdu].data = hdus[hdu].data.astype("f8")
+        hdus[hdu].data[..., on_band[[5, 700]]] = value
+        hdus.writeto(file, overwrite=True)
+    spectra, problems = read_files(file, progress=False)
+    assert not problems and not spectra.ivar[0, [5, 700]].any()
+    others = np.delete(np.arange(7214), [5, 700])
+    np.testing.assert_allclose(spectra.ivar[0, others], plain.ivar[0, others], rtol=1e-6)
+    np.testing.assert_array_equal(spectra.flux[0, others], plain.flux[0, others])
+    assert spectra.stars["STRANGE_PIXELS"][0] == (0 if value == -1e36 and kind[:2] == "as" else 2)
+    assert np.isfinite(spectra.flux).all() and plain.stars["STRANGE_PIXELS"][0] == 0
+
+
+def test_strange_pixels_stand_in_the_ledger(archive):
+    with fits.open(star_path(archive, A), mode="update") as hdus:
+        hdus[1].data[:, on_band[9]] = 1e36
+    spectra, ledger = read_archive(archive, fields="all", progress=False)
+    (line,) = [step for step in ledger.steps if step.rule == "strange pixels"]
+    assert line.counted == 1 and np.isfinite(spectra.flux).all()
+
+
+def test_the_checksums_of_an_archive_are_verified(archive):
+    files = [path for path in archive.rglob("apStar*.fits")]
+    sums = {path.relative_to(archive).as_posix(): sha256_of(path) for path in files}
+    card = {"archive": "clusters", "sha256": sums}
+    (archive / "archive.json").write_text(json.dumps(card))
+    options = {"fields": "all", "labels": ["TEFF"], "progress": False}
+    spectra, _ = read_archive(archive, **options)
+    assert spectra.stars["VERIFIED"].all()
+    with fits.open(star_path(archive, A), mode="update") as hdus:
+        hdus[1].data[1, on_band[9]] *= 1.5
+    fewer, ledger = read_archive(archive, **options)
+    assert len(fewer) == len(spectra) - 1
+    assert "its sha256 is not the one in archive.json" in ledger.why(A)
+
+
+def test_a_name_beyond_ascii(tmp_path):
+    file = write_apstar(tmp_path / "étoile 星.fits", OBJID="")
+    spectra, _ = read_files(file, progress=False)
+    assert list(spectra.stars["APOGEE_ID"]) == ["étoile 星"]
+    names = spectra.stars["APOGEE_ID", "FILE"]
+    names.meta = {}
+    write_table(names, tmp_path / "out.fits")
+    back = Table.read(tmp_path / "out.fits")
+    back.convert_bytestring_to_unicode()
+    assert list(back["APOGEE_ID"]) == ["étoile 星"]
+
+
+# A catalogue is read as it is meant ---------------------------------------------------------------
+
+ROWS = [(4230, A, 80, 4500), (4230, B, 80, 4600), (4230, C, 80, 4700)]
+
+
+def test_missing_values_of_whole_numbers(tmp_path):
+    path = write_allstar(
+        tmp_path / "a.fits",
+        ROWS,
+        TEFF=np.array([4500, -9999, 4700], ">i4"),
+        LOGG=MaskedColumn([2, 3, 4], mask=[0, 1, 0], fill_value=99),
+        FE_H=np.array([0, -32768, 1], ">i2"),
+        NVISITS=MaskedColumn([3, 4, 5], mask=[1, 0, 0]),
+        STARFLAG=np.array([0, -(1 << 31), -9999], ">i4"),
+    )
+    table = read_catalogue(path, ["TEFF", "LOGG", "FE_H"], ["NVISITS"])
+    assert list(np.isnan(table["TEFF"])) == list(np.isnan(table["LOGG"])) == [False, True, False]
+    assert list(np.isnan(table["FE_H"])) == [False, True, False]
+    assert table["TEFF"].dtype == table["LOGG"].dtype == np.float64
+    assert list(Cut("seen", "NVISITS", low=0).keeps(table["NVISITS"])) == [False, True, True]
+    flags = Cut("flags", "STARFLAG", without_bits=3).keeps(table["STARFLAG"])
+    assert list(flags) == [True, True, False]
+
+
+def test_units_are_converted(tmp_path):
+    path = write_allstar(tmp_path / "a.fits", ROWS)
+    plain = read_catalogue(path, ["TEFF", "LOGG"])
+    table = Table.read(path)
+    for name in ("TEFF", "TEFF_ERR"):
+        table[name] = Column(np.asarray(table[name], float) / 1000, unit="kK")
+    table.write(path, overwrite=True)
+    again = read_catalogue(path, ["TEFF", "LOGG"])
+    for name in ("TEFF", "TEFF_ERR"):
+        assert again[name].unit == "K"
+        np.testing.assert_allclose(again[name], plain[name], rtol=1e-6)
+    for unit, shift in (("dex(m/s2)", 2), ("[cm/s2]", 0), ("log(cgs)", 0)):
+        with fits.open(path, mode="update") as hdus:
+            hdus[1].header[f"TUNIT{hdus[1].columns.names.index('LOGG') + 1}"] = unit
+        again = read_catalogue(path, ["LOGG"])
+        np.testing.assert_allclose(again["LOGG"], plain["LOGG"] + shift)
+        np.testing.assert_allclose(again["LOGG_ERR"], plain["LOGG_ERR"])
+
+
+@pytest.mark.parametrize(
+    "name, unit",
+    [("LOGG", "m/s2"), ("LOGG", "cm/s2"), ("TEFF", "eV"), ("TEFF", "furlong"), ("M_H", "%")],
+)
+def test_units_that_mean_something_else_are_refused(tmp_path, name, unit):
+    path = write_allstar(tmp_path / "a.fits", ROWS)
+    with fits.open(path, mode="update") as hdus:
+        hdus[1].header[f"TUNIT{hdus[1].columns.names.index(name) + 1}"] = unit
+    with pytest.raises(LabError, match=f"the column {name} is in '{unit}', which does not become"):
+        read_catalogue(path, [name])
+
+
+@pytest.mark.parametrize(
+    "column, words",
+    [
+        (np.array(["4500"] * 3), "holds text; one number per star is needed"),
+        (np.array([1j, 2, 3]), "holds complex numbers"),
+        (np.ones((3, 2), "f4"), "holds arrays"),
+        (np.array([True, False, True]), "holds truth values"),
+        (np.array([np.ones(1), np.ones(2), np.ones(3)], dtype=object), "holds arrays of varying"),
+    ],
+)
+@pytest.mark.parametrize("name", ["TEFF", "TEFF_ERR", "SNR", "NVISITS"])
+def test_columns_that_hold_no_number_per_star(tmp_path, column, words, name):
+    path = write_allstar(tmp_path / "a.fits", ROWS, **{name: column})
+    with pytest.raises(LabError, match=f"the column {name} {words}"):
+        read_catalogue(path, ["TEFF"], ["NVISITS"] if name == "NVISITS" else [])
+
+
+def test_keys_must_be_text(tmp_path):
+    for column in (np.arange(3), np.array([["a", "b"]] * 3)):
+        path = write_allstar(tmp_path / "a.fits", ROWS, APOGEE_ID=column)
+        with pytest.raises(LabError, match="the column APOGEE_ID holds .*; one text per star"):
+            read_catalogue(path)
+
+
+@pytest.mark.parametrize("teff", [50_000, 1e30, 0, -999.9, -99, 4.5, 99_999])
+def test_a_label_that_no_star_can_have_falls_to_a_rule(archive, teff):
+    path = archive / RELEASES["dr14"].allstar
+    table = Table.read(path)
+    table["TEFF"][table["APOGEE_ID"] == C] = teff
+    table.write(path, overwrite=True)
+    spectra, ledger = read_archive(archive, fields="all", labels=["TEFF"], progress=False)
+    good, ledger = apply_cuts(spectra, (), ledger)
+    assert ledger.dropped[C] == "impossible label" and C not in good.stars["APOGEE_ID"]
+    assert "stars have TEFF within 2000 and 30000" in ledger.why(C)
+    assert ledger.left == len(good)
+
+
+def test_every_bit_of_a_packed_catalogue_counts(tmp_path):
+    packed = gzip.compress(write_allstar(tmp_path / "a.fits", ROWS).read_bytes())
+    for at in np.random.default_rng(1).integers(20, len(packed) - 8, 10):
+        damaged = bytearray(packed)
+        damaged[at] ^= 1
+        (tmp_path / "a.fits.gz").write_bytes(damaged)
+        with pytest.raises(LabError, match="what is packed in it .*fetch it again"):
+            read_catalogue(tmp_path / "a.fits.gz")
+
+
+def test_the_checksum_of_a_catalogue_counts(tmp_path):
+    path = write_allstar(tmp_path / "a.fits", ROWS)
+    with fits.open(path) as hdus:
+        hdus.writeto(path, overwrite=True, checksum=True)
+    assert len(read_catalogue(path)) == 3
+    content = bytearray(path.read_bytes())
+    content[-2880] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(LabError, match="HDU 1 does not fit its checksum; fetch it again"):
+        read_catalogue(path)

@@ -11,7 +11,8 @@ import socket
 import struct
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -44,7 +45,16 @@ from stellar_lab.fetch import (
     open_source,
     serve,
 )
-from stellar_lab.survey import ARCHIVE_FILE, PRODUCTS, RELEASES, LabError, real_data
+from stellar_lab.survey import (
+    ARCHIVE_FILE,
+    ARCHIVES,
+    PRODUCTS,
+    RELEASES,
+    TRUTH_FILE,
+    LabError,
+    real_data,
+    sha256_of,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::astropy.utils.exceptions.AstropyUserWarning"
@@ -941,7 +951,14 @@ def mark(root, name="clusters", files=()):
     )
 
 
-def test_archive_json_and_the_files_it_lists(server, home):
+def further_files(monkeypatch, *names):
+    "Let the record of clusters know further files."
+    record = replace(ARCHIVES["clusters"], files=names)
+    monkeypatch.setitem(ARCHIVES, "clusters", record)
+
+
+def test_archive_json_and_the_files_it_lists(server, home, monkeypatch):
+    further_files(monkeypatch, "mystery.fits", "truth/truth.ecsv")
     mark(server, files=["mystery.fits", "truth/truth.ecsv"])
     put(server, "mystery.fits", tiny(4))
     put(server, "truth/truth.ecsv", b"# %ECSV 1.0\nid teff\n")
@@ -968,7 +985,8 @@ def test_a_small_archive_of_ours_has_not_all_fields(server, home):
         get(home.parent / "other", server, fields=None)
 
 
-def test_extra_files_are_checked_too(server, home):
+def test_extra_files_are_checked_too(server, home, monkeypatch):
+    further_files(monkeypatch, "truth.ecsv", "mystery.fits", "absent.ecsv")
     mark(server, files=["truth.ecsv", "mystery.fits", "absent.ecsv"])
     put(server, "truth.ecsv", b"# %ECSV 1.0\nid teff\n" * 100)
     put(server, "mystery.fits", tiny(4))
@@ -1001,6 +1019,10 @@ def test_a_page_in_place_of_archive_json_means_none(server, home):
         ),
         ('{"archive": "clusters", "files": ["archive.json"]}', "do not trust"),
         ('{"archive": "clusters", "files": [7]}', "do not trust"),
+        ('{"archive": "clusters", "files": ["thesis.tex"]}', "'thesis.tex', which an archive"),
+        ('{"archive": "clusters", "files": ["dr14/apogee/x.fits"]}', "do not trust"),
+        ('{"archive": "clusters", "sha256": ["x"]}', "checksums that are none"),
+        ("[" * 20_000, "does not name an archive"),
     ],
 )
 def test_a_wrong_archive_json(server, home, content, message):
@@ -1166,3 +1188,218 @@ def test_the_summary_as_a_table(server, home):
     )
     states = dict(zip(table["path"], table["state"], strict=True))
     assert states[STAR] == "failed" and set(table["size"]) == {len(WHOLE), len(tiny(2))}
+
+
+# --- nothing of the user's is lost, nothing wrong is taken ----------------------------------------
+
+
+def test_a_source_cannot_choose_what_it_replaces(server, home):
+    mark(server, files=["thesis.tex"])
+    put(server, "thesis.tex", b"x")
+    put(home, "thesis.tex", b"my only copy")
+    for source in (server, home):  # whichever of the two refusals comes first
+        with pytest.raises(LabError, match="thesis.tex|is the source itself"):
+            get(home, source)
+    assert tree(home, unfinished=True) == {"thesis.tex": b"my only copy"}
+
+
+def test_a_root_with_other_things_in_it_is_refused(server, home):
+    put(home, "notes/thesis.tex", b"my only copy")
+    with pytest.raises(LabError, match="is not empty and holds no archive .notes is in it"):
+        get(home, server)
+    assert list(tree(home, unfinished=True)) == ["notes/thesis.tex"]
+    put(home, STAR, (server / STAR).read_bytes())  # an archive with notes in it is one
+    assert get(home, server).ok and tree(home)["notes/thesis.tex"] == b"my only copy"
+
+
+def test_what_no_fetch_wrote_is_not_replaced(server, home):
+    mark(server, files=[TRUTH_FILE])
+    put(server, TRUTH_FILE, tiny(2))
+    put(home, TRUTH_FILE, b"my own truth")
+    put(home, STAR, (server / STAR).read_bytes())
+    with pytest.raises(LabError, match="truth.fits was not fetched from an archive"):
+        get(home, server)
+    assert tree(home, unfinished=True)[TRUTH_FILE] == b"my own truth"
+
+
+def test_what_stood_under_a_stars_name_is_kept(server, home):
+    put(home, STAR, b"my own notes, under a daring name")
+    put(home, DR14.allstar, (server / DR14.allstar).read_bytes()[:4000])  # a beginning: worthless
+    summary = get(home, server)
+    assert summary.ok and tree(home) == tree(server)
+    kept = {name for name in tree(home, unfinished=True) if name not in tree(server)}
+    assert kept == {f"{STAR}.old"} and b"daring" in (home / f"{STAR}.old").read_bytes()
+    assert [item.reason for item in summary.items if item.path == STAR] == [
+        f"what stood there is kept as {Path(STAR).name}.old"
+    ]
+
+
+@pytest.mark.parametrize("tag", [None, 'W/"1"', "1", '""'])
+def test_without_a_strong_tag_a_file_starts_anew(server, home, tag):
+    def half_of_the_old(handler):
+        whole = handler.file()
+        handler.answer(200, whole[:30_000], len(whole), close=True, **tags)
+
+    def rest_of_the_new(handler):
+        wanted = handler.headers.get("Range")
+        whole = handler.file()
+        if not wanted:
+            return handler.answer(200, whole, **tags)
+        start = int(wanted[6:-1])
+        place = f"bytes {start}-{len(whole) - 1}/{len(whole)}"
+        handler.answer(206, whole[start:], Content_Range=place, **tags)
+
+    tags = {"Last_Modified": "Mon, 01 Jan 2024 00:00:00 GMT"} | ({"ETag": tag} if tag else {})
+    with misbehaving(server, {STAR: [half_of_the_old]}) as net:
+        assert not get(home, net.url, tries=1).ok
+    put(server, STAR, tiny(10, 77))  # same size, other content
+    with misbehaving(server, {STAR: [rest_of_the_new]}) as net:
+        assert get(home, net.url).ok
+    assert tree(home, unfinished=True) == tree(server)
+
+
+def with_sums(root):
+    "archive.json with the checksum of each file."
+    sums = {path: sha256_of(root / path) for path in tree(root)}
+    put(root, ARCHIVE_FILE, json.dumps({"archive": "clusters", "sha256": sums}).encode())
+
+
+def changed(content):
+    "The same content but for one bit of the first array."
+    at = 2880 * 2 + 100
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+def test_a_file_with_another_content_is_not_there(server, home):
+    with_sums(server)
+    assert get(home, server).ok
+    put(home, STAR, changed((home / STAR).read_bytes()))  # of the same size, and whole
+    plan = get(home, server, dry_run=True)
+    assert [item.path for item in plan.items if item.state == "to fetch"] == [STAR]
+    assert get(home, server).fetched == 1 and tree(home, unfinished=True) == tree(server)
+
+
+def test_a_file_that_changed_on_its_way_is_refused(server, home):
+    with_sums(server)
+    wrong = lambda handler: handler.answer(200, changed(handler.file()))  # noqa: E731
+    with misbehaving(server, {STAR: [wrong]}) as net:
+        summary = get(home, net.url)
+    assert [path for path, _ in summary.problems] == [STAR] and STAR not in tree(home)
+    assert "another content than archive.json says" in summary.problems[0][1]
+    with misbehaving(server, {STAR: [wrong, None]}) as net:
+        assert get(home, net.url).ok
+
+
+def test_two_archives_of_one_kind_do_not_mix(server, home):
+    mark(server)
+    assert get(home, server).ok
+    put(server, ARCHIVE_FILE, json.dumps({"archive": "clusters", "seed": 43}).encode())
+    with pytest.raises(LabError, match="holds another archive"):
+        get(home, server)
+
+
+def named(star, hdus=10):
+    "A star's file that says whose it is."
+    file = BytesIO()
+    first = fits.PrimaryHDU(header=fits.Header({"OBJID": star}))
+    fits.HDUList([first, *(fits.ImageHDU(np.zeros(9)) for _ in range(hdus - 1))]).writeto(file)
+    return file.getvalue()
+
+
+def test_another_stars_file_is_refused(server, home):
+    put(server, STAR, named(IDS[1]))
+    summary = get(home, server)
+    assert summary.problems == [
+        (STAR, f"holds another star: its header says {IDS[1]}, its name {IDS[0]}")
+    ]
+    put(server, STAR, named(f" {IDS[0]} "))
+    assert get(home, server).ok
+
+
+def test_headers_have_a_deadline(server, home):
+    def slowly_headers(handler):
+        with suppress(OSError):
+            handler.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
+            while not handler.leave.wait(0.05):
+                handler.wfile.write(b"x")
+
+    begun = time.monotonic()
+    with misbehaving(server, {STAR: [slowly_headers]}) as net:
+        summary = get(home, net.url, tries=2, timeout=0.4)
+        assert time.monotonic() - begun < 8
+    assert [path for path, _ in summary.problems] == [STAR]
+
+
+@pytest.mark.parametrize("content", [b"", WHOLE])
+def test_a_body_without_end_is_stopped(server, home, content):
+    sent = []
+
+    def endless(handler):
+        handler.answer(200, content, length=False, close=True)
+        with suppress(OSError):
+            while not handler.leave.is_set() and len(sent) < 1000:
+                sent.append(handler.wfile.write(bytes(1 << 16)))
+
+    with misbehaving(server, {STAR: [endless]}) as net:
+        summary = get(home, net.url)
+    assert [path for path, _ in summary.problems] == [STAR] and sum(sent) < 40 << 20
+    assert "more comes than its headers explain" in summary.problems[0][1]
+    assert not [name for name in tree(home, unfinished=True) if name.startswith(STAR)]
+
+
+def test_headers_that_promise_more_than_the_disk(server, home):
+    huge = WHOLE.replace(b"NAXIS1  =                 2000", b"NAXIS1  =     9000000000000000", 1)
+
+    def much(handler):
+        handler.answer(200, huge + bytes(3 << 20), length=False, close=True)
+
+    with misbehaving(server, {STAR: [much]}) as net:
+        summary = get(home, net.url, tries=1)
+    assert "which the disk cannot hold" in summary.problems[0][1]
+
+
+def test_what_is_no_file_in_a_folder(server, home):
+    folder = Path(STAR).parent
+    pipe = str(folder / "apStar-r8-2M00000001+0000000.fits")
+    os.mkfifo(server / pipe)
+    inside = str(folder / "apStar-r8-2M00000002+0000000.fits")
+    (server / inside).mkdir()
+    endless = str(folder / "apStar-r8-2M00000003+0000000.fits")
+    (server / endless).symlink_to("/dev/zero")
+    summary = get(home, server)
+    assert dict(summary.problems) == {
+        pipe: "a named pipe, not a file",
+        inside: "a folder, not a file",
+        endless: "a device, not a file",
+    }
+    (server / ARCHIVE_FILE).unlink(missing_ok=True)
+    os.mkfifo(server / ARCHIVE_FILE)
+    with pytest.raises(LabError, match="cannot fetch from .*a named pipe, not a file"):
+        get(home, server)
+
+
+def test_what_is_no_file_at_home(server, home):
+    (home / STAR).mkdir(parents=True)
+    summary = get(home, server)
+    assert summary.problems == [(STAR, "a folder stands in its place")]
+    os.mkfifo(home / ARCHIVE_FILE)
+    with pytest.raises(LabError, match="archive.json is a named pipe, not a file"):
+        get(home, server)
+
+
+def test_a_servers_words_cannot_move_the_cursor(server, home):
+    def rude(handler):
+        handler.wfile.write(b"HTTP/1.1 403 \x1b[2J\x1b]0;owned\x07\r\nContent-Length: 0\r\n\r\n")
+
+    with misbehaving(server, {STAR: [rude]}) as net:
+        summary = get(home, net.url)
+    assert summary.problems == [(STAR, "403 ?[2J?]0;owned?")]
+    assert "\x1b" not in str(summary) and "\x07" not in str(summary)
+
+
+@pytest.mark.parametrize("scrap", ["<a ", "<a href='", "<!--", "<![", "<", "&#"])
+def test_a_page_is_read_in_linear_time(scrap):
+    begun = time.process_time()
+    _parse_index([scrap + "x" * (8 << 20)], BASE)
+    _parse_index([scrap * (1 << 18)], BASE)
+    assert time.process_time() - begun < 6

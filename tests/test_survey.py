@@ -1,9 +1,14 @@
 "Facts, cuts and labels of stellar_lab.survey; what a reader learns from stands in nbs/00_survey."
 
 import doctest
+import errno
+import os
+import signal
 import subprocess
 import sys
+import time
 from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,14 +18,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stellar_lab.survey import (
+    ARCHIVE_FILE,
     ARCHIVES,
     LABELS,
+    MYSTERY_FILE,
     RELEASES,
     Cut,
     LabError,
+    _runs,
     air_to_vacuum,
+    atomic_path,
     label_record,
     label_records,
+    safe_output,
+    write_table,
 )
 
 
@@ -163,3 +174,126 @@ def test_public_names_are_few_and_documented(room, most):
         thing = getattr(module, name)
         if callable(thing):
             assert thing.__doc__, name
+
+
+# --- nothing of the user's is lost ----------------------------------------------------------------
+
+
+def test_output_never_stands_over_an_input_or_an_archives_file(tmp_path):
+    star = tmp_path / "star.fits"
+    star.write_bytes(b"the only copy")
+    linked = tmp_path / "linked"
+    linked.symlink_to(tmp_path)
+    hard = tmp_path / "hard.fits"
+    hard.hardlink_to(star)
+    for name in (star, linked / "star.fits", hard, f"{tmp_path}/./star.fits"):
+        with pytest.raises(LabError, match="is one of the inputs: give another name"):
+            safe_output(name, [star])
+    (tmp_path / ARCHIVE_FILE).touch()
+    tree = tmp_path / Path(RELEASES["dr14"].allstar).parent
+    names = ("truth.fits", MYSTERY_FILE, "archive.json", "apStar-r8-VESTA.fits")
+    for name in (*names, "allStar-l31c.2.fits", "allStar-l31c.2.fits.gz"):
+        for folder in (tmp_path, tree):
+            with pytest.raises(LabError, match="is the name of an archive's own file"):
+                safe_output(folder / name)
+    assert safe_output(tmp_path / "labels.fits", [star, tmp_path / "nobody"]).name == "labels.fits"
+    elsewhere = tmp_path.parent / "truth.fits"  # in no archive, and nothing stands there
+    assert safe_output(elsewhere) == elsewhere
+
+
+def test_output_on_what_is_no_plain_file(tmp_path):
+    kept = tmp_path / "kept.ecsv"
+    kept.write_text("mine")
+    kept.chmod(0o444)
+    link = tmp_path / "link.ecsv"
+    link.symlink_to(tmp_path / "elsewhere.ecsv")
+    pipe = tmp_path / "pipe.ecsv"
+    os.mkfifo(pipe)
+    folder = tmp_path / "folder.ecsv"
+    folder.mkdir()
+    says = {
+        kept: "is read-only: give another name",
+        link: "is a symbolic link to .*: name the file itself",
+        pipe: "is a named pipe, not a file",
+        folder: "is a folder, not a file",
+        Path("/dev/null"): "is a device, not a file",
+        kept / "labels.ecsv": "its folder is none",
+    }
+    for path, words in says.items():
+        with pytest.raises(LabError, match=words):
+            with atomic_path(path) as temporary:
+                temporary.write_text("new")
+    assert kept.read_text() == "mine" and link.is_symlink()
+    assert {file.name for file in tmp_path.iterdir()} == {path.name for path in list(says)[:4]}
+
+
+@pytest.mark.parametrize(
+    ("trouble", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full: free some space"),
+        (OSError("Not enough space on disk: requested 9"), "the disk is full: free some space"),
+        (RuntimeError("No space left on device"), "the disk is full: free some space"),
+        (OSError(errno.EROFS, "Read-only file system"), "the disk is read-only"),
+        (PermissionError(errno.EACCES, "Permission denied"), "permission denied: choose another"),
+    ],
+)
+def test_a_disk_says_in_words_what_is_wrong(tmp_path, trouble, words):
+    with pytest.raises(LabError, match=rf"cannot write .*labels.fits: {words}"):
+        with atomic_path(tmp_path / "labels.fits") as temporary:
+            temporary.write_text("half")
+            raise trouble
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
+    program = (
+        "import os, signal, sys\nfrom stellar_lab.survey import atomic_path\n"
+        "with atomic_path(sys.argv[1]) as temporary:\n"
+        "    temporary.write_text('half')\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    target = tmp_path / "labels [*].ecsv"
+    subprocess.run([sys.executable, "-c", program, target])
+    assert [file.name.startswith(".") for file in tmp_path.iterdir()] == [True]
+    ours = tmp_path / f".{os.getppid()}.{target.name}"  # of a process that runs
+    ours.touch()
+    with atomic_path(target) as temporary:
+        temporary.write_text("whole")
+    assert {file.name for file in tmp_path.iterdir()} == {target.name, ours.name}
+
+
+@pytest.mark.parametrize("suffix", [".fits", ".ecsv", ".parquet"])
+def test_names_beyond_ascii_are_written(tmp_path, suffix):
+    if suffix == ".parquet":
+        pytest.importorskip("pyarrow")
+    strange = os.fsdecode(b"st\xffar")  # bytes that are no letters
+    table = Table({"apogee_id": ["étoile", "星", strange], "n": [1, 2, 3]})
+    write_table(table, tmp_path / f"t{suffix}")
+    back = Table.read(tmp_path / f"t{suffix}")
+    names = np.asarray(back["apogee_id"]).tolist()  # bytes where the format has no letters
+    names = [name if isinstance(name, bytes) else name.encode() for name in names]
+    assert [name.decode() for name in names[:2]] == ["étoile", "星"]
+    assert names[2] in (b"st\xffar", b"st\\xffar") and table["apogee_id"][2] == strange
+
+
+WORKERS = """
+import os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from stellar_lab.survey import end_with_parent
+if __name__ == "__main__":
+    with ProcessPoolExecutor(2, initializer=end_with_parent) as pool:
+        print(*{pool.submit(os.getpid).result() for _ in range(20)}, flush=True)
+        list(pool.map(time.sleep, [600, 600]))
+"""
+
+
+def test_workers_end_with_their_parent(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(WORKERS)
+    parent = subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, text=True)
+    workers = [int(number) for number in parent.stdout.readline().split()]
+    parent.send_signal(signal.SIGTERM)
+    parent.wait(20)
+    end = time.monotonic() + 20
+    while any(map(_runs, workers)) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert workers and not any(map(_runs, workers))

@@ -27,12 +27,13 @@ import json
 import os
 import re
 import shutil
+import socket
 import sys
 import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import partial
@@ -47,6 +48,8 @@ from astropy.io import fits
 from astropy.table import Table
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import HTTPError
 from urllib3.util import Retry
 
@@ -60,6 +63,9 @@ from stellar_lab.survey import (
     LabError,
     Release,
     atomic_path,
+    same_star,
+    sha256_of,
+    what_stands_at,
 )
 
 # %%
@@ -79,11 +85,11 @@ use_style()
 # %% [markdown]
 # ## Is this file whole?
 # `file_problem` walks from header to header, adds up what the formula says and never touches the arrays: about a millisecond per file. It answers with
-# the first thing that is wrong, in words, or with an empty string.
+# the first thing that is wrong, in words, or with an empty string. A star's file also says whose it is, and that has to be the star of its name.
 
 # %%
 #| export
-def file_problem(path, hdus: int = 0) -> str:
+def file_problem(path, hdus: int = 0, star: str = "") -> str:
     """Say why a file is not whole.
 
     Of a FITS file only the headers are read, of other files the first bytes. The size that
@@ -95,12 +101,17 @@ def file_problem(path, hdus: int = 0) -> str:
         A file.
     hdus : int, default 0
         HDUs that a FITS file has at least; 0 for a file that is no FITS file.
+    star : str, optional
+        APOGEE_ID that a star's file should have in its first header.
 
     Returns
     -------
     str
         What is wrong, "" if nothing is.
     """
+    other = what_stands_at(path)
+    if other:
+        return f"{other}, not a file"
     size = os.path.getsize(path)
     if not size:
         return "empty"
@@ -114,12 +125,12 @@ def file_problem(path, hdus: int = 0) -> str:
         if not start.startswith(b"SIMPLE  ="):
             return "not a FITS file"
         file.seek(0)
-        return _fits_problem(file, size, hdus)
+        return _fits_problem(file, size, hdus, star)
 
 
 # %%
 #| export
-def _fits_problem(file, size, hdus):
+def _fits_problem(file, size, hdus, star):
     "What is wrong with the chain of HDUs of an open FITS file, '' if nothing is."
     count = 0
     end = 0
@@ -135,6 +146,9 @@ def _fits_problem(file, size, hdus):
             return f"damaged: HDU {count} is not an extension of FITS"
         if end > size:
             return f"truncated: HDU {count} ends at byte {end:,}, the file at {size:,}"
+        named = str(header.get("OBJID", header.get("OBJ", ""))).strip()
+        if not count and star and not same_star(named, star):
+            return f"holds another star: its header says {named}, its name {star}"
         count += 1
         file.seek(end)
     return "" if count >= hdus else f"only {count} of {hdus} HDUs"
@@ -274,12 +288,28 @@ def _parse_index(chunks, url):
     Links that lead elsewhere, up, or to a query are not names."""
     links = _Links(url)
     try:
-        for chunk in chunks:
-            links.feed(chunk)
+        for block in _blocks(chunks):
+            links.feed(block)
+            if len(links.rawdata) > _MAX_TAG:  # a tag that never ends would be read again and again
+                links.rawdata = ""
         links.close()
     except AssertionError:  # how html.parser of some Pythons answers a broken <![declaration
         pass
     return _Listing(tuple(links.files), tuple(links.folders))
+
+
+_MAX_TAG = 1 << 16  # letters; what is longer is no tag
+
+
+def _blocks(chunks):
+    "The same text in pieces of equal length."
+    text = ""
+    for chunk in chunks:
+        text += chunk
+        while len(text) >= _MAX_TAG:
+            yield text[:_MAX_TAG]
+            text = text[_MAX_TAG:]
+    yield text
 
 
 # %%
@@ -309,6 +339,7 @@ assert listing.folders == ("sub",)
 assert _parse_index(index, base) == listing  # letter by letter: a page may come in any pieces
 assert _parse_index(["<![x[ <a href='a.fits'>"], base).folders == ()  # broken pages break nothing
 assert _parse_index(['<a href="/else/a.fits">'], base).files == ()
+assert _parse_index(["<a " + "x" * 200_000, "> <a href='a.fits'>"], base).files == ("a.fits",)
 
 # %% [markdown]
 # ## Patience
@@ -380,6 +411,13 @@ class Patience:
 class SourceError(Exception):
     """A source did not give what it was asked for.
 
+    Its text may quote the source, so nothing in it can move a terminal's cursor.
+
+    Parameters
+    ----------
+    reason : str
+        What went wrong.
+
     Attributes
     ----------
     cause : str
@@ -387,6 +425,15 @@ class SourceError(Exception):
     """
 
     cause = ""
+
+    def __init__(self, reason=""):
+        super().__init__(_harmless(reason))
+
+
+def _harmless(text):
+    "One line of a stranger's text, without what a terminal would obey."
+    plain = "".join(letter if letter.isprintable() else "?" for letter in str(text))
+    return plain if len(plain) <= 300 else plain[:300] + "…"
 
 
 class _Missing(SourceError):
@@ -448,6 +495,7 @@ def drops():
     raise _Dropped
 
 
+print(_Refused("503 \x1b[2J\x07 gone"))
 hasty = Patience(tries=3, backoff=0.001, progress=False)
 with pytest.raises(SourceError):
     _persist(drops, hasty, received=lambda: min(len(calls), 4) * (2 << 20))
@@ -526,8 +574,9 @@ class _FolderSource:
 
     def stat(self, path):
         "Size and tag of a file below the root."
-        if (self.root / path).is_dir():
-            raise _Missing("a folder, not a file")
+        other = what_stands_at(self.root / path)
+        if other:
+            raise (_Missing if other == "a folder" else _Refused)(f"{other}, not a file")
         with _refusing():
             stat = os.stat(self.root / path)
         return _Remote(stat.st_size, f'"{stat.st_mtime_ns:x}-{stat.st_size:x}"')
@@ -747,12 +796,92 @@ with requests.Session() as session:
     except requests.RequestException as error:
         print(_why(error))
 
+
+# %% [markdown]
+# A time limit for each read is not enough: a server that sends a letter of its headers now and then would keep us for ever. So status and headers
+# together must be there in time, or the connection is hung up.
+
+# %%
+#| export
+class _InTime:
+    "A connection that hangs up when status and headers do not come in time, however they trickle."
+
+    def getresponse(self):
+        late = threading.Event()
+        timer = threading.Timer(self.sock.gettimeout() or 60, self._hang_up, [late])
+        timer.daemon = True
+        timer.start()
+        try:
+            response = super().getresponse()
+        finally:
+            timer.cancel()
+        if late.is_set():  # the end of a connection looks like the end of its headers
+            response.close()
+            raise TimeoutError("the headers did not come in time")
+        return response
+
+    def _hang_up(self, late):
+        late.set()
+        with suppress(OSError, AttributeError):
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+
+class _HttpInTime(_InTime, HTTPConnection):
+    "Over http."
+
+
+class _HttpsInTime(_InTime, HTTPSConnection):
+    "Over https."
+
+
+class _HttpPool(HTTPConnectionPool):
+    ConnectionCls = _HttpInTime
+
+
+class _HttpsPool(HTTPSConnectionPool):
+    ConnectionCls = _HttpsInTime
+
+
+class _Adapter(HTTPAdapter):
+    "The adapter of requests, with these connections."
+
+    def init_poolmanager(self, *args, **options):
+        super().init_poolmanager(*args, **options)
+        self.poolmanager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
+
+    def proxy_manager_for(self, *args, **options):
+        manager = super().proxy_manager_for(*args, **options)
+        manager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
+        return manager
+
+
+# %%
+class Slow(ArchiveHandler):
+    "Sends a header that never ends, a letter now and then."
+
+    def do_GET(self):
+        with suppress(OSError):
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+            for _ in range(100):
+                self.wfile.write(b"x")
+                time.sleep(0.02)
+
+
+with serve(desk / "server", handler=Slow) as url, requests.Session() as session:
+    session.trust_env = False
+    session.mount("http://", _Adapter())
+    begun = time.monotonic()
+    with pytest.raises(requests.RequestException):
+        session.get(url, timeout=0.3)
+    assert time.monotonic() - begun < 1.5
+
 # %% [markdown]
 # A body is read as it comes (`read1`), so that one that trickles in is noticed, not waited for.
 
 # %%
 #| export
 _MIN_RATE = 500  # bytes per second; a body that comes slower has stalled
+_PAGE_TIMEOUTS = 10  # a page may take so many timeouts in all
 
 
 def _session(parts, patience):
@@ -771,16 +900,17 @@ def _session(parts, patience):
         status_forcelist=(429, 500, 502, 503, 504),
         allowed_methods=("GET", "HEAD"),
     )
-    adapter = HTTPAdapter(
+    adapter = _Adapter(
         pool_connections=2, pool_maxsize=patience.workers, max_retries=retry, pool_block=True
     )
     session.mount(f"{parts.scheme}://", adapter)
     return session
 
 
-def _chunks(response, timeout):
-    "The body of an answer as it comes, given up when hardly anything comes."
-    start = time.monotonic()
+def _chunks(response, timeout, in_all=float("inf")):
+    "The body of an answer as it comes, given up when hardly anything comes, or too late `in_all`."
+    begun = time.monotonic()
+    start = begun
     received = 0
     while True:
         try:
@@ -791,6 +921,8 @@ def _chunks(response, timeout):
             return
         yield chunk
         received += len(chunk)
+        if time.monotonic() - begun > in_all:
+            raise _Dropped(f"too slow: not there after {in_all:g} s")
         if time.monotonic() - start > timeout:
             if received < _MIN_RATE * timeout:
                 raise _Dropped(f"too slow: {received} bytes in {timeout:g} s")
@@ -808,9 +940,10 @@ assert sum(pieces) == star.stat().st_size and max(pieces) <= 1 << 16
 
 # %% [markdown]
 # A request is refused, missing, or an answer that we can read. An answer says three things about its file: how long it is, which tag it has, and at which
-# byte it starts. The tag of a file is its `ETag` or, if that is missing or *weak* (the server then promises only that the meaning is the same, not the
-# bytes), its date. The rest of a file (status 206) is taken only if it starts at the byte that we asked for, belongs to a file of the same size and
-# carries the same tag; anything else is thrown away and the whole file asked for.
+# byte it starts. The tag of a file is its `ETag`, if it is *strong*: a weak one (`W/…`) promises only that the meaning is the same, not the bytes, and a
+# date does not even promise that. The rest of a file (status 206) is taken only if it starts at the byte that we asked for, belongs to a file of the same
+# size and carries the same tag; anything else is thrown away and the whole file asked for. Without a strong tag nobody can say that the rest belongs to
+# the beginning, so a file without one always starts anew.
 
 # %%
 #| export
@@ -828,8 +961,7 @@ def _remote(response):
     "Size and tag of a file, as far as an answer tells."
     length = response.headers.get("Content-Length", "")
     tag = response.headers.get("ETag", "")
-    if not tag or tag.startswith("W/"):  # a weak tag does not promise the same bytes
-        tag = response.headers.get("Last-Modified", "")
+    tag = tag if re.fullmatch(r'"[^"]+"', tag) else ""  # a weak tag does not promise the same bytes
     return _Remote(int(length) if length.isdecimal() and length.isascii() else None, tag)
 
 
@@ -847,7 +979,7 @@ def _start(response, offset, expected):
     if not match or match[2] == "*":
         return None
     same_place = int(match[1]) == offset and int(match[2]) == expected.size
-    same_file = remote.tag in ("", expected.tag)
+    same_file = remote.tag == expected.tag != ""
     return (expected, offset) if same_place and same_file else None
 
 
@@ -881,8 +1013,9 @@ class _HttpSource:
         "Names in the index of a folder below the root."
         with self._request("GET", f"{folder}/" if folder else "") as response:
             decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-            text = map(decoder.decode, _bounded(_chunks(response, self.patience.timeout)))
-            return _parse_index(text, response.url)
+            in_all = _PAGE_TIMEOUTS * self.patience.timeout
+            text = _bounded(_chunks(response, self.patience.timeout, in_all))
+            return _parse_index(map(decoder.decode, text), response.url)
 
     def stat(self, path):
         "Size and tag of a file below the root, as far as the server tells."
@@ -899,9 +1032,7 @@ class _HttpSource:
         "The file from byte `offset` on if it is still the `expected` one, else from its start."
         headers = {}
         if offset:
-            headers["Range"] = f"bytes={offset}-"
-            if expected.tag:
-                headers["If-Range"] = expected.tag
+            headers = {"Range": f"bytes={offset}-", "If-Range": expected.tag}
         with self._request("GET", path, headers) as response:
             start = _start(response, offset, expected)
             if start:
@@ -1035,6 +1166,8 @@ class _Item:
     state: str = "to fetch"  # then "fetched", "already there" or "failed"
     reason: str = ""  # why it failed
     cause: str = ""  # "missing", "refused", "dropped" or "damaged" if it failed
+    star: str = ""  # whose spectrum it should be
+    sha256: str = ""  # its checksum, where the archive knows it
     received: int = 0  # bytes that came
     shown: int = 0  # bytes that the progress bar knows of
 
@@ -1058,7 +1191,8 @@ def _started(part, note):
         offset = part.stat().st_size
     except (OSError, ValueError, KeyError, TypeError):
         return 0, None
-    known = isinstance(remote.size, int) and isinstance(remote.tag, str) and offset < remote.size
+    is_tagged = isinstance(remote.tag, str) and remote.tag != ""
+    known = is_tagged and isinstance(remote.size, int) and offset < remote.size
     return (offset, remote) if known else (0, None)
 
 
@@ -1069,6 +1203,58 @@ part.write_bytes(b"SIMPLE")
 for text in ("", '{"size": 57600, "tag": "v1"}'):
     note.write_text(text)
     print("with" if text else "without", "a note:", _started(part, note))
+
+# %% [markdown]
+# A FITS file says how long it is, and we read that while it comes. A body that goes on behind its last HDU, or whose headers promise more than the disk
+# holds, is stopped: a server that sends without end must not fill the disk.
+
+# %%
+#| export
+_MAX_HEADER = 1 << 20  # bytes; no header is longer
+_MAX_HDUS = 1000
+
+
+def _bytes(number):
+    "A number of bytes as people read it."
+    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= scale:
+            return f"{number / scale:.1f} {unit}"
+    return f"{number:.0f} bytes"
+
+
+class _Promise:
+    "How long a FITS file that is being written will be, by the headers that have come."
+
+    def __init__(self, part):
+        self.part = part
+        self.end = 0
+        self.hdus = 0
+
+    def check(self, length):
+        "Stop if the file has outgrown its headers, or will outgrow the disk."
+        with open(self.part, "rb") as file:
+            while self.end + _MAX_HEADER < length:
+                file.seek(self.end)
+                try:
+                    size = fits.Header.fromfile(file).data_size_padded
+                except Exception as error:  # astropy answers garbage with many kinds of errors
+                    problem = f"more comes than its headers explain ({_bytes(self.end)})"
+                    raise _Damaged(problem) from error
+                self.end = file.tell() + size
+                self.hdus += 1
+                if size < 0 or self.hdus > _MAX_HDUS:
+                    raise _Damaged("more comes than a file of the survey has")
+        missing = self.end - length
+        if missing > shutil.disk_usage(self.part.parent).free:
+            raise _Refused(f"its headers promise {_bytes(self.end)}, which the disk cannot hold")
+
+
+# %%
+part.write_bytes(star.read_bytes() + bytes(2 << 20))
+try:
+    _Promise(part).check(part.stat().st_size)
+except SourceError as error:
+    print(f"{error.cause}: {error}")
 
 
 # %% [markdown]
@@ -1091,6 +1277,7 @@ def _receive(source, item, part, note, show, stop):
             about = {"size": body.remote.size, "tag": body.remote.tag}
             note.write_text(json.dumps(about), encoding="utf-8")
         length = body.offset
+        promise = _Promise(part)
         with open(part, "ab") as file:
             show(item, length)
             for chunk in body.chunks:
@@ -1100,44 +1287,83 @@ def _receive(source, item, part, note, show, stop):
                 length += len(chunk)
                 item.received += len(chunk)
                 show(item, length)
+                if item.hdus and length > promise.end + _MAX_HEADER:
+                    file.flush()
+                    promise.check(length)
     if body.remote.size not in (None, length):
         raise _Dropped(f"truncated: {length:,} of {body.remote.size:,} bytes came")
 
 
 # %% [markdown]
 # `_fetch_file` ties these together. If something damaged already stands under the final name (another tool left it there), it loses that name before
-# we start, so that even a failure leaves nothing wrong behind.
+# we start, so that even a failure leaves nothing wrong behind. Is it no more than a beginning of the right file, or a page of apologies, then it goes
+# when the right one has come. Anything else may be somebody's work: it is kept, as `….old`.
 
 # %%
 #| export
-def _put_aside(target, hdus):
+def _put_aside(target, hdus, star):
     "Take its name from a file that cannot be whole: nothing wrong stays under a final name."
-    if target.exists() and (not hdus or file_problem(target, hdus)):
-        os.replace(target, _beside(target, "old"))
+    other = what_stands_at(target)
+    if other:
+        raise _Refused(f"{other} stands in its place")
+    if target.exists() and (not hdus or file_problem(target, hdus, star)):
+        old = _beside(target, "old")
+        number = 1
+        while old.exists() and not _is_worthless(old, target):
+            number += 1
+            old = _beside(target, f"{number}.old")
+        os.replace(target, old)
 
 
+def _is_worthless(old, target):
+    "Whether a file holds nothing but a page, or a beginning of what stands at `target`."
+    if file_problem(old) in ("empty", "a web page, not data"):
+        return True
+    size = old.stat().st_size
+    if not target.exists() or size > target.stat().st_size:
+        return False
+    with open(old, "rb") as one, open(target, "rb") as other:
+        return all(chunk == other.read(len(chunk)) for chunk in iter(lambda: one.read(_CHUNK), b""))
+
+
+def _check_arrived(item, part):
+    "Stop if what came is not what it should be."
+    problem = file_problem(part, item.hdus, item.star)
+    if not problem and item.sha256 and sha256_of(part) != item.sha256:
+        problem = f"another content than {ARCHIVE_FILE} says (its sha256 differs)"
+    if problem:
+        raise _Damaged(problem)
+
+
+# %%
+#| export
 def _fetch_file(source, item, root, patience, show=lambda item, length: None):
     "Bring one file home, whole and under its name, or say in the item why not."
     target = Path(root) / item.path
     part = _beside(target, "part")
     note = _beside(target, "part.note")
+    old = _beside(target, "old")
 
     def attempt():
-        _receive(source, item, part, note, show, patience.stop)
-        problem = file_problem(part, item.hdus)
-        if problem:
+        try:
+            _receive(source, item, part, note, show, patience.stop)
+            _check_arrived(item, part)
+        except _Damaged:
             note.unlink(missing_ok=True)
-            part.unlink()
-            raise _Damaged(problem)
+            part.unlink(missing_ok=True)
+            raise
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _put_aside(target, item.hdus)
+        _put_aside(target, item.hdus, item.star)
         _persist(attempt, patience, lambda: part.stat().st_size if part.exists() else 0)
         os.replace(part, target)
         note.unlink(missing_ok=True)
-        _beside(target, "old").unlink(missing_ok=True)
         item.state = "fetched"
+        if old.exists() and _is_worthless(old, target):
+            old.unlink()
+        elif old.exists():
+            item.reason = f"what stood there is kept as {old.name}"
     except SourceError as error:
         item.fail(error, error.cause)
     except OSError as error:
@@ -1205,8 +1431,9 @@ assert [file.name for file in (home / here).iterdir()] == [star.name]
 # %% [markdown]
 # ## Which files
 # What to fetch follows from records: the release's templates say where a product of a field lies, the index which stars there are. The archive may
-# add to it: if it is one of ours, an `archive.json` at its root names its record and further files that belong to it (a mystery star, a truth table).
-# That text comes from outside, too, so its names must be plain steps down from the root.
+# add to it: if it is one of ours, an `archive.json` at its root names its record, further files that belong to it (a mystery star, a truth table) and
+# the sha256 of each file. That text comes from outside, too. So its names must be names that our own record of the archive knows: otherwise a source
+# could choose which of our files it replaces.
 
 # %%
 #| export
@@ -1217,6 +1444,7 @@ class _Marker:
     record: Archive = ARCHIVES["survey"]
     files: tuple = ()  # further files
     content: bytes | None = None  # None where there is no archive.json
+    sums: dict = field(default_factory=dict)  # path -> sha256, as far as it says
 
 
 def _parse_marker(content, where):
@@ -1225,7 +1453,8 @@ def _parse_marker(content, where):
         marker = json.loads(content)
         name = marker["archive"]
         files = marker.get("files", [])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        sums = marker.get("sha256", {})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LabError(
             f"{where} does not name an archive ({error!r}): it is damaged, "
             "or this is no archive of stellar_lab"
@@ -1235,13 +1464,29 @@ def _parse_marker(content, where):
             f"{where} names the archive {name!r}, which this version does not know: "
             f"choose from {', '.join(ARCHIVES)}"
         )
+    _check_files(files, ARCHIVES[name], where)
+    sums = sums if isinstance(sums, dict) else {"": sums}
+    if not all(re.fullmatch("[0-9a-f]{64}", str(value)) for value in sums.values()):
+        raise LabError(
+            f"{where} holds checksums that are none: it is damaged, fetch or write it again"
+        )
+    return _Marker(ARCHIVES[name], tuple(files), content, sums)
+
+
+def _check_files(files, record, where):
+    "LabError for a file that the archive cannot have."
     unsafe = [file for file in files if not _is_safe(file)] if isinstance(files, list) else [files]
     if unsafe:
         raise LabError(
             f"{where} names the file {unsafe[0]!r}, which is not a path below its root: "
             "do not trust this archive"
         )
-    return _Marker(ARCHIVES[name], tuple(files), content)
+    strange = [file for file in files if file not in record.files]
+    if strange:
+        raise LabError(
+            f"{where} names the file {strange[0]!r}, which an archive {record.name!r} does not "
+            f"have (it may have {', '.join(record.files)}): do not trust this archive"
+        )
 
 
 def _is_safe(path):
@@ -1257,6 +1502,8 @@ assert all(_is_safe(path) for path in good)
 assert not any(_is_safe(path) for path in (*bad, 7, None))
 marker = _parse_marker(b'{"archive": "clusters", "files": ["truth.fits"]}', "a test")
 print(marker.record.title, "and", *marker.files)
+with pytest.raises(LabError, match="names the file 'thesis.tex', which an archive 'clusters' does"):
+    _parse_marker(b'{"archive": "clusters", "files": ["thesis.tex"]}', "a test")
 
 
 # %%
@@ -1385,14 +1632,18 @@ def _find_stars(source, release, product, field, telescopes):
             except _Missing:
                 continue
             folders.add(folder)
-            for name in listing.files:
+            for name in (*listing.files, *listing.folders):
                 star = release.parse_name(product, name)
                 if star:
                     path, *others = [
                         _fill(other, release, field, telescope, star) for other in templates
                     ]
                     hdus = PRODUCTS[product].hdus
-                    items.setdefault(path, _Item(path, f"{folder}/{name}", hdus, tuple(others)))
+                    item = _Item(path, f"{folder}/{name}", hdus, tuple(others), star=star)
+                    if name not in listing.files:
+                        item.origin = ""
+                        item.fail("a folder, not a file", "missing")
+                    items.setdefault(path, item)
         if folders:
             return list(items.values())
     raise _Missing("no such folder")
@@ -1513,6 +1764,12 @@ def _find_all(source, wanted, extra, catalogue, patience):
     return list({item.path: item for item in items + stars}.values())
 
 
+def _give_sums(items, sums):
+    "Checksums for the items whose archive knows them."
+    for item in items:
+        item.sha256 = sums.get(item.origin, "")
+
+
 # %%
 items = _find_all(_FolderSource(desk / "server"), wanted, (), True, Patience())
 assert len(items) == 1 + 3 + 4
@@ -1628,14 +1885,6 @@ class FetchSummary(_Counts):
 
 # %%
 #| export
-def _bytes(number):
-    "A number of bytes as people read it."
-    for scale, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= scale:
-            return f"{number / scale:.1f} {unit}"
-    return f"{number:.0f} bytes"
-
-
 def _report(summary):
     "The lines of a summary."
     states = ("to fetch", "fetched", "already there", "failed")
@@ -1670,12 +1919,13 @@ print(FetchSummary("home", "a folder", "survey", "DR14", items))
 # %%
 #| export
 def _is_there(root, item):
-    "A whole file of the right size stands at home, in the survey's layout or another one."
+    "A whole file of the right size and content is at home, in the survey's layout or another one."
     for path in (item.path, *item.elsewhere):
         try:
             right = item.size in (None, os.path.getsize(root / path))
             checkable = item.hdus or item.size is not None
-            if right and checkable and not file_problem(root / path, item.hdus):
+            whole = right and checkable and not file_problem(root / path, item.hdus, item.star)
+            if whole and item.sha256 in ("", sha256_of(root / path)):
                 return True
         except OSError:
             continue
@@ -1706,7 +1956,8 @@ Table(rows=rows, names=["root", "to fetch", "already there"])
 
 
 # %% [markdown]
-# A root holds one archive. Stars of two archives in one tree could not be told apart afterwards, so the second one is refused. And while we write,
+# A root holds one archive. Stars of two archives in one tree could not be told apart afterwards, so the second one is refused. A root that holds
+# something else altogether is most likely a slip of the pen; it is refused, too, and so is a file of ours that no fetch can have written. While we write,
 # the root is locked: on Linux and macOS a folder itself can be locked, and the lock vanishes with the process that held it, however that ends.
 
 # %%
@@ -1718,6 +1969,7 @@ def _check_root(root, source, marker, release):
     if isinstance(source, _FolderSource) and root.exists() and root.samefile(source.root):
         raise LabError(f"{root} is the source itself: choose another root")
     try:
+        _check_holds_archive(root)
         old = (root / ARCHIVE_FILE).read_bytes()
     except FileNotFoundError:
         old = None
@@ -1725,14 +1977,59 @@ def _check_root(root, source, marker, release):
         raise LabError(f"cannot write to {root}: {error.strerror}; choose another root") from error
     there = _Marker() if old is None else _parse_marker(old, f"{root / ARCHIVE_FILE}")
     has_stars = any((root / path).exists() for path in release.templates("allstar"))
-    if there.record.name != marker.record.name and (old is not None or has_stars):
+    another = old is not None and marker.content is not None and _differ(old, marker.content)
+    if another or (there.record.name != marker.record.name and (old is not None or has_stars)):
+        which = "another archive" if another else f"the archive {there.record.name!r}"
         raise LabError(
-            f"{root} holds the archive {there.record.name!r}, but {source.name} is "
+            f"{root} holds {which}, but {source.name} is "
             f"{marker.record.name!r}: choose another root"
         )
     return old == marker.content
 
 
+def _check_holds_archive(root):
+    "LabError for a root that holds something, but nothing that a fetch writes."
+    with os.scandir(root) as entries:
+        names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+    known = {ARCHIVE_FILE}
+    for rules in RELEASES.values():
+        for product in ("allstar", *rules.paths):
+            known |= {template.split("/")[0] for template in rules.templates(product)}
+    if names and not known & set(names):
+        raise LabError(
+            f"{root} is not empty and holds no archive ({names[0]} is in it): choose another root"
+        )
+    other = what_stands_at(root / ARCHIVE_FILE)
+    if other:
+        raise LabError(f"{root / ARCHIVE_FILE} is {other}, not a file: choose another root")
+
+
+def _differ(old, new):
+    "Whether two archive.json are of two archives: made of other stars, or with another seed."
+    old, new = json.loads(old), json.loads(new)
+    return any(old.get(key) != new.get(key) for key in ("seed", "stars", "content"))
+
+
+def _check_further(root, items, marker):
+    "LabError for a file that bears the name of an archive's further file, but no fetch wrote it."
+    for item in items:
+        unknown = item.path in marker.files and item.state != "already there"
+        if unknown and not (root / ARCHIVE_FILE).exists() and (root / item.path).exists():
+            raise LabError(
+                f"{root / item.path} was not fetched from an archive: choose another root"
+            )
+
+
+# %%
+(desk / "thesis").mkdir()
+(desk / "thesis" / "thesis.tex").touch()
+with pytest.raises(LabError, match="thesis is not empty and holds no archive") as refusal:
+    _check_root(desk / "thesis", origin, _Marker(), dr14)
+print(str(refusal.value).replace(str(desk), "…"))
+
+
+# %%
+#| export
 @contextmanager
 def _locked(root):
     "The root, writable and ours alone while the block runs (where the system can lock a folder)."
@@ -1859,10 +2156,12 @@ def _look_for(source, root, wanted, marker, catalogue, patience):
     "All files that belong to what was asked for, and which of them are at home."
     is_marked = _check_root(root, source, marker, wanted.release)
     items = _find_all(source, wanted, marker.files, catalogue, patience)
+    _give_sums(items, marker.sums)
     look = partial(_look, source, root)
     with closing(_side_by_side(items, look, patience)) as looking:
         bar = {"total": len(items), "unit": "file", "desc": "looking"}
         list(tqdm(looking, **bar, disable=not patience.progress))
+    _check_further(root, items, marker)
     return _marker_items(marker, root, is_marked) + items
 
 
@@ -2135,5 +2434,5 @@ with pytest.raises(
 shutil.rmtree(desk)
 
 # %% [markdown]
-# **Exercise.** Our check reads the headers and believes the arrays. Let a server change one byte in the middle of a spectrum: does anything notice?
-# FITS knows `CHECKSUM` and `DATASUM` keywords (`astropy.io.fits`, `checksum=True`); what would it cost to demand them, and what if a file has none?
+# **Exercise.** Where an archive brings no checksums, our check reads the headers and believes the arrays. Let a server change one byte in the middle of a
+# spectrum: does anything notice? FITS knows `CHECKSUM` and `DATASUM` keywords (`astropy.io.fits`, `checksum=True`); what would it cost to demand them, and what if a file has none?

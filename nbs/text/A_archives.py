@@ -26,10 +26,13 @@ import csv
 import hashlib
 import json
 import os
+import shutil
 import tarfile
 import tempfile
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +52,7 @@ from stellar_lab.survey import (
     LABELS,
     LOG10_START,
     LOG10_STEP,
+    MYSTERY_FILE,
     N_PIXELS,
     PIXMASK,
     TRUTH_FILE,
@@ -56,9 +60,15 @@ from stellar_lab.survey import (
     Spectra,
     atomic_path,
     data_file,
+    end_with_parent,
     on_band,
+    own_temporary,
     read_truth,
+    remove_strays,
+    sha256_of,
+    trouble_in_words,
     wavelength,
+    what_stands_at,
 )
 
 # %%
@@ -107,14 +117,8 @@ def tree_digest(root) -> str:
     for file in sorted(path for path in Path(root).rglob("*") if path.is_file()):
         name = file.relative_to(root).as_posix()
         if not any(step.startswith(".") for step in name.split("/")):
-            digest.update(f"{name} {_sha256(file)}\n".encode())
+            digest.update(f"{name} {sha256_of(file)}\n".encode())
     return digest.hexdigest()
-
-
-def _sha256(path):
-    "The checksum of one file."
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # %%
@@ -142,7 +146,7 @@ def _example_folder(source, scratch):
     "The unpacked folder of the example, checked; `scratch` is where a tarball may be unpacked."
     source = Path(source)
     if source.is_file():
-        if _sha256(source) != _TARBALL_SHA256:
+        if sha256_of(source) != _TARBALL_SHA256:
             raise LabError(
                 f"{source} is not TheCannon-0.3.5.tar.gz as we know it "
                 f"(sha256 {_TARBALL_SHA256}): download it again"
@@ -167,7 +171,7 @@ def _example_digest(folder):
     "One checksum for the files that we take."
     digest = hashlib.sha256()
     for file in [*sorted((folder / "Data").glob("*.fits")), folder / "reference_labels.csv"]:
-        digest.update(f"{file.name} {_sha256(file)}\n".encode())
+        digest.update(f"{file.name} {sha256_of(file)}\n".encode())
     return digest.hexdigest()
 
 
@@ -326,7 +330,7 @@ def pack_real_stars(source, path, progress: bool = True) -> str:
     table = fits.BinTableHDU(Table(rows=rows), name="STARS")
     with atomic_path(path) as temporary:
         fits.HDUList([fits.PrimaryHDU(), flux, error, table]).writeto(temporary)
-    return _sha256(path)
+    return sha256_of(path)
 
 
 def _read_example(folder, progress):
@@ -350,7 +354,7 @@ def _read_example(folder, progress):
 
 # %%
 with data_file(_PACKED_STARS) as packed:
-    shipped = _sha256(packed)
+    shipped = sha256_of(packed)
     print(f"{_PACKED_STARS}: {packed.stat().st_size / 1e6:.1f} MB, checksum as it should be")
 assert shipped == "f4aa9313225a39cfb82ca8132aae671b423ec51f4cde51d1e7491ad379ac22f3"
 
@@ -1267,7 +1271,6 @@ Table(rows=rows, names=["what", "how many"])
 
 # %%
 #| export
-MYSTERY_FILE = "mystery_spec_wiped.fits"  # at the root of an archive that we wrote
 _HTML = """<!DOCTYPE html>
 <html><head><title>503 Service Unavailable</title></head><body>Try again later.</body></html>
 """
@@ -1460,12 +1463,12 @@ truth["APOGEE_ID", "SOURCE_ID", "FLAW", "SNR", "TEFF_CONTINUUM"][-3:]
 
 # %% [markdown]
 # ## The whole tree
-# `archive.json` says what an archive is: the record's name, the seed, a digest of what went in. So a second run can tell that nothing is left to do, and
-# nothing else is ever overwritten.
+# `archive.json` says what an archive is: the record's name, the seed, a digest of what went in, and, once it is written, the sha256 of each of its files.
+# So a second run can tell that nothing is left to do, a reader that a file is as it was written, and nothing else is ever overwritten.
 
 # %%
 #| export
-_FORMAT = 1
+_FORMAT = 2  # 1 had no checksums
 _NEEDED = (
     "APOGEE_ID FIELD LOCATION_ID TELESCOPE SNR NVISITS J H K RA DEC VHELIO VSCATTER VERR TEFF"
 ).split()
@@ -1510,20 +1513,47 @@ card
 
 # %%
 #| export
+def _sums(root):
+    "Path below the root -> sha256, of all files of an archive but archive.json."
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    names = {file: file.relative_to(root).as_posix() for file in files}
+    return {name: sha256_of(file) for file, name in names.items() if name != ARCHIVE_FILE}
+
+
 def _already_there(root, card):
     "Whether the very same archive stands at root; LabError if something else does."
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
     try:
+        if what_stands_at(root / ARCHIVE_FILE):
+            raise ValueError("not a file")
         found = json.loads((root / ARCHIVE_FILE).read_text())
-    except (OSError, ValueError):
+        identity = {name: found.get(name) for name in card if name != "format"}
+    except (OSError, ValueError, AttributeError, RecursionError):
         raise LabError(
             f"{root} exists and is not an archive of ours: name another folder, or remove it"
         ) from None
-    if found != card:
+    if any(identity[name] != card[name] for name in identity):
         what = f"{found.get('archive')}, seed {found.get('seed')}, {found.get('stars')} stars"
         raise LabError(f"{root} holds another archive ({what}): name another folder, or remove it")
+    _check_intact(root, found.get("sha256", {}))
     return True
+
+
+def _check_intact(root, sums):
+    "LabError if a file of an archive is not as it was written."
+    if not isinstance(sums, dict):
+        raise LabError(f"{root / ARCHIVE_FILE} is damaged: remove {root} and write it again")
+    changed = []
+    for name, sha256 in sums.items():
+        file = root / str(name)
+        if not file.is_file() or sha256_of(file) != sha256:
+            changed.append(str(name))
+    if changed:
+        raise LabError(
+            f"{root} is not as it was written: {changed[0]} is missing or changed, and "
+            f"{len(changed) - 1} more; remove the folder and write it again"
+        )
 
 
 @dataclass(frozen=True)
@@ -1572,11 +1602,25 @@ def _summary(root, card, new):
 
 
 # %%
+with tempfile.TemporaryDirectory() as folder:
+    there = Path(folder)
+    (there / "star.fits").write_text("one")
+    (there / ARCHIVE_FILE).write_text(json.dumps(card | {"sha256": _sums(there)}))
+    assert _already_there(there, card)
+    (there / "star.fits").write_text("two")
+    with pytest.raises(LabError, match="star.fits is missing or changed, and 0 more") as refusal:
+        _already_there(there, card)
+    print(str(refusal.value).replace(folder, "…"))
+
+# %%
 print(ArchiveSummary(Path("stars"), 552, 1168, 904_000_000, card["flaws"], True))
 
 
 # %% [markdown]
-# The tree grows in a hidden folder beside its place and is renamed when it is whole: an interrupted run leaves nothing that looks like an archive.
+# The tree grows in a hidden folder beside its place and is renamed when it is whole: an interrupted run leaves nothing that looks like an archive. A run
+# that was killed leaves the hidden folder, and the next one removes it; its workers have ended with it. Two runs at once both write, and the second one
+# to end finds its work done.
+#
 # The writer takes any normalized spectra with labels, a mask and a record, so synthetic stars pass through the same lines.
 
 # %%
@@ -1591,14 +1635,20 @@ def _write_all(root, record, jobs, seed, workers, progress):
     chunks = [jobs[i : i + 8] for i in range(0, len(jobs), 8)]
     workers = workers or os.cpu_count() or 1
     bar = tqdm(total=len(jobs), desc="writing", unit="star", disable=not progress)
-    with ProcessPoolExecutor(workers) as pool, bar:
-        pending = {}
-        for chunk in chunks:
-            future = pool.submit(_write_stars, root, record.rules, chunk, seed, record.products)
-            pending[future] = len(chunk)
-        for future in as_completed(pending):
-            future.result()
-            bar.update(pending[future])
+    try:
+        with ProcessPoolExecutor(workers, initializer=end_with_parent) as pool, bar:
+            pending = {}
+            for chunk in chunks:
+                future = pool.submit(_write_stars, root, record.rules, chunk, seed, record.products)
+                pending[future] = len(chunk)
+            for future in as_completed(pending):
+                future.result()
+                bar.update(pending[future])
+    except BrokenProcessPool as error:
+        raise LabError(
+            "the system ended a process that wrote stars, for want of memory perhaps: "
+            "try it with fewer processes (workers=1)"
+        ) from error
 
 
 def _fill(tree, spectra, plan, record, seed, truth, workers, progress):
@@ -1629,6 +1679,31 @@ with tempfile.TemporaryDirectory() as folder:
     written = sorted(path.name for path in Path(folder).rglob("*.fits"))
 assert len(written) == 4 * 2 + 3
 written
+
+
+# %%
+#| export
+@contextmanager
+def _growing(root):
+    "A folder to fill that becomes `root` when the block ends well, and vanishes when it does not."
+    with trouble_in_words(root):
+        root.parent.mkdir(parents=True, exist_ok=True)
+        remove_strays(root)
+        tree = own_temporary(root)
+        try:
+            tree.mkdir()
+            yield tree
+            tree.replace(root)
+        finally:
+            shutil.rmtree(tree, ignore_errors=True)
+
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    with pytest.raises(ZeroDivisionError), _growing(Path(folder) / "tree") as tree:
+        (tree / "leaf").touch()
+        raise ZeroDivisionError
+    assert not list(Path(folder).iterdir())
 
 
 # %%
@@ -1684,13 +1759,16 @@ def write_archive(
     card = _archive_card(spectra, plan, record, seed)
     if _already_there(root, card):
         return _summary(root, card, new=False)
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as scratch:
-        tree = Path(scratch) / root.name
-        tree.mkdir()
-        _fill(tree, spectra, plan, record, seed, truth, workers, progress)
-        (tree / ARCHIVE_FILE).write_text(json.dumps(card, indent=1) + "\n")
-        tree.replace(root)
+    try:
+        with _growing(root) as tree:
+            _fill(tree, spectra, plan, record, seed, truth, workers, progress)
+            text = json.dumps(card | {"sha256": _sums(tree)}, indent=1)
+            (tree / ARCHIVE_FILE).write_text(text + "\n")
+    except OSError:
+        # Another run was faster: what it wrote is this archive, or in the way.
+        if _already_there(root, card):
+            return _summary(root, card, new=False)
+        raise
     return _summary(root, card, new=True)
 
 

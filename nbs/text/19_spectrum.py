@@ -52,7 +52,6 @@ import tempfile
 
 import matplotlib.pyplot as plt
 import pytest
-from IPython.display import Markdown
 from scipy.interpolate import CubicSpline
 
 from stellar_lab.models import train_test_rows
@@ -636,6 +635,33 @@ def is_text(path) -> bool:
     return Path(path).suffix.lower() in TEXT_FILES
 
 
+def holds_spectrum(path) -> bool:
+    """Whether a file is one that `read_spectrum` may read, from its name or a glance inside.
+
+    Parameters
+    ----------
+    path : str or Path
+        of a file that is none of the survey's own stars
+
+    Returns
+    -------
+    bool
+    """
+    if is_text(path):
+        return True
+    try:
+        with fits.open(path, lazy_load_hdus=True) as hdus:
+            if any(hdu.name == "COADD" for hdu in hdus[1:]):  # an optical spectrum of the survey
+                return False
+            tables = [hdu.columns.names for hdu in hdus[1:] if not hdu.is_image]
+            if any({"wavelength", "flux"} <= _find_columns(names).keys() for names in tables):
+                return True
+            first = next((hdu for hdu in hdus if hdu.is_image and hdu.shape), None)
+            return first is not None and len(first.shape) == 1 and "CRVAL1" in first.header
+    except Exception:  # whatever a damaged file makes astropy raise
+        return False
+
+
 def read_spectrum(path, **options) -> Spectra:
     """A spectrum of one star, from a file of one's own.
 
@@ -1076,8 +1102,8 @@ def model_for(model: Cannon, spectra: Spectra, resolution: float = None) -> tupl
     pixels = sampling.inside & seen & _fittable(spectra, listed, rule)
     if np.sum(pixels & (spectra.ivar[0] > 0)) < _LEAST:
         raise LabError(
-            f"{spectra.stars['APOGEE_ID'][0]}: too few of its pixels lie where the model learned, or "
-            "too few of them are continuum pixels: give a wider range, a chip of 300 Angstrom at least"
+            f"{spectra.stars['APOGEE_ID'][0]}: too few of its pixels lie where the model learned, "
+            "or hold its continuum pixels: give a wider range, 100 Angstrom at least"
         )
     star, used = _divided(_without_dark(_cropped(spectra, pixels)), listed[pixels], rule)
     return _on_pixels(model, sampling, theta, pixels, star, used, rule), star
@@ -1410,7 +1436,7 @@ def measure_velocity(model: LabelModel, spectra: Spectra, resolution: float = No
     velocities, gains = _gains(model, spectra, resolution)
     if gains.max() < _LEAST_GAIN:
         raise LabError(
-            f"{spectra.stars['APOGEE_ID'][0]}: no spectrum of the model resembles it at any velocity "
+            f"{spectra.stars['APOGEE_ID'][0]}: no spectrum of the model resembles it at a velocity "
             f"up to {_FASTEST:.0f} km/s; is it noise, or another kind of object? Give velocity= if "
             "you know it"
         )
@@ -1450,8 +1476,8 @@ def _resampled(model, spectra, resolution):
     sharp = model.metadata_.get("resolution", _RESOLUTION)
     if resolution is not None and resolution < 0.8 * sharp:
         raise LabError(
-            f"the star's resolution is {resolution:,.0f} and a {type(model).__name__} reads pixels of "
-            f"{sharp:,.0f}: take a Cannon, whose spectra can be blurred"
+            f"the star's resolution is {resolution:,.0f} and a {type(model).__name__} reads pixels "
+            f"of {sharp:,.0f}: take a Cannon, whose spectra can be blurred"
         )
     flux, ivar = resample(spectra.wavelength, spectra.flux[0], spectra.ivar[0], model.wavelength_)
     star = Spectra(
@@ -1681,8 +1707,9 @@ for ax, name, unit in zip(axes, ("TEFF", "LOGG", "M_H"), ("K", "dex", "dex")):
     ax.set_xticks(resolutions, [f"{r / 1000:g}k" for r in resolutions])
     ax.minorticks_off()
     ax.invert_xaxis()
-    ax.set(xlabel="resolution", ylabel=f"shift of {name} [{unit}]")
-fig.suptitle("Eight real giants at four resolutions, compared with the highest");
+    ax.set(xlabel="resolution", title=f"{name} [{unit}]")
+axes[0].set_ylabel("less that at 22,500")
+fig.suptitle("Eight real giants at four resolutions");
 
 # %% [markdown]
 # **What to see.** Each colour is a star. Going right, the lines blur, the points stray and the error bars grow with them.
@@ -1727,7 +1754,8 @@ def _grid_verdict(spectra):
     grid = spectra.wavelength
     step = np.median(np.diff(grid))
     lit = [n for n, c in chip_slices(grid).items() if np.sum(spectra.ivar[0, c] > 0) > _LEAST]
-    found = f"{len(grid)} pixels of {step:.3f} Angstrom, {grid[0]:.1f} to {grid[-1]:.1f}; {', '.join(lit)}"
+    found = f"{len(grid)} pixels of {step:.3f} Angstrom, {grid[0]:.1f} to {grid[-1]:.1f}"
+    found += f"; {', '.join(lit)}"
     if len(lit) < 3:
         return Verdict("grid", "look", found, "a part of the range: errors are larger, labels hold")
     return Verdict("grid", "ok", found)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RANGE', 'LIGHT', 'TEXT_FILES', 'from_arrays', 'from_specutils', 'from_table', 'is_text', 'holds_spectrum',
-           'read_spectrum', 'resample', 'model_for', 'measure_velocity', 'StarLabels', 'label_star', 'Verdict',
-           'StarCheck', 'check_star', 'plot_check']
+           'read_spectrum', 'resample', 'interpolate', 'model_for', 'measure_velocity', 'StarLabels', 'label_star',
+           'Verdict', 'StarCheck', 'check_star', 'plot_check']
 
 # %% ../nbs/19_spectrum.ipynb #a4e8b613
 import copy
@@ -254,7 +254,7 @@ def _as_spectra(angstrom, flux, ivar, velocity, resolution, name, notes):
     rest = angstrom / (1 + (velocity or 0) / LIGHT)
     resolution = np.nan if resolution is None else float(resolution)
     stars = _facts(name, flux, ivar, velocity, resolution)
-    stars.meta = {"product": "own", "normalized": False, "notes": notes}
+    stars.meta = {"product": "own", "normalized": False, "notes": notes, "level": float(level)}
     scaled = (flux / level).astype(np.float32)[None]
     return Spectra(rest, scaled, (ivar * level**2).astype(np.float32)[None], stars)
 
@@ -653,8 +653,10 @@ class _Sampling:
     sigma: np.ndarray  # (Q,) blur, in pixels of the model
 
 
-def _sampling(grid, new, fwhm):
-    "The `_Sampling` of a model's grid at other wavelengths (Q,), blurred by `fwhm` (Q,) Angstrom."
+def _sampling(grid, new, fwhm, average=False):
+    """The `_Sampling` of a model's grid at other wavelengths (Q,), blurred by `fwhm` (Q,) Angstrom.
+
+    With `average`, pixels wider than the grid's take in all that they cover."""
     rows, columns, values = [], [], []
     inside = np.zeros(len(new), bool)
     dense = np.ones(len(new))
@@ -665,9 +667,12 @@ def _sampling(grid, new, fwhm):
         here = np.flatnonzero((new >= grid[piece][0]) & (new <= grid[piece][-1]))
         place = np.interp(np.log(new[here]), part, np.arange(len(part)))
         sigma = fwhm[here] / _FWHM / (new[here] * step)
-        reach = int(np.ceil(_LANCZOS + 5 * sigma.max(initial=0)))
+        reach = int(np.ceil((3 if average else 1) * _LANCZOS + 5 * sigma.max(initial=0)))
         pixels = np.rint(place).astype(int)[:, None] + np.arange(-reach, reach + 1)
-        value = _kernel(pixels - place[:, None], sigma[:, None])
+        distance = pixels - place[:, None]
+        if average and len(here) > 1:
+            distance = distance / np.clip(np.gradient(place), 1, 4)[:, None]
+        value = _kernel(distance, sigma[:, None])
         off = (pixels < 0) | (pixels >= len(part))
         lost = np.where(
             off,
@@ -684,6 +689,33 @@ def _sampling(grid, new, fwhm):
     index = (np.concatenate(rows), np.concatenate(columns))
     weights = csr_array((np.concatenate(values), index), shape=(len(new), len(grid)))
     return _Sampling(weights, inside, dense, blur)
+
+# %% ../nbs/19_spectrum.ipynb #d562ab19
+def interpolate(grid, flux, ivar, new) -> tuple:
+    """A well sampled spectrum between its pixels, by Lanczos kernels: its lines stay as sharp.
+
+    Parameters
+    ----------
+    grid, new : (P,) and (Q,) arrays
+        increasing wavelengths; gaps of the grid are gaps
+    flux, ivar : (P,) arrays
+        inverse variance 0 where a pixel is unusable
+
+    Returns
+    -------
+    tuple of two (Q,) arrays
+        flux, and the inverse variance of each pixel by itself, 0 where a twentieth of the kernel
+        falls on unusable pixels
+    """
+    grid, new = np.asarray(grid, float), np.asarray(new, float)
+    sampling = _sampling(grid, new, np.zeros(len(new)), average=True)
+    good = (np.asarray(ivar) > 0) & np.isfinite(flux)
+    filled = np.interp(grid, grid[good], np.asarray(flux, float)[good])
+    variance = np.where(good, 1 / np.where(good, ivar, 1.0), 0)
+    spread = sampling.weights.power(2) @ variance
+    missed = np.abs(sampling.weights) @ (~good).astype(float)
+    usable = sampling.inside & (missed < 0.05) & (spread > 0)
+    return sampling.weights @ filled, np.where(usable, 1 / np.where(usable, spread, 1), 0)
 
 # %% ../nbs/19_spectrum.ipynb #4d2b659a
 _RULE = {"degree": 2, "run": 20, "tolerance": 0.1, "min_pixels": None}  # of the original lab

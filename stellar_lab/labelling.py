@@ -27,6 +27,7 @@ from .clean import FILE_NAME, Problem, product_of, read_stars
 from .inversion import infer
 from .models import LabelModel, count_flags, flag_names, label_values
 from .normalize import as_trained
+from .spectrum import holds_spectrum, label_star, read_spectrum
 from stellar_lab.survey import (
     PRODUCTS,
     RELEASES,
@@ -114,6 +115,11 @@ def _path_list(paths):
     return [Path(path) for path in paths]
 
 
+def _kind_of_file(path):
+    "The product of a file, `own` for a spectrum of another origin, empty for neither."
+    return product_of(path) or ("own" if holds_spectrum(path) else "")
+
+
 def _find(paths, product):
     "What `find_spectra` finds, and in words what it leaves out."
     found = {}
@@ -122,7 +128,7 @@ def _find(paths, product):
         if path.is_dir():
             stars, everything = _inside(path, product)
         elif path.exists():
-            stars = everything = [(path, product_of(path) or "")]
+            stars = everything = [(path, _kind_of_file(path))]
         else:
             raise LabError(f"there is no file or folder {path}")
         for file, kind in stars:
@@ -158,7 +164,7 @@ def find_spectra(paths, product: str = None) -> list:
 def _check_products(model, files, any_product):
     "LabError if some files are of another product than the model's."
     product = model.metadata_.get("product")
-    others = [(path, kind) for path, kind in files if kind and kind != product]
+    others = [(path, kind) for path, kind in files if kind not in ("", "own", product)]
     if not others or any_product:
         return
     path, kind = others[0]
@@ -179,10 +185,15 @@ def _row_of(model):
     return None if row == release.row else row
 
 
+def _has_one_spectrum(kind):
+    "Whether files of a kind have no rows."
+    return kind not in PRODUCTS or PRODUCTS[kind].normalized
+
+
 def _check_row(row, files):
     "LabError if a row was asked for, and no file has rows."
     kinds = {kind for _, kind in files if kind}
-    if row is not None and kinds and all(PRODUCTS[kind].normalized for kind in kinds):
+    if row is not None and kinds and all(map(_has_one_spectrum, kinds)):
         raise LabError(f"{files[0][0]} holds one spectrum, and no rows: leave the row out")
 
 # %% ../nbs/G_labelling.ipynb #d3c75c4f
@@ -197,14 +208,49 @@ def _label_batch(model, paths, product, row, any_product):
     if not len(spectra):
         return None, problems
     table = infer(model, as_trained(model, spectra), any_recipe=any_product)
-    for name, unit in _FACTS.items():
-        column = np.asarray(spectra.stars[name.upper()])
-        table[name] = column if unit is None else column * unit
+    _add_facts(table, spectra)
     table["file"] = [paths[place] for place in places]
     table.meta |= {"product": product, "row": spectra.stars.meta.get("row")}
     blind = table["file"][np.isnan(table[model.label_names_[0].lower()])]
     problems += [Problem(str(file), "no usable pixel, or too few for the model") for file in blind]
     return table, problems
+
+
+def _add_facts(table, spectra):
+    "What the files know of their stars, as columns."
+    for name, unit in _FACTS.items():
+        column = np.asarray(spectra.stars[name.upper()])
+        table[name] = column if unit is None else column * unit
+
+
+def _label_own(model, paths, kind, row, any_product):
+    "As `_label_batch`, for spectra on any grid: the model goes to each star."
+    tables = []
+    problems = []
+    for path in paths:
+        try:
+            found = label_star(model, read_spectrum(path))
+        except LabError as error:
+            problems.append(Problem(str(path), str(error)))
+            continue
+        _add_facts(found.table, found.spectra)
+        found.table["file"] = [path]
+        found.table.meta["said"] = [f"{Path(path).name}: {note}" for note in found.notes]
+        tables.append(found.table)
+    if not tables:
+        return None, problems
+    table = vstack(tables, metadata_conflicts="silent")
+    table.meta |= {"product": kind, "row": None}
+    return table, problems
+
+
+def _give_all_velocities(tables):
+    "Columns of velocity in all tables, empty where none was measured, if one has them."
+    if any("velocity" in table.colnames for table in tables):
+        for table in tables:
+            for name in ("velocity", "velocity_err"):
+                if name not in table.colnames:
+                    table[name] = np.full(len(table), np.nan) * u.km / u.s
 
 
 def _label_files(model, files, row, any_product, batch, progress):
@@ -220,7 +266,8 @@ def _label_files(model, files, row, any_product, batch, progress):
         for kind, paths in sorted(by_kind.items()):
             for start in range(0, len(paths), batch):
                 some = paths[start : start + batch]
-                table, bad = _label_batch(model, some, kind, row, any_product)
+                work = _label_batch if kind in PRODUCTS else _label_own
+                table, bad = work(model, some, kind, row, any_product)
                 tables += [] if table is None else [table]
                 problems += bad
                 bar.update(len(some))
@@ -231,8 +278,10 @@ def _joined(model, tables):
     "One table of all batches; its meta holds for all of them."
     usual = model.metadata_.get("product")
     products = sorted({table.meta["product"] for table in tables})
-    rows = {table.meta["row"] for table in tables if not PRODUCTS[table.meta["product"]].normalized}
-    foreign = sum(len(table) for table in tables if table.meta["product"] != usual)
+    with_rows = [t for t in tables if not _has_one_spectrum(t.meta["product"])]
+    rows = {table.meta["row"] for table in with_rows}
+    foreign = sum(len(t) for t in tables if t.meta["product"] not in ("own", usual))
+    _give_all_velocities(tables)
     table = vstack(tables, metadata_conflicts="silent")
     del table.meta["row"]
     if rows:
@@ -532,9 +581,10 @@ def label(
     table, problems = _label_files(model, files, row, any_product, batch, progress)
     if table is None:
         raise LabError(f"none of {len(files)} files gave labels: {_few(problems)}")
+    own_notes = table.meta.pop("said", [])[: 2 * _FEW]
     table.meta |= {"model": name, "files": len(files), "failed": len(problems)} | (notes or {})
     if out is not None:
         write_labels(table, out)
-    said = _foreign_note(model, table) + _wide_errors(model, table)
+    said = _foreign_note(model, table) + _wide_errors(model, table) + own_notes
     where = "" if out is None else str(out)
     return LabelSummary(table, len(files), problems, name, where, left_out, said)

@@ -1343,7 +1343,9 @@ def plot_spectrum(grid, flux, ivar=None, window=None, error=False, ax=None, titl
     shown = (grid >= low) & (grid <= high)
     good = np.ones(len(grid), bool) if ivar is None else np.asarray(ivar) > 0
     # NaNs between the chips break the line.
-    gaps = np.flatnonzero(np.diff(np.log10(grid[shown])) > 1.5 * LOG10_STEP) + 1
+    steps = np.diff(np.log10(grid))
+    usual = max(np.median(steps), LOG10_STEP) if len(steps) else LOG10_STEP
+    gaps = np.flatnonzero(np.diff(np.log10(grid[shown])) > 1.5 * usual) + 1
 
     def broken(y):
         return np.insert(np.where(good, y, np.nan)[shown].astype(float), gaps, np.nan)

@@ -1,0 +1,482 @@
+# %% [markdown]
+# # How well does a star repeat?
+# > Single visits on the detector's own pixels: read, brought to rest, combined, and labelled one by one.
+#
+# **Question.** The survey sees most stars several times and combines the visits. What happens on the way from a visit to the combination? And if we label each visit by
+# itself, do the labels scatter as their errors say?
+#
+# **Idea.** A visit is a spectrum on a grid of its own, in the frame of the observatory. With the velocity in its header it is brought to rest,
+# $\lambda_0=\lambda/(1+v/c)$; interpolated onto common pixels; and averaged with weights $1/\sigma^2$. All of it can be checked, because the survey keeps its own
+# version of every step. And repeats are the one honest test of an error that needs no truth: the star is the same, so what differs between visits is error.
+#
+# You learn what stands in an apVisit file, how visits are combined, and the test of repeats. You need [a spectrum of your own](19_spectrum.ipynb).
+
+# %%
+#| default_exp visits
+
+# %%
+#| export
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from astropy.io import fits
+from astropy.table import QTable, Table, vstack
+
+from stellar_lab.clean import Problem, product_of, read_stars
+from stellar_lab.inversion import infer
+from stellar_lab.models import LabelModel, label_values
+from stellar_lab.normalize import as_trained
+from stellar_lab.spectrum import LIGHT, from_arrays, interpolate, label_star
+from stellar_lab.survey import (
+    PIXMASK,
+    PRODUCTS,
+    LabError,
+    Spectra,
+    chip_slices,
+)
+from stellar_lab.survey import wavelength as SURVEY_WAVELENGTH
+
+# %%
+#| hide
+import tempfile
+
+import matplotlib.pyplot as plt
+import pytest
+
+from stellar_lab.cannon import Cannon
+from stellar_lab.judging import with_error_model
+from stellar_lab.models import train_test_rows
+from stellar_lab.normalize import training_set
+from stellar_lab.survey import archive_root, real_data, use_style
+
+# %%
+#| hide
+use_style()
+
+
+# %% [markdown]
+# ## Which pixels count?
+# Each pixel of a visit carries a mask of bits, and not all of them are equally bad. A pixel hit by a cosmic ray knows nothing of the star. One on a detector that
+# remembers brighter light (*persistence*) is doubtful, and if all pixels of a chip are doubtful, throwing them away throws away the chip. So there are two lists: bits
+# that kill a pixel, and bits that raise its error by a factor. The factors for persistence and sky lines are choices; so they are data, and yours to change.
+
+# %%
+#| export
+@dataclass(frozen=True)
+class MaskRule:
+    """Which bits of the survey's pixel mask kill a pixel, and which only raise its error.
+
+    Parameters
+    ----------
+    kill : PIXMASK
+        bits that take a pixel's weight
+    raised : dict
+        bit -> factor on the error; the largest that applies counts
+    reason : str
+        of the choice
+
+    Examples
+    --------
+    >>> from stellar_lab.survey import PIXMASK
+    >>> MaskRule(PIXMASK.BADPIX, {PIXMASK.PERSIST_LOW: 3.0}).factors(np.array([0, 1, 2048])).tolist()
+    [1.0, inf, 3.0]
+    """
+
+    kill: int
+    raised: dict = field(default_factory=dict)
+    reason: str = ""
+
+    def factors(self, mask) -> np.ndarray:
+        "Factor on the error of each pixel, infinite where it is killed; from a mask of any shape."
+        mask = np.asarray(mask)
+        factor = np.ones(mask.shape)
+        for bit, times in self.raised.items():
+            factor = np.where(mask & int(bit), np.maximum(factor, times), factor)
+        return np.where(mask & int(self.kill), np.inf, factor)
+
+
+_BROKEN = (
+    PIXMASK.BADPIX | PIXMASK.CRPIX | PIXMASK.SATPIX | PIXMASK.UNFIXABLE | PIXMASK.BADDARK
+    | PIXMASK.BADFLAT | PIXMASK.BADERR | PIXMASK.NOSKY
+)
+_DOUBTFUL = {
+    PIXMASK.PERSIST_HIGH: 5.0,
+    PIXMASK.PERSIST_MED: 4.0,
+    PIXMASK.PERSIST_LOW: 3.0,
+    PIXMASK.SIG_SKYLINE: 10.0,
+    PIXMASK.SIG_TELLURIC: 2.0,
+    PIXMASK.LITTROW_GHOST: 2.0,
+}
+STRICT = MaskRule(PIXMASK(2**15 - 1), {}, "every flag kills: as in the original lab")
+GENTLE = MaskRule(_BROKEN, _DOUBTFUL, "broken pixels die, doubtful ones count less")
+MASK_RULES = {"dr10": GENTLE, "dr12": GENTLE, "dr14": GENTLE, "dr16": GENTLE, "dr17": GENTLE}
+
+
+# %%
+#| export
+def weigh_mask(spectra: Spectra, rule: MaskRule = GENTLE) -> Spectra:
+    """Spectra whose mask is spent: bits that kill took the weight, others raised the error.
+
+    Parameters
+    ----------
+    spectra : Spectra
+        raw flux, with a mask
+    rule : MaskRule, optional
+        `GENTLE` by default
+
+    Returns
+    -------
+    Spectra
+        with an empty mask, so that `normalize` and `as_trained` take nothing more
+
+    Raises
+    ------
+    LabError
+        where there is no mask, or the spectra are normalized already
+    """
+    if spectra.mask is None:
+        raise LabError("these spectra have no mask: only apStar and apVisit files carry one")
+    if spectra.stars.meta.get("normalized"):
+        raise LabError("the mask is weighed before the continuum is drawn: give raw spectra")
+    factor = rule.factors(spectra.mask)
+    return spectra.replace(
+        ivar=(spectra.ivar / factor**2).astype(np.float32), mask=np.zeros_like(spectra.mask)
+    )
+
+
+# %%
+bits = np.array([0, PIXMASK.CRPIX, PIXMASK.PERSIST_LOW, PIXMASK.PERSIST_LOW | PIXMASK.PERSIST_HIGH])
+print("gentle", GENTLE.factors(bits), " strict", STRICT.factors(bits))
+assert list(GENTLE.factors(bits)) == [1, np.inf, 3, 5]
+
+# %% [markdown]
+# ## One visit
+# An apVisit file ([data model](https://data.sdss.org/datamodel/files/APOGEE_REDUX/APRED_VERS/TELESCOPE/PLATE_ID/MJD5/apVisit.html)) holds arrays of three chips by
+# 4,096 pixels, the red chip first, wavelengths falling: flux (HDU 1), error (2), mask (3), wavelength (4), then sky, tellurics and the coefficients of wavelength and
+# line-spread function. The header gives the velocity in the frame of the observatory (`VRAD`), the barycentric correction (`BC`) and their sum (`VHELIO`).
+
+# %%
+#| export
+_SHAPE = (3, 4096)
+
+
+def is_visit(path) -> bool:
+    "Whether a file is an apVisit file: its first extensions are three chips of 4,096 pixels."
+    try:
+        with fits.open(path, lazy_load_hdus=True) as hdus:
+            return all(hdus[k].is_image and hdus[k].shape == _SHAPE for k in (1, 2, 3, 4))
+    except Exception:  # whatever a damaged file makes astropy raise
+        return False
+
+
+def _of_visit(path):
+    "Header and arrays (flux, error, mask, wavelength) of a visit; LabError for another file."
+    try:
+        with fits.open(path) as hdus:
+            if not is_visit(path):
+                raise LabError(f"{path} is no apVisit file: that has arrays of 3 x 4,096 pixels")
+            arrays = [np.array(hdus[k].data, float) for k in (1, 2)]
+            arrays += [np.array(hdus[3].data, np.int64), np.array(hdus[4].data, float)]
+            return hdus[0].header, arrays
+    except OSError as error:
+        raise LabError(f"cannot read {path}: {error.strerror or error}") from error
+    except (TypeError, ValueError) as error:  # LabError is a ValueError, too
+        if isinstance(error, LabError):
+            raise
+        raise LabError(f"{path} is damaged ({error}): fetch it again") from error
+
+
+# %%
+#| export
+def _header_velocity(header):
+    "VRAD, else VHELIO - BC; None where the header has neither."
+    for value in (header.get("VRAD"), _difference(header.get("VHELIO"), header.get("BC"))):
+        if isinstance(value, (int, float)) and np.isfinite(value) and abs(value) < 2_000:
+            return float(value)
+    return None
+
+
+def _difference(first, second):
+    return None if first is None or second is None else first - second
+
+
+def read_visit(path, velocity=None, rule: MaskRule = GENTLE) -> Spectra:
+    """One visit, on its own pixels, at rest.
+
+    Parameters
+    ----------
+    path : str or Path
+        an apVisit file
+    velocity : float or "measure", optional
+        by which to bring it to rest [km/s], in the frame of the observatory; by default what its
+        header says. "measure" leaves it to `label_star`
+    rule : MaskRule, optional
+        which pixels count
+
+    Returns
+    -------
+    Spectra
+        of one star; the columns MJD, BC and VELOCITY say when and how it moved
+
+    Raises
+    ------
+    LabError
+        where the file is damaged or another
+    """
+    header, (flux, error, mask, angstrom) = _of_visit(path)
+    if velocity is None:
+        velocity = _header_velocity(header)
+    with np.errstate(invalid="ignore"):
+        error = np.where(error < 1e10, error, 0) * rule.factors(mask)
+    name = str(header.get("OBJID", Path(path).stem)).strip()
+    velocity = None if velocity == "measure" else velocity
+    visit = from_arrays(angstrom, flux, error, unit="AA", velocity=velocity, name=name)
+    facts = {"FILE": Path(path).name, "TELESCOPE": str(header.get("TELESCOP", "")).strip()}
+    facts |= {"RA": header.get("RA", np.nan), "DEC": header.get("DEC", np.nan)}
+    facts |= {"MJD": header.get("MJD5", -1), "BC": header.get("BC", np.nan)}
+    for column, value in facts.items():
+        visit.stars[column] = [value]
+    visit.stars.meta["product"] = "apvisit"
+    return visit
+
+
+# %% [markdown]
+# No real visit is shipped with this book, so here the file is made: a real giant, moved, put onto detector pixels of the true shape, with noise. `made_visit` writes to
+# the letter of the data model as far as this chapter reads.
+
+# %%
+#| exporti
+_CHIP_STARTS = (  # first wavelength and steps at both ends of each chip [Angstrom], as they are
+    (16_954.9, -0.1063, -0.1290),
+    (16_435.6, -0.1305, -0.1516),
+    (15_810.4, -0.1531, -0.1726),
+)
+
+
+def _detector():
+    "Wavelengths (3, 4096) like those of a visit, the red chip first, falling."
+    rows = []
+    for start, first, last in _CHIP_STARTS:
+        steps = np.linspace(first, last, _SHAPE[1] - 1)
+        rows.append(start + np.concatenate([[0], np.cumsum(steps)]))
+    return np.array(rows)
+
+
+def made_visit(grid, flux, error, velocity, bc=0.0, name="star", mjd=58_000, seed=0) -> fits.HDUList:
+    """An apVisit file of a star whose spectrum is known.
+
+    Parameters
+    ----------
+    grid, flux : (P,) arrays
+        spectrum at rest, finite [Angstrom, vacuum]
+    error : float
+        of the noise of the visit's pixels, in the unit of the flux
+    velocity, bc : float
+        of the star in the frame of the observatory, barycentric correction [km/s]
+
+    Returns
+    -------
+    HDUList
+    """
+    angstrom = _detector()
+    rest = angstrom / (1 + velocity / LIGHT)
+    order = np.argsort(rest, axis=None)
+    sharp, weight = interpolate(grid, flux, np.ones(len(grid)), rest.ravel()[order])
+    seen = np.zeros(rest.size)
+    known = np.zeros(rest.size, bool)
+    seen[order] = sharp
+    known[order] = weight > 0
+    seen, known = seen.reshape(_SHAPE), known.reshape(_SHAPE)
+    noise = error * np.random.default_rng(seed).standard_normal(_SHAPE)
+    arrays = [
+        np.where(known, seen + noise, 0).astype("f4"),
+        np.where(known, error, 1e10).astype("f4"),
+        np.where(known, 0, 1).astype("i2"),
+        angstrom,
+    ]
+    header = fits.Header({"OBJID": name, "TELESCOP": "apo25m", "MJD5": mjd, "BC": bc})
+    header.update({"VRAD": velocity, "VHELIO": velocity + bc, "SNR": float(np.median(seen) / error)})
+    return fits.HDUList([fits.PrimaryHDU(header=header), *map(fits.ImageHDU, arrays)])
+
+
+# %%
+spectra, _ = training_set(archive_root(), progress=False)
+learn, left_out = train_test_rows(len(spectra))
+giants = Cannon(scatter=True).fit(spectra[learn])
+row = left_out[np.argmax(spectra.stars["SNR"][left_out])]
+good = spectra.ivar[row] > 0
+quiet = np.interp(np.arange(len(good)), np.flatnonzero(good), spectra.flux[row][good])
+scratch = tempfile.TemporaryDirectory()
+here = Path(scratch.name)
+moves = {-55.2: 0.012, -44.6: 0.011, 12.0: 0.02, 31.4: 0.015}  # km/s: error of the visit
+paths = []
+for k, (velocity, error) in enumerate(moves.items()):
+    paths.append(here / f"apVisit-r8-5094-{55_874 + k}-088.fits")
+    made = made_visit(SURVEY_WAVELENGTH, quiet, error, velocity, bc=-5.4, mjd=55_874 + k, seed=k)
+    made.writeto(paths[-1])
+visit = read_visit(paths[0])
+print(visit, float(visit.stars["VELOCITY"][0]))
+assert is_visit(paths[0]) and visit.stars["MJD"][0] == 55_874
+
+
+# %% [markdown]
+# ## At rest, and on the survey's pixels
+# To compare or to average visits they must share pixels. Interpolation by Lanczos kernels keeps the lines sharp; where a common pixel is wider than the detector's, it
+# takes in all that it covers, so no light is thrown away. A pixel that leans on a broken one is unusable.
+
+# %%
+#| export
+def on_grid(visit: Spectra, grid=SURVEY_WAVELENGTH) -> Spectra:
+    """A visit at rest, on other pixels.
+
+    Parameters
+    ----------
+    visit : Spectra
+        one star, as `read_visit` gives it
+    grid : (P,) array, optional
+        wavelengths; the survey's on-band pixels by default
+
+    Returns
+    -------
+    Spectra
+        raw flux in the file's unit, ready for `as_trained`
+    """
+    level = visit.stars.meta.get("level", 1.0)
+    flux, ivar = interpolate(visit.wavelength, visit.flux[0], visit.ivar[0], grid)
+    stars = visit.stars.copy()
+    stars.meta = {"product": "apstar", "normalized": False, "level": 1.0, "row": None}
+    flux = np.where(ivar > 0, flux, 0) * level
+    ivar = (ivar / level**2).astype(np.float32)
+    return Spectra(grid, flux.astype(np.float32)[None], ivar[None], stars, np.zeros((1, len(grid)), int))
+
+
+# %%
+seen = on_grid(visit)
+difference = (seen.flux[0] - quiet)[seen.ivar[0] > 0] * np.sqrt(seen.ivar[0][seen.ivar[0] > 0])
+print(f"visit less star, in its errors: median size {np.median(np.abs(difference)):.2f}")
+assert 0.5 < np.median(np.abs(difference)) < 0.8  # 0.67 for a Gaussian
+
+
+# %% [markdown]
+# ## Combined
+# Nights differ: the same star is brighter or redder through another atmosphere. So each visit is first brought to the level of the best one, by a parabola for each chip,
+# and then averaged with the weights of its pixels.
+
+# %%
+#| export
+def _tilt(visit, best):
+    "Smooth ratio (P,) of a visit to the best one, a parabola for each chip; 1 where nothing is."
+    ratio = np.ones(len(visit.wavelength))
+    both = (visit.ivar[0] > 0) & (best.ivar[0] > 0) & (best.flux[0] > 0)
+    for chip in chip_slices(visit.wavelength).values():
+        good = np.flatnonzero(both[chip]) + chip.start
+        if len(good) < 100:
+            continue
+        x = (visit.wavelength - visit.wavelength[chip].mean()) / 300
+        quotient = visit.flux[0][good] / best.flux[0][good]
+        weight = np.sqrt(visit.ivar[0][good]) * best.flux[0][good]
+        kept = np.abs(quotient / np.median(quotient) - 1) < 0.5
+        curve = np.polyfit(x[good][kept], quotient[kept], 2, w=weight[kept])
+        ratio[chip] = np.polyval(curve, x[chip])
+    return np.where(ratio > 0, ratio, 1)
+
+
+def combine(visits) -> Spectra:
+    """One spectrum of several visits of a star: the mean of their pixels, weighted by 1/error^2.
+
+    Parameters
+    ----------
+    visits : list of Spectra
+        at rest and on the same pixels, as `on_grid` gives them
+
+    Returns
+    -------
+    Spectra
+        one star
+
+    Raises
+    ------
+    LabError
+        where there is no visit, or they have other pixels
+    """
+    visits = list(visits)
+    if not visits:
+        raise LabError("there are no visits to combine")
+    if any(not np.array_equal(v.wavelength, visits[0].wavelength) for v in visits):
+        raise LabError("the visits have other pixels: bring each to the same with on_grid")
+    best = visits[int(np.argmax([np.median(v.flux[0] * np.sqrt(v.ivar[0])) for v in visits]))]
+    light = np.zeros(len(best.wavelength))
+    weight = np.zeros(len(best.wavelength))
+    for visit in visits:
+        ratio = _tilt(visit, best)
+        own = visit.ivar[0].astype(float) * ratio**2
+        light += own * visit.flux[0] / ratio
+        weight += own
+    flux = np.where(weight > 0, light / np.where(weight > 0, weight, 1), 0)
+    stars = best.stars.copy()
+    known = flux[weight > 0] * np.sqrt(weight[weight > 0])
+    stars["SNR"] = [float(np.median(known)) if len(known) else 0.0]
+    stars["NVISITS"] = [len(visits)]
+    return best.replace(
+        flux=flux.astype(np.float32)[None], ivar=weight.astype(np.float32)[None], stars=stars
+    )
+
+
+# %%
+together = combine([on_grid(read_visit(path)) for path in paths])
+snr = [read_visit(path).stars["SNR"][0] for path in paths]
+print(f"SNR of the visits {np.round(snr)}, together {together.stars['SNR'][0]:.0f}")
+good = together.ivar[0] > 0
+left = (together.flux[0] - quiet)[good] * np.sqrt(together.ivar[0][good])
+assert 0.5 < np.median(np.abs(left)) < 0.8
+
+
+# %% [markdown]
+# ## The survey's own combination
+# Where the survey's files are at hand (`STELLAR_LAB_REAL_DATA`), our steps meet the survey's: three visits of one giant, and the apStar file that was made of them, whose
+# rows 2 to 4 are the visits at rest.
+
+# %%
+def survey_row(path, row):
+    "Flux, error and mask of one row of an apStar file, on-band."
+    spectra = read_stars([path], PRODUCTS["apstar"], row=row, progress=False)[0]
+    return spectra.flux[0].astype(float), spectra.ivar[0].astype(float), spectra.mask[0]
+
+
+real = real_data()
+if real is None:
+    print("Skipped: STELLAR_LAB_REAL_DATA is not set, so there are no visits of the survey.")
+else:
+    real_visits = sorted((real / "own").glob("apVisit-*.fits"))
+    star_file = real / "apStar-r6-2M00005143+5615568.fits"
+    used = (-55.161, -44.637, -43.029)  # the combination's own velocities [km/s]
+    rows = []
+    shown = []
+    for k, (path, velocity) in enumerate(zip(real_visits, used)):
+        ours = on_grid(read_visit(path, velocity, MaskRule(GENTLE.kill)))
+        flux, ivar, mask = survey_row(star_file, k + 2)
+        good = (ours.ivar[0] > 0) & (ivar > 0) & (mask & int(GENTLE.kill) == 0)
+        for name, chip in chip_slices(SURVEY_WAVELENGTH).items():
+            on = np.flatnonzero(good[chip]) + chip.start
+            scale = np.median(flux[on] / ours.flux[0][on])
+            off = (ours.flux[0][on] * scale - flux[on]) * np.sqrt(ivar[on])
+            trend = np.polyfit(np.linspace(-1, 1, len(on)), off, 1)[0]
+            rows.append((k + 1, name, len(on), np.median(np.abs(off)), trend))
+            shown.append((SURVEY_WAVELENGTH[on], off))
+    names = ["visit", "chip", "pixels", "median |difference| / error", "trend along the chip"]
+    agreement = Table(rows=rows, names=names)
+    for name in names[3:]:
+        agreement[name].info.format = ".3f"
+    display(agreement)
+    assert np.all(agreement["median |difference| / error"] < 0.6)
+    assert np.all(np.abs(agreement["trend along the chip"]) < 0.1)
+
+# %%
+if real is not None:
+    fig, ax = plt.subplots(figsize=(9, 2.6))
+    for grid, off in shown[:3]:
+        ax.plot(grid, off, ".", ms=1.5, alpha=0.5)
+    ax.set(xlabel="vacuum wavelength [Å]", ylabel="(ours - survey) / error", ylim=(-5, 5))
+    ax.set_title("One visit, brought to rest by us and by the survey")

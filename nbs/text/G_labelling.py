@@ -392,7 +392,7 @@ assert list(table["apogee_id"]) == sorted(known[:3]) and table["ra"].unit == u.d
 table["apogee_id", "teff", "teff_err", "flags", "snr", "ra", "dec", "field", "telescope"]
 
 # %% [markdown]
-# [A spectrum of one's own](19_spectrum.ipynb), a text file or a FITS table on any grid, is named like any other file. It keeps its pixels, and its velocity is
+# [A spectrum of one's own](20_spectrum.ipynb), a text file or a FITS table on any grid, is named like any other file. It keeps its pixels, and its velocity is
 # measured.
 
 # %%

@@ -949,7 +949,7 @@ assert np.abs(seen - exact).max() < 1e-4
 
 
 # %% [markdown]
-# The same kernel interpolates a well sampled spectrum of one's own, such as [a visit](20_visits.ipynb), without blurring it.
+# The same kernel interpolates a well sampled spectrum of one's own, such as [a visit](21_visits.ipynb), without blurring it.
 
 # %%
 #| export

@@ -9,7 +9,7 @@
 # $\lambda_0=\lambda/(1+v/c)$; interpolated onto common pixels; and averaged with weights $1/\sigma^2$. All of it can be checked, because the survey keeps its own
 # version of every step. And repeats are the one honest test of an error that needs no truth: the star is the same, so what differs between visits is error.
 #
-# You learn what stands in an apVisit file, how visits are combined, and the test of repeats. You need [a spectrum of your own](19_spectrum.ipynb).
+# You learn what stands in an apVisit file, how visits are combined, and the test of repeats. You need [a spectrum of your own](20_spectrum.ipynb).
 
 # %%
 #| default_exp visits

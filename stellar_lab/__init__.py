@@ -14,6 +14,7 @@ _FRONT_DOOR = {
     "Flag": "models",
     "HiddenCannon": "hidden",
     "LatentLabels": "latents",
+    "Refusal": "refusal",
     "RidgeLabels": "readers",
     "Spectra": "survey",
     "cross_label": "judging",

@@ -223,6 +223,8 @@ def _run_train(options):
         continuum_pixels=options.continuum_pixels,
         row=options.row,
         kind=options.kind,
+        groups=options.groups,
+        refusal=not options.no_refusal,
         order=options.order,
         scatter=options.scatter,
         test_size=options.test_size,
@@ -251,6 +253,9 @@ _TRAINED = {  # option -> its help
     "explain weigh less (default: off, as in the original lab)",
     "--folds": "judge in K folds instead: each star is left out once, with all its spectra; "
     "the model itself learns from all",
+    "--groups": "a column of the catalogue, such as FIELD: calibrate the errors on stars whose "
+    "whole group was left out, so that they hold for a new one (default: on the stars above)",
+    "--no-refusal": "learn no guard against spectra that no star like the training stars explains",
 }
 _ROW = "of apstar files: 0 and 1 are combinations of all visits, 2, 3, … the visits"
 
@@ -284,6 +289,8 @@ def _add_train(commands):
     share = "share of the stars left out to judge the model, which learns from the others"
     split("--test-size", type=float, default=0.33, metavar="SHARE", help=share)
     split("--folds", type=int, metavar="K", help=_TRAINED["--folds"])
+    option("--groups", type=str.upper, metavar="COLUMN", help=_TRAINED["--groups"])
+    option("--no-refusal", action="store_true", help=_TRAINED["--no-refusal"])
     option("--seed", type=int, default=42, metavar="S", help="of the split or the folds")
 
 # %% ../nbs/H_cli.ipynb #92bdcb21
@@ -305,7 +312,9 @@ are calibrated (on stars left out of training) or formal.
 
 flags is a sum, 0 means no reason to doubt: 1 not converged, 2 at the edge of
 what the model may say, 4 far from all training stars, 8 poor fit, 16 few
-pixels.
+pixels. The guard of a model adds: 32 shifted, 64 broadened, 128 diluted,
+256 tilted, 512 a second light, 1024 unusual, 2048 bright lines, and says
+velocity, broadening, dilution, tilt, second_light and more in columns.
 
 .fits, .ecsv and .parquet keep units and where the table comes from (model,
 date, command; SOURCE_DATE_EPOCH fixes the date). In .parquet a covariance is a

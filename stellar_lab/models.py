@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import IntFlag
 from functools import singledispatch, wraps
+from importlib import import_module
 
 import asdf
 import numpy as np
@@ -396,7 +397,7 @@ class _Taught(_Scaled):
 
     def _begin(self, labels, flux, ivar, label_names, wavelength):
         "Check the training stars and learn their labels' scaling; returns flux and ivar (N, P)."
-        for learned in ("error_inflation_", "error_floor_"):
+        for learned in ("error_inflation_", "error_floor_", "fit_limit_", "refusal_"):
             vars(self).pop(learned, None)  # of an earlier fit
         metadata = {}
         names = self.labels if label_names is None else label_names
@@ -670,6 +671,8 @@ class LabelModel(_Taught, BaseEstimator):
         "training_labels_": Held("number", "NK"),
         "error_inflation_": Held("number", "K", low=0, optional=True),
         "error_floor_": Held("number", "K", low=0, optional=True),
+        "fit_limit_": Held("number", low=0, optional=True),
+        "refusal_": Held("facts", optional=True),
     }
 
     @property
@@ -1047,7 +1050,8 @@ def _flags(model, found, min_good):
     outside[known] = model._outside(found.labels[known])
     least = max(min_good * model.usable_.sum(), model.least_pixels_)
     with np.errstate(invalid="ignore"):  # a model without chi2 has an infinite limit
-        poor = found.chi2 > model.poor_fit_limit_ * found.n_good  # False for NaN
+        limit = getattr(model, "fit_limit_", model.poor_fit_limit_)  # that of left-out stars
+        poor = found.chi2 > limit * found.n_good  # False for NaN
     doubts = {
         Flag.NOT_CONVERGED: ~found.resting,
         Flag.AT_BOUND: found.at_bound & known,
@@ -1216,7 +1220,9 @@ def _lacking(tree, names):
 
 
 def plain_value(value):
-    "A numpy scalar or a tuple as ASDF takes it."
+    "A numpy scalar, a tuple or a model within a model as ASDF takes it."
+    if isinstance(value, LabelModel):
+        return _tree_of(value)
     if isinstance(value, np.generic):
         return value.item()
     return list(value) if isinstance(value, tuple) else value
@@ -1454,17 +1460,20 @@ def _unshared(value):
     return np.array(value) if isinstance(value, np.ndarray) else plain_value(value)
 
 
+def _tree_of(model):
+    "What a fitted model is: its class, parameters, and what it has learned."
+    return {
+        "stellar_lab_model": type(model).__name__,
+        "parameters": {name: plain_value(v) for name, v in model.get_params().items()},
+        **model._learned(),
+    }
+
+
 def _write_model(model, path):
     "Write a fitted model as ASDF, whole or not at all."
     versions = {"stellar_lab": __version__, "numpy": np.__version__}
     versions["scikit-learn"] = sklearn.__version__
-    tree = {
-        "stellar_lab_model": type(model).__name__,
-        "format_version": _FORMAT_VERSION,
-        "versions": versions,
-        "parameters": {name: plain_value(v) for name, v in model.get_params().items()},
-        **model._learned(),
-    }
+    tree = {**_tree_of(model), "format_version": _FORMAT_VERSION, "versions": versions}
     tree = _unshared(tree)
     tree["fingerprint"] = _fingerprint(tree)
     with atomic_path(path) as temporary:
@@ -1566,6 +1575,14 @@ def check_parameters(cls, parameters: dict, file):
             )
 
 
+def _guard(tree, file):
+    """The guard within a model, as the front door knows it: its room stands above this one, and is
+    entered only where a file holds a guard."""
+    if tree.get("stellar_lab_model") != "Refusal":
+        raise ValueError(f"it holds a guard of kind {tree.get('stellar_lab_model')!r:.50}")
+    return import_module("stellar_lab").Refusal._from_tree(_Tree(tree, file=str(file)))
+
+
 def _model_of(cls, tree):
     "A model from what its file holds."
     file = tree.get("file", "the model's file")
@@ -1581,7 +1598,7 @@ def _model_of(cls, tree):
             if name.endswith("_"):
                 if name not in entries and hasattr(cls, name):
                     raise ValueError(f"it has the entry {name}")
-                setattr(model, name, value)
+                setattr(model, name, _guard(value, file) if name == "refusal_" else value)
         model.label_names_ = tuple(model.label_names_)
         model._check_restored()
     return model

@@ -18,7 +18,14 @@ from sklearn.utils.validation import check_is_fitted
 
 from .hidden import HiddenCannon
 from .inversion import infer, pixel_weights
-from .models import Flag, finite_flux, fold_numbers, in_blocks, label_values
+from stellar_lab.models import (
+    Flag,
+    Held,
+    finite_flux,
+    fold_numbers,
+    in_blocks,
+    label_values,
+)
 from .survey import LOG10_STEP, LabError, Spectra, chip_slices
 
 # %% ../nbs/18_refusal.ipynb #8e9d5187
@@ -114,16 +121,21 @@ class Question:
 
 QUESTIONS = (
     Question("velocity", Flag.SHIFTED, 0.987, 1.0, "km/s", True),
-    Question("broadening", Flag.BROADENED, 0.99, 1.0, "km2/s2", True),
+    Question("broadening", Flag.BROADENED, 0.98, 1.0, "km2/s2", True),
     Question("dilution", Flag.DILUTED, 0.99, 2.2, "", True),
     Question("tilt", Flag.TILTED, 0.99, 2.0),
-    Question("second_light", Flag.SECOND_LIGHT, 0.99, 1.35),
+    Question("second_light", Flag.SECOND_LIGHT, 0.99, 1.4),  # for each of the other lights
     Question("strangeness", Flag.UNUSUAL, 0.99, 2.0),
     Question("misfit", Flag.UNUSUAL, 0.99, 2.0),
     Question("bump", Flag.BRIGHT_LINES, 0.99, 1.5),
 )
 _LEAST_SIGNIFICANCE = 5  # a value below so many of its own errors is no news
 _FIXED = 3  # columns before the chips: velocity, broadening, dilution
+
+
+def _asked(lights):
+    "The question behind each column of answers, with so many other lights."
+    return [q for q in QUESTIONS for _ in range(lights if q.name == "second_light" else 1)]
 
 
 def _bump(sigmas, width=5):
@@ -149,7 +161,8 @@ def _fit_at(model, flux, ivar, labels):
 
 
 def _answers(model, lights, flux, ivar, labels):
-    "Each question's value (N, Q) and the error of it (N, Q), 0 where it has none."
+    """Value (N, Q) of each column of answers (see `_asked`), and its error (N, Q), 0 where it has
+    none."""
     drawn, left, weight, hidden = _fit_at(model, flux, ivar, labels)
     chips = [chip for chip in _chips(model) if chip.stop > chip.start]
     slopes = np.nan_to_num(model.derivative(labels)) * model.scales_[:, None]
@@ -157,22 +170,16 @@ def _answers(model, lights, flux, ivar, labels):
     columns = np.concatenate([slopes.astype("f4"), foreign], axis=1)
     products, pull = _without_hidden(columns, weight, left, model)
     value, error = _one_by_one(products, pull, slopes.shape[1])
-    own = [value[:, :_FIXED], *_largest(value, error, len(chips))]
-    own_error = [error[:, :_FIXED], np.zeros((len(flux), 2))]
-    sigmas = np.sqrt(weight) * left
-    good = np.maximum((weight > 0).sum(axis=1), 1)
-    misfit = (sigmas**2).sum(axis=1) / good
-    near = [(hidden**2).sum(axis=1), misfit, _bump(sigmas)]
-    found = np.column_stack([*own, *near])
-    return found, np.column_stack([*own_error, np.zeros((len(flux), len(near)))])
-
-
-def _largest(value, error, chips):
-    "The largest tilt of a chip (N,), and the largest share of another light (N,)."
     sure = np.where(np.abs(value) > _LEAST_SIGNIFICANCE * error, value, 0)
-    tilt = np.abs(sure[:, _FIXED : _FIXED + chips]).max(axis=1)
-    lights = sure[:, _FIXED + chips :]
-    return tilt, lights.max(axis=1, initial=0)
+    tilt = np.abs(sure[:, _FIXED : _FIXED + len(chips)]).max(axis=1)
+    sigmas = np.sqrt(weight) * left
+    misfit = (sigmas**2).sum(axis=1) / np.maximum((weight > 0).sum(axis=1), 1)
+    near = [(hidden**2).sum(axis=1), misfit, _bump(sigmas)]
+    lit = sure[:, _FIXED + len(chips) :]
+    found = np.column_stack([value[:, :_FIXED], tilt, lit, *near])
+    errors = np.zeros_like(found)
+    errors[:, :_FIXED] = error[:, :_FIXED]
+    return found, errors
 
 
 def _chips(model):
@@ -212,10 +219,16 @@ def _number(hidden, stars):
     return min(_HIDDEN, stars // _STARS_EACH) if hidden is None else hidden
 
 
+class _Quick(HiddenCannon):
+    "A guard need not know directions to the last digit."
+
+    _rounds = 6
+
+
 def _left_out(guard, flux, ivar, rows):
     "The answers (N, Q) of some training stars, by a model that has not seen them."
     number = _number(guard.hidden, np.count_nonzero(~rows))
-    one = HiddenCannon(number, guard.order, pivots=guard.pivots_, scales=guard.scales_)
+    one = _Quick(number, guard.order, pivots=guard.pivots_, scales=guard.scales_)
     labels = guard.training_labels_[~rows]
     one.fit(labels, flux[~rows], ivar[~rows], guard.label_names_, guard.wavelength_)
     spectra = Spectra(_grid(guard), flux[rows], ivar[rows], Table({"ROW": np.flatnonzero(rows)}))
@@ -233,13 +246,17 @@ def _limits(value):
     known = np.abs(value[np.isfinite(value).all(axis=1)])
     if not len(known):
         raise LabError("no left-out star could be examined: there are too few training stars")
-    return np.array([q.factor * np.quantile(v, q.quantile) for q, v in zip(QUESTIONS, known.T)])
+    asked = _asked(known.shape[1] + 1 - len(QUESTIONS))
+    return np.array([q.factor * np.quantile(v, q.quantile) for q, v in zip(asked, known.T)])
 
 # %% ../nbs/18_refusal.ipynb #7fb5bfa6
-class _Asking(HiddenCannon):
+class _Asking(_Quick):
     "A guard that can be asked."
 
-    _entries = (*HiddenCannon._entries, "lights_", "limits_")
+    _entries = HiddenCannon._entries | {
+        "lights_": Held("number", "LP"),
+        "limits_": Held("number", "Q", low=0),
+    }
 
     def answers(self, spectra) -> tuple:
         """The value of each question, before any limit.
@@ -252,8 +269,8 @@ class _Asking(HiddenCannon):
         Returns
         -------
         value, error : (N, Q) arrays
-            in the order of `QUESTIONS`; an error of 0 where none is known. NaN where a star has
-            no labels
+            in the order of `QUESTIONS`, the second light once for each of ``lights_``; an error of
+            0 where none is known. NaN where a star has no labels
         """
         check_is_fitted(self, "limits_")
         return _ask(self, self.lights_, spectra)
@@ -276,20 +293,31 @@ class _Asking(HiddenCannon):
         value, error = self.answers(spectra)
         doubts = _doubts(value, error, self.limits_)
         table["flags"] = (np.asarray(table["flags"]) | doubts).astype(np.int32)
-        for k, question in enumerate(QUESTIONS):
-            table[question.name] = value[:, k] * u.Unit(question.unit)
-            if k == 0:
-                table["velocity_err"] = error[:, k] * u.Unit(question.unit)
+        for question in QUESTIONS:
+            told = _told(question, value, self.limits_)
+            table[question.name] = told * u.Unit(question.unit) if question.unit else told
+            if question.name == "velocity":
+                table["velocity_err"] = error[:, 0] * u.Unit(question.unit)
         return table
+
+
+def _told(question, value, limits):
+    "The value (N,) of a question; of the other light that comes nearest to its limit."
+    mine = np.array([q is question for q in _asked(value.shape[1] + 1 - len(QUESTIONS))])
+    if not mine.any():
+        return np.full(len(value), np.nan)
+    nearest = np.nan_to_num(value[:, mine] / np.maximum(limits[mine], 1e-30)).argmax(axis=1)
+    return value[:, mine][np.arange(len(value)), nearest]
 
 
 def _doubts(value, error, limits):
     "The sum of flags (N,) that answers raise."
-    large = np.where([question.signed for question in QUESTIONS], np.abs(value), value)
+    asked = _asked(value.shape[1] + 1 - len(QUESTIONS))
+    large = np.where([question.signed for question in asked], np.abs(value), value)
     with np.errstate(invalid="ignore"):
         beyond = (large > limits) & (np.abs(value) > _LEAST_SIGNIFICANCE * error)
     doubts = np.zeros(len(value), dtype=int)
-    for question, raised in zip(QUESTIONS, beyond.T):
+    for question, raised in zip(asked, beyond.T):
         doubts |= np.where(raised, int(question.flag), 0)
     return doubts
 
@@ -316,7 +344,7 @@ class Refusal(_Asking):
     Attributes
     ----------
     limits_ : (Q,) array
-        of each of `QUESTIONS`
+        of each of `QUESTIONS`, the second light once for each of ``lights_``
     lights_ : (L, P) array
         spectra whose light may be mixed in
 

@@ -28,7 +28,13 @@ from sklearn.utils.validation import has_fit_parameter
 from tqdm import tqdm
 
 from stellar_lab.inversion import infer
-from stellar_lab.models import LabelModel, label_values, name_list, number_array
+from stellar_lab.models import (
+    LabelModel,
+    label_values,
+    name_list,
+    number_array,
+    poor_fit_limit,
+)
 from stellar_lab.survey import LabError, Spectra, label_record
 
 # %%
@@ -397,7 +403,8 @@ def with_error_model(model: LabelModel, table: QTable, truth) -> LabelModel:
     Returns
     -------
     LabelModel
-        a copy whose errors are calibrated: variance = inflation * formal variance + floor
+        a copy whose errors are calibrated: variance = inflation * formal variance + floor. From
+        the same stars it knows how large chi2 may be (``fit_limit_``)
 
     Raises
     ------
@@ -432,6 +439,10 @@ def with_error_model(model: LabelModel, table: QTable, truth) -> LabelModel:
     fits = [_inflation_and_floor(r, f2) for r, f2 in zip(residual.T, formal2.T)]
     model = copy.copy(model)
     model.error_inflation_, model.error_floor_ = np.array(fits).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        fit = np.asarray(table["chi2"]) / np.asarray(table["n_good"])
+    if np.isfinite(fit).any():
+        model.fit_limit_ = poor_fit_limit(fit[np.isfinite(fit)])
     return model
 
 

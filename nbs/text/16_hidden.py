@@ -372,7 +372,7 @@ def _check_number(number, n_stars):
         )
 
 
-def _learn_hidden(flux, ivar, terms, plain, hidden):
+def _learn_hidden(flux, ivar, terms, plain, hidden, rounds=_ROUNDS):
     """Coefficients, ordered directions, scatter^2 of all pixels, and chi2 of each star at its best
     hidden labels, from what a plain Cannon learned."""
     theta, scatter, _, _ = plain
@@ -380,7 +380,7 @@ def _learn_hidden(flux, ivar, terms, plain, hidden):
     ivar = np.where(usable, ivar, 0).astype(np.float32)
     flux = np.where(ivar > 0, flux, 0).astype(np.float32)
     start = np.nan_to_num(theta), np.nan_to_num(scatter) ** 2
-    found = learn_directions(flux, ivar, terms, *start, hidden, _ROUNDS)
+    found = learn_directions(flux, ivar, terms, *start, hidden, rounds)
     theta, directions, scatter2 = found
     directions = strongest_first(np.where(usable, directions, 0))
     residual = np.where(ivar > 0, flux - (terms @ theta.T).astype("f4"), 0)
@@ -555,6 +555,7 @@ class HiddenCannon(_Hidden):
     """
 
     scatter = True
+    _rounds = _ROUNDS  # a subclass may be content with fewer
 
     def __init__(
         self,
@@ -587,7 +588,9 @@ class HiddenCannon(_Hidden):
         if not number:
             self.hidden_ = np.empty((0, flux.shape[1]))
             return learned
-        theta, directions, scatter2, chi2 = _learn_hidden(flux, ivar, design, learned, number)
+        theta, directions, scatter2, chi2 = _learn_hidden(
+            flux, ivar, design, learned, number, self._rounds
+        )
         self.hidden_ = directions
         return theta, np.sqrt(scatter2), learned[2], chi2
 

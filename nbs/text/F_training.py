@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 from astropy.table import QTable
+from sklearn.model_selection import GroupKFold
 
 from stellar_lab import __version__
 from stellar_lab.cannon import Cannon
@@ -50,6 +51,7 @@ from stellar_lab.survey import PRODUCTS, LabError, archive_record, atomic_path, 
 
 # %%
 #| hide
+import matplotlib.pyplot as plt
 import pytest
 from astropy.table import Table
 
@@ -718,6 +720,7 @@ _ROOMS = {
     "RidgeLabels": "readers",
     "LatentLabels": "latents",
     "PhysicsModel": "physics",
+    "Refusal": "refusal",
 }  # class -> the module that it lives in
 
 
@@ -750,7 +753,19 @@ def _check_kind(kind):
 
 
 def _request(
-    root, labels, fields, product, row, order, scatter, test_size, folds, seed, kind="cannon"
+    root,
+    labels,
+    fields,
+    product,
+    row,
+    order,
+    scatter,
+    test_size,
+    folds,
+    seed,
+    kind="cannon",
+    groups=None,
+    refusal=True,
 ):
     "What was asked for, checked, as the record keeps it."
     _check_kind(kind)
@@ -767,6 +782,8 @@ def _request(
         "test_size": test_size if folds is None else None,
         "folds": folds,
         "seed": seed,
+        "groups": groups,
+        "refusal": refusal,
     }
 
 
@@ -802,8 +819,107 @@ spectra, ledger = _select(archive_root(), request, pixels=None, progress=False)
 print(f"{ledger.left} of {len(ledger.dropped) + ledger.left} stars are left")
 assert len(spectra) == ledger.left
 
+# %% [markdown]
+# Random folds ask: how wrong is the model for one more star of this kind? A new cluster is another question. Its stars share an age, a composition and a place on the sky, and none of their siblings was in training.
+# So `groups` names a column, such as the field, and all stars of a group are left out together. Errors that are calibrated on these stars are larger, and hold where random folds promise too much.
+
+# %%
+#| export
+_MOST_GROUPS = 8  # fits; more groups than that are left out several at a time
+
+
+def _group_numbers(spectra, column):
+    "Number (N,) of the set in which each star's group is left out; LabError for a useless column."
+    if column not in spectra.stars.colnames:
+        known = ", ".join(spectra.stars.colnames)
+        raise LabError(f"the stars have no column {column!r} to group them by: choose from {known}")
+    names = np.array([str(value) for value in spectra.stars[column]])
+    count = len(set(names))
+    if count < 2:
+        raise LabError(f"all stars have the same {column}: there are no groups to leave out")
+    numbers = np.empty(len(names), dtype=int)
+    splits = GroupKFold(min(count, _MOST_GROUPS)).split(names, groups=names)
+    for number, (_, rows) in enumerate(splits):
+        numbers[rows] = number
+    return numbers
+
+
+def _judge_groups(model, spectra, column, progress):
+    "A set for `_judge`: each star, labelled by a model that has not seen its group."
+    numbers = _group_numbers(spectra, column)
+    table = cross_label(model, spectra, numbers, progress)
+    return {f"stars whose {column} was left out": (np.arange(len(spectra)), table)}
+
+
+# %%
+print(np.bincount(_group_numbers(spectra, "FIELD")), "stars are left out together")
+with pytest.raises(LabError, match="no column 'CLUSTER' to group them by"):
+    _group_numbers(spectra, "CLUSTER")
 
 # %% [markdown]
+# Last comes [the guard](18_refusal.ipynb), which flags spectra that are of no such star. The light of another star that may be mixed in comes from [synthetic dwarfs](B_emulator.ipynb): a cool one, a warm one that turns
+# fast, and the mean of four.
+
+# %%
+#| export
+_DWARFS = {  # name -> (TEFF, LOGG) of synthetic dwarfs whose mean it is, and their rotation [km/s]
+    "cool dwarf": ([(4200, 4.7)], 5.0),
+    "fast dwarf": ([(4700, 4.6)], 30.0),
+    "dwarfs": ([(4500, 4.65), (5000, 4.58), (5500, 4.5), (6000, 4.35)], 10.0),
+}
+_LEAST_GUARDED = 60  # training stars of a guard
+
+
+def dwarf_lights(wavelength) -> dict:
+    """Spectra of dwarfs whose light may be mixed into a giant's.
+
+    Parameters
+    ----------
+    wavelength : (P,) array
+        Angstrom, vacuum
+
+    Returns
+    -------
+    dict
+        name -> (P,) flux relative to the continuum; empty where the emulator does not reach
+    """
+    emulator = import_module("stellar_lab.emulator").Emulator.load(domain="dwarfs")
+    lights = {}
+    for name, (stars, vsini) in _DWARFS.items():
+        labels = np.array([[teff, logg, 0, 0, 0, 0, 0, 0, 1.1] for teff, logg in stars])
+        try:
+            lights[name] = emulator(labels, np.asarray(wavelength), vsini=vsini).mean(axis=0)
+        except LabError:  # wavelengths that no synthetic star was computed for
+            return {}
+    return lights
+
+
+def _guarded(model, spectra, order):
+    "The model with a guard that knows its training stars, and a sentence about it."
+    if len(spectra) < _LEAST_GUARDED:
+        note = f"no guard: {len(spectra)} training stars are too few, {_LEAST_GUARDED} are needed"
+        return model, note
+    names = list(model.label_names_)
+    enough = math.comb(len(names) + 2, 2) <= len(spectra) // 2
+    guard = _class("Refusal")(order=min(order, 2) if enough else 1, labels=names)
+    model.refusal_ = guard.fit(spectra, lights=dwarf_lights(spectra.wavelength))
+    return model, "a guard flags spectra that no star like the training stars explains"
+
+
+# %%
+lights = dwarf_lights(spectra.wavelength)
+fig, ax = plt.subplots(figsize=(7, 2.4))
+window = (spectra.wavelength > 16_000) & (spectra.wavelength < 16_100)
+for name, flux in lights.items():
+    ax.plot(spectra.wavelength[window], flux[window], label=name)
+ax.set(xlabel="wavelength [Å]", ylabel="flux / continuum", title="Light that may be mixed in")
+ax.legend(loc="lower right")
+assert dwarf_lights(np.array([5000.0])) == {}
+
+
+# %% [markdown]
+# **What to see.** The three agree in their lines and differ in depth and breadth.
+#
 # `_judge` above has fitted a model and asked it. Here its answers become errors, and everything else that the record keeps.
 
 # %%
@@ -945,8 +1061,16 @@ def _train(root, path, request, continuum_pixels, progress):
     spectra.stars.meta["continuum_source"] = source.encode(errors="backslashreplace").decode()
     model = _model_of_kind(request)
     way = (request["test_size"], request["folds"], request["seed"])
+    if request["groups"] is not None:
+        _group_numbers(spectra, request["groups"])  # before any long work
     model, sets = _judge(model, spectra, *way, progress)
+    if request["groups"] is not None:
+        sets |= _judge_groups(model, spectra, request["groups"], progress)
     report = _report(model, spectra, ledger, sets, request, root, path)
+    if request["refusal"]:
+        learned = spectra[next(iter(sets.values()))[0]]
+        report.model, note = _guarded(report.model, learned, request["order"])
+        report.facts["notes"].append(note)
     report.facts["notes"] += _believable_note(spectra, wild)
     _write(report, path)
     return report
@@ -978,6 +1102,8 @@ def train(
     progress: bool = True,
     row: int = None,
     kind: str = "cannon",
+    groups: str = None,
+    refusal: bool = True,
 ) -> TrainingReport:
     """Train a model on an archive, judge it on stars left out, and keep both.
 
@@ -1010,6 +1136,11 @@ def train(
     kind : {"cannon", "hidden", "ridge", "latents"}, default "cannon"
         which model: the Cannon of the original lab, one with hidden labels, ridge regression, or a
         Gaussian process on latents; order and scatter are the Cannon's (order the hidden's, too)
+    groups : str, optional
+        a column of the stars, such as FIELD: errors are calibrated on stars whose whole group was
+        left out, and hold for groups that are new
+    refusal : bool, default True
+        learn a guard, too, that flags spectra which no star like the training stars explains
 
     Returns
     -------
@@ -1029,6 +1160,7 @@ def train(
     """
     _as_path(root, "the root of an archive")
     wish = (labels, fields, product, row, order, scatter, test_size, folds, seed, kind)
+    wish += (groups, refusal)
     request = _request(root, *wish)
     return _train(root, path, request, continuum_pixels, progress)
 
@@ -1041,7 +1173,14 @@ print(report)
 # Another kind of model comes by its name, with the same judgement, errors and record. What it has no use for is refused.
 
 # %%
-ridge = train(archive_root(), here / "ridge.asdf", ["teff", "m_h"], kind="ridge", progress=False)
+ridge = train(
+    archive_root(),
+    here / "ridge.asdf",
+    ["teff", "m_h"],
+    kind="ridge",
+    refusal=False,
+    progress=False,
+)
 print(ridge.facts["model"]["class"], "-", ridge.facts["notes"][1])
 assert ridge.facts["arguments"]["kind"] == "ridge" and ridge.model.errors_ == "calibrated"
 with pytest.raises(LabError, match="has no polynomial"):

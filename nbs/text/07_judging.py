@@ -439,10 +439,10 @@ def with_error_model(model: LabelModel, table: QTable, truth) -> LabelModel:
     fits = [_inflation_and_floor(r, f2) for r, f2 in zip(residual.T, formal2.T)]
     model = copy.copy(model)
     model.error_inflation_, model.error_floor_ = np.array(fits).T
-    with np.errstate(divide="ignore", invalid="ignore"):
-        fit = np.asarray(table["chi2"]) / np.asarray(table["n_good"])
-    if np.isfinite(fit).any():
-        model.fit_limit_ = poor_fit_limit(fit[np.isfinite(fit)])
+    if "chi2" in table.colnames:
+        fit = np.asarray(table["chi2"]) / np.maximum(np.asarray(table["n_good"]), 1)
+        fit = fit[np.isfinite(fit)]
+        model.fit_limit_ = poor_fit_limit(fit) if len(fit) else model.poor_fit_limit_
     return model
 
 

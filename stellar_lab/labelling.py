@@ -673,11 +673,11 @@ def write_labels(table: QTable, path):
 _ENDS = 1 << 16  # bytes at both ends of a file in which a table of labels names its columns
 
 
-def _check_out(out, inputs=()):
-    "LabError if the table could not be written, or would replace something else, before all work."
+def _check_out(out):
+    "LabError if the table could not be written, before anything slow begins."
     if out is None:
         return
-    path = check_target(out, _FORMATS, "a table", inputs)
+    path = check_target(out, _FORMATS, "a table")
     if path.suffix.lower() == ".parquet":
         require("pyarrow", "parquet")
         if str(path) != _spelled(path):
@@ -685,8 +685,12 @@ def _check_out(out, inputs=()):
                 f"a Parquet table cannot be written to {_spelled(path)}, whose name holds bytes "
                 "that are no letters: choose another name, or another format"
             )
-    failed = _failed_name(path)
-    check_target(failed, (".csv",), "the list of failed files", inputs)
+
+
+def _check_spared(out, inputs):
+    "LabError where the table, or the list of failed files, would replace something else."
+    path = check_target(out, _FORMATS, "a table", inputs)
+    failed = check_target(_failed_name(path), (".csv",), "the list of failed files", inputs)
     if path.exists():
         whole = read_regular(path)
         if b"apogee_id" not in whole[:_ENDS] + whole[-_ENDS:]:
@@ -823,7 +827,7 @@ def label(
     _check_row(row, files)
     if out is not None:
         inputs = [path for path, _ in files] + ([name] if name else [])
-        _check_out(out, inputs)
+        _check_spared(out, inputs)
     row = _row_of(model) if row is None else int(row)
     jobs = _jobs(model, files, row, bool(any_product), int(batch))
     parts = _Parts(out, name) if out is not None and name and len(jobs) > 1 else None

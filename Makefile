@@ -6,6 +6,7 @@ VENV ?= .venv
 PYTHON ?=
 ARCHIVE = clusters
 PROFILE = quick
+SEED = 1
 NB =
 
 override VENV := $(abspath $(VENV))
@@ -21,7 +22,7 @@ export PATH := $(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help env lab test notebook fromtext sync check format archive outputs bench constraints clean FORCE
+.PHONY: help env lab test faults notebook fromtext sync check format archive outputs bench constraints clean FORCE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +45,9 @@ test: archive check ## all tests: generated files, notebooks, then tests/
 	@$(BIN)/python tools/test_notebooks.py
 	@echo "== tests"
 	@$(BIN)/python tools/test_files.py
+
+faults: $(STAMP) ## the whole campaign of faults: what is damaged, and what becomes of it [SEED=1]
+	@$(BIN)/python tools/faults.py --seed "$(SEED)"
 
 notebook: archive ## JupyterLab in nbs/
 	@unset MPLBACKEND; $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs \

@@ -2,6 +2,8 @@
 
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -13,6 +15,7 @@ import stellar_lab
 from stellar_lab import archives, clean, cli, labelling, survey, training
 from stellar_lab.archives import tree_digest
 from stellar_lab.clean import find_files
+from stellar_lab.labelling import label
 from stellar_lab.models import Flag
 from stellar_lab.survey import LABELS, PRODUCTS, RELEASES
 
@@ -154,11 +157,141 @@ def test_a_full_disk_is_no_traceback_but_a_mistake_of_ours_is(run, monkeypatch):
     assert run("label", "x", "--model", "m", "--out", "o.fits") == (
         2,
         "",
-        "stellar-lab: No space left on device: x/labels.fits\n",
+        "stellar-lab: No space left on device: x/labels.fits; make room, or choose another "
+        "folder\n",
     )
     monkeypatch.setattr(labelling, "label", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        run("label", "x", "--model", "m", "--out", "o.fits")
+    words = ["label", "x", "--model", "m", "--out", "o.fits"]
+    code, out, err = run(*words)
+    assert (code, out) == (2, "") and "Traceback" not in err and len(err.splitlines()) == 1
+    assert "a mistake of stellar_lab itself (ZeroDivisionError" in err and "--debug" in err
+    for debug in ([*words, "--debug"], ["--debug", *words]):
+        code, out, err = run(*debug)
+        assert code == 2 and "Traceback" in err and "ZeroDivisionError" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (MemoryError(), "not enough memory; close other programs"),
+        (ImportError("x.so: cannot allocate memory in static TLS block"), "not enough memory"),
+        (OSError(30, "Read-only file system", "m.asdf"), "m.asdf; choose another folder"),
+        (OSError(24, "Too many open files"), "raise the limit"),
+        (RuntimeError("Not enough\nof it"), "a mistake of stellar_lab itself (RuntimeError: Not"),
+    ],
+)
+def test_every_error_is_one_line_with_a_way_out(run, monkeypatch, error, words):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(training, "describe", fail)
+    code, out, err = run("report", "--model", "m.asdf")
+    assert (code, out) == (2, "") and words in err and len(err.splitlines()) == 1
+
+
+# --- streams, signals, folders
+
+
+def script(*words, **options):
+    "Run the command as a process of its own."
+    command = [str(Path(sys.executable).with_name("stellar-lab")), *map(str, words)]
+    return subprocess.run(command, text=True, timeout=100, **options)
+
+
+@pytest.mark.parametrize("where", [">&-", ">/dev/full"])
+def test_output_that_cannot_be_written_is_said(model, good_files, tmp_path, where):
+    stellar = Path(sys.executable).with_name("stellar-lab")
+    words = f"label --model {model} {good_files[0][0]} --out {tmp_path / 'o.fits'}"
+    for what in (f"report --model {model}", words):
+        command = ["sh", "-c", f"{stellar} {what} {where}"]
+        done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 1 and "files that were to be written are written" in done.stderr
+        assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (tmp_path / "o.fits").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("where", ["2>/dev/full", "2>&- <&-"])
+def test_a_lost_error_output_loses_nothing_else(model, good_files, tmp_path, where):
+    stellar = Path(sys.executable).with_name("stellar-lab")
+    (tmp_path / "broken.fits").write_text("no star")
+    files = f"{good_files[0][0]} {tmp_path / 'broken.fits'}"
+    words = f"{stellar} label --model {model} {files} --out {tmp_path / 'o.fits'}"
+    done = subprocess.run(["sh", "-c", f"{words} {where}"], stdout=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and "1 of 2 stars labelled" in done.stdout
+    assert (tmp_path / "o.fits").stat().st_size > 1000
+    assert "broken.fits" in (tmp_path / "o-failed.csv").read_text()
+
+
+@pytest.mark.parametrize("name, code", [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_signals_are_answered_alike(tmp_path, name, code):
+    "A command that waits, here for a pipe, ends with one line."
+    program = (
+        "import sys, time; from stellar_lab import cli, training; "
+        "training.describe = lambda *_: (print('ready', flush=True), time.sleep(60)); "
+        "sys.exit(cli.main(['report', '--model', 'x.asdf']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(getattr(signal, name))
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert err == "\nstellar-lab: interrupted: nothing was lost\n"
+
+
+def test_a_folder_that_is_gone(model, good_files, tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    stellar = Path(sys.executable).with_name("stellar-lab")
+    words = f"cd {gone}; rmdir {gone}; {stellar} label --model {model} {good_files[0][0]} --out "
+    for out in ("o.fits", tmp_path / "o.fits"):
+        done = subprocess.run(["sh", "-c", f"{words} {out}"], capture_output=True, text=True)
+        assert "Traceback" not in done.stderr and done.returncode in (0, 2)
+        assert done.returncode == 0 or "folder" in done.stderr
+
+
+def test_names_that_are_no_letters(run, root, model, good_files, tmp_path):
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xe9"))
+    odd.mkdir()
+    star = odd / Path(good_files[0][0]).name
+    shutil.copy(good_files[0][0], star)
+    shutil.copy(good_files[0][1], odd / "nam\udcfe.fits")
+    (odd / "broken.fits").write_text("no star")
+    words = ["label", "--model", model, star, odd / "nam\udcfe.fits", odd / "broken.fits", "--out"]
+    done = script(*words, odd / "o.fits", capture_output=True)
+    assert done.returncode == 1 and "2 of 3 stars labelled" in done.stdout, done.stderr
+    assert "no letters" in run(*words, odd / "o.parquet")[2]
+    label(model, words[3:6], tmp_path / "o.parquet", progress=False)
+    for suffix in (".csv", ".ecsv", ".vot"):
+        label(*([model, words[3:6], odd / f"o{suffix}"]), progress=False, notes={"a": str(star)})
+        assert (odd / "o-failed.csv").read_bytes().count(b"\n") == 2
+    (odd / "root").symlink_to(root)
+    done = script(
+        *("train", odd / "root", "--labels", "teff,m_h", "--model", odd / "m.asdf"),
+        capture_output=True,
+    )
+    assert done.returncode == 0, done.stderr
+    done = script("report", "--model", odd / "m.asdf", capture_output=True)
+    assert done.returncode == 0 and "rmse" in done.stdout
+
+
+def test_a_pipe_in_place_of_a_file_is_refused(run, model, good_files, tmp_path):
+    os.mkfifo(tmp_path / "pipe.asdf")
+    os.mkfifo(tmp_path / "pipe.fits")
+    out = tmp_path / "o.fits"
+    for words in (
+        ["report", "--model", tmp_path / "pipe.asdf"],
+        ["label", "--model", tmp_path / "pipe.asdf", good_files[0][0], "--out", out],
+        ["label", "--model", model, tmp_path / "pipe.fits", "--out", out],
+        ["label", "--model", model, "/dev/zero", "--out", out],
+    ):
+        code, _, err = run(*words)
+        assert code == 2 and "a pipe, a device or a socket" in err
+    os.mkfifo(tmp_path / Path(good_files[0][0]).name)
+    shutil.copy(good_files[0][1], tmp_path)
+    code, said, err = run("label", "--model", model, tmp_path, "--out", out)
+    assert code == 1 and "1 of 2 stars labelled" in said and "no file" in err
 
 
 def test_without_the_command_on_the_path():

@@ -1,7 +1,12 @@
 """From files to a table of labels: found, treated alike, written in any format."""
 
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -10,9 +15,9 @@ import pandas as pd
 import pytest
 from astropy.table import QTable, Table
 
-from stellar_lab import survey
+from stellar_lab import labelling, survey
 from stellar_lab.cannon import Cannon
-from stellar_lab.clean import find_files, read_files
+from stellar_lab.clean import find_catalogue, find_files, read_files
 from stellar_lab.inversion import infer
 from stellar_lab.labelling import find_spectra, label
 from stellar_lab.models import Flag
@@ -471,3 +476,126 @@ def test_a_folder_is_no_model(run, good_files, tmp_path):
         for command in (words, ["report", "--model", tmp_path / name]):
             code, out, err = run(*command)
             assert (code, out) == (2, "") and name in err and "Traceback" not in err
+
+
+# --- nothing lost
+
+
+def test_one_file_that_fails_is_one_line(model, good_files, tmp_path, monkeypatch):
+    "Whatever goes wrong with one spectrum, the others are labelled."
+    files, _ = good_files
+    real = labelling.infer
+
+    def fails(model, spectra, **options):
+        if spectra.stars["FILE"][0] and Path(files[4]).name in list(spectra.stars["FILE"]):
+            raise ValueError("array must not contain infs or NaNs")
+        return real(model, spectra, **options)
+
+    expected = label(model, files[:4] + files[5:9], progress=False).table
+    monkeypatch.setattr(labelling, "infer", fails)
+    summary = label(model, files[:9], tmp_path / "o.fits", progress=False)
+    assert summary.labelled == 8 and summary.problems[0].path == files[4]
+    assert "cannot be labelled (array must not" in summary.problems[0].reason
+    assert np.allclose(summary.table["teff"].value, expected["teff"].value, rtol=1e-6)
+    failed = pd.read_csv(tmp_path / "o-failed.csv")
+    assert failed["file"].tolist() == [files[4]] and "o-failed.csv" in str(summary)
+    monkeypatch.undo()
+    assert not label(model, files[:9], tmp_path / "o.fits", progress=False).failed
+    assert not (tmp_path / "o-failed.csv").exists()  # it would be wrong now
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_run_that_was_stopped_goes_on(run, model, good_files, tmp_path, monkeypatch, workers):
+    files, _ = good_files
+    out = tmp_path / "o.ecsv"
+    once = label(model, files[:9], tmp_path / "once.ecsv", batch=2, progress=False)
+    real = labelling._Parts.keep
+    kept = []
+
+    def stop(parts, place, result):
+        real(parts, place, result)
+        kept.append(place)
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(labelling._Parts, "keep", stop)
+    with pytest.raises(KeyboardInterrupt):
+        label(model, files[:9], out, batch=2, progress=False, workers=workers)
+    assert not out.exists() and len(list(tmp_path.glob(".o.ecsv.parts/*.npz"))) == 3
+    monkeypatch.undo()
+    kept[0].write_bytes(kept[0].read_bytes()[:-50])  # one of them is damaged
+    asked = []
+    job = labelling._label_job
+    monkeypatch.setattr(labelling, "_label_job", lambda *a: asked.append(1) or job(*a))
+    label(model, files[:9], out, batch=2, progress=False)
+    assert len(asked) == 3  # two that were missing, and the damaged one
+    assert out.read_bytes() == (tmp_path / "once.ecsv").read_bytes() and once.ok
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["o.ecsv", "once.ecsv"]
+
+
+def test_labels_do_not_depend_on_workers_or_batches(model, good_files, tmp_path):
+    files, _ = good_files
+    tables = {}
+    for workers, batch in ((1, 5), (2, 5), (3, 5), (1, 64)):
+        out = tmp_path / f"{workers}-{batch}.fits"
+        label(model, files, out, batch=batch, workers=workers, progress=False)
+        tables[workers, batch] = out.read_bytes()
+    assert tables[1, 5] == tables[2, 5] == tables[3, 5]
+    one, other = (QTable.read(tmp_path / name) for name in ("1-5.fits", "1-64.fits"))
+    for name in ("teff", "m_h"):
+        assert np.all(np.abs(one[name] - other[name]) < 2e-3 * one[f"{name}_err"])
+    assert np.array_equal(one["flags"], other["flags"])
+
+
+def test_outputs_spare_what_is_read(run, root, model, good_files, tmp_path):
+    star = Path(shutil.copy(good_files[0][0], tmp_path / "star.fits"))
+    shutil.copy(good_files[0][1], tmp_path)
+    (tmp_path / "diary.csv").write_text("Monday: rain")
+    (tmp_path / "new-failed.csv").write_text("mine")
+    (tmp_path / "link.fits").symlink_to(star)
+    os.link(star, tmp_path / "other.fits")
+    catalogue = find_catalogue(root)
+    for paths, out, message in (
+        ([star], star, "one of the files that are read"),
+        ([star], tmp_path / "other.fits", "one of the files that are read"),
+        ([star], tmp_path / "link.fits", "a link to"),
+        ([tmp_path], tmp_path / "diary.csv", "no table of labels"),
+        ([tmp_path], tmp_path / "new.fits", "new-failed.csv"),
+        ([root], catalogue, "no table of labels"),
+        ([tmp_path], Path(good_files[0][2]), "no table of labels"),
+    ):
+        before = out.read_bytes() if out.exists() else None
+        code, said, err = run("label", "--model", model, *paths, "--out", out)
+        assert (code, said) == (2, "") and message in err, (out, err)
+        assert before is None or out.read_bytes() == before
+    assert not (tmp_path / "new.fits").exists()
+
+
+def test_a_log_gets_a_line_a_minute(model, good_files, capsys, monkeypatch):
+    files, _ = good_files
+    label(model, files[:4], batch=1, progress="lines")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(labelling, "_MINUTE", 0)
+    label(model, files[:4], batch=1, progress="lines")
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 4 and lines[0].startswith("labelling: 1 of 4 stars, 0 without labels")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_their_parent(model, good_files, tmp_path, number):
+    program = (
+        "import os, sys, time; from stellar_lab import labelling; "
+        "labelling._label_job = lambda *_: (print(os.getpid(), flush=True), time.sleep(99)); "
+        f"labelling.label({str(model)!r}, sys.argv[1:], batch=1, workers=2, progress=False)"
+    )
+    words = [sys.executable, "-c", program, *good_files[0][:4]]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
+    workers = [int(process.stdout.readline()) for _ in range(2)]
+    process.send_signal(number)
+    process.wait(30)
+    for _ in range(100):
+        alive = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+        if not alive:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{alive} still run")

@@ -26,10 +26,11 @@ TYPICAL = {
     "run": NOTEBOOKS,
     "test": NOTEBOOKS,
     "file": {
+        "cli": 70,
+        "faults": 60,
         "tools": 45,
         "augmentation": 34,
         "archives": 23,
-        "cli": 21,
         "mcmc": 19,
         "network": 18,
         "synthesis": 17,

@@ -112,7 +112,6 @@ _RECORD = {
     "errors": Held("facts"),
 }
 _TEXTS = {"archive": ("root", "title"), "model": ("digest",)}  # what `describe` prints
-_COLUMNS = ("label", "unit", "n", "rmse", "scaled_rmse", "mae", "bias", "robust")
 
 
 def _is_number(value, whole=False):
@@ -170,14 +169,13 @@ def _check_rows(name, rows):
     if not isinstance(rows, list) or not rows:
         raise ValueError(f"its errors of the {name} are none")
     for row in rows:
-        if not isinstance(row, dict) or not row.keys() >= set(_COLUMNS):
+        same = isinstance(row, dict) and isinstance(rows[0], dict) and row.keys() == rows[0].keys()
+        if not same or not isinstance(row.get("label"), str):
             raise ValueError(f"its errors of the {name} have other columns")
-        texts = [row[column] for column in _COLUMNS[:2]]
-        numbers = [row[column] for column in _COLUMNS[2:]]
-        if not all(isinstance(text, str) for text in texts) or not all(
-            number is None or _is_number(number) for number in numbers
-        ):
-            raise ValueError(f"its errors of the {name} are no numbers")
+        for column, value in row.items():
+            text = column in ("label", "unit")
+            if not isinstance(value, str) if text else not (value is None or _is_number(value)):
+                raise ValueError(f"{column} of the {name} holds {value!r:.30}")
 
 
 # %%

@@ -23,10 +23,15 @@
 # %%
 #| export
 import argparse
+import contextlib
+import errno
 import os
 import shlex
 import shutil
+import signal
 import sys
+import threading
+import traceback
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -38,7 +43,6 @@ from stellar_lab import __version__
 
 # %%
 #| hide
-import contextlib
 import io
 import subprocess
 import tempfile
@@ -118,12 +122,46 @@ def _command(commands, name, run, summary, text, interrupted):
         name, help=summary, description=text.strip(), formatter_class=_Help, allow_abbrev=False
     )
     parser.set_defaults(run=run, interrupted=interrupted)
+    parser.add_argument("--debug", action="store_true", help=_DEBUG, default=argparse.SUPPRESS)
     return parser
+
+
+_DEBUG = "show where in the program an error came up"
 
 
 def _shows_progress():
     "Bars are for a terminal, not for a log."
     return sys.stderr.isatty()
+
+
+def _say(text):
+    "A line on the error output; if nobody can read it there, it is lost, and nothing else is."
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # full, or closed
+        _silence(sys.stderr)
+
+
+class _Unprinted(Exception):
+    "The result of a command cannot be printed."
+
+
+def _print(text=""):
+    "Print a result at once; `_Unprinted` where there is no place for it."
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise _Unprinted(error.strerror) from error
+
+
+def _silence(stream):
+    "Let what is still in a stream that cannot be written go nowhere."
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 # %%
@@ -169,7 +207,7 @@ Examples:
 def _run_archive(options):
     module, function = _ARCHIVE_WRITERS[options.name]
     writer = getattr(import_module(f"stellar_lab.{module}"), function)
-    print(writer(options.root, seed=options.seed, stars=options.stars, progress=_shows_progress()))
+    _print(writer(options.root, seed=options.seed, stars=options.stars, progress=_shows_progress()))
     return 0
 
 
@@ -231,8 +269,8 @@ def _run_fetch(options):
     )
     if options.dry_run:
         for item in summary.items:
-            print(f"{item.state:<13} {'?' if item.size is None else item.size:>12}  {item.path}")
-    print(summary)
+            _print(f"{item.state:<13} {'?' if item.size is None else item.size:>12}  {item.path}")
+    _print(summary)
     return 0 if summary.ok else 1
 
 
@@ -319,10 +357,10 @@ def _run_train(options):
         seed=options.seed,
         progress=_shows_progress(),
     )
-    print(report)
+    _print(report)
     record = Path(options.model).with_suffix(".json")
-    print(f"\nmodel   {options.model}")
-    print(f"record  {record} (which star fell to which rule, and all of the above)")
+    _print(f"\nmodel   {options.model}")
+    _print(f"record  {record} (which star fell to which rule, and all of the above)")
     return 0
 
 
@@ -432,7 +470,8 @@ row of numbers, not a matrix. .csv has plain numbers only, the covariance in
 columns such as cov_teff_logg. .vot opens in TOPCAT.
 
 Exit code 0 says that every file gave labels, 1 that some did not (each is
-named on the error output).
+named on the error output and, with the reason, in FILE-failed.csv beside the
+table). A run that was stopped goes on where it was: give the same command.
 
 Examples:
   stellar-lab label --model giants.asdf apStar-r8-*.fits --out labels.fits
@@ -464,11 +503,12 @@ def _run_label(options):
         any_product=options.any_product,
         row=options.row,
         notes=_notes(options.words),
-        progress=_shows_progress(),
+        progress=_shows_progress() or "lines",
+        workers=options.workers,
     )
     for problem in summary.problems:
-        print(f"no labels: {problem.path}: {problem.reason}", file=sys.stderr)
-    print(summary)
+        _say(f"no labels: {problem.path}: {problem.reason}")
+    _print(summary)
     return 0 if summary.ok else 1
 
 
@@ -488,7 +528,7 @@ def _add_label(commands):
         _run_label,
         "labels of stars from their files",
         _LABEL,
-        "nothing was written",
+        "the table was not written; finished batches are kept, run the same again to go on",
     )
     option = parser.add_argument
     option("paths", nargs="+", metavar="PATH", help="files, folders, or the root of an archive")
@@ -499,6 +539,8 @@ def _add_label(commands):
     option("--any-product", action="store_true", help=anything)
     row = f"{_ROW} (default: as the model learned)"
     option("--row", type=int, metavar="N", help=row)
+    workers = "processes that read and label; the table does not depend on how many"
+    option("--workers", type=int, default=1, metavar="N", help=workers)
 
 
 # %%
@@ -522,7 +564,7 @@ Example:
 def _run_report(options):
     from stellar_lab.training import describe
 
-    print(describe(options.model))
+    _print(describe(options.model))
     return 0
 
 
@@ -560,7 +602,8 @@ A first run, without a network, in a few minutes:
 _AFTERWORD = """
 'stellar-lab COMMAND --help' explains a command and all of its options.
 Exit codes: 0 all is well, 1 done but something is missing (it says what),
-2 an error, 130 interrupted.
+2 an error, 130 interrupted, 143 or 129 ended by SIGTERM or SIGHUP.
+With --debug an error shows where in the program it came up.
 """
 
 
@@ -573,6 +616,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=_Help,
         allow_abbrev=False,
     )
+    parser.add_argument("--debug", action="store_true", help=_DEBUG)
     parser.add_argument("--version", action="version", version=f"stellar_lab {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="stellar-lab")
     for add in (_add_archive, _add_fetch, _add_train, _add_label, _add_report):
@@ -584,31 +628,112 @@ def make_parser() -> argparse.ArgumentParser:
 options = make_parser().parse_args(["train", "stars", "--model", "m.asdf", "--labels", "teff,m_h"])
 print(options.run.__name__, options.labels, options.order, options.row)
 
-
 # %% [markdown]
 # ## Run it
 # What a user can mend is one line on the error output, without a traceback. What we did wrong keeps its traceback: somebody has to mend it.
 
 # %%
 #| export
-def _fail(message):
-    "One line on the error output, and the exit code of an error."
-    print(f"stellar-lab: {message}", file=sys.stderr)
-    return 2
+_WAYS_OUT = {  # what a system says -> what to do
+    errno.ENOSPC: "make room, or choose another folder",
+    errno.EDQUOT: "make room, or choose another folder",
+    errno.EROFS: "choose another folder",
+    errno.EACCES: "choose another, or change who may use it",
+    errno.EPERM: "choose another, or change who may use it",
+    errno.EMFILE: "close other programs, or raise the limit (ulimit -n)",
+    errno.ENFILE: "close other programs",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOMEM: "close other programs, or take fewer files at a time",
+}
+
+
+def _of_system(error):
+    "What the system says of a file, and a way out."
+    if error.errno == errno.ENOENT and _without_folder():
+        return "the current folder was removed: change to one that exists (cd), run the same again"
+    said = error.strerror or next(iter(str(error).splitlines()), "") or type(error).__name__
+    said += f": {error.filename}" if error.filename else ""
+    number = errno.ENOSPC if "space on disk" in said else error.errno
+    return f"{said}; {_WAYS_OUT[number]}" if number in _WAYS_OUT else said
+
+
+def _without_folder():
+    "Was the folder in which the command runs removed?"
+    try:
+        os.getcwd()
+    except OSError:
+        return True
+    return False
+
+
+def _in_words(error):
+    "An exception as one line that names a way out."
+    if any(kind.__name__ == "LabError" for kind in type(error).__mro__):
+        return str(error)
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return f"not enough memory; {_WAYS_OUT[errno.ENOMEM]}"
+    if isinstance(error, OSError):
+        return _of_system(error)
+    said = next(iter(str(error).splitlines()), "")
+    return (
+        f"a mistake of stellar_lab itself ({type(error).__name__}: {said}): run the same with "
+        "--debug, and report what it says"
+    )
+
+
+# %%
+print(_in_words(OSError(errno.ENOSPC, "No space left on device", "x/labels.fits")))
+print(_in_words(ZeroDivisionError("division by zero")))
+
+
+# %%
+#| export
+class _Stopped(KeyboardInterrupt):
+    "The process was told to end by a signal other than Ctrl-C."
+
+
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+def _stop(number, frame):
+    raise _Stopped(number)
+
+
+@contextlib.contextmanager
+def _signals_answered():
+    "SIGTERM and SIGHUP are answered like Ctrl-C: what is half done goes, and one line is said."
+    answered = []
+    if threading.current_thread() is threading.main_thread():
+        answered = [one for one in _SIGNALS if signal.getsignal(one) == signal.SIG_DFL]
+    for number in answered:
+        signal.signal(number, _stop)
+    try:
+        yield
+    finally:
+        for number in answered:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _run(options):
-    "Run a command; what the user can mend becomes one line."
-    from stellar_lab.survey import LabError
-
+    "Run a command; whatever goes wrong becomes one line."
     try:
-        return options.run(options)
+        with _signals_answered():
+            return options.run(options)
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if isinstance(stop, _Stopped) else signal.SIGINT
+        _say(f"\nstellar-lab: interrupted: {options.interrupted}")
+        return 128 + number
     except BrokenPipeError:
         raise
-    except LabError as error:
-        return _fail(error)
-    except OSError as error:
-        return _fail(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+    except _Unprinted as error:
+        _silence(sys.stdout)
+        _say(f"stellar-lab: cannot print the result: {error}; {_PRINTED}")
+        return 1
+    except Exception as error:
+        if options.debug:
+            _say(traceback.format_exc().rstrip())
+        _say(f"stellar-lab: {_in_words(error)}")
+        return 2
 
 
 def _main(words):
@@ -622,15 +747,48 @@ def _main(words):
         parser.print_help()
         return 2
     options.words = words
-    try:
-        return _run(options)
-    except KeyboardInterrupt:
-        print(f"\nstellar-lab: interrupted: {options.interrupted}", file=sys.stderr)
-        return 130
+    return _run(options)
 
+
+# %% [markdown]
+# A command may be started without a place to print to, or with a full one: by a timer, in a pipeline, on a full disk. What it was asked to do it does; what could not be printed is said where there is still a place.
 
 # %%
-assert _main(["--version"]) == 0
+#| export
+def _stand_ins():
+    "Give closed standard streams a stand-in, before a file gets their number; was output closed?"
+    closed = []
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+            closed.append(name)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if number == 0 else "w"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):  # names of files may hold bytes that are no letters
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            stream.reconfigure(errors="backslashreplace")
+    return "stdout" in closed
+
+
+def _output_fails():
+    "Can what was printed not be written? Then it is said, and the rest goes nowhere."
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _silence(sys.stdout)
+        _say(f"stellar-lab: cannot print the result: {_of_system(error)}; {_PRINTED}")
+        return True
+    return False
+
+
+_PRINTED = "files that were to be written are written. Send the output elsewhere (> FILE)"
+
+# %%
+assert _main(["--version"]) == 0 and not _output_fails()
 
 
 # %%
@@ -646,14 +804,17 @@ def main(argv: list = None) -> int:
     Returns
     -------
     int
-        exit code: 0 all is well, 1 done but something is missing, 2 an error, 130 interrupted
+        exit code: 0 all is well, 1 done but something is missing (such as a place to print to),
+        2 an error, 130 interrupted, 143 and 129 ended by SIGTERM and SIGHUP
     """
+    closed = _stand_ins()
     try:
         code = _main(sys.argv[1:] if argv is None else argv)
-        sys.stdout.flush()
-        return code
+        if closed:
+            _say(f"stellar-lab: standard output is closed; {_PRINTED}")
+        return max(code, 1) if closed or _output_fails() else code
     except BrokenPipeError:  # the reader has seen enough, as in `stellar-lab report … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _silence(sys.stdout)
         return 0
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRICT', 'GENTLE', 'MASK_RULES', 'MaskRule', 'weigh_mask', 'is_visit', 'read_visit', 'on_grid', 'combine',
-           'label_visits', 'Repeats', 'repeats']
+           'label_visits', 'Repeats', 'repeats', 'find_visits', 'influence', 'line_influence']
 
 # %% ../nbs/20_visits.ipynb #eee025a8
 import copy
@@ -46,7 +46,8 @@ class MaskRule:
     Examples
     --------
     >>> from stellar_lab.survey import PIXMASK
-    >>> MaskRule(PIXMASK.BADPIX, {PIXMASK.PERSIST_LOW: 3.0}).factors(np.array([0, 1, 2048])).tolist()
+    >>> from stellar_lab.visits import MaskRule
+    >>> MaskRule(PIXMASK.BADPIX, {PIXMASK.PERSIST_LOW: 3.0}).factors([0, 1, 2048]).tolist()
     [1.0, inf, 3.0]
     """
 
@@ -64,8 +65,14 @@ class MaskRule:
 
 
 _BROKEN = (
-    PIXMASK.BADPIX | PIXMASK.CRPIX | PIXMASK.SATPIX | PIXMASK.UNFIXABLE | PIXMASK.BADDARK
-    | PIXMASK.BADFLAT | PIXMASK.BADERR | PIXMASK.NOSKY
+    PIXMASK.BADPIX
+    | PIXMASK.CRPIX
+    | PIXMASK.SATPIX
+    | PIXMASK.UNFIXABLE
+    | PIXMASK.BADDARK
+    | PIXMASK.BADFLAT
+    | PIXMASK.BADERR
+    | PIXMASK.NOSKY
 )
 _DOUBTFUL = {
     PIXMASK.PERSIST_HIGH: 5.0,
@@ -207,7 +214,9 @@ def _detector():
     return np.array(rows)
 
 
-def made_visit(grid, flux, error, velocity, bc=0.0, name="star", mjd=58_000, seed=0) -> fits.HDUList:
+def made_visit(
+    grid, flux, error, velocity, bc=0.0, name="star", mjd=58_000, seed=0
+) -> fits.HDUList:
     """An apVisit file of a star whose spectrum is known.
 
     Parameters
@@ -240,7 +249,9 @@ def made_visit(grid, flux, error, velocity, bc=0.0, name="star", mjd=58_000, see
         angstrom,
     ]
     header = fits.Header({"OBJID": name, "TELESCOP": "apo25m", "MJD5": mjd, "BC": bc})
-    header.update({"VRAD": velocity, "VHELIO": velocity + bc, "SNR": float(np.median(seen) / error)})
+    header.update(
+        {"VRAD": velocity, "VHELIO": velocity + bc, "SNR": float(np.median(seen) / error)}
+    )
     return fits.HDUList([fits.PrimaryHDU(header=header), *map(fits.ImageHDU, arrays)])
 
 # %% ../nbs/20_visits.ipynb #e686d441
@@ -265,7 +276,9 @@ def on_grid(visit: Spectra, grid=SURVEY_WAVELENGTH) -> Spectra:
     stars.meta = {"product": "apstar", "normalized": False, "level": 1.0, "row": None}
     flux = np.where(ivar > 0, flux, 0) * level
     ivar = (ivar / level**2).astype(np.float32)
-    return Spectra(grid, flux.astype(np.float32)[None], ivar[None], stars, np.zeros((1, len(grid)), int))
+    return Spectra(
+        grid, flux.astype(np.float32)[None], ivar[None], stars, np.zeros((1, len(grid)), int)
+    )
 
 # %% ../nbs/20_visits.ipynb #bf106248
 def _tilt(visit, best):
@@ -376,7 +389,11 @@ def label_visits(model: LabelModel, path, rule: MaskRule = GENTLE) -> QTable:
 
 def _label_row(model, spectra, row):
     "Labels of one visit of an apStar file."
-    raw = np.median((spectra.flux * np.sqrt(spectra.ivar))[spectra.ivar > 0]) if spectra.ivar.any() else 0
+    raw = (
+        np.median((spectra.flux * np.sqrt(spectra.ivar))[spectra.ivar > 0])
+        if spectra.ivar.any()
+        else 0
+    )
     table = infer(model, as_trained(model, spectra), any_recipe=True)
     table["snr"] = [float(raw)]
     table["visit"] = [f"row {row}"]
@@ -441,7 +458,9 @@ def _repeat_rows(visits, name):
     "Rows of the table of repeats for one label, one per range of SNR that holds visits."
     away = _differences(visits, name)
     snr = np.asarray(visits["snr"], float)
-    formal, quoted = (label_values(visits, [column])[:, 0] for column in (f"formal_{name}", f"{name}_err"))
+    formal, quoted = (
+        label_values(visits, [column])[:, 0] for column in (f"formal_{name}", f"{name}_err")
+    )
     for low, high in zip(_SNR_EDGES[:-1], _SNR_EDGES[1:]):
         chosen = np.isfinite(away) & (snr >= low) & (snr < high)
         if chosen.sum() < 2:
@@ -496,7 +515,11 @@ def repeats(model: LabelModel, paths, rule: MaskRule = GENTLE) -> Repeats:
         table["star"] = [str(star) for star in table["apogee_id"]]
         tables.append(table)
     visits = vstack(tables, metadata_conflicts="silent") if tables else QTable({"star": []})
-    rows = [row for name in model.label_names_ for row in _repeat_rows(visits, name.lower())] if tables else []
+    rows = (
+        [row for name in model.label_names_ for row in _repeat_rows(visits, name.lower())]
+        if tables
+        else []
+    )
     if not rows:
         few = "; ".join(map(str, problems[:3]))
         raise LabError(f"no star has two visits{f': {few}' if few else ''}")
@@ -504,3 +527,95 @@ def repeats(model: LabelModel, paths, rule: MaskRule = GENTLE) -> Repeats:
     for name in _REPEAT_COLUMNS[3:]:
         table[name].info.format = ".3g"
     return Repeats(table, visits, problems)
+
+# %% ../nbs/20_visits.ipynb #10370e85
+def find_visits(paths) -> list:
+    """Files that may hold visits, from files and folders.
+
+    Parameters
+    ----------
+    paths : sequence of str or Path
+        folders are searched for apStar and apVisit files, down to the last one
+
+    Returns
+    -------
+    list of Path
+        sorted within each folder
+
+    Raises
+    ------
+    LabError
+        where there is nothing
+    """
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = (p for kind in ("Star", "Visit") for p in path.rglob(f"a[ps]{kind}-*.fits*"))
+            found += sorted(inside)
+        elif path.exists():
+            found.append(path)
+        else:
+            raise LabError(f"there is no file or folder {path}")
+    if not found:
+        raise LabError("there are no apStar or apVisit files: name files or folders")
+    return found
+
+# %% ../nbs/20_visits.ipynb #64cd037c
+def influence(model, spectra: Spectra, table, row: int = 0) -> np.ndarray:
+    """How much each label moves per unit of each pixel's flux.
+
+    Parameters
+    ----------
+    model : Cannon
+        fitted, on the star's pixels (as `model_for` or `label_star` gives it)
+    spectra : Spectra
+        relative to the continuum
+    table : QTable
+        of `infer`, for these spectra
+    row : int, default 0
+        which star
+
+    Returns
+    -------
+    (K, P) array
+        physical units of the label per unit of flux; 0 where a pixel is unusable
+    """
+    labels = label_values(table[[row]], model.label_names_)
+    slopes = np.nan_to_num(model.derivative(labels)[0])
+    scatter = np.nan_to_num(model.scatter_) ** 2
+    ivar = np.where(model.usable_, spectra.ivar[row], 0).astype(float)
+    weight = ivar / (1 + ivar * scatter)
+    information = (slopes * weight) @ slopes.T
+    return np.linalg.solve(information, slopes * weight)
+
+
+def line_influence(model, spectra: Spectra, table, row: int = 0, width: float = 5.0) -> Table:
+    """Which parts of a spectrum decided a star's labels, and where each pulls.
+
+    Parameters
+    ----------
+    model, spectra, table, row
+        as for `influence`
+    width : float, default 5
+        of a part [Angstrom]
+
+    Returns
+    -------
+    Table
+        the middle of each part [Angstrom]; for each label its share of the information, in
+        per cent, and `<label>_pull`, by how much it moved the label, in the label's errors
+    """
+    labels = label_values(table[[row]], model.label_names_)
+    rest = np.nan_to_num(spectra.flux[row] - model.predict(labels)[0])
+    moves = influence(model, spectra, table, row)
+    parts = np.floor((spectra.wavelength - spectra.wavelength[0]) / width).astype(int)
+    used = np.unique(parts)
+    found = Table({"wavelength": [spectra.wavelength[parts == part].mean() for part in used]})
+    ivar = np.where(spectra.ivar[row] > 0, spectra.ivar[row], np.inf)
+    variance = 1 / ivar + np.nan_to_num(model.scatter_) ** 2
+    for name, move in zip(model.label_names_, moves):
+        noise = np.where(np.isfinite(ivar), move**2 * variance, 0)
+        share = np.bincount(parts, noise)[used]
+        found[name.lower()] = 100 * share / share.sum()
+        found[f"{name.lower()}_pull"] = np.bincount(parts, move * rest)[used] / np.sqrt(noise.sum())
+    return found

@@ -680,6 +680,11 @@ def read_spectrum(path, **options) -> Spectra:
     ------
     LabError
         where there is no spectrum in it, or not one that a model could read
+
+    Examples
+    --------
+    >>> from stellar_lab import read_spectrum
+    >>> star = read_spectrum("my.csv", velocity=-12.3, resolution=11_000)  # doctest: +SKIP
     """
     path = Path(path)
     try:
@@ -1967,6 +1972,11 @@ def check_star(model: Cannon, spectra: Spectra) -> StarCheck:
     ------
     LabError
         where the model is no Cannon, or the star cannot be labelled at all
+
+    Examples
+    --------
+    >>> from stellar_lab import check_star, read_spectrum
+    >>> print(check_star(model, read_spectrum("my.csv")))  # doctest: +SKIP
     """
     if not isinstance(model, Cannon):
         raise LabError(f"a {type(model).__name__} draws no spectra: check with a Cannon")

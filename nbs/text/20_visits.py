@@ -724,6 +724,11 @@ def repeats(model: LabelModel, paths, rule: MaskRule = GENTLE) -> Repeats:
     ------
     LabError
         where no star has two visits
+
+    Examples
+    --------
+    >>> from stellar_lab import repeats
+    >>> print(repeats(model, ["apStar-r8-2M21334193-0048169.fits"]))  # doctest: +SKIP
     """
     plain = _formal(model)
     tables = []

@@ -680,6 +680,11 @@ def read_spectrum(path, **options) -> Spectra:
     ------
     LabError
         where there is no spectrum in it, or not one that a model could read
+
+    Examples
+    --------
+    >>> from stellar_lab import read_spectrum
+    >>> star = read_spectrum("my.csv", velocity=-12.3, resolution=11_000)  # doctest: +SKIP
     """
     path = Path(path)
     try:
@@ -982,9 +987,7 @@ def interpolate(grid, flux, ivar, new) -> tuple:
 
 # %%
 half = (toy[1:] + toy[:-1]) / 2
-curve, exact = (
-    1 - 0.4 * np.exp(-0.5 * ((places - centre) / width) ** 2) for places in (toy, half)
-)
+curve, exact = (1 - 0.4 * np.exp(-0.5 * ((places - centre) / width) ** 2) for places in (toy, half))
 between, _ = interpolate(toy, curve, np.ones(len(toy)), half)
 assert np.allclose(between[8:-8], exact[8:-8], atol=1e-4)
 print(f"largest error between pixels {np.abs(between - exact).max():.1e}")
@@ -1214,6 +1217,7 @@ def _on_pixels(model, sampling, theta, pixels, star, used, rule):
     through = rule | {"tolerance": np.inf, "min_pixels": rule["degree"] + 1}
     drawn = normalize(drawn, continuum_pixels=used, **through)
     there = copy.copy(model)
+    vars(there).pop("refusal_", None)  # a guard knows the survey's pixels alone
     there.theta_ = np.linalg.lstsq(terms, drawn.flux.astype(float), rcond=None)[0].T
     there.scatter_ = _scatter_at(model.scatter_, sampling)[pixels]
     hidden = getattr(model, "hidden_", np.empty((0, weights.shape[1])))
@@ -1969,6 +1973,11 @@ def check_star(model: Cannon, spectra: Spectra) -> StarCheck:
     ------
     LabError
         where the model is no Cannon, or the star cannot be labelled at all
+
+    Examples
+    --------
+    >>> from stellar_lab import check_star, read_spectrum
+    >>> print(check_star(model, read_spectrum("my.csv")))  # doctest: +SKIP
     """
     if not isinstance(model, Cannon):
         raise LabError(f"a {type(model).__name__} draws no spectra: check with a Cannon")

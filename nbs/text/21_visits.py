@@ -74,7 +74,8 @@ class MaskRule:
     Examples
     --------
     >>> from stellar_lab.survey import PIXMASK
-    >>> MaskRule(PIXMASK.BADPIX, {PIXMASK.PERSIST_LOW: 3.0}).factors(np.array([0, 1, 2048])).tolist()
+    >>> from stellar_lab.visits import MaskRule
+    >>> MaskRule(PIXMASK.BADPIX, {PIXMASK.PERSIST_LOW: 3.0}).factors([0, 1, 2048]).tolist()
     [1.0, inf, 3.0]
     """
 
@@ -92,8 +93,14 @@ class MaskRule:
 
 
 _BROKEN = (
-    PIXMASK.BADPIX | PIXMASK.CRPIX | PIXMASK.SATPIX | PIXMASK.UNFIXABLE | PIXMASK.BADDARK
-    | PIXMASK.BADFLAT | PIXMASK.BADERR | PIXMASK.NOSKY
+    PIXMASK.BADPIX
+    | PIXMASK.CRPIX
+    | PIXMASK.SATPIX
+    | PIXMASK.UNFIXABLE
+    | PIXMASK.BADDARK
+    | PIXMASK.BADFLAT
+    | PIXMASK.BADERR
+    | PIXMASK.NOSKY
 )
 _DOUBTFUL = {
     PIXMASK.PERSIST_HIGH: 5.0,
@@ -258,7 +265,9 @@ def _detector():
     return np.array(rows)
 
 
-def made_visit(grid, flux, error, velocity, bc=0.0, name="star", mjd=58_000, seed=0) -> fits.HDUList:
+def made_visit(
+    grid, flux, error, velocity, bc=0.0, name="star", mjd=58_000, seed=0
+) -> fits.HDUList:
     """An apVisit file of a star whose spectrum is known.
 
     Parameters
@@ -291,7 +300,9 @@ def made_visit(grid, flux, error, velocity, bc=0.0, name="star", mjd=58_000, see
         angstrom,
     ]
     header = fits.Header({"OBJID": name, "TELESCOP": "apo25m", "MJD5": mjd, "BC": bc})
-    header.update({"VRAD": velocity, "VHELIO": velocity + bc, "SNR": float(np.median(seen) / error)})
+    header.update(
+        {"VRAD": velocity, "VHELIO": velocity + bc, "SNR": float(np.median(seen) / error)}
+    )
     return fits.HDUList([fits.PrimaryHDU(header=header), *map(fits.ImageHDU, arrays)])
 
 
@@ -343,7 +354,9 @@ def on_grid(visit: Spectra, grid=SURVEY_WAVELENGTH) -> Spectra:
     stars.meta = {"product": "apstar", "normalized": False, "level": 1.0, "row": None}
     flux = np.where(ivar > 0, flux, 0) * level
     ivar = (ivar / level**2).astype(np.float32)
-    return Spectra(grid, flux.astype(np.float32)[None], ivar[None], stars, np.zeros((1, len(grid)), int))
+    return Spectra(
+        grid, flux.astype(np.float32)[None], ivar[None], stars, np.zeros((1, len(grid)), int)
+    )
 
 
 # %%
@@ -474,3 +487,502 @@ if real is not None:
         ax.plot(grid, off, ".", ms=1.5, alpha=0.5)
     ax.set(xlabel="vacuum wavelength [Å]", ylabel="(ours - survey) / error", ylim=(-5, 5))
     ax.set_title("One visit, brought to rest by us and by the survey")
+
+# %% [markdown]
+# **What to see.** No step between chips, no slope, and a scatter well below the errors: both start from the same photons, and differ only in how they interpolate.
+#
+# The combination, the velocities and the labels follow. A velocity is measured with nothing of the header's.
+
+# %%
+if real is not None:
+    ours = combine(
+        [on_grid(read_visit(p, v, MaskRule(GENTLE.kill))) for p, v in zip(real_visits, used)]
+    )
+    flux, ivar, mask = survey_row(star_file, 1)
+    good = (ours.ivar[0] > 0) & (ivar > 0) & (mask & int(GENTLE.kill) == 0)
+    for name, chip in chip_slices(SURVEY_WAVELENGTH).items():
+        on = np.flatnonzero(good[chip]) + chip.start
+        scale = np.median(flux[on] / ours.flux[0][on])
+        off = (ours.flux[0][on] * scale - flux[on]) * np.sqrt(ivar[on])
+        print(f"{name:6} combination, median |difference| / error {np.median(np.abs(off)):.2f}")
+        assert np.median(np.abs(off)) < 1
+
+
+# %%
+def judged_model(spectra, learn, left_out):
+    "A Cannon with calibrated errors."
+    model = Cannon(scatter=True).fit(spectra[learn])
+    kept = spectra[left_out]
+    return with_error_model(model, infer(model, kept), kept.labels())
+
+
+model = judged_model(spectra, learn, left_out)
+if real is not None:
+    found = [label_star(model, read_visit(path, "measure")) for path in real_visits]
+    velocities = [round(float(one.table["velocity"].value[0]), 2) for one in found]
+    print("measured", velocities, "used by the survey", used)
+    assert np.all(np.abs(np.array(velocities) - used) < 0.5)
+    table = vstack([one.table for one in found] + [infer(model, as_trained(model, ours))])
+    display(table["teff", "teff_err", "logg", "logg_err", "m_h", "m_h_err", "flags"])
+    for name in ("teff", "logg", "m_h"):
+        away = np.abs(table[name][:3] - table[name][3]) / table[f"{name}_err"][:3]
+        assert np.all(away < 1), name
+
+# %% [markdown]
+# The same holds for the visits that we made, where the velocities are known.
+
+# %%
+found = [label_star(model, read_visit(path, "measure")) for path in paths]
+velocities = np.array([float(one.table["velocity"].value[0]) for one in found])
+rest = velocities.mean() - np.mean(list(moves))  # what is left in the survey's file of the star
+print("measured less made:", np.round(velocities - list(moves), 2))
+assert np.all(np.abs(velocities - list(moves) - rest) < 0.2)
+
+
+# %% [markdown]
+# ## The test of repeats
+# Visits of one star have one set of labels. With $V$ visits, values $\ell_v$ and errors $\sigma_v$, and $\bar\ell$ their weighted mean,
+# $$ \chi^2_\mathrm{repeat} = \sum_v \frac{(\ell_v-\bar\ell)^2}{\sigma_v^2} \approx V-1 , $$
+# and its root over $V-1$ is the ratio of the real scatter to the stated error. *Formal* errors, photon noise alone, should give 1 if noise is all that changes from
+# visit to visit. *Calibrated* errors hold what is wrong with the model, too; this error is the same in all visits, so the ratio must be below 1. Repeats measure
+# precision, not accuracy.
+
+# %%
+#| export
+def _rows_of(path):
+    "How many rows of single visits an apStar file has; 0 for a star that was seen once."
+    with fits.open(path) as hdus:
+        shape = hdus[1].shape
+    return max(shape[0] - 2, 0) if len(shape) == 2 else 0
+
+
+def label_visits(model: LabelModel, path, rule: MaskRule = GENTLE) -> QTable:
+    """Labels of each visit of a star.
+
+    Parameters
+    ----------
+    model : LabelModel
+        fitted
+    path : str or Path
+        an apStar file with single visits (rows 2 and on), or an apVisit file
+    rule : MaskRule, optional
+        which pixels count
+
+    Returns
+    -------
+    QTable
+        as `infer` gives it, one row per visit, with `snr` and `visit`
+
+    Raises
+    ------
+    LabError
+        where the file holds no visits
+    """
+    if is_visit(path):
+        visit = read_visit(path, rule=rule)
+        found = label_star(model, visit).table
+        found["snr"] = np.asarray(visit.stars["SNR"], float)
+        found["visit"] = [str(Path(path).name)]
+        return found
+    if product_of(path) != "apstar":
+        raise LabError(f"{path} holds no visits: give apStar or apVisit files")
+    parts = []
+    for row in range(2, _rows_of(path) + 2):
+        spectra, problems = read_stars([path], PRODUCTS["apstar"], row=row, progress=False)[::2]
+        if problems:
+            raise LabError(str(problems[0]))
+        parts.append(_label_row(model, weigh_mask(spectra, rule), row))
+    if not parts:
+        raise LabError(f"{Path(path).name}: the star was seen once, there is nothing to compare")
+    return vstack(parts, metadata_conflicts="silent")
+
+
+def _label_row(model, spectra, row):
+    "Labels of one visit of an apStar file."
+    raw = (
+        np.median((spectra.flux * np.sqrt(spectra.ivar))[spectra.ivar > 0])
+        if spectra.ivar.any()
+        else 0
+    )
+    table = infer(model, as_trained(model, spectra), any_recipe=True)
+    table["snr"] = [float(raw)]
+    table["visit"] = [f"row {row}"]
+    return table
+
+
+# %%
+each = vstack([label_visits(model, path) for path in paths], metadata_conflicts="silent")
+each["visit", "snr", "teff", "teff_err", "m_h", "m_h_err"]
+
+
+# %%
+#| export
+def _formal(model):
+    "The model as if nobody had calibrated its errors."
+    plain = copy.copy(model)
+    for learned in ("error_inflation_", "error_floor_"):
+        vars(plain).pop(learned, None)
+    return plain
+
+
+@dataclass
+class Repeats:
+    """What visits of the same stars say of a model's errors; `print` shows it.
+
+    Attributes
+    ----------
+    table : Table
+        one row per label and range of SNR: visits, scatter, formal and quoted errors, and the
+        ratios of the scatter to each
+    visits : QTable
+        the labels of each visit, with `star`, `snr`, and `formal_<label>`
+    problems : list of Problem
+        files without visits
+    """
+
+    table: Table
+    visits: QTable
+    problems: list
+
+    def __str__(self):
+        stars = len(np.unique(np.asarray(self.visits["star"])))
+        head = f"{len(self.visits)} visits of {stars} stars"
+        lines = self.table.pformat(max_lines=-1, max_width=-1)
+        said = [f"left out: {problem}" for problem in self.problems]
+        return "\n".join([head, "", *lines, *said])
+
+
+def _differences(visits, name):
+    "Each visit less its star's weighted mean, made as wide as a single visit's error (N,)."
+    values = label_values(visits, [name])[:, 0]
+    errors = label_values(visits, [f"formal_{name}"])[:, 0]
+    away = np.full(len(values), np.nan)
+    stars = np.asarray(visits["star"])
+    for star in np.unique(stars):
+        mine = np.flatnonzero((stars == star) & np.isfinite(values) & (errors > 0))
+        if len(mine) > 1:
+            weight = errors[mine] ** -2
+            mean = np.average(values[mine], weights=weight)
+            left = 1 - weight / weight.sum()  # of the variance, after the mean was taken out
+            away[mine] = (values[mine] - mean) / np.sqrt(left)
+    return away
+
+
+# %%
+#| export
+_SNR_EDGES = (0, 30, 60, 100, 200, np.inf)
+
+
+def _repeat_rows(visits, name):
+    "Rows of the table of repeats for one label, one per range of SNR that holds visits."
+    away = _differences(visits, name)
+    snr = np.asarray(visits["snr"], float)
+    formal, quoted = (
+        label_values(visits, [column])[:, 0] for column in (f"formal_{name}", f"{name}_err")
+    )
+    for low, high in zip(_SNR_EDGES[:-1], _SNR_EDGES[1:]):
+        chosen = np.isfinite(away) & (snr >= low) & (snr < high)
+        if chosen.sum() < 2:
+            continue
+        scatter = np.sqrt(np.mean(away[chosen] ** 2))
+        by_formal = np.sqrt(np.mean((away / formal)[chosen] ** 2))
+        by_quoted = np.sqrt(np.mean((away / quoted)[chosen] ** 2))
+        middle = (np.median(formal[chosen]), np.median(quoted[chosen]))
+        span = f"{low:g}-{high:g}" if np.isfinite(high) else f">{low:g}"
+        yield name, span, chosen.sum(), scatter, *middle, by_formal, by_quoted
+
+
+_REPEAT_COLUMNS = (
+    *("label", "SNR", "visits", "scatter", "formal error", "quoted error"),
+    *("scatter/formal", "scatter/quoted"),
+)
+
+
+def repeats(model: LabelModel, paths, rule: MaskRule = GENTLE) -> Repeats:
+    """The test of repeats: how far labels of the same star's visits scatter, and the errors.
+
+    Parameters
+    ----------
+    model : LabelModel
+        fitted; its quoted errors are calibrated if it is
+    paths : sequence of str or Path
+        apStar files with single visits, apVisit files
+    rule : MaskRule, optional
+        which pixels count
+
+    Returns
+    -------
+    Repeats
+
+    Raises
+    ------
+    LabError
+        where no star has two visits
+
+    Examples
+    --------
+    >>> from stellar_lab import repeats
+    >>> print(repeats(model, ["apStar-r8-2M21334193-0048169.fits"]))  # doctest: +SKIP
+    """
+    plain = _formal(model)
+    tables = []
+    problems = []
+    for path in paths:
+        try:
+            table = label_visits(model, path, rule)
+            formal = label_visits(plain, path, rule)
+        except LabError as error:
+            problems.append(Problem(str(path), str(error)))
+            continue
+        for name in model.label_names_:
+            table[f"formal_{name.lower()}"] = formal[f"{name.lower()}_err"]
+        table["star"] = [str(star) for star in table["apogee_id"]]
+        tables.append(table)
+    visits = vstack(tables, metadata_conflicts="silent") if tables else QTable({"star": []})
+    rows = (
+        [row for name in model.label_names_ for row in _repeat_rows(visits, name.lower())]
+        if tables
+        else []
+    )
+    if not rows:
+        few = "; ".join(map(str, problems[:3]))
+        raise LabError(f"no star has two visits{f': {few}' if few else ''}")
+    table = Table(rows=rows, names=_REPEAT_COLUMNS)
+    for name in _REPEAT_COLUMNS[3:]:
+        table[name].info.format = ".3g"
+    return Repeats(table, visits, problems)
+
+
+# %%
+#| export
+def find_visits(paths) -> list:
+    """Files that may hold visits, from files and folders.
+
+    Parameters
+    ----------
+    paths : sequence of str or Path
+        folders are searched for apStar and apVisit files, down to the last one
+
+    Returns
+    -------
+    list of Path
+        sorted within each folder
+
+    Raises
+    ------
+    LabError
+        where there is nothing
+    """
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = (p for kind in ("Star", "Visit") for p in path.rglob(f"a[ps]{kind}-*.fits*"))
+            found += sorted(inside)
+        elif path.exists():
+            found.append(path)
+        else:
+            raise LabError(f"there is no file or folder {path}")
+    if not found:
+        raise LabError("there are no apStar or apVisit files: name files or folders")
+    return found
+
+
+# %%
+assert find_visits([here]) == sorted(paths)
+
+# %%
+stars = [
+    path for path in sorted(archive_root().rglob("apStar-*.fits")) if path.stat().st_size > 420_000
+]
+names = set(map(str, spectra.stars["APOGEE_ID"][left_out]))
+some = [path for path in stars if path.stem.split("-", 2)[2] in names and _rows_of(path) > 1][:24]
+again = repeats(model, some)
+again.table[[name in ("teff", "m_h") for name in again.table["label"]]]
+
+# %%
+fig, axes = plt.subplots(1, 2, figsize=(8, 3))
+for ax, name, unit in zip(axes, ("teff", "m_h"), ("K", "dex")):
+    away = _differences(again.visits, name)
+    ax.plot(again.visits["snr"], np.abs(away), ".", ms=4, color="0.6", label="|visit - mean|")
+    formal = label_values(again.visits, [f"formal_{name}"])[:, 0]
+    quoted = label_values(again.visits, [f"{name}_err"])[:, 0]
+    order = np.argsort(again.visits["snr"])
+    ax.plot(again.visits["snr"][order], formal[order], ".", ms=3, color="C0", label="formal error")
+    ax.plot(again.visits["snr"][order], quoted[order], ".", ms=3, color="C1", label="quoted error")
+    ax.set(xlabel="SNR of the visit", ylabel=f"{name} [{unit}]", yscale="log")
+axes[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+fig.suptitle("Visits of the same real giants, labelled one by one");
+
+# %% [markdown]
+# **What to see.** Grey points follow the blue ones: from visit to visit little changes but the noise. The quoted, calibrated error lies far above. It holds what is wrong
+# in all visits alike, and repeats cannot see that.
+
+# %%
+table = again.table
+high = np.array([span not in ("0-30", "30-60") for span in table["SNR"]])
+assert np.all(table["scatter/quoted"] < 1), "calibrated errors must cover the repeats"
+assert np.median(table["scatter/formal"][high]) < 2
+
+# %% [markdown]
+# A test that could not fail would prove nothing: with errors that are stated four times too small the ratio is four times larger.
+
+# %%
+boast = _formal(model)
+for path in paths[:1]:
+    with pytest.raises(LabError, match="no star has two visits"):
+        repeats(boast, [path])
+shrunk = again.visits.copy()
+for name in ("teff", "formal_teff"):
+    shrunk[f"{name}_err" if name == "teff" else name] = (
+        shrunk[f"{name}_err" if name == "teff" else name] / 4
+    )
+told = next(_repeat_rows(shrunk, "teff"))
+assert np.isclose(told[-1], 4 * next(_repeat_rows(again.visits, "teff"))[-1])
+
+# %% [markdown]
+# ## What a mask costs
+# Strict or gentle? The archive's masks hold broken pixels only, so we plant what happens to real stars: the whole blue chip is flagged for weak persistence. How many
+# pixels are left, how far do labels move, and what do errors become?
+
+# %%
+raw = read_stars(some[:8], PRODUCTS["apstar"], progress=False)[0]
+blue = np.arange(len(SURVEY_WAVELENGTH)) < chip_slices(SURVEY_WAVELENGTH)["blue"].stop
+raw = raw.replace(mask=np.where(blue, raw.mask | int(PIXMASK.PERSIST_LOW), raw.mask))
+strict = infer(model, as_trained(model, weigh_mask(raw, STRICT)), any_recipe=True)
+gentle = infer(model, as_trained(model, weigh_mask(raw, GENTLE)), any_recipe=True)
+usual = infer(model, as_trained(model, raw))
+assert np.allclose(
+    strict["teff"].value, usual["teff"].value, rtol=1e-5
+)  # strict is what we do today
+effect = Table(
+    {"star": raw.stars["APOGEE_ID"], "pixels, strict": strict["n_good"], "gentle": gentle["n_good"]}
+)
+effect["teff moves [K]"] = (gentle["teff"] - strict["teff"]).value
+effect["error, strict"] = strict["teff_err"].value
+effect["error, gentle"] = gentle["teff_err"].value
+for name in effect.colnames[3:]:
+    effect[name].info.format = ".1f"
+effect
+
+# %%
+assert np.all(gentle["n_good"] > strict["n_good"] + 1000)
+assert np.all(np.abs(effect["teff moves [K]"]) < 2 * effect["error, strict"])
+
+# %% [markdown]
+# The survey's giant with persistence on nearly all of its blue chip, where the files are at hand:
+
+# %%
+if real is not None:
+    raw = read_stars([star_file], PRODUCTS["apstar"], progress=False)[0]
+    for word, rule in (("strict", STRICT), ("gentle", GENTLE)):
+        found = infer(model, as_trained(model, weigh_mask(raw, rule)), any_recipe=True)[0]
+        print(
+            f"{word}: {found['n_good']} pixels, Teff {found['teff']:.0f} +- {found['teff_err']:.0f}"
+        )
+
+
+# %% [markdown]
+# ## Which lines decided?
+# The best labels move if one pixel's flux moves. To first order, with $J$ the derivatives of the spectrum and $C$ the covariance of the labels,
+# $$ \frac{\partial\ell}{\partial f_p} = C\,J_p\,w_p , $$
+# so the pixel's residual pulls the labels by this times the residual. Summed over a line, in units of the error, it says which line decided, and which one disagrees with
+# the others.
+
+# %%
+#| export
+def influence(model, spectra: Spectra, table, row: int = 0) -> np.ndarray:
+    """How much each label moves per unit of each pixel's flux.
+
+    Parameters
+    ----------
+    model : Cannon
+        fitted, on the star's pixels (as `model_for` or `label_star` gives it)
+    spectra : Spectra
+        relative to the continuum
+    table : QTable
+        of `infer`, for these spectra
+    row : int, default 0
+        which star
+
+    Returns
+    -------
+    (K, P) array
+        physical units of the label per unit of flux; 0 where a pixel is unusable
+    """
+    labels = label_values(table[[row]], model.label_names_)
+    slopes = np.nan_to_num(model.derivative(labels)[0])
+    scatter = np.nan_to_num(model.scatter_) ** 2
+    ivar = np.where(model.usable_, spectra.ivar[row], 0).astype(float)
+    weight = ivar / (1 + ivar * scatter)
+    information = (slopes * weight) @ slopes.T
+    return np.linalg.solve(information, slopes * weight)
+
+
+def line_influence(model, spectra: Spectra, table, row: int = 0, width: float = 5.0) -> Table:
+    """Which parts of a spectrum decided a star's labels, and where each pulls.
+
+    Parameters
+    ----------
+    model, spectra, table, row
+        as for `influence`
+    width : float, default 5
+        of a part [Angstrom]
+
+    Returns
+    -------
+    Table
+        the middle of each part [Angstrom]; for each label its share of the information, in
+        per cent, and `<label>_pull`, by how much it moved the label, in the label's errors
+    """
+    labels = label_values(table[[row]], model.label_names_)
+    rest = np.nan_to_num(spectra.flux[row] - model.predict(labels)[0])
+    moves = influence(model, spectra, table, row)
+    parts = np.floor((spectra.wavelength - spectra.wavelength[0]) / width).astype(int)
+    used = np.unique(parts)
+    found = Table({"wavelength": [spectra.wavelength[parts == part].mean() for part in used]})
+    ivar = np.where(spectra.ivar[row] > 0, spectra.ivar[row], np.inf)
+    variance = 1 / ivar + np.nan_to_num(model.scatter_) ** 2
+    for name, move in zip(model.label_names_, moves):
+        noise = np.where(np.isfinite(ivar), move**2 * variance, 0)
+        share = np.bincount(parts, noise)[used]
+        found[name.lower()] = 100 * share / share.sum()
+        found[f"{name.lower()}_pull"] = np.bincount(parts, move * rest)[used] / np.sqrt(noise.sum())
+    return found
+
+
+# %%
+treated = as_trained(giants, read_stars(some[:1], PRODUCTS["apstar"], progress=False)[0])
+labels = infer(giants, treated)
+decided = line_influence(giants, treated, labels)
+top = decided[np.argsort(decided["teff"])[::-1][:5]]
+for name in top.colnames:
+    top[name].info.format = ".1f" if name == "wavelength" else ".2f"
+top["wavelength", "teff", "teff_pull", "m_h", "m_h_pull"]
+
+# %%
+fig, ax = plt.subplots(figsize=(9, 2.6))
+for name, color in (("teff", "C0"), ("m_h", "C3")):
+    ax.step(decided["wavelength"], decided[name], where="mid", lw=0.8, color=color, label=name)
+ax.set(xlabel="vacuum wavelength [Å]", ylabel="share of the variance [%]")
+ax.set_title("Where one giant's temperature and metallicity come from")
+ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1));
+
+# %% [markdown]
+# The derivative can be checked by brute force: raise the flux of a few pixels a little, label again, and compare.
+
+# %%
+pixel = int(np.argmax(np.abs(influence(giants, treated, labels)[0])))
+nudged = treated.flux.copy()
+nudged[0, pixel] += 1e-3
+moved = infer(giants, treated.replace(flux=nudged))["teff"][0] - labels["teff"][0]
+expected = influence(giants, treated, labels)[0, pixel] * 1e-3
+print(f"moved {moved.value:.4f} K, expected {expected:.4f} K")
+assert np.isclose(moved.value, expected, rtol=0.2)
+
+# %% [markdown]
+# **Exercise.** Combine three of the four visits that we made, leaving out each in turn. How far do the labels move, and is it what the formal errors of the combination
+# say?
+
+# %%
+#| hide
+scratch.cleanup()

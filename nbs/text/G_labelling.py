@@ -66,6 +66,7 @@ from stellar_lab.survey import (
     write_table,
 )
 from stellar_lab.training import believable, check_target, load_model
+from stellar_lab.visits import is_visit, read_visit
 
 # %%
 #| hide
@@ -105,6 +106,9 @@ def _kind_of_name(name):
     if not name[match.end("id") :].startswith(".fits"):
         return "visit"
     return "aspcapstar" if match["kind"] == "aspcap" else "apstar"
+
+
+_ON_OTHER_GRIDS = {"own": read_spectrum, "apvisit": read_visit}  # kind -> its reader
 
 
 def _counted(kinds):
@@ -172,8 +176,11 @@ def _path_list(paths):
 
 
 def _kind_of_file(path):
-    "The product of a file, `own` for a spectrum of another origin, empty for neither."
-    return product_of(path) or ("own" if holds_spectrum(path) else "")
+    "The product of a file; `apvisit` or `own` for spectra on other grids; empty for others."
+    for kind, is_of in (("apvisit", is_visit), ("own", holds_spectrum)):
+        if not product_of(path) and is_of(path):
+            return kind
+    return product_of(path) or ""
 
 
 def _find(paths, product):
@@ -258,7 +265,7 @@ assert _find([night, night / "my_star.fits"], "apstar")[1] == "2 aspcapStar file
 def _check_products(model, files, any_product):
     "LabError if some files are of another product than the model's."
     product = model.metadata_.get("product")
-    others = [(path, kind) for path, kind in files if kind not in ("", "own", product)]
+    others = [(path, kind) for path, kind in files if kind not in ("", *_ON_OTHER_GRIDS, product)]
     if not others or any_product:
         return
     path, kind = others[0]
@@ -351,7 +358,7 @@ def _label_own(model, job):
     problems = []
     for path in job.paths:
         try:
-            found = label_star(model, read_spectrum(path))
+            found = label_star(model, _ON_OTHER_GRIDS[job.product](path))
         except LabError as error:
             problems.append(Problem(str(path), str(error)))
             continue
@@ -618,7 +625,7 @@ def _joined(model, tables):
     products = sorted({table.meta["product"] for table in tables})
     with_rows = [t for t in tables if not _has_one_spectrum(t.meta["product"])]
     rows = {table.meta["row"] for table in with_rows}
-    foreign = sum(len(t) for t in tables if t.meta["product"] not in ("own", usual))
+    foreign = sum(len(t) for t in tables if t.meta["product"] not in (*_ON_OTHER_GRIDS, usual))
     _give_all_velocities(tables)
     table = vstack(tables, metadata_conflicts="silent")
     del table.meta["row"]

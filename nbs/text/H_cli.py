@@ -1,6 +1,6 @@
 # %% [markdown]
 # # How do we do it without a notebook?
-# > Five commands: an archive of spectra comes home, a model is trained and judged, stars get their labels.
+# > Seven commands: an archive of spectra comes home, a model is trained and judged, stars get their labels.
 #
 # **Question.** A notebook is for understanding. Once we understand, we have ten thousand files and want their labels tonight, from a terminal or a script, and next year we want to know how they came about. What is the
 # shortest way that loses nothing?
@@ -448,7 +448,8 @@ were treated, find the labels that fit best. The model is any that this version
 can read: a Cannon, a ridge regression, the physics model (.asdf), or a network
 (.keras, saved in Python). Where nothing is fitted, chi2 is empty.
 
-PATH is an apStar or aspcapStar file, a folder (searched for such files down
+PATH is an apStar or aspcapStar file, an apVisit file, a spectrum of your own
+(see 'stellar-lab check --help'), a folder (searched for such files down
 to the last one; what is left out is counted) or the root of an archive.
 A model that learned from apStar files takes only these, and the other way
 round: their normalizations differ, and so would the labels.
@@ -550,6 +551,121 @@ assert _notes(["label", "my star.fits"])["command"] == "stellar-lab label 'my st
 # %% [markdown]
 # ### `report`
 
+# %% [markdown]
+# ## check, repeats
+# Two commands that look before anyone believes: is a spectrum of one's own fit for labels, and do the labels of single visits scatter as the errors say?
+
+# %%
+#| export
+_CHECK = """
+Is a spectrum of your own fit for labels? Prints a verdict (ok, look, bad) on
+its grid, bad pixels, air or vacuum, velocity, resolution, continuum and errors,
+and what to do. FILE is text (.csv, .txt, ...), a FITS table or a FITS image of
+one axis, on any grid, in Angstrom, nm or micron; or an apVisit file. Columns
+are wavelength, flux, error (or ivar). In text, comments such as
+
+  # velocity: -12.3
+  # resolution: 11000
+  # air: yes
+
+say what the numbers cannot; the options below override them. The model must be
+a Cannon. 'stellar-lab label' reads the same files.
+
+Exit code 0 says that nothing is bad, 1 that something is.
+
+Example:
+  stellar-lab check my.csv --model giants.asdf --plot check.png
+"""
+
+
+def _run_check(options):
+    from stellar_lab.spectrum import check_star, plot_check, read_spectrum
+    from stellar_lab.survey import atomic_path
+    from stellar_lab.training import load_model
+    from stellar_lab.visits import is_visit, read_visit
+
+    model = load_model(options.model)
+    said = {"velocity": options.velocity, "resolution": options.resolution, "unit": options.unit}
+    said = {name: value for name, value in said.items() if value is not None}
+    said |= {"air": True} if options.air else {}
+    visit = is_visit(options.file)
+    star = (
+        read_visit(options.file, options.velocity) if visit else read_spectrum(options.file, **said)
+    )
+    check = check_star(model, star)
+    print(check)
+    if options.plot:
+        with atomic_path(options.plot) as temporary:
+            plot_check(check).savefig(temporary, dpi=120)
+        print(f"picture: {options.plot}")
+    return 0 if check.ok else 1
+
+
+def _add_check(commands):
+    parser = _command(
+        commands,
+        "check",
+        _run_check,
+        "is a spectrum of your own fit for labels?",
+        _CHECK,
+        "nothing was lost",
+    )
+    option = parser.add_argument
+    option("file", metavar="FILE", help="the spectrum: text, FITS table or image, apVisit")
+    option("--model", required=True, metavar="FILE", help=_MODEL)
+    option("--velocity", type=float, metavar="V", help="of the star, km/s (default: measured)")
+    option("--resolution", type=float, metavar="R", help="wavelength over FWHM of a narrow line")
+    option("--unit", metavar="NAME", help="of the wavelengths (default: guessed)")
+    option("--air", action="store_true", help="the wavelengths are in air (default: vacuum)")
+    option("--plot", metavar="FILE", help="write a picture, such as check.png")
+
+
+# %%
+#| export
+_REPEATS = """
+The test of repeats: label the single visits of stars, and compare their scatter
+with the errors, per label and range of signal-to-noise ratio. PATH is an apStar
+file of several visits (rows 2 and on), an apVisit file, or a folder of these.
+
+Formal errors, photon noise alone, should meet the scatter (ratio 1). Quoted
+errors, if calibrated, hold what is wrong with the model in all visits alike,
+too, and must be larger (ratio below 1).
+
+Exit code 0 says that every file had visits, 1 that some had none.
+
+Example:
+  stellar-lab repeats --model giants.asdf stars/dr14 --out repeats.fits
+"""
+
+
+def _run_repeats(options):
+    from stellar_lab.survey import write_table
+    from stellar_lab.training import load_model
+    from stellar_lab.visits import find_visits, repeats
+
+    found = repeats(load_model(options.model), find_visits(options.paths)[: options.limit])
+    print(found)
+    if options.out:
+        write_table(found.visits, options.out)
+    return 1 if found.problems else 0
+
+
+def _add_repeats(commands):
+    parser = _command(
+        commands,
+        "repeats",
+        _run_repeats,
+        "do labels of a star's visits scatter as the errors say?",
+        _REPEATS,
+        "nothing was written",
+    )
+    option = parser.add_argument
+    option("paths", nargs="+", metavar="PATH", help="apStar or apVisit files, or folders")
+    option("--model", required=True, metavar="FILE", help=_MODEL)
+    option("--limit", type=int, metavar="N", help="so many files at most (default: all)")
+    option("--out", metavar="FILE", help="write the labels of each visit (.fits, .ecsv, .parquet)")
+
+
 # %%
 #| export
 _REPORT = """
@@ -619,7 +735,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help=_DEBUG)
     parser.add_argument("--version", action="version", version=f"stellar_lab {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog="stellar-lab")
-    for add in (_add_archive, _add_fetch, _add_train, _add_label, _add_report):
+    for add in (
+        _add_archive,
+        _add_fetch,
+        _add_train,
+        _add_label,
+        _add_check,
+        _add_repeats,
+        _add_report,
+    ):
         add(commands)
     return parser
 

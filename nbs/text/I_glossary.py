@@ -30,6 +30,10 @@
 # - **Catalogue.** The survey's table of its stars, with the labels that it measured and their errors ([cleaning](02_clean.ipynb)).
 # - **Cut.** A rule that drops stars by one column of the catalogue, such as all with a signal-to-noise ratio below 50 ([what a star is to us](00_survey.ipynb); applied in [cleaning](02_clean.ipynb)).
 # - **Visit.** One observation of a star; a star's spectrum combines several.
+# - **Rest frame.** The wavelengths that a star would show if it stood still. A star that moves at v km/s has them all longer by the factor 1 + v/c; **barycentric correction** takes out the Earth's own motion ([a spectrum of your own](20_spectrum.ipynb)).
+# - **Resampling.** Bringing a spectrum onto other pixels. New pixels that share an old one share its noise ([a spectrum of your own](20_spectrum.ipynb)).
+# - **Repeats.** Labels of several visits of one star; their scatter tests the errors ([visits](21_visits.ipynb)).
+# - **Persistence.** A detector's memory of brighter light, flagged in the pixel mask ([visits](21_visits.ipynb)).
 #
 # ## Models
 # - **Training stars.** Stars whose labels we trust, from which a model learns.

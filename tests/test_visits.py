@@ -1,0 +1,147 @@
+"Visits: files that are none, rules of masks, and repeats."
+
+import numpy as np
+import pytest
+
+from stellar_lab.cannon import Cannon
+from stellar_lab.clean import read_files
+from stellar_lab.inversion import infer
+from stellar_lab.normalize import as_trained
+from stellar_lab.survey import PIXMASK, LabError
+from stellar_lab.survey import wavelength as GRID
+from stellar_lab.visits import (
+    GENTLE,
+    STRICT,
+    MaskRule,
+    combine,
+    find_visits,
+    influence,
+    is_visit,
+    line_influence,
+    made_visit,
+    on_grid,
+    read_visit,
+    repeats,
+    weigh_mask,
+)
+
+pytest_plugins = ["forty_stars"]
+
+
+@pytest.fixture(scope="module")
+def cannon(good_files):
+    return Cannon(scatter=True, labels=["TEFF", "M_H"]).fit(good_files[1])
+
+
+@pytest.fixture(scope="module")
+def paths(good_files, tmp_path_factory):
+    "Three visits of one star."
+    spectra = good_files[1]
+    good = spectra.ivar[3] > 0
+    flux = np.interp(GRID, GRID[good], spectra.flux[3][good])
+    folder = tmp_path_factory.mktemp("visits")
+    found = []
+    for k, velocity in enumerate((-60.0, 0.0, 80.0)):
+        found.append(folder / f"apVisit-r8-1-{k}-1.fits")
+        made_visit(GRID, flux, 0.01, velocity, seed=k).writeto(found[-1])
+    return found
+
+
+def test_what_is_a_visit(paths, good_files, tmp_path):
+    (tmp_path / "x.fits").write_bytes(b"SIMPLE")
+    assert (
+        is_visit(paths[0]) and not is_visit(good_files[0][0]) and not is_visit(tmp_path / "x.fits")
+    )
+    with pytest.raises(LabError, match="no apVisit file"):
+        read_visit(good_files[0][0])
+    with pytest.raises(LabError, match="cannot read"):
+        read_visit(tmp_path / "none.fits")
+
+
+def test_a_visit_cut_short(paths, tmp_path):
+    short = tmp_path / paths[0].name
+    short.write_bytes(paths[0].read_bytes()[:60_000])
+    with pytest.raises(LabError):
+        read_visit(short)
+
+
+def test_a_velocity_may_be_given_or_left_open(paths):
+    by_header = read_visit(paths[2])
+    given = read_visit(paths[2], 80.0)
+    assert np.array_equal(by_header.wavelength, given.wavelength)
+    assert np.isnan(read_visit(paths[2], "measure").stars["VELOCITY"][0])
+
+
+def test_masks():
+    bits = [0, PIXMASK.BADPIX, PIXMASK.PERSIST_LOW, PIXMASK.SIG_SKYLINE]
+    assert list(STRICT.factors(bits)) == [1, np.inf, np.inf, np.inf]
+    assert list(GENTLE.factors(bits)) == [1, np.inf, 3, 10]
+    assert list(MaskRule(0).factors(bits)) == [1, 1, 1, 1]
+
+
+def test_weighing_a_mask(good_files):
+    raw = read_files(good_files[0][:2], progress=False)[0]
+    raw = raw.replace(mask=np.where(np.arange(len(GRID)) < 100, 2048, 0) + 0 * raw.mask)
+    soft = weigh_mask(raw)
+    assert np.allclose(soft.ivar[:, :100] * 9, raw.ivar[:, :100]) and not soft.mask.any()
+    assert not weigh_mask(raw, STRICT).ivar[:, :100].any()
+    with pytest.raises(LabError, match="have no mask"):
+        weigh_mask(raw.replace(mask=None))
+    with pytest.raises(LabError, match="give raw spectra"):
+        weigh_mask(good_files[1].replace(mask=np.zeros(good_files[1].flux.shape, int)))
+
+
+def test_combining(paths):
+    visits = [on_grid(read_visit(path)) for path in paths]
+    together = combine(visits)
+    assert together.stars["NVISITS"][0] == 3
+    assert together.stars["SNR"][0] > 1.5 * visits[0].stars["SNR"][0]
+    dimmed = visits[1].replace(flux=visits[1].flux * 0.3, ivar=visits[1].ivar / 0.09)
+    again = combine([visits[0], dimmed, visits[2]])
+    assert np.allclose(again.flux, together.flux, atol=0.01)
+    with pytest.raises(LabError, match="no visits"):
+        combine([])
+    with pytest.raises(LabError, match="other pixels"):
+        combine([visits[0], read_visit(paths[1])])
+
+
+def test_influence_is_the_derivative(good_files):
+    cannon = Cannon(order=1, scatter=True, labels=["TEFF", "M_H"]).fit(good_files[1])
+    star = good_files[1][[3]]
+    table = infer(cannon, star)
+    moves = influence(cannon, star, table)
+    flux = star.flux.copy()
+    flux[0] += 1e-4
+    moved = infer(cannon, star.replace(flux=flux))
+    for move, name in zip(moves, ("teff", "m_h")):
+        step = (moved[name] - table[name]).value[0]
+        assert abs(step - move.sum() * 1e-4) < 0.02 * abs(step) + 1e-5
+    shares = line_influence(cannon, star, table)
+    assert np.isclose(shares["teff"].sum(), 100)
+
+
+def test_repeats(cannon, paths, good_files, run, model, tmp_path):
+    found = repeats(cannon, [*paths, good_files[0][0].replace("apStar", "none")])
+    assert len(found.visits) == 3 and len(found.problems) == 1
+    assert set(found.table["label"]) == {"teff", "m_h"}
+    with pytest.raises(LabError, match="no star has two visits"):
+        repeats(cannon, paths[:1])
+    code, out, _ = run("repeats", "--model", model, paths[0].parent, "--out", tmp_path / "r.fits")
+    assert code == 0 and "3 visits of 1 stars" in out and (tmp_path / "r.fits").exists()
+    with pytest.raises(LabError, match="no file or folder"):
+        find_visits([tmp_path / "nothing"])
+
+
+def test_visits_are_labelled_like_files(model, paths, run, tmp_path):
+    code, out, _ = run("label", "--model", model, *paths, "--out", tmp_path / "v.fits")
+    assert code == 0 and "3 of 3 stars labelled" in out
+
+
+def test_the_combination_has_the_labels_of_its_star(cannon, paths, good_files):
+    together = combine([on_grid(read_visit(path)) for path in paths])
+    found = infer(cannon, as_trained(cannon, together), any_recipe=True)[0]
+    star = good_files[1][[3]]
+    good = star.ivar[0] > 0
+    flux = np.interp(GRID, GRID[good], star.flux[0][good])[None].astype("f4")  # what was observed
+    known = infer(cannon, star.replace(flux=flux, ivar=np.full_like(flux, 1e4)))[0]
+    assert abs(found["teff"] - known["teff"]) < 3 * known["teff_err"]

@@ -46,6 +46,7 @@ from stellar_lab.models import (
     read_regular,
     single_threaded,
 )
+from .mwm import mwm_kind, read_mwm
 from .normalize import as_trained
 from .spectrum import holds_spectrum, label_star, read_spectrum
 from stellar_lab.survey import (
@@ -80,7 +81,12 @@ def _kind_of_name(name):
     return "aspcapstar" if match["kind"] == "aspcap" else "apstar"
 
 
-_ON_OTHER_GRIDS = {"own": read_spectrum, "apvisit": read_visit}  # kind -> its reader
+_ELSEWHERE = {  # what is neither apStar nor aspcapStar -> its reader
+    "own": read_spectrum,
+    "apvisit": read_visit,
+    "mwmstar": read_mwm,
+    "mwmvisit": read_mwm,
+}
 
 
 def _counted(kinds):
@@ -140,11 +146,11 @@ def _path_list(paths):
 
 
 def _kind_of_file(path):
-    "The product of a file; `apvisit` or `own` for spectra on other grids; empty for others."
-    for kind, is_of in (("apvisit", is_visit), ("own", holds_spectrum)):
-        if not product_of(path) and is_of(path):
-            return kind
-    return product_of(path) or ""
+    "The product of a file, or a key of `_ELSEWHERE`; empty where neither is known."
+    kind = product_of(path) or mwm_kind(path)
+    for name, is_of in (("apvisit", is_visit), ("own", holds_spectrum)):
+        kind = name if not kind and is_of(path) else kind
+    return kind or ""
 
 
 def _find(paths, product):
@@ -193,7 +199,7 @@ def find_spectra(paths, product: str = None) -> list:
 def _check_products(model, files, any_product):
     "LabError if some files are of another product than the model's."
     product = model.metadata_.get("product")
-    others = [(path, kind) for path, kind in files if kind not in ("", *_ON_OTHER_GRIDS, product)]
+    others = [(path, kind) for path, kind in files if kind not in ("", *_ELSEWHERE, product)]
     if not others or any_product:
         return
     path, kind = others[0]
@@ -265,20 +271,31 @@ def _add_facts(table, spectra):
         table[name] = column if unit is None else column * unit
 
 
+def _label_elsewhere(model, path, kind):
+    "The table of one file of a kind in `_ELSEWHERE`."
+    spectra = _ELSEWHERE[kind](path)
+    if kind.startswith("mwm"):  # on the survey's pixels, at rest
+        table = infer(model, as_trained(model, spectra), any_recipe=True)
+        _add_facts(table, spectra)
+        return table
+    found = label_star(model, spectra)
+    _add_facts(found.table, found.spectra)
+    found.table.meta["said"] = [f"{Path(path).name}: {note}" for note in found.notes]
+    return found.table
+
+
 def _label_own(model, job):
     "As `_label_batch`, for spectra on any grid: the model goes to each star."
     tables = []
     problems = []
     for path in job.paths:
         try:
-            found = label_star(model, _ON_OTHER_GRIDS[job.product](path))
+            table = _label_elsewhere(model, path, job.product)
         except LabError as error:
             problems.append(Problem(str(path), str(error)))
             continue
-        _add_facts(found.table, found.spectra)
-        found.table["file"] = [path]
-        found.table.meta["said"] = [f"{Path(path).name}: {note}" for note in found.notes]
-        tables.append(found.table)
+        table["file"] = [path] * len(table)
+        tables.append(table)
     if not tables:
         return None, problems
     table = vstack(tables, metadata_conflicts="silent")
@@ -496,7 +513,7 @@ def _joined(model, tables):
     products = sorted({table.meta["product"] for table in tables})
     with_rows = [t for t in tables if not _has_one_spectrum(t.meta["product"])]
     rows = {table.meta["row"] for table in with_rows}
-    foreign = sum(len(t) for t in tables if t.meta["product"] not in (*_ON_OTHER_GRIDS, usual))
+    foreign = sum(len(t) for t in tables if t.meta["product"] not in (*_ELSEWHERE, usual))
     _give_all_velocities(tables)
     table = vstack(tables, metadata_conflicts="silent")
     del table.meta["row"]

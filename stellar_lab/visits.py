@@ -7,15 +7,19 @@ __all__ = ['STRICT', 'GENTLE', 'MASK_RULES', 'MaskRule', 'weigh_mask', 'is_visit
            'label_visits', 'Repeats', 'repeats', 'find_visits', 'influence', 'line_influence']
 
 # %% ../nbs/21_visits.ipynb #eee025a8
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from astropy.io import fits
-from astropy.table import Table
+from astropy.table import QTable, Table, vstack
 
-from .clean import read_stars
-from .spectrum import LIGHT, from_arrays, interpolate
+from .clean import Problem, product_of, read_stars
+from .inversion import infer
+from .models import LabelModel, label_values
+from .normalize import as_trained
+from .spectrum import LIGHT, from_arrays, interpolate, label_star
 from stellar_lab.survey import (
     PIXMASK,
     PRODUCTS,

@@ -16,15 +16,19 @@
 
 # %%
 #| export
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from astropy.io import fits
-from astropy.table import Table
+from astropy.table import QTable, Table, vstack
 
-from stellar_lab.clean import read_stars
-from stellar_lab.spectrum import LIGHT, from_arrays, interpolate
+from stellar_lab.clean import Problem, product_of, read_stars
+from stellar_lab.inversion import infer
+from stellar_lab.models import LabelModel, label_values
+from stellar_lab.normalize import as_trained
+from stellar_lab.spectrum import LIGHT, from_arrays, interpolate, label_star
 from stellar_lab.survey import (
     PIXMASK,
     PRODUCTS,
@@ -39,8 +43,10 @@ from stellar_lab.survey import wavelength as SURVEY_WAVELENGTH
 import tempfile
 
 import matplotlib.pyplot as plt
+import pytest
 
 from stellar_lab.cannon import Cannon
+from stellar_lab.judging import with_error_model
 from stellar_lab.models import train_test_rows
 from stellar_lab.normalize import training_set
 from stellar_lab.survey import archive_root, real_data, use_style

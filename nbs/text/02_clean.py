@@ -27,6 +27,7 @@ import mmap
 import os
 import re
 import warnings
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -425,6 +426,7 @@ def product_of(path) -> str | None:
     if what_stands_at(path):
         return None
     try:
+        _check_sane(path)
         with fits.open(path, lazy_load_hdus=True) as hdus:
             return _product_of_hdus(hdus)
     except Exception:  # whatever a damaged file makes astropy raise
@@ -548,7 +550,21 @@ class _Wrong(ValueError):
 
 _CUT_PACKED = "cut short: what is packed in it ends too early; fetch it again"
 _BAD_PACKED = "damaged: what is packed in it does not fit its checksum; fetch it again"
-_PACKINGS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+
+
+def _open_zip(path, mode="rb"):
+    "The first file in a zip archive."
+    with zipfile.ZipFile(path) as archive:
+        return archive.open(archive.namelist()[0])
+
+
+_PACKINGS = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+    b"PK\x03\x04": _open_zip,
+}
+_BAD_PACKINGS = (OSError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError, LookupError)
 _MAX_STAR = 1 << 28  # bytes; a star's file is never that large, also unpacked
 
 
@@ -569,7 +585,7 @@ def _packing_problem(path):
                     pass
     except EOFError:
         return _CUT_PACKED
-    except (OSError, zlib.error, lzma.LZMAError):
+    except _BAD_PACKINGS:
         return _BAD_PACKED
     return ""
 
@@ -601,7 +617,7 @@ def _content(path):
                 raise _Wrong("unpacks to more than any star's file")
     except EOFError as error:
         raise _Wrong(_CUT_PACKED) from error
-    except (OSError, zlib.error, lzma.LZMAError) as error:
+    except _BAD_PACKINGS as error:
         raise _Wrong(_BAD_PACKED) from error
     return content, True
 
@@ -638,6 +654,9 @@ def _chain(content):
     return places
 
 
+_MOST = 999  # axes of an array, or columns of a table
+
+
 def _data_size(header, number):
     "Bytes of an HDU's data, by section 4.4 of the FITS standard."
 
@@ -652,12 +671,39 @@ def _data_size(header, number):
             raise _Wrong(f"damaged: the header of HDU {number} has no good card {key}")
         return int(text)
 
+    # The standard knows no more; astropy would count up to whatever stands there.
+    if card("NAXIS") > _MOST or card("TFIELDS", 0) > _MOST:
+        raise _Wrong(f"damaged: HDU {number} has more axes or columns than FITS allows")
     axes = [card(f"NAXIS{k}") for k in range(1, card("NAXIS") + 1)]
     elements = card("GCOUNT", 1) * (card("PCOUNT", 0) + math.prod(axes)) if axes else 0
     return abs(card("BITPIX")) // 8 * elements
 
 
+# %% [markdown]
+# Only a file whose chain makes sense is handed to astropy: a header that promises two thousand million axes would keep it counting.
+
 # %%
+#| export
+def _check_sane(path):
+    "Raise _Wrong where the headers of a file, packed or not, promise what no FITS file has."
+    opener = _opener(path)
+    with (opener or open)(path, "rb") as file:
+        if opener is None and os.path.getsize(path):
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                _chain(content)
+            return
+        start = file.read(_FIRST)
+    try:
+        _chain(start)
+    except _Wrong as error:
+        if len(start) < _FIRST or not str(error).startswith("cut short"):
+            raise
+
+
+_FIRST = 1 << 22  # bytes; the headers of a packed table stand in them
+
+# %%
+_check_sane(example)
 places = _chain(example.read_bytes())
 with fits.open(example) as hdus:
     for place, hdu in zip(places, hdus, strict=True):
@@ -932,6 +978,7 @@ seen.facts
 def _kind_of_fits(path):
     "What a FITS file is, in words, if it is well known; empty if not."
     try:
+        _check_sane(path)
         with fits.open(path) as hdus:
             second = hdus[1]
             names = [hdu.name for hdu in hdus[1:3]]
@@ -990,7 +1037,7 @@ def _reason(path, error, wanted="apStar or aspcapStar files"):
     return _in_words(error)
 
 
-_ZIPPED = (b"PK", b"\x1f\x9d")  # further packings
+_ZIPPED = (b"\x1f\x9d",)  # a further packing, that of compress
 
 
 def _in_words(error):
@@ -1697,6 +1744,7 @@ def _check_table(path):
     problem = f"{other}, not a file" if other else _packing_problem(path)
     if problem:
         raise _Wrong(problem)
+    _check_sane(path)
     if _opener(path) is None:
         with (
             open(path, "rb") as file,

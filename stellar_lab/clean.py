@@ -423,7 +423,7 @@ def _content(path):
         raise _Wrong(_BAD_PACKED) from error
     return content, True
 
-
+# %% ../nbs/02_clean.ipynb #24f0c821
 class _Place(NamedTuple):
     "Where an HDU is in the bytes of a file."
 
@@ -646,7 +646,7 @@ def _pixels(hdu, row):
         data = hdu.section[row, :]
     return np.asarray(data)[on_band]
 
-
+# %% ../nbs/02_clean.ipynb #c9994979
 _TINY = 1e-18  # the square of a smaller error is no number of single precision
 
 
@@ -720,7 +720,7 @@ def _kind_of_table(columns):
         return "an allVisit table, one row per visit"
     return "an allStar table, a catalogue"
 
-
+# %% ../nbs/02_clean.ipynb #a2372649
 _POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 

@@ -622,6 +622,12 @@ def _content(path):
     return content, True
 
 
+# %%
+print(f"{len(_content(example)[0]):,} bytes, compared with a checksum: {_content(example)[1]}")
+
+
+# %%
+#| export
 class _Place(NamedTuple):
     "Where an HDU is in the bytes of a file."
 
@@ -917,6 +923,12 @@ def _pixels(hdu, row):
     return np.asarray(data)[on_band]
 
 
+# %%
+with fits.open(example) as hdus:
+    print(_pixels(hdus[1], row=1)[:4])
+
+# %%
+#| export
 _TINY = 1e-18  # the square of a smaller error is no number of single precision
 
 
@@ -1003,6 +1015,11 @@ def _kind_of_table(columns):
     return "an allStar table, a catalogue"
 
 
+# %%
+_kind_of_fits(example), _kind_of_table({"APOGEE_ID", "TEFF"})
+
+# %%
+#| export
 _POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 

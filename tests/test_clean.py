@@ -1305,6 +1305,22 @@ def test_a_pixel_that_no_star_has_is_unusable(tmp_path, write, hdu, value):
     assert np.isfinite(spectra.flux).all() and plain.stars["STRANGE_PIXELS"][0] == 0
 
 
+def test_numbers_that_signal_are_unusable(tmp_path):
+    "A signalling NaN makes numpy warn where it is converted."
+    file = write_aspcapstar(tmp_path / f"aspcapStar-r8-{A}.fits")
+    with fits.open(file) as hdus:
+        places = [hdus.fileinfo(k)["datLoc"] for k in (1, 2)]
+    content = bytearray(file.read_bytes())
+    for place in places:
+        at = place + 4 * int(on_band[5])
+        content[at : at + 4] = b"\x7f\xa0\x00\x01"
+    file.write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spectra, problems = read_files(file, progress=False)
+    assert not problems and spectra.ivar[0, 5] == 0 and np.isfinite(spectra.flux).all()
+
+
 def test_strange_pixels_stand_in_the_ledger(archive):
     with fits.open(star_path(archive, A), mode="update") as hdus:
         hdus[1].data[:, on_band[9]] = 1e36

@@ -963,7 +963,7 @@ def _check_intact(root, sums):
             f"{len(changed) - 1} more; remove the folder and write it again"
         )
 
-
+# %% ../nbs/A_archives.ipynb #e8d4a4fc
 @dataclass(frozen=True)
 class ArchiveSummary:
     """What was written where; printed, it is one line.

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['full_wavelength', 'on_band', 'wavelength', 'PIXMASK', 'LABELS', 'PRODUCTS', 'RELEASES', 'ARCHIVES', 'LabError',
            'air_to_vacuum', 'chip_slices', 'label_records', 'label_record', 'archive_record', 'archive_sums',
-           'archive_root', 'real_data', 'profile', 'read_truth', 'true_labels', 'data_file', 'write_table', 'Spectra',
-           'use_style', 'plot_spectrum']
+           'archive_root', 'real_data', 'profile', 'read_truth', 'true_labels', 'data_file', 'atomic_path',
+           'write_table', 'Spectra', 'use_style', 'plot_spectrum']
 
 # %% ../nbs/00_survey.ipynb #95364aa8
 import errno
@@ -1051,7 +1051,7 @@ def trouble_in_words(path):
             raise
         raise LabError(f"cannot write {path}: {_DISK_TROUBLE[number]}") from error
 
-
+# %% ../nbs/00_survey.ipynb #bca2d41b
 @contextmanager
 def atomic_path(path):
     """A temporary path to write to, in the folder of `path`.

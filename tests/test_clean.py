@@ -1,12 +1,15 @@
 "Files, faults and properties of stellar_lab.clean; nbs/02_clean has what a reader learns from."
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 import re
 import shutil
 import socket
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -613,6 +616,26 @@ def test_packed_files_are_read_too(tmp_path):
     )
 
 
+@pytest.mark.parametrize("how", ["bz2", "xz", "zip"])
+def test_other_packings_are_read_to_their_end(tmp_path, how):
+    plain = write_apstar(tmp_path / f"apStar-r8-{A}.fits", 4)
+    content = plain.read_bytes()
+    packed = tmp_path / f"apStar-r12-{A}.fits"
+    if how == "zip":
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("star.fits", content)
+    else:
+        packed.write_bytes(bz2.compress(content) if how == "bz2" else lzma.compress(content))
+    spectra, problems = read_files([plain, packed], progress=False)
+    assert not problems and list(spectra.stars["VERIFIED"]) == [False, True]
+    np.testing.assert_array_equal(*spectra.flux)
+    damaged = bytearray(packed.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    packed.write_bytes(damaged)
+    with pytest.raises(LabError, match="what is packed in it"):
+        read_files(packed, progress=False)
+
+
 def test_bad_pixels_weigh_nothing(tmp_path):
     file = write_apstar(tmp_path / f"apStar-r8-{A}.fits", rows=0)
     with fits.open(file, mode="update") as hdus:
@@ -1159,6 +1182,10 @@ SPOKEN = {
         raw_change(b"NAXIS2  =                    5", b"NAXIS2  = 99999999999999999999"),
         "cut short",
     ),
+    "endless": (
+        raw_change(b"NAXIS   =                    2", b"NAXIS   =           2147483648"),
+        "damaged: HDU 1 has more axes or columns than FITS allows",
+    ),
     "sky for flux": (swap(1, 4), "HDU 1 holds 'Sky .x.', where the flux should be"),
     "error for flux": (swap(1, 2), "HDU 1 holds 'Error .x.', where the flux should be"),
     "checksum": (wrong_sum, "damaged: HDU 1 does not fit its checksum"),
@@ -1276,6 +1303,22 @@ def test_a_pixel_that_no_star_has_is_unusable(tmp_path, write, hdu, value):
     np.testing.assert_array_equal(spectra.flux[0, others], plain.flux[0, others])
     assert spectra.stars["STRANGE_PIXELS"][0] == (0 if value == -1e36 and kind[:2] == "as" else 2)
     assert np.isfinite(spectra.flux).all() and plain.stars["STRANGE_PIXELS"][0] == 0
+
+
+def test_numbers_that_signal_are_unusable(tmp_path):
+    "A signalling NaN makes numpy warn where it is converted."
+    file = write_aspcapstar(tmp_path / f"aspcapStar-r8-{A}.fits")
+    with fits.open(file) as hdus:
+        places = [hdus.fileinfo(k)["datLoc"] for k in (1, 2)]
+    content = bytearray(file.read_bytes())
+    for place in places:
+        at = place + 4 * int(on_band[5])
+        content[at : at + 4] = b"\x7f\xa0\x00\x01"
+    file.write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spectra, problems = read_files(file, progress=False)
+    assert not problems and spectra.ivar[0, 5] == 0 and np.isfinite(spectra.flux).all()
 
 
 def test_strange_pixels_stand_in_the_ledger(archive):

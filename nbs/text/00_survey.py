@@ -1514,6 +1514,14 @@ def trouble_in_words(path):
         raise LabError(f"cannot write {path}: {_DISK_TROUBLE[number]}") from error
 
 
+# %%
+with pytest.raises(LabError) as refusal, trouble_in_words("labels.fits"):
+    raise OSError(errno.EROFS, "Read-only file system")
+print(refusal.value)
+
+
+# %%
+#| export
 @contextmanager
 def atomic_path(path):
     """A temporary path to write to, in the folder of `path`.

@@ -1556,6 +1556,20 @@ def _check_intact(root, sums):
         )
 
 
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    there = Path(folder)
+    (there / "star.fits").write_text("one")
+    (there / ARCHIVE_FILE).write_text(json.dumps(card | {"sha256": _sums(there)}))
+    assert _already_there(there, card)
+    (there / "star.fits").write_text("two")
+    with pytest.raises(LabError, match="star.fits is missing or changed, and 0 more") as refusal:
+        _already_there(there, card)
+    print(str(refusal.value).replace(folder, "…"))
+
+
+# %%
+#| export
 @dataclass(frozen=True)
 class ArchiveSummary:
     """What was written where; printed, it is one line.
@@ -1600,17 +1614,6 @@ def _summary(root, card, new):
     sizes = [file.stat().st_size for file in root.rglob("*") if file.is_file()]
     return ArchiveSummary(root, card["stars"], len(sizes), sum(sizes), card["flaws"], new)
 
-
-# %%
-with tempfile.TemporaryDirectory() as folder:
-    there = Path(folder)
-    (there / "star.fits").write_text("one")
-    (there / ARCHIVE_FILE).write_text(json.dumps(card | {"sha256": _sums(there)}))
-    assert _already_there(there, card)
-    (there / "star.fits").write_text("two")
-    with pytest.raises(LabError, match="star.fits is missing or changed, and 0 more") as refusal:
-        _already_there(there, card)
-    print(str(refusal.value).replace(folder, "…"))
 
 # %%
 print(ArchiveSummary(Path("stars"), 552, 1168, 904_000_000, card["flaws"], True))

@@ -9,10 +9,12 @@ from astropy.table import Table
 from conftest import make_labels, make_spectra
 from threadpoolctl import ThreadpoolController
 
-from stellar_lab import models
+from stellar_lab import hidden, latents, models
 from stellar_lab.cannon import Cannon
 from stellar_lab.hidden import HiddenCannon
 from stellar_lab.inversion import infer
+from stellar_lab.judging import with_error_model
+from stellar_lab.latents import LatentLabels
 from stellar_lab.models import (
     Answer,
     fold_numbers,
@@ -390,6 +392,84 @@ def test_two_labels_that_are_one_are_named(offset):
     with pytest.raises(LabError, match=message):
         Cannon(order=2).fit(labels, flux, ivar, NAMES)
     RidgeLabels().fit(labels, flux, ivar, NAMES)  # each has a line of its own
+
+
+@pytest.mark.parametrize(
+    "model", [Cannon(order=2, scatter=True), HiddenCannon(hidden=2), RidgeLabels()]
+)
+@pytest.mark.parametrize("value", [1e10, -1e20])
+def test_a_label_far_from_all_others_is_named(model, value):
+    labels, flux, ivar = arrays()
+    labels[5, 0] = value
+    with pytest.raises(LabError, match="star 5 has the TEFF .* leave it out"):
+        model.fit(labels, flux, ivar, NAMES)
+
+
+def test_no_solution_is_no_traceback():
+    labels, flux, ivar = arrays()
+    flux[3, 5] = 1e14
+    with pytest.raises(LabError, match="no solution in double precision"):
+        LatentLabels(latents=5).fit(labels, flux, ivar, NAMES)
+
+
+def test_labels_of_latents_are_those_of_the_machine_that_learned(tmp_path, monkeypatch):
+    "Nothing is solved again when a model is read: another machine would round otherwise."
+    spectra = make_spectra()
+    model = LatentLabels(latents=5).fit(spectra)
+    model.save(tmp_path / "model.asdf")
+    monkeypatch.setattr(latents, "RidgeCV", None)
+    monkeypatch.setattr(latents, "cho_solve", None)
+    again = load_model(tmp_path / "model.asdf")
+    for name in ("teff", "teff_err", "fe_h"):
+        assert np.array_equal(infer(again, spectra)[name], infer(model, spectra)[name])
+
+
+def test_copies_of_a_star_share_a_fold_when_hidden_labels_are_counted(monkeypatch):
+    spectra = make_spectra(150)
+    twice = spectra[np.tile(np.arange(75), 2)]
+    asked = []
+    real = hidden.fold_numbers
+    monkeypatch.setattr(
+        hidden, "fold_numbers", lambda *a, **k: asked.append(real(*a, **k)) or asked[-1]
+    )
+    for stars in (twice, (twice.labels(NAMES), twice.flux, twice.ivar, NAMES)):
+        HiddenCannon(order=1).fit(*([stars] if stars is twice else stars))
+        assert np.array_equal(asked[-1][:75], asked[-1][75:])
+
+
+@pytest.mark.parametrize(
+    "truth, message",
+    [
+        (lambda t: t.astype(str), "not real numbers"),
+        (lambda t: t.astype(complex), "not real numbers"),
+        (lambda t: None, "not real numbers"),
+        (lambda t: t * np.inf, "too few for an error model"),
+    ],
+)
+def test_odd_truths_are_named(truth, message):
+    spectra = make_spectra()
+    model = Cannon(order=1).fit(spectra)
+    table = infer(model, spectra)
+    with pytest.raises(LabError, match=message):
+        with_error_model(model, table, truth(spectra.labels(NAMES)))
+    table["teff_err"] *= -1
+    with pytest.raises(LabError, match="150 errors in the table are negative"):
+        with_error_model(model, table, spectra.labels(NAMES))
+
+
+@pytest.mark.parametrize("alphas", [None, "x", [], [-1], [0], [np.nan], [1j]])
+def test_odd_penalties_are_named(alphas):
+    with pytest.raises(LabError, match="alphas"):
+        RidgeLabels(alphas=alphas).fit(make_spectra())
+
+
+def test_a_line_needs_stars_that_differ():
+    labels, flux, ivar = arrays()
+    with pytest.raises(LabError, match="1 training star is too few"):
+        RidgeLabels().fit(labels[:1], flux[:1], ivar[:1], NAMES)
+    labels[:, 1] = 2.5
+    with pytest.raises(LabError, match="LOGG is 2.5 in all training stars: leave it out"):
+        RidgeLabels().fit(labels, flux, ivar, NAMES)
 
 
 def test_a_weight_beyond_all_others_is_named():

@@ -398,6 +398,26 @@ def _check_training(labels, flux, ivar, names):
             f"star {star} has the {names[label]} {labels[star, label]:.3g}, "
             "which is no star's: leave it out"
         )
+    _check_outliers(labels, names)
+
+
+_FARTHEST = 1e5  # times the spread of the other stars
+
+
+def _check_outliers(labels, names):
+    "LabError where one star's label makes those of all others the same number."
+    if len(labels) < 10:
+        return
+    away = np.abs(labels - np.median(labels, axis=0))
+    spread = np.median(away, axis=0)
+    far = away / np.where(spread > 0, spread, np.inf)
+    star, label = np.unravel_index(far.argmax(), far.shape)
+    if far[star, label] > _FARTHEST:
+        raise LabError(
+            f"star {star} has the {names[label]} {labels[star, label]:.3g}, "
+            f"{far[star, label]:.0e} times farther from the other stars than these are from each "
+            "other: leave it out"
+        )
 
 
 # %%
@@ -857,7 +877,6 @@ for message, wrong in {
     with pytest.raises(ValueError, match=message):
         _check_metadata({"recipe": [step | wrong]}, 40)
 
-
 # %% [markdown]
 # ## The model
 # `LabelModel` is what all models inherit. A subclass has `labels` among its parameters, and its `fit` begins with `_begin`. What it has learned are attributes whose name ends with an underscore, as
@@ -865,6 +884,12 @@ for message, wrong in {
 
 # %%
 #| export
+_NO_SOLUTION = (
+    "these stars have no solution in double precision: look for a star that is far from all others,"
+    " and for pixels with far too small errors or far too large flux"
+)
+
+
 def all_or_nothing(fit):
     """A `fit` that fails leaves the model as it was: a decorator.
 
@@ -884,9 +909,11 @@ def all_or_nothing(fit):
         before = dict(vars(self))
         try:
             return fit(self, *arguments, **options)
-        except BaseException:
+        except BaseException as error:
             vars(self).clear()
             vars(self).update(before)
+            if isinstance(error, np.linalg.LinAlgError):
+                raise LabError(_NO_SOLUTION) from error
             raise
 
     return fit_or_restore

@@ -384,6 +384,23 @@ def _notes(words):
     return {"command": command, "date": now.strftime("%Y-%m-%dT%H:%M:%SZ")}
 
 
+def _write_fits(options, table):
+    "The best-fitting spectra and the pictures that were asked for."
+    if not (options.spectra or options.plot):
+        return
+    from stellar_lab.labelling import plot_stars, write_spectra
+    from stellar_lab.training import load_model
+
+    model = load_model(options.model)
+    if options.spectra:
+        write_spectra(model, table, options.spectra, options.row)
+        print(f"spectra and residuals: {options.spectra}")
+    if options.plot:
+        print(
+            f"{len(plot_stars(model, table, options.plot, options.row))} pictures: {options.plot}"
+        )
+
+
 def _run_label(options):
     from stellar_lab.labelling import label
 
@@ -400,6 +417,7 @@ def _run_label(options):
     for problem in summary.problems:
         _say(f"no labels: {problem.path}: {problem.reason}")
     _print(summary)
+    _write_fits(options, summary.table)
     return 0 if summary.ok else 1
 
 # %% ../nbs/H_cli.ipynb #697cc868
@@ -426,6 +444,9 @@ def _add_label(commands):
     option("--row", type=int, metavar="N", help=row)
     workers = "processes that read and label; the table does not depend on how many"
     option("--workers", type=int, default=1, metavar="N", help=workers)
+    best = "write each star's best-fitting spectrum and residual (.fits, 5,000 stars at most)"
+    option("--spectra", metavar="FILE", help=best)
+    option("--plot", metavar="FOLDER", help="write a picture of each star with its model")
 
 # %% ../nbs/H_cli.ipynb #cfce0ee9
 _CHECK = """

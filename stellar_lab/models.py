@@ -409,6 +409,13 @@ def _names_of_stars(spectra, labels):
     return np.array([row.tobytes().hex() for row in labels])
 
 # %% ../nbs/04_models.ipynb #0f248374
+# what is learned from left-out stars, after a fit
+_OF_LEFT_OUT_STARS = (
+    *("error_inflation_", "error_floor_", "catalogue_noise_"),
+    *("fit_limit_", "refusal_"),
+)
+
+
 class _Taught(_Scaled):
     "A model that takes training stars; `labels` is among its parameters."
 
@@ -417,7 +424,7 @@ class _Taught(_Scaled):
 
     def _begin(self, labels, flux, ivar, label_names, wavelength):
         "Check the training stars and learn their labels' scaling; returns flux and ivar (N, P)."
-        for learned in ("error_inflation_", "error_floor_", "fit_limit_", "refusal_"):
+        for learned in _OF_LEFT_OUT_STARS:
             vars(self).pop(learned, None)  # of an earlier fit
         metadata = {}
         names = self.labels if label_names is None else label_names
@@ -699,6 +706,7 @@ class LabelModel(_Taught, BaseEstimator):
         "training_labels_": Held("number", "NK"),
         "error_inflation_": Held("number", "K", low=0, optional=True),
         "error_floor_": Held("number", "K", low=0, optional=True),
+        "catalogue_noise_": Held("number", "K", low=0, optional=True),
         "fit_limit_": Held("number", low=0, optional=True),
         "refusal_": Held("facts", optional=True),
     }
@@ -1132,11 +1140,19 @@ def label_table(model: LabelModel, found: Answer, min_good: float = MIN_GOOD) ->
     return table
 
 
+def _about(model):
+    "What the errors of a model are about."
+    if hasattr(model, "catalogue_noise_"):
+        return "the true label, on the catalogue's scale"
+    return "a label of the catalogue" if model.errors_ == "calibrated" else "the model alone"
+
+
 def _table_meta(model):
     return {
         "labels": ",".join(model.label_names_),
         "training": model.training_digest_[:16],
         "errors": model.errors_,
+        "about": _about(model),
         "flags": ", ".join(f"{flag.value} {flag.name}" for flag in Flag),
     }
 

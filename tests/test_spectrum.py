@@ -8,7 +8,7 @@ from astropy.table import Table
 
 from stellar_lab.cannon import Cannon
 from stellar_lab.inversion import infer
-from stellar_lab.labelling import find_spectra, label
+from stellar_lab.labelling import find_spectra, label, write_spectra
 from stellar_lab.readers import RidgeLabels
 from stellar_lab.spectrum import (
     LIGHT,
@@ -307,3 +307,21 @@ def test_own_and_survey_files_in_one_table(model, good_files, star, tmp_path):
     table = label(model, [path, good_files[0][3]], progress=False).table
     assert len(table) == 2 and np.isfinite(np.asarray(table["velocity"].value)).sum() == 1
     assert abs(np.diff(table["teff"].value)[0]) < table["teff_err"].value[0]
+
+
+def test_spectra_and_pictures(run, model, good_files, star, tmp_path):
+    path = write_own(star, tmp_path / "my.csv")
+    words = ("label", "--model", model, path, good_files[0][3], "--out", tmp_path / "l.fits")
+    code, out, _ = run(*words, "--spectra", tmp_path / "s.fits", "--plot", tmp_path / "p")
+    assert code == 0 and "2 pictures" in out and len(list((tmp_path / "p").iterdir())) == 2
+    with fits.open(tmp_path / "s.fits") as hdus:
+        assert hdus["MODEL"].shape == (1, 8575) and len(hdus["STAR1"].data) > 5_000
+        flux, made, rest = (hdus[name].data for name in ("FLUX", "MODEL", "RESIDUAL"))
+        assert np.allclose(flux - made, rest, atol=1e-6, equal_nan=True)
+
+
+def test_readers_draw_no_spectra(good_files, tmp_path):
+    ridge = RidgeLabels(labels=["TEFF", "M_H"]).fit(good_files[1])
+    table = label(ridge, good_files[0][3], progress=False).table
+    with pytest.raises(LabError, match="draws no spectra"):
+        write_spectra(ridge, table, tmp_path / "s.fits")

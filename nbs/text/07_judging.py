@@ -326,6 +326,11 @@ assert np.all(within < 0.4)
 # $$ \\sigma^2_\\mathrm{calibrated} = a\\,\\sigma^2_\\mathrm{formal} + b , $$
 # with an inflation $a$ (a noisy, metal-poor star is worse off than a bright one) and a floor $b$, found by maximum likelihood: the Gaussian that makes the differences most probable. Such errors hold
 # for the labels of the catalogue that the model was trained on, whose own errors are included. Wild outliers, beyond four robust standard deviations, take no part.
+#
+# But a catalogue errs, too, and its noise is no fault of the model. Where the catalogue states an error $c$ for each star, the difference has the variance
+# $$ a\\,\\sigma^2_\\mathrm{formal} + b + s\\,c^2, $$
+# and the error about the *true* label is what is left without the last term. The share $s$ should be 1. It is smaller where the stated errors are larger than all the differences that we see: such a catalogue is
+# too modest.
 
 # %%
 #| export
@@ -349,8 +354,17 @@ def _judged(residual, formal2):
     return use
 
 
-def _inflation_and_floor(residual, formal2):
-    "Inflation and floor of one label's variance, by maximum likelihood."
+_TRUST = 0.1  # what it costs to take a catalogue's stated errors for nothing
+
+
+def _noise_share(logit):
+    "Share of the catalogue's stated variance that is believed."
+    return 1 / (1 + np.exp(-logit))
+
+
+def _inflation_and_floor(residual, formal2, stated2=None):
+    """Inflation and floor of one label's variance, by maximum likelihood, and the share of the
+    catalogue's stated variance (N,) in what is seen."""
     use = _judged(residual, formal2)
     unit2 = np.mean(residual[use] ** 2)
     if not 0 < unit2 < np.inf:
@@ -359,35 +373,69 @@ def _inflation_and_floor(residual, formal2):
             "give the answers of a model that has not seen these stars"
         )
     if not np.isfinite(formal2).any():
-        return 0, unit2
+        return 0, unit2, 0
     typical2 = np.median(formal2[use])
     r2 = residual[use] ** 2 / unit2
     f2 = formal2[use] / typical2
+    known = stated2 is not None
+    c2 = stated2[use] / unit2 if known else 0
 
     def cost(p):
-        variance = np.exp(p[0]) * f2 + np.exp(p[1])
-        return np.mean(r2 / variance + np.log(variance))
+        share = _noise_share(p[2]) if known else 0
+        variance = np.exp(p[0]) * f2 + np.exp(p[1]) + share * c2
+        return np.mean(r2 / variance + np.log(variance)) + _TRUST * (1 - share) * known
 
-    bounds = [(-12, 8)] * 2
-    fits = [minimize(cost, start, method="L-BFGS-B", bounds=bounds) for start in _STARTS]
+    bounds = [(-12, 8), (-12, 8), (-6, 6)][: 2 + known]
+    starts = [(*start, 2)[: 2 + known] for start in _STARTS]
+    fits = [minimize(cost, start, method="L-BFGS-B", bounds=bounds) for start in starts]
     best = min(fits, key=lambda fit: fit.fun)
-    inflation, floor = np.exp(best.x) * unit2
-    return inflation / typical2, floor
+    inflation, floor = np.exp(best.x[:2]) * unit2
+    return inflation / typical2, floor, _noise_share(best.x[2]) if known else 0
 
 
 # %%
 stated2 = np.random.default_rng(0).uniform(0.5, 2, 1000) ** 2
 drawn = np.sqrt(4 * stated2 + 3**2) * np.random.default_rng(1).standard_normal(1000)
-inflation, floor = _inflation_and_floor(drawn, stated2)
+inflation, floor, _ = _inflation_and_floor(drawn, stated2)
 print(
     f"put in: inflation 4, floor 3 squared; found {inflation:.1f} and {np.sqrt(floor):.1f} squared"
 )
 assert abs(inflation * np.mean(stated2) + floor - 4 * np.mean(stated2) - 9) < 2
 
+# %% [markdown]
+# With a catalogue that errs by half of a unit to three units, of which we know, the same numbers must come out; and a catalogue that states ten times its error is not believed.
+
+# %%
+catalogue2 = np.random.default_rng(2).uniform(0.5, 3, 1000) ** 2
+seen = drawn + np.sqrt(catalogue2) * np.random.default_rng(3).standard_normal(1000)
+_, _, right = _inflation_and_floor(seen, stated2, catalogue2)
+inflation, floor, modest = _inflation_and_floor(seen, stated2, 100 * catalogue2)
+print(f"share of the stated noise: {right:.2f}; where ten times the error is stated: {modest:.3f}")
+assert right > 0.7 and modest < 0.03
+
 
 # %%
 #| export
-def with_error_model(model: LabelModel, table: QTable, truth) -> LabelModel:
+def _stated(model, catalogue_error, stars):
+    "Variance (N, K) that a catalogue states; None for none. LabError for another shape."
+    if catalogue_error is None:
+        return [None] * len(model.label_names_)
+    stated = np.asarray(catalogue_error, dtype=float)
+    if stated.shape != (stars, len(model.label_names_)):
+        raise LabError(
+            f"the catalogue's errors have the shape {stated.shape}: one for each of {stars} stars "
+            f"and {len(model.label_names_)} labels is needed"
+        )
+    unknown = ~(np.isfinite(stated) & (stated >= 0))
+    if unknown.any():  # such a star counts as a usual one
+        usual = np.nanmedian(np.where(unknown, np.nan, stated), axis=0)
+        stated = np.where(unknown, np.nan_to_num(usual), stated)
+    return stated.T**2
+
+
+def with_error_model(
+    model: LabelModel, table: QTable, truth, catalogue_error=None
+) -> LabelModel:
     """Learn from left-out stars how large the errors really are.
 
     Parameters
@@ -399,12 +447,17 @@ def with_error_model(model: LabelModel, table: QTable, truth) -> LabelModel:
         the floor is all
     truth : (N, K) array
         their catalogue labels
+    catalogue_error : (N, K) array, optional
+        errors that the catalogue states for these labels. With them the model's errors are about
+        the true label on the catalogue's scale; without, about a label of the catalogue, whose
+        noise is then part of them
 
     Returns
     -------
     LabelModel
         a copy whose errors are calibrated: variance = inflation * formal variance + floor. From
-        the same stars it knows how large chi2 may be (``fit_limit_``)
+        the same stars it knows how large chi2 may be (``fit_limit_``), and how much noise the
+        catalogue has (``catalogue_noise_``, a variance for each label)
 
     Raises
     ------
@@ -436,14 +489,40 @@ def with_error_model(model: LabelModel, table: QTable, truth) -> LabelModel:
             f"{np.sum(formal < 0)} errors in the table are negative: give those of infer"
         )
     formal2 = formal**2
-    fits = [_inflation_and_floor(r, f2) for r, f2 in zip(residual.T, formal2.T)]
+    stated2 = _stated(model, catalogue_error, len(residual))
+    fits = [_inflation_and_floor(*parts) for parts in zip(residual.T, formal2.T, stated2)]
     model = copy.copy(model)
-    model.error_inflation_, model.error_floor_ = np.array(fits).T
+    model.error_inflation_, model.error_floor_, share = np.array(fits).T
+    vars(model).pop("catalogue_noise_", None)
+    if catalogue_error is not None:
+        model.catalogue_noise_ = share * np.median(stated2, axis=1)
     if "chi2" in table.colnames:
         fit = np.asarray(table["chi2"]) / np.maximum(np.asarray(table["n_good"]), 1)
         fit = fit[np.isfinite(fit)]
-        model.fit_limit_ = poor_fit_limit(fit) if len(fit) else model.poor_fit_limit_
+        if len(fit):
+            model.fit_limit_ = poor_fit_limit(fit)
     return model
+
+
+# %%
+#| export
+def errors_about_catalogue(model: LabelModel, table: QTable) -> np.ndarray:
+    """Errors about a label of the catalogue: those of a table, and the catalogue's usual noise.
+
+    Parameters
+    ----------
+    model : LabelModel
+        calibrated
+    table : QTable
+        `infer` of N stars by this model
+
+    Returns
+    -------
+    (N, K) array
+        1-sigma errors in the labels' units
+    """
+    errors = label_values(table, [f"{name}_err" for name in model.label_names_])
+    return np.sqrt(errors**2 + getattr(model, "catalogue_noise_", 0))
 
 
 # %% [markdown]

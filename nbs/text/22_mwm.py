@@ -241,8 +241,8 @@ def read_mwm(path, observatory: str = None) -> Spectra:
     if not found:
         if others:
             raise LabError(
-                f"{Path(path).name} holds {', '.join(others)} only, optical spectra: APOGEE has not "
-                "seen this star"
+                f"{Path(path).name} holds {', '.join(others)} only, optical spectra: APOGEE has "
+                "not seen this star"
             )
         raise LabError(f"{Path(path).name}: all extensions are empty, nothing was observed")
     if observatory is not None and observatory not in found:

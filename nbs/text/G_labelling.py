@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 import astropy.units as u
 import numpy as np
+from astropy.io import fits
 from astropy.io.votable import from_table
 from astropy.io.votable.tree import Info
 from astropy.table import MaskedColumn, QTable, Table, vstack
@@ -43,6 +44,7 @@ from sklearn.utils.validation import check_is_fitted
 from tqdm import TMonitor, tqdm
 
 from stellar_lab import __version__
+from stellar_lab.cannon import plot_fit
 from stellar_lab.clean import FILE_NAME, Problem, product_of, read_stars
 from stellar_lab.inversion import infer
 from stellar_lab.models import (
@@ -57,12 +59,16 @@ from stellar_lab.mwm import mwm_kind, read_mwm
 from stellar_lab.normalize import as_trained
 from stellar_lab.spectrum import holds_spectrum, label_star, read_spectrum
 from stellar_lab.survey import (
+    LOG10_START,
+    LOG10_STEP,
+    N_PIXELS,
     PRODUCTS,
     RELEASES,
     TABLE_FORMATS,
     LabError,
     Release,
     atomic_path,
+    on_band,
     require,
     write_table,
 )
@@ -1246,6 +1252,171 @@ Markdown(
     f"{flagged[~strange].mean():.1%}. The model answers for a dwarf, too, with the labels of "
     "some giant; without the column `flags` nobody would know."
 )
+
+# %% [markdown]
+# ## Output that goes on
+# A table says what a star is; its spectrum says whether to believe it. So the best-fitting spectra can be written, too, with what they leave of each star: an image with
+# one row per star on the survey's grid, whose header says the wavelengths (FITS software calls that a WCS), and a table for each star that came on a grid of its own.
+
+# %%
+#| export
+_MOST_SPECTRA = 5_000  # stars in one file of spectra: 0.5 GB
+
+
+def best_fits(model, table, row: int = None):
+    """Each star of a table of labels, treated as it was labelled, and the model on its pixels.
+
+    Parameters
+    ----------
+    model : LabelModel
+        fitted, that can `predict` spectra
+    table : QTable
+        of `label`
+    row : int, optional
+        of apStar files, as for `label`
+
+    Yields
+    ------
+    tuple
+        file, model, `Spectra`, table of labels
+
+    Raises
+    ------
+    LabError
+        where the model draws no spectra, or a file is gone
+    """
+    if not hasattr(model, "predict"):
+        raise LabError(f"a {type(model).__name__} draws no spectra: take a Cannon")
+    row = _row_of(model) if row is None else row
+    for path in dict.fromkeys(map(str, table["file"])):
+        kind = _kind_of_file(Path(path)) or model.metadata_.get("product") or "apstar"
+        if kind in ("own", "apvisit"):
+            found = label_star(model, _ELSEWHERE[kind](path))
+            yield path, found.model, found.spectra, found.table
+            continue
+        if kind in PRODUCTS:
+            asked = None if PRODUCTS[kind].normalized else row
+            spectra, _, problems = read_stars([path], PRODUCTS[kind], row=asked, progress=False)
+            if problems:
+                raise LabError(str(problems[0]))
+        else:
+            spectra = _ELSEWHERE[kind](path)
+        star = as_trained(model, spectra)
+        yield path, model, star, infer(model, star, any_recipe=True)
+
+
+# %%
+#| export
+def _grid_header():
+    "The header of an image on the survey's grid, as apStar files have it."
+    cards = {"CRVAL1": LOG10_START, "CDELT1": LOG10_STEP, "CRPIX1": 1}
+    header = fits.Header(cards | {"CTYPE1": "LOG-LINEAR", "DC-FLAG": 1})
+    header["COMMENT"] = (
+        "wavelength in vacuum: 10**(CRVAL1 + CDELT1 * pixel), pixel from 0 [Angstrom]"
+    )
+    return header
+
+
+def _own_table(number, name, star, made):
+    "The spectrum of a star on a grid of its own, as an extension."
+    columns = {"wavelength": star.wavelength * u.AA, "flux": star.flux[0], "ivar": star.ivar[0]}
+    columns |= {"model": made, "residual": star.flux[0] - made}
+    hdu = fits.table_to_hdu(QTable(columns))
+    hdu.name = f"STAR{number}"
+    hdu.header["OBJECT"] = str(name).encode("ascii", "replace").decode()
+    return hdu
+
+
+def write_spectra(model, table, path, row: int = None):
+    """Write the best-fitting spectrum of each star and what it leaves, as FITS.
+
+    Parameters
+    ----------
+    model, table, row
+        as for `best_fits`
+    path : str or Path
+        .fits file: images FLUX, IVAR, MODEL, RESIDUAL with one row per star on the survey's grid
+        (NaN between the chips), a table STARS with the row's star and file, and a table for each
+        star on another grid
+
+    Raises
+    ------
+    LabError
+        where there are more stars than one file should hold
+    """
+    if len(table) > _MOST_SPECTRA:
+        raise LabError(f"{len(table)} spectra are too many for one file: label in parts")
+    check_target(path, (".fits",), "spectra")
+    images = {"FLUX": [], "IVAR": [], "MODEL": [], "RESIDUAL": []}
+    names, files, further = [], [], []
+    for file, there, star, labels in best_fits(model, table, row):
+        made = there.predict(label_values(labels, model.label_names_))
+        if len(star.wavelength) != len(on_band):
+            further.append(_own_table(len(further) + 1, star.stars["APOGEE_ID"][0], star, made[0]))
+            continue
+        for name, values in zip(images, (star.flux, star.ivar, made, star.flux - made)):
+            full = np.full((len(star), N_PIXELS), 0 if name == "IVAR" else np.nan, np.float32)
+            full[:, on_band] = values
+            images[name].append(full)
+        names += [str(name) for name in star.stars["APOGEE_ID"]]
+        files += [Path(file).name] * len(star)
+    hdus = [fits.PrimaryHDU()]
+    if names:
+        header = _grid_header()
+        hdus += [fits.ImageHDU(np.vstack(v), header, name=n) for n, v in images.items()]
+        stars = Table({"apogee_id": names, "file": [f.encode("utf-8", "replace") for f in files]})
+        hdus.append(fits.table_to_hdu(stars))
+        hdus[-1].name = "STARS"
+    with atomic_path(path) as temporary:
+        fits.HDUList(hdus + further).writeto(temporary)
+
+
+# %%
+few = label(model, [night / "my.csv", *(path for path, _ in found[:2])], progress=False)
+write_spectra(model, few.table, here / "spectra.fits")
+with fits.open(here / "spectra.fits") as hdus:
+    print([hdu.name for hdu in hdus[1:]], hdus["MODEL"].shape)
+    rest = hdus["RESIDUAL"].data[0, on_band]
+    sure = hdus["IVAR"].data[0, on_band] > 0
+    assert np.nanstd(rest[sure]) < 0.05 and hdus["RESIDUAL"].header["CRVAL1"] == LOG10_START
+
+
+# %%
+#| export
+def plot_stars(model, table, folder, row: int = None) -> list:
+    """A picture of each star, the model over it, and what is left.
+
+    Parameters
+    ----------
+    model, table, row
+        as for `best_fits`
+    folder : str or Path
+        where the pictures go, one .png per spectrum, named after its file
+
+    Returns
+    -------
+    list of Path
+    """
+    import matplotlib.pyplot as plt
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for file, there, star, labels in best_fits(model, table, row):
+        for number in range(len(star)):
+            stem = Path(file).name.split(".fits")[0]
+            written.append(folder / f"{stem}{f'-{number + 1}' if len(star) > 1 else ''}.png")
+            axes = plot_fit(there, star, number, label_values(labels[[number]], model.label_names_))
+            with atomic_path(written[-1]) as temporary:
+                axes[0].figure.savefig(temporary)
+            plt.close(axes[0].figure)
+    return written
+
+
+# %%
+pictures = plot_stars(model, few.table, here / "pictures")
+print(*(path.name for path in pictures))
+assert all(path.stat().st_size > 5_000 for path in pictures)
 
 # %%
 assert summary.labelled + len(summary.problems) == summary.files

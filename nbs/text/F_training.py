@@ -589,15 +589,25 @@ def _formal_words(model):
     return "formal, as the model states them, not compared with stars left out"
 
 
-def _calibrated(model, kind, table, truth):
+def _stated_errors(spectra, names):
+    "The errors (N, K) that the catalogue states; None where it states none for a label."
+    try:
+        stated = spectra.label_errors(names)
+    except LabError:
+        return None
+    return stated if np.all((np.isfinite(stated) & (stated > 0)).any(axis=0)) else None
+
+
+def _calibrated(model, kind, table, truth, stated=None):
     "The model with calibrated errors if the left-out stars are enough, and a sentence about them."
     try:
-        calibrated = with_error_model(model, table, truth)
+        calibrated = with_error_model(model, table, truth, stated)
     except LabError as error:
         note = f"the errors of new labels are {_formal_words(model)}"
         return model, f"{note}: {error}"
     note = "the errors of new labels are calibrated: inflated to fit"
-    return calibrated, f"{note} the {len(table)} {kind}"
+    about = "" if stated is None else "; the catalogue's own noise is taken off"
+    return calibrated, f"{note} the {len(table)} {kind}{about}"
 
 
 # %% [markdown]
@@ -686,11 +696,17 @@ def _learned_facts(model):
 
 
 def _error_facts(model):
-    "Inflation and floor of each label; None for formal errors."
+    "Inflation and floor of each label, and the catalogue's noise; None for formal errors."
     if model.errors_ != "calibrated":
         return None
-    found = zip(model.label_names_, model.error_inflation_, model.error_floor_)
-    return {name: {"inflation": float(a), "floor": float(np.sqrt(b))} for name, a, b in found}
+    noise = getattr(model, "catalogue_noise_", np.zeros(len(model.label_names_)))
+    found = zip(model.label_names_, model.error_inflation_, np.sqrt(model.error_floor_), noise)
+    facts = {}
+    for name, inflation, floor, variance in found:
+        facts[name] = {"inflation": float(inflation), "floor": float(floor)}
+        if hasattr(model, "catalogue_noise_"):
+            facts[name]["catalogue_noise"] = float(np.sqrt(variance))
+    return facts
 
 
 # %%
@@ -949,7 +965,8 @@ def _report(model, spectra, ledger, sets, arguments, root, path):
     }
     kind = list(sets)[-1]
     rows, table = sets[kind]
-    model, error_note = _calibrated(model, kind, table, truth[kind])
+    stated = _stated_errors(spectra[rows], names)
+    model, error_note = _calibrated(model, kind, table, truth[kind], stated)
     facts = _facts(model, spectra, arguments, root, path)
     ids = [str(name) for name in spectra.stars["APOGEE_ID"]]
     facts["stars"] = {name: [ids[row] for row in rows] for name, (rows, _) in sets.items()}

@@ -506,7 +506,7 @@ def test_killed_while_it_writes(tmp_path):
     root = tmp_path / "clusters"
     program = (
         "import sys\nfrom stellar_lab.archives import write_clusters\n"
-        "write_clusters(sys.argv[1], stars=60, workers=2, progress=False)\n"
+        "write_clusters(sys.argv[1], stars=40, workers=2, progress=False)\n"
     )
     run = subprocess.Popen([sys.executable, "-c", program, root], stdout=subprocess.PIPE)
     end = time.monotonic() + 60

@@ -3,10 +3,8 @@
 import doctest
 import errno
 import os
-import signal
 import subprocess
 import sys
-import time
 from importlib import import_module
 from pathlib import Path
 
@@ -25,7 +23,6 @@ from stellar_lab.survey import (
     RELEASES,
     Cut,
     LabError,
-    _runs,
     air_to_vacuum,
     atomic_path,
     label_record,
@@ -273,27 +270,3 @@ def test_names_beyond_ascii_are_written(tmp_path, suffix):
     names = [name if isinstance(name, bytes) else name.encode() for name in names]
     assert [name.decode() for name in names[:2]] == ["étoile", "星"]
     assert names[2] in (b"st\xffar", b"st\\xffar") and table["apogee_id"][2] == strange
-
-
-WORKERS = """
-import os, sys, time
-from concurrent.futures import ProcessPoolExecutor
-from stellar_lab.survey import end_with_parent
-if __name__ == "__main__":
-    with ProcessPoolExecutor(2, initializer=end_with_parent) as pool:
-        print(*{pool.submit(os.getpid).result() for _ in range(20)}, flush=True)
-        list(pool.map(time.sleep, [600, 600]))
-"""
-
-
-def test_workers_end_with_their_parent(tmp_path):
-    program = tmp_path / "program.py"
-    program.write_text(WORKERS)
-    parent = subprocess.Popen([sys.executable, program], stdout=subprocess.PIPE, text=True)
-    workers = [int(number) for number in parent.stdout.readline().split()]
-    parent.send_signal(signal.SIGTERM)
-    parent.wait(20)
-    end = time.monotonic() + 20
-    while any(map(_runs, workers)) and time.monotonic() < end:
-        time.sleep(0.02)
-    assert workers and not any(map(_runs, workers))

@@ -216,6 +216,8 @@ def _spectra_of(columns, header, path, observatory):
     return Spectra(wavelength, flux, ivar, stars, mask)
 
 
+# %%
+#| export
 def read_mwm(path, observatory: str = None) -> Spectra:
     """APOGEE spectra of an mwmStar or mwmVisit file, by columns.
 
@@ -307,6 +309,8 @@ def _apogee_table(flux, ivar, flags, facts, observatory, visits):
     return hdu
 
 
+# %%
+#| exporti
 def made_mwm(apo: Spectra = None, lco: Spectra = None, sdss_id=42, boss=False, visits=False):
     """An mwmStar (or mwmVisit) file from spectra on the survey's pixels.
 
@@ -425,6 +429,8 @@ def _numbers(table, name):
     return np.where(np.abs(values) < 9_000 if name != "teff" else values > 0, values, np.nan)
 
 
+# %%
+#| export
 def read_astra(path, labels=None, hdu: int = 2) -> Table:
     """Labels of the catalogue `astraAllStarASPCAP`, in the names of this book.
 

@@ -13,11 +13,11 @@
 #
 # | fact | page |
 # |---|---|
-# | four extensions BOSS/APO, BOSS/LCO, APOGEE/APO, APOGEE/LCO; a table each, empty where nothing was observed | [data model of mwmStar](https://data.sdss.org/datamodel/files/MWM_ASTRA/V_ASTRA/spectra/star/mwmStar.html) |
+# | four extensions BOSS/APO, BOSS/LCO, APOGEE/APO, APOGEE/LCO; a table each, empty where nothing was observed | the same example, and the [loader of specutils](https://github.com/astropy/specutils/blob/main/specutils/io/default_loaders/sdss_v.py), which skips empty ones |
 # | columns of an APOGEE row (`wavelength`, `flux`, `ivar`, `pixel_flags`, `continuum`, `snr`, …) | [an example by astra's author](https://gist.github.com/andycasey/c28d73ca3f51ae26c787dd8957cc58b6) |
 # | wavelengths of mwmVisit stand in the header (`CRVAL`, `CDELT`, `NPIXELS`) | [loader of specutils](https://github.com/astropy/specutils/blob/main/specutils/io/default_loaders/sdss_v.py) |
 # | the grid, 10^(4.179 + 6e-6 i), and the rest frame | [astra](https://github.com/sdss/astra) |
-# | catalogue `astraAllStarASPCAP`, APOGEE in HDU 2, [Mg/H] and not [Mg/Fe] | [data model](https://data.sdss.org/datamodel/files/MWM_ASTRA/V_ASTRA/summary/astraAllStarASPCAP.html) |
+# | catalogue `astraAllStarASPCAP`, APOGEE in HDU 2, `sdss_id` | public code that reads it; the names of its label columns are taken from [astra](https://github.com/sdss/astra) and were not compared with a real file |
 
 # %%
 #| default_exp mwm

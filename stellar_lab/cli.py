@@ -340,8 +340,9 @@ can read: a Cannon, a ridge regression, the physics model (.asdf), or a network
 (.keras, saved in Python). Where nothing is fitted, chi2 is empty.
 
 PATH is an apStar or aspcapStar file, an apVisit, mwmStar or mwmVisit file, a
-spectrum of your own (see 'stellar-lab check --help'), a folder (searched for such files down
-to the last one; what is left out is counted) or the root of an archive.
+spectrum of your own (see 'stellar-lab check --help'), a folder (searched for
+apStar and aspcapStar files down to the last one; what is left out is counted)
+or the root of an archive.
 A model that learned from apStar files takes only these, and the other way
 round: their normalizations differ, and so would the labels.
 

@@ -326,6 +326,8 @@ def from_arrays(
     return _as_spectra(angstrom[order], flux[order], ivar[order], velocity, resolution, name, notes)
 
 
+# %%
+#| export
 def _as_spectra(angstrom, flux, ivar, velocity, resolution, name, notes):
     "One star's `Spectra` from sorted pixels."
     usable = np.sum(ivar > 0)
@@ -662,6 +664,8 @@ def holds_spectrum(path) -> bool:
         return False
 
 
+# %%
+#| export
 def read_spectrum(path, **options) -> Spectra:
     """A spectrum of one star, from a file of one's own.
 
@@ -1955,6 +1959,8 @@ class StarCheck:
         return "\n".join([*map(str, self.verdicts), *(f"note: {n}" for n in self.found.notes)])
 
 
+# %%
+#| export
 def check_star(model: Cannon, spectra: Spectra) -> StarCheck:
     """Is a spectrum fit for labels? Grid, velocity, resolution, continuum, errors, bad pixels.
 

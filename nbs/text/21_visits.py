@@ -704,6 +704,8 @@ _REPEAT_COLUMNS = (
 )
 
 
+# %%
+#| export
 def repeats(model: LabelModel, paths, rule: MaskRule = GENTLE) -> Repeats:
     """The test of repeats: how far labels of the same star's visits scatter, and the errors.
 

@@ -13,11 +13,11 @@
 #
 # | fact | page |
 # |---|---|
-# | four extensions BOSS/APO, BOSS/LCO, APOGEE/APO, APOGEE/LCO; a table each, empty where nothing was observed | [data model of mwmStar](https://data.sdss.org/datamodel/files/MWM_ASTRA/V_ASTRA/spectra/star/mwmStar.html) |
+# | four extensions BOSS/APO, BOSS/LCO, APOGEE/APO, APOGEE/LCO; a table each, empty where nothing was observed | the same example, and the [loader of specutils](https://github.com/astropy/specutils/blob/main/specutils/io/default_loaders/sdss_v.py), which skips empty ones |
 # | columns of an APOGEE row (`wavelength`, `flux`, `ivar`, `pixel_flags`, `continuum`, `snr`, …) | [an example by astra's author](https://gist.github.com/andycasey/c28d73ca3f51ae26c787dd8957cc58b6) |
 # | wavelengths of mwmVisit stand in the header (`CRVAL`, `CDELT`, `NPIXELS`) | [loader of specutils](https://github.com/astropy/specutils/blob/main/specutils/io/default_loaders/sdss_v.py) |
 # | the grid, 10^(4.179 + 6e-6 i), and the rest frame | [astra](https://github.com/sdss/astra) |
-# | catalogue `astraAllStarASPCAP`, APOGEE in HDU 2, [Mg/H] and not [Mg/Fe] | [data model](https://data.sdss.org/datamodel/files/MWM_ASTRA/V_ASTRA/summary/astraAllStarASPCAP.html) |
+# | catalogue `astraAllStarASPCAP`, APOGEE in HDU 2, `sdss_id` | public code that reads it; the names of its label columns are taken from [astra](https://github.com/sdss/astra) and were not compared with a real file |
 
 # %%
 #| default_exp mwm
@@ -216,6 +216,8 @@ def _spectra_of(columns, header, path, observatory):
     return Spectra(wavelength, flux, ivar, stars, mask)
 
 
+# %%
+#| export
 def read_mwm(path, observatory: str = None) -> Spectra:
     """APOGEE spectra of an mwmStar or mwmVisit file, by columns.
 
@@ -307,6 +309,8 @@ def _apogee_table(flux, ivar, flags, facts, observatory, visits):
     return hdu
 
 
+# %%
+#| exporti
 def made_mwm(apo: Spectra = None, lco: Spectra = None, sdss_id=42, boss=False, visits=False):
     """An mwmStar (or mwmVisit) file from spectra on the survey's pixels.
 
@@ -425,6 +429,8 @@ def _numbers(table, name):
     return np.where(np.abs(values) < 9_000 if name != "teff" else values > 0, values, np.nan)
 
 
+# %%
+#| export
 def read_astra(path, labels=None, hdu: int = 2) -> Table:
     """Labels of the catalogue `astraAllStarASPCAP`, in the names of this book.
 

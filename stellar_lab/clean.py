@@ -412,7 +412,7 @@ class _PlainHeader:
     def get(self, key, usual=None):
         return self[key] if key in self else usual
 
-
+# %% ../nbs/02_clean.ipynb #16906e31
 class _PlainHdu:
     "An image, or a table of which only the size is known."
 
@@ -464,7 +464,7 @@ class _PlainHdu:
     def fileinfo(self):
         return {"datLoc": self.place}
 
-
+# %% ../nbs/02_clean.ipynb #2b2f0305
 @contextmanager
 def _hdus_of(path):
     "The HDUs of a file: read directly where all is plain, by astropy otherwise."

@@ -609,6 +609,16 @@ class _PlainHeader:
         return self[key] if key in self else usual
 
 
+# %%
+cards = _PlainHeader(
+    b"SNR     =                123.5 / good".ljust(80) + b"OBJID   = 'Castor  '".ljust(80)
+)
+print(cards["SNR"], cards["OBJID"], cards.get("VRAD"))
+assert "SNR" in cards and (cards["SNR"], cards["OBJID"]) == (123.5, "Castor")
+
+
+# %%
+#| export
 class _PlainHdu:
     "An image, or a table of which only the size is known."
 
@@ -661,6 +671,16 @@ class _PlainHdu:
         return {"datLoc": self.place}
 
 
+# %%
+data = b"SIMPLE  =                    T".ljust(80) + b"BITPIX  =                    8".ljust(80)
+data += b"NAXIS   =                    0".ljust(80) + _HEADER_END
+empty = _PlainHdu(data.ljust(2880), 0, first=True)
+print(empty.shape, empty.size, empty.end)
+assert empty.is_image and empty.end == 2880
+
+
+# %%
+#| export
 @contextmanager
 def _hdus_of(path):
     "The HDUs of a file: read directly where all is plain, by astropy otherwise."

@@ -622,6 +622,119 @@ def _check_star(path, header):
 
 _AT_REST = 1.0  # km/s; a quarter of a pixel
 
+# %% ../nbs/02_clean.ipynb #fad5135d
+class _NotPlain(ValueError):
+    "Something in a file is left to astropy."
+
+
+_HEADER_END = b"END" + b" " * 77
+_UNUSUAL = (
+    b"BZERO   ",
+    b"BSCALE  ",
+    b"BLANK   ",
+    b"ZIMAGE  ",
+    b"CONTINUE",
+    b"GROUPS  ",
+    b"HIERARCH",
+)
+_NUMBER = re.compile(rb" *([+-]?\d+)(\.\d*(?:E[+-]?\d+)?)? *(?:/.*)?")
+_TEXT = re.compile(rb" *'([^']*)' *(?:/.*)?")
+
+
+class _PlainHeader:
+    "The cards of a header, read when somebody asks."
+
+    def __init__(self, data):
+        cards = [data[start : start + 80] for start in range(0, len(data), 80)]
+        self.cards = dict(zip((card[:8] for card in reversed(cards)), reversed(cards)))
+        if not data.isascii() or any(key in self.cards for key in _UNUSUAL):
+            raise _NotPlain
+
+    def __contains__(self, key):
+        return key.ljust(8).encode() in self.cards
+
+    def __getitem__(self, key):
+        card = self.cards[key.ljust(8).encode()]
+        number = _NUMBER.fullmatch(card, 10) if card[8:10] == b"= " else None
+        if number:
+            whole = number[1] + (number[2] or b"")
+            return float(whole) if number[2] else int(whole)
+        text = _TEXT.fullmatch(card, 10) if card[8:10] == b"= " else None
+        return text[1].decode().rstrip() if text else fits.Card.fromstring(card).value
+
+    def get(self, key, usual=None):
+        return self[key] if key in self else usual
+
+# %% ../nbs/02_clean.ipynb #5efa06df
+class _PlainHdu:
+    "An image, or a table of which only the size is known."
+
+    def __init__(self, content, start, first):
+        stop = content.find(_HEADER_END, start)
+        while stop > 0 and (stop - start) % 80:
+            stop = content.find(_HEADER_END, stop + 1)
+        if stop < 0:
+            raise _NotPlain
+        self.header = _PlainHeader(content[start:stop])
+        head = self.header
+        right = isinstance(head.get("XTENSION"), str)
+        if first:
+            right = b"= " + b" " * 19 + b"T" in head.cards.get(b"SIMPLE  ", b"")
+        if not right:
+            raise _NotPlain
+        self.is_image = first or str(head["XTENSION"]).strip() == "IMAGE"
+        axes = [head.get(f"NAXIS{k + 1}") for k in range(self._whole("NAXIS", 9))]
+        if not all(type(axis) is int and 0 < axis < 1 << 40 for axis in axes):
+            raise _NotPlain
+        self.shape = tuple(axes[::-1])
+        bits = head.get("BITPIX")
+        if bits not in (8, 16, 32, 64, -32, -64):
+            raise _NotPlain
+        if first and ("PCOUNT" in head or "GCOUNT" in head):
+            raise _NotPlain
+        extra = 0 if first else self._whole("PCOUNT", 1 << 40)
+        if not first and self._whole("GCOUNT", 1) != 1:
+            raise _NotPlain
+        self.size = (math.prod(axes) + extra) * abs(bits) // 8 if axes else 0
+        self.place = start + math.ceil((stop + 80 - start) / 2880) * 2880
+        self.end = self.place + math.ceil(self.size / 2880) * 2880
+        if self.place + self.size > len(content):
+            raise _NotPlain
+        self.content = content
+        self.dtype = np.dtype(f">{'f' if bits < 0 else 'i' if bits > 8 else 'u'}{abs(bits) // 8}")
+
+    def _whole(self, key, most):
+        value = self.header.get(key)
+        if type(value) is not int or not 0 <= value <= most:
+            raise _NotPlain
+        return value
+
+    @property
+    def section(self):
+        count = math.prod(self.shape)
+        return np.frombuffer(self.content, self.dtype, count, self.place).reshape(self.shape)
+
+    def fileinfo(self):
+        return {"datLoc": self.place}
+
+# %% ../nbs/02_clean.ipynb #528f3041
+@contextmanager
+def _hdus_of(content):
+    "The HDUs of a file's bytes: read directly where all is plain, by astropy otherwise."
+    try:
+        hdus = [_PlainHdu(content, 0, first=True)]
+        while content[hdus[-1].end : hdus[-1].end + 8] == b"XTENSION":
+            hdus.append(_PlainHdu(content, hdus[-1].end, first=False))
+        if content[hdus[-1].end :].strip(b"\0"):
+            raise _NotPlain
+    except (_NotPlain, fits.VerifyError, KeyError):
+        hdus = None
+    if hdus is not None:
+        yield hdus
+        return
+    with fits.open(BytesIO(content), lazy_load_hdus=True) as hdus:
+        yield hdus
+
 # %% ../nbs/02_clean.ipynb #f2c333f0
 class _Star(NamedTuple):
     "What one file gives."
@@ -668,7 +781,7 @@ def _checked_content(path, sha256):
 def _read_star(path, product, row, sha256="") -> _Star:
     "The star of a file. Whatever is wrong with the file raises."
     content, places, verified = _checked_content(path, sha256)
-    with fits.open(BytesIO(content), lazy_load_hdus=True) as hdus:
+    with _hdus_of(content) as hdus:
         _check_whole(hdus, len(places), product)
         header = hdus[0].header
         _check_star(path, header)

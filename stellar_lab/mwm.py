@@ -167,7 +167,7 @@ def _spectra_of(columns, header, path, observatory):
     flux = np.nan_to_num(flux, nan=0, posinf=0, neginf=0).astype(np.float32)
     return Spectra(wavelength, flux, ivar, stars, mask)
 
-# %% ../nbs/21_mwm.ipynb #f8c869dc
+# %% ../nbs/22_mwm.ipynb #f8c869dc
 def read_mwm(path, observatory: str = None) -> Spectra:
     """APOGEE spectra of an mwmStar or mwmVisit file, by columns.
 
@@ -252,7 +252,7 @@ def _apogee_table(flux, ivar, flags, facts, observatory, visits):
     hdu.header.update({"CRVAL": LOG10_START, "CDELT": LOG10_STEP, "NPIXELS": N_PIXELS})
     return hdu
 
-# %% ../nbs/21_mwm.ipynb #7eebf3b9
+# %% ../nbs/22_mwm.ipynb #7eebf3b9
 def made_mwm(apo: Spectra = None, lco: Spectra = None, sdss_id=42, boss=False, visits=False):
     """An mwmStar (or mwmVisit) file from spectra on the survey's pixels.
 
@@ -309,7 +309,7 @@ def _numbers(table, name):
     values = np.ma.filled(np.ma.asarray(table[name], dtype=float), np.nan)
     return np.where(np.abs(values) < 9_000 if name != "teff" else values > 0, values, np.nan)
 
-# %% ../nbs/21_mwm.ipynb #f8430a31
+# %% ../nbs/22_mwm.ipynb #f8430a31
 def read_astra(path, labels=None, hdu: int = 2) -> Table:
     """Labels of the catalogue `astraAllStarASPCAP`, in the names of this book.
 

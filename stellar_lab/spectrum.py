@@ -241,7 +241,7 @@ def from_arrays(
     order = order[_in_range(angstrom[order], _BEYOND)]
     return _as_spectra(angstrom[order], flux[order], ivar[order], velocity, resolution, name, notes)
 
-# %% ../nbs/19_spectrum.ipynb #5af815ed
+# %% ../nbs/20_spectrum.ipynb #5af815ed
 def _as_spectra(angstrom, flux, ivar, velocity, resolution, name, notes):
     "One star's `Spectra` from sorted pixels."
     usable = np.sum(ivar > 0)
@@ -512,7 +512,7 @@ def holds_spectrum(path) -> bool:
     except Exception:  # whatever a damaged file makes astropy raise
         return False
 
-# %% ../nbs/19_spectrum.ipynb #5ddf6115
+# %% ../nbs/20_spectrum.ipynb #5ddf6115
 def read_spectrum(path, **options) -> Spectra:
     """A spectrum of one star, from a file of one's own.
 
@@ -1337,7 +1337,7 @@ class StarCheck:
     def __str__(self):
         return "\n".join([*map(str, self.verdicts), *(f"note: {n}" for n in self.found.notes)])
 
-# %% ../nbs/19_spectrum.ipynb #07dd830c
+# %% ../nbs/20_spectrum.ipynb #07dd830c
 def check_star(model: Cannon, spectra: Spectra) -> StarCheck:
     """Is a spectrum fit for labels? Grid, velocity, resolution, continuum, errors, bad pixels.
 

@@ -478,7 +478,7 @@ _REPEAT_COLUMNS = (
     *("scatter/formal", "scatter/quoted"),
 )
 
-# %% ../nbs/20_visits.ipynb #74089ada
+# %% ../nbs/21_visits.ipynb #74089ada
 def repeats(model: LabelModel, paths, rule: MaskRule = GENTLE) -> Repeats:
     """The test of repeats: how far labels of the same star's visits scatter, and the errors.
 

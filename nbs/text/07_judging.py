@@ -433,9 +433,7 @@ def _stated(model, catalogue_error, stars):
     return stated.T**2
 
 
-def with_error_model(
-    model: LabelModel, table: QTable, truth, catalogue_error=None
-) -> LabelModel:
+def with_error_model(model: LabelModel, table: QTable, truth, catalogue_error=None) -> LabelModel:
     """Learn from left-out stars how large the errors really are.
 
     Parameters

@@ -480,8 +480,7 @@ def _calibrated(model, kind, table, truth, stated=None):
         note = f"the errors of new labels are {_formal_words(model)}"
         return model, f"{note}: {error}"
     note = "the errors of new labels are calibrated: inflated to fit"
-    about = "" if stated is None else "; the catalogue's own noise is taken off"
-    return calibrated, f"{note} the {len(table)} {kind}{about}"
+    return calibrated, f"{note} the {len(table)} {kind}"
 
 # %% ../nbs/F_training.ipynb #b071a7fc
 def _plain(value):
@@ -747,6 +746,8 @@ def _report(model, spectra, ledger, sets, arguments, root, path):
     facts["stars"] = {name: [ids[row] for row in rows] for name, (rows, _) in sets.items()}
     facts["flagged"] = count_flags(table["flags"])
     facts["notes"] = [_flag_note(kind, table), error_note, *_useless_notes(errors[kind])]
+    if hasattr(model, "catalogue_noise_"):
+        facts["notes"].insert(2, "they are about true labels: the catalogue's noise is taken off")
     return TrainingReport(facts, ledger, errors, model)
 
 # %% ../nbs/F_training.ipynb #d3e0698f

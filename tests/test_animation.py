@@ -155,10 +155,8 @@ def test_the_model_is_not_changed(model, tmp_path):
     }
     for others in ("mean", "branch"):
         write_film(film(model, "FE_H", -1, 0.4, 3, others=others), tmp_path / "a.gif", **SMALL)
-    assert all(
-        np.array_equal(value, getattr(model, name), equal_nan=True)
-        for name, value in before.items()
-    )
+    for name, value in before.items():
+        np.testing.assert_array_equal(value, getattr(model, name), name)
 
 
 def test_frames_beyond_the_training_stars_are_marked(model):

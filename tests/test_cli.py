@@ -64,9 +64,10 @@ def test_help_names_what_the_lab_knows(run, monkeypatch):
         for release in RELEASES.values()
         for telescope in release.telescopes
     )
-    assert re.findall(r"\b(1|2|4|8|16) (?=not conv|at the edge|far|poor|few)", helps["label"]) == [
-        str(flag.value) for flag in Flag
-    ]
+    named = (
+        "not conv|at the edge|far|poor|few|shifted|broadened|diluted|tilted|a second|unusual|bright"
+    )
+    assert re.findall(rf"\b(\d+) (?={named})", helps["label"]) == [str(flag.value) for flag in Flag]
     assert all(suffix in helps["label"] for suffix in (*survey.TABLE_FORMATS, ".csv", ".vot"))
     for name, (module, function) in cli._ARCHIVE_WRITERS.items():
         assert (

@@ -45,6 +45,8 @@ def test_training_prints_and_records(run, root, tmp_path):
         "test_size": 0.4,
         "folds": None,
         "seed": 3,
+        "groups": None,
+        "refusal": True,
     }
     assert (
         record["archive"]["name"] == "clusters"

@@ -32,6 +32,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -46,6 +47,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 import requests
 from astropy.io import fits
 from astropy.table import Table
+from astropy.utils.exceptions import AstropyWarning
 from requests.adapters import HTTPAdapter
 from tqdm import tqdm
 from urllib3.connection import HTTPConnection, HTTPSConnection
@@ -1232,7 +1234,8 @@ class _Promise:
 
     def check(self, length):
         "Stop if the file has outgrown its headers, or will outgrow the disk."
-        with open(self.part, "rb") as file:
+        with open(self.part, "rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore", AstropyWarning)  # odd padding is checked at the end
             while self.end + _MAX_HEADER < length:
                 file.seek(self.end)
                 try:

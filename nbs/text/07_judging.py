@@ -23,6 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 from astropy.table import QTable, vstack
 from scipy.optimize import minimize
+from scipy.special import erf
 from sklearn.base import clone
 from sklearn.utils.validation import has_fit_parameter
 from tqdm import tqdm
@@ -556,6 +557,181 @@ share = within["calibrated"].mean(axis=0)
 assert np.all(np.abs(share - 0.68) < 4 * binomial)  # both halves are samples
 assert np.allclose(label_values(judged, ["teff"]), label_values(formal[~half], ["teff"]))
 assert (judged.meta["errors"], formal.meta["errors"]) == ("calibrated", "formal")
+
+
+# %% [markdown]
+# ## Coverage
+# One number per label, the share within one error, hides much: errors may hold on average, and be too small for faint stars. `coverage` counts for each group of stars, within one error and within two, where errors that are
+# right have 68 % and 95 %. It needs no model, only a table of predictions, whoever made them. Labels also err together, and a covariance says how. The *Mahalanobis distance* of a star,
+# $$ d^2 = (\hat{\boldsymbol\ell}-\boldsymbol\ell)^{\mathsf T}\,C^{-1}\,(\hat{\boldsymbol\ell}-\boldsymbol\ell), $$
+# tests all labels at once: for a right covariance its mean is the number of labels.
+
+# %%
+#| export
+def _pulls(table, truth, names):
+    "Difference over error (N, K); LabError where the table states none."
+    columns = [f"{name}_err" for name in names]
+    missing = [name.lower() for name in columns if name.lower() not in table.colnames]
+    if missing:
+        raise LabError(f"the table states no errors: it has no column {', '.join(missing)}")
+    errors = label_values(table, columns)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _differences(table, truth, names) / np.where(errors > 0, errors, np.nan)
+
+
+def coverage(table: QTable, truth, names, by: Sequence = None) -> QTable:
+    """How often the truth lies within the stated errors.
+
+    Parameters
+    ----------
+    table : QTable
+        predictions with a column for each label and its ``_err``, of any model
+    truth : (N, K) array
+        the labels to compare with
+    names : str or sequence of str
+        of the K labels
+    by : (N,) sequence, optional
+        the group of each star, such as its cluster
+
+    Returns
+    -------
+    QTable
+        one row per group and label: ``group``, ``label``, ``n`` stars, the shares ``inside_1`` and
+        ``inside_2`` within one and two errors (0.68 and 0.95 where errors are right), and
+        ``bias``, the median of difference over error
+
+    Raises
+    ------
+    LabError
+        where the table lacks a label or an error, or `truth` has another shape
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from astropy.table import QTable
+    >>> from stellar_lab.judging import coverage
+    >>> table = QTable({"m_h": [0.1, 0.2, 0.5], "m_h_err": [0.1, 0.1, 0.1]})
+    >>> found = coverage(table, np.zeros((3, 1)), "M_H")
+    >>> float(found["inside_2"][0].round(2))
+    0.67
+    """
+    names = name_list(names)
+    pulls = _pulls(table, truth, names)
+    groups = np.full(len(pulls), "all") if by is None else np.asarray(by).astype(str)
+    if len(groups) != len(pulls):
+        raise LabError(f"{len(groups)} groups for {len(pulls)} stars: give one for each")
+    rows = []
+    for group in np.unique(groups):
+        some = pulls[groups == group]
+        for name, values in zip(names, some.T):
+            values = values[np.isfinite(values)]
+            count = max(len(values), 1)
+            inside = [np.count_nonzero(np.abs(values) < k) / count for k in (1, 2)]
+            bias = np.median(values) if len(values) else np.nan
+            rows.append((group, name, len(values), *inside, bias))
+    found = QTable(rows=rows, names=["group", "label", "n", "inside_1", "inside_2", "bias"])
+    for column in ("inside_1", "inside_2", "bias"):
+        found[column].info.format = ".2f"
+    return found
+
+
+# %%
+rich = np.where(truth[test][~half][:, names.index("M_H")] > -1, "[M/H] > -1", "[M/H] < -1")
+coverage(judged, truth[test][~half], names, by=rich)
+
+
+# %%
+#| export
+def mahalanobis2(table: QTable, truth, names) -> np.ndarray:
+    """Squared Mahalanobis distance of each star from the truth; chi-squared of K where covariances
+    are right.
+
+    Parameters
+    ----------
+    table : QTable
+        with the labels and their ``covariance`` (N, K, K), as from `infer`
+    truth : (N, K) array
+    names : str or sequence of str
+        of the K labels, in the order of the covariance
+
+    Returns
+    -------
+    (N,) array
+        NaN where a star has no labels
+    """
+    difference = _differences(table, truth, name_list(names))
+    covariance = np.asarray(table["covariance"], dtype=float)
+    known = np.isfinite(difference).all(axis=1) & np.isfinite(covariance).all(axis=(1, 2))
+    found = np.full(len(difference), np.nan)
+    solved = np.linalg.solve(covariance[known], difference[known][..., None])[..., 0]
+    found[known] = np.einsum("nk,nk->n", difference[known], solved)
+    return found
+
+
+def plot_coverage(tables: dict, truth, names, ax=None):
+    """The share of stars within so many errors, compared with what it should be.
+
+    Parameters
+    ----------
+    tables : dict
+        title -> predictions, a curve each; all their labels are taken together
+    truth : (N, K) array
+    names : str or sequence of str
+        of the K labels
+    ax : matplotlib Axes, optional
+
+    Returns
+    -------
+    matplotlib Axes
+    """
+    import matplotlib.pyplot as plt
+
+    ax = plt.gca() if ax is None else ax
+    sigmas = np.linspace(0, 3, 61)
+    ax.plot(sigmas, erf(sigmas / np.sqrt(2)), color="k", lw=1, ls="--", label="right")
+    for title, table in tables.items():
+        size = np.abs(_pulls(table, truth, name_list(names))).ravel()
+        size = np.sort(size[np.isfinite(size)])
+        ax.plot(sigmas, np.searchsorted(size, sigmas) / max(len(size), 1), label=title)
+    ax.set(xlabel="stated errors", ylabel="share of stars within", xlim=(0, 3), ylim=(0, 1))
+    ax.legend(loc="lower right")
+    return ax
+
+
+# %% [markdown]
+# How to read such a curve is best learned from answers that we make up: right ones, some that are twice too sure, and some with a bias of one error.
+
+# %%
+use_style()
+rng = np.random.default_rng(3)
+made_truth = np.zeros((4000, 1))
+noise = rng.standard_normal(4000)
+made_up = {
+    "right errors": QTable({"m_h": noise, "m_h_err": np.ones(4000)}),
+    "twice too sure": QTable({"m_h": noise, "m_h_err": np.full(4000, 0.5)}),
+    "biased": QTable({"m_h": noise + 1, "m_h_err": np.ones(4000)}),
+}
+fig, axes = plt.subplots(1, 2, figsize=(9, 3.4), sharey=True)
+plot_coverage(made_up, made_truth, "M_H", axes[0]).set_title("made-up answers")
+both = {"formal": formal[~half], "calibrated": judged}
+plot_coverage(both, truth[test][~half], names, axes[1]).set_title("the Cannon on real giants")
+axes[1].set_ylabel("");
+
+# %% [markdown]
+# **What to see.** A curve on the dashed line means errors that hold. One that lies below is too sure; a bias bends it most near zero. The Cannon's formal errors lie far below, its calibrated ones on the line.
+
+# %%
+table = coverage(made_up["twice too sure"], made_truth, "M_H")
+assert abs(table["inside_1"][0] - 0.383) < 0.03 and abs(table["inside_2"][0] - 0.683) < 0.03
+assert abs(coverage(made_up["biased"], made_truth, "M_H")["bias"][0] - 1) < 0.06
+distance = mahalanobis2(judged, truth[test][~half], names)
+print(f"mean squared distance {np.nanmean(distance):.1f}, {len(names)} would be right")
+correlated = rng.multivariate_normal([0, 0], [[1, 0.8], [0.8, 1]], 4000)
+two = QTable({"teff": correlated[:, 0], "m_h": correlated[:, 1]})
+two["covariance"] = np.tile([[1, 0.8], [0.8, 1]], (4000, 1, 1))
+assert abs(mahalanobis2(two, np.zeros((4000, 2)), ["TEFF", "M_H"]).mean() - 2) < 0.15
+with pytest.raises(LabError, match="states no errors"):
+    coverage(two, np.zeros((4000, 2)), ["TEFF", "M_H"])
 
 # %% [markdown]
 # ## On made-up answers

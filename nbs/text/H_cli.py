@@ -690,6 +690,68 @@ def _add_repeats(commands):
 
 # %%
 #| export
+_JUDGE = """
+Enter the contests of this project with a model of your own. With --write, two
+files go into FOLDER: folds.csv says which star is left out when, and
+garbage.fits holds spectra that a good model flags. Train without each fold,
+label its stars, and score the one table that comes of it: apogee_id, labels in
+lower case and, if there are any, their errors (teff_err, ...), flags, and the
+name of the contest.
+
+Prints a row per contest and label: RMSE in the label's unit and in units of its
+spread, bias, how many stars are missing, the share with a flag, the shares
+within one and two stated errors (0.68 and 0.95 would be right).
+
+Examples:
+  stellar-lab judge stars --write contest
+  stellar-lab judge stars mine.csv
+"""
+
+
+def _run_judge(options):
+    from stellar_lab.board import (
+        judge_predictions,
+        published_folds,
+        read_predictions,
+        write_contest,
+    )
+    from stellar_lab.survey import LabError, write_table
+
+    if options.write is None and options.predictions is None:
+        raise LabError("nothing to do: give a table of predictions, or --write FOLDER")
+    if options.write is not None:
+        for path in write_contest(options.root, options.write, options.product):
+            _print(f"wrote {path}")
+    if options.predictions is None:
+        return 0
+    predictions = read_predictions(options.predictions)
+    _, held = published_folds(options.root, options.product)
+    table = judge_predictions(predictions, held)
+    _print("\n".join(table.pformat(max_lines=-1, max_width=-1)))
+    if options.out:
+        write_table(table, options.out)
+    return 1 if any(table["missing"] > 0) else 0
+
+
+def _add_judge(commands):
+    parser = _command(
+        commands,
+        "judge",
+        _run_judge,
+        "score a table of predictions as this project's models are scored",
+        _JUDGE,
+        "nothing was written",
+    )
+    option = parser.add_argument
+    option("root", metavar="ROOT", help="root of an archive")
+    option("predictions", nargs="?", metavar="PREDICTIONS", help="a table: .csv, .fits, .ecsv")
+    option("--write", metavar="FOLDER", help="write the folds and the garbage")
+    option("--product", type=str.lower, choices=_PRODUCTS, help="default: the archive's first")
+    option("--out", metavar="FILE", help="write the scores (.fits, .ecsv, .parquet)")
+
+
+# %%
+#| export
 _REPORT = """
 Say what a model is (labels, terms, stars, pixels, errors, versions) and, from
 the record beside it, how it was trained: ledger and tables of errors.
@@ -764,6 +826,7 @@ def make_parser() -> argparse.ArgumentParser:
         _add_label,
         _add_check,
         _add_repeats,
+        _add_judge,
         _add_report,
     ):
         add(commands)

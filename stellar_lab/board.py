@@ -121,7 +121,10 @@ def read_predictions(path) -> Table:
         where there is no file, or no table in it
     """
     try:
-        return Table.read(path, format="ascii.csv") if _is_csv(path) else Table.read(path)
+        table = Table.read(path, format="ascii.csv") if _is_csv(path) else Table.read(path)
+        if not len(table):
+            raise ValueError("it has no rows")
+        return table
     except FileNotFoundError as error:
         raise LabError(f"there is no file {path}") from error
     except Exception as error:  # a file can hold anything

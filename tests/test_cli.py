@@ -20,7 +20,7 @@ from stellar_lab.models import Flag
 from stellar_lab.survey import LABELS, PRODUCTS, RELEASES
 
 pytest_plugins = ["forty_stars"]
-COMMANDS = ("archive", "fetch", "train", "label", "check", "repeats", "report")
+COMMANDS = ("archive", "fetch", "train", "label", "check", "repeats", "judge", "report")
 
 
 # --- what it says

@@ -694,7 +694,7 @@ def plot_coverage(tables: dict, truth, names, ax=None):
         size = np.sort(size[np.isfinite(size)])
         ax.plot(sigmas, np.searchsorted(size, sigmas) / max(len(size), 1), label=title)
     ax.set(xlabel="stated errors", ylabel="share of stars within", xlim=(0, 3), ylim=(0, 1))
-    ax.legend(loc="lower right")
+    ax.legend()
     return ax
 
 

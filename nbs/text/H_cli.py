@@ -1,6 +1,6 @@
 # %% [markdown]
 # # How do we do it without a notebook?
-# > Seven commands: an archive of spectra comes home, a model is trained and judged, stars get their labels.
+# > Eight commands: an archive of spectra comes home, a model is trained and judged, stars get their labels.
 #
 # **Question.** A notebook is for understanding. Once we understand, we have ten thousand files and want their labels tonight, from a terminal or a script, and next year we want to know how they came about. What is the
 # shortest way that loses nothing?
@@ -13,6 +13,9 @@
 # | `stellar-lab fetch` | a URL or a folder | the same tree at home |
 # | `stellar-lab train` | an archive | a model, and a record of how it was made and how wrong it is |
 # | `stellar-lab label` | a model, spectra | a table of labels |
+# | `stellar-lab check` | a model, a spectrum of your own | a verdict on it |
+# | `stellar-lab repeats` | a model, visits | how far labels of one star scatter |
+# | `stellar-lab judge` | an archive, your predictions | their score |
 # | `stellar-lab report` | a model | what its record says |
 #
 # You learn how a function becomes a command: what it asks for, what it prints, and the one number that a script looks at.

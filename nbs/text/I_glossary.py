@@ -34,7 +34,6 @@
 # - **Resampling.** Bringing a spectrum onto other pixels. New pixels that share an old one share its noise ([a spectrum of your own](20_spectrum.ipynb)).
 # - **mwmStar, mwmVisit, astra.** Files of a star and of its visits in SDSS-V's Milky Way Mapper, and the software that writes them ([SDSS-V](22_mwm.ipynb)).
 # - **Guard.** A second model beside the one that gives labels; it measures what should not be in a spectrum, such as a velocity or another star's light, and flags what no star like the training stars explains ([the guard](18_refusal.ipynb)).
-# - **Coverage.** The share of stars whose true label lies within the stated error; 68 % within one where errors are right ([judging](07_judging.ipynb)).
 # - **Repeats.** Labels of several visits of one star; their scatter tests the errors ([visits](21_visits.ipynb)).
 # - **Persistence.** A detector's memory of brighter light, flagged in the pixel mask ([visits](21_visits.ipynb)).
 #

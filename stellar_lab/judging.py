@@ -424,7 +424,7 @@ def coverage(table: QTable, truth, names, by: Sequence = None) -> QTable:
     >>> import numpy as np
     >>> from astropy.table import QTable
     >>> from stellar_lab.judging import coverage
-    >>> table = QTable({"m_h": [0.1, 0.2, 0.5], "m_h_err": [0.1, 0.1, 0.1]})
+    >>> table = QTable({"m_h": [0.05, 0.15, 0.5], "m_h_err": [0.1, 0.1, 0.1]})
     >>> found = coverage(table, np.zeros((3, 1)), "M_H")
     >>> float(found["inside_2"][0].round(2))
     0.67

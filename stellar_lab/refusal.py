@@ -16,7 +16,7 @@ from astropy.table import QTable, Table
 from scipy.ndimage import gaussian_filter1d, uniform_filter1d
 from sklearn.utils.validation import check_is_fitted
 
-from .hidden import HiddenCannon
+from .hidden import HiddenCannon, hidden_values
 from .inversion import infer, pixel_weights
 from stellar_lab.models import (
     Flag,
@@ -77,19 +77,14 @@ def foreign_columns(drawn: np.ndarray, chips: Sequence, lights: np.ndarray) -> n
     return np.stack(parts, axis=1).astype(np.float32)
 
 # %% ../nbs/18_refusal.ipynb #3425b69a
-def _without_hidden(columns, weight, left, model):
+def _without_hidden(columns, weight, left, directions, covariance):
     """Products (N, C, C) of columns with each other and (N, C) with the residual, after hidden
-    labels have followed as far as their prior lets them."""
+    labels of that covariance (N, q, q) have followed as far as their prior lets them."""
     heavy = columns * weight[:, None]
     products = (heavy @ np.swapaxes(columns, 1, 2)).astype(float)
     pull = np.einsum("ncp,np->nc", heavy, left).astype(float)
-    directions = np.asarray(model.hidden_, np.float32)
-    if not len(directions):
-        return products, pull
     crossed = (heavy @ directions.T).astype(float)
-    rows = np.stack([weight * row for row in directions], axis=1)
-    stiff = (rows @ directions.T).astype(float) + np.eye(len(directions))
-    return products - crossed @ np.linalg.solve(stiff, np.swapaxes(crossed, 1, 2)), pull
+    return products - crossed @ covariance @ np.swapaxes(crossed, 1, 2), pull
 
 
 def _one_by_one(products, pull, labels):
@@ -144,31 +139,29 @@ def _bump(sigmas, width=5):
 
 # %% ../nbs/18_refusal.ipynb #75481870
 def _fit_at(model, flux, ivar, labels):
-    "Spectra (N, P) drawn at labels and best hidden labels, residual, weight, hidden labels."
+    """Spectra (N, P) drawn at labels and best hidden labels, residual, weight, hidden labels and
+    their covariance."""
     scatter2 = np.where(model.usable_, model.scatter_**2, np.nan).astype("f4")
     weight = pixel_weights(ivar, scatter2)
     drawn = np.nan_to_num(model.predict(labels), nan=1.0).astype("f4")
     left = np.where(weight > 0, flux - drawn, 0).astype("f4")
-    directions = np.asarray(model.hidden_, np.float32)
-    rows = np.stack([weight * row for row in directions], axis=1) if len(directions) else None
-    if rows is None:
-        return drawn, left, weight, np.zeros((len(flux), 0))
-    stiff = (rows @ directions.T).astype(float) + np.eye(len(directions))
-    pull = np.einsum("nqp,np->nq", rows, left).astype(float)
-    hidden = np.linalg.solve(stiff, pull[..., None])[..., 0]
-    change = (hidden @ directions).astype("f4")
-    return drawn + change, np.where(weight > 0, left - change, 0), weight, hidden
+    if not len(model.hidden_):
+        return drawn, left, weight, np.zeros((len(flux), 0)), np.zeros((len(flux), 0, 0))
+    hidden, covariance = hidden_values(left, ivar, model.hidden_, scatter2)
+    change = (hidden @ model.hidden_).astype("f4")
+    return drawn + change, np.where(weight > 0, left - change, 0), weight, hidden, covariance
 
 
 def _answers(model, lights, flux, ivar, labels):
     """Value (N, Q) of each column of answers (see `_asked`), and its error (N, Q), 0 where it has
     none."""
-    drawn, left, weight, hidden = _fit_at(model, flux, ivar, labels)
+    drawn, left, weight, hidden, covariance = _fit_at(model, flux, ivar, labels)
     chips = [chip for chip in _chips(model) if chip.stop > chip.start]
     slopes = np.nan_to_num(model.derivative(labels)) * model.scales_[:, None]
     foreign = foreign_columns(drawn, chips, lights)
     columns = np.concatenate([slopes.astype("f4"), foreign], axis=1)
-    products, pull = _without_hidden(columns, weight, left, model)
+    directions = np.asarray(model.hidden_, np.float32)
+    products, pull = _without_hidden(columns, weight, left, directions, covariance)
     value, error = _one_by_one(products, pull, slopes.shape[1])
     sure = np.where(np.abs(value) > _LEAST_SIGNIFICANCE * error, value, 0)
     tilt = np.abs(sure[:, _FIXED : _FIXED + len(chips)]).max(axis=1)
@@ -184,7 +177,7 @@ def _answers(model, lights, flux, ivar, labels):
 
 def _chips(model):
     "The pixels of each chip; of one chip where the model knows no wavelengths."
-    if model.wavelength_ is None or model.wavelength_[0] < 1e3:
+    if model.wavelength_ is None:
         return [slice(0, len(model.typical_flux_))]
     return list(chip_slices(model.wavelength_).values())
 
@@ -192,10 +185,10 @@ def _chips(model):
 _BLOCK = 64  # stars to a block
 
 
-def _ask(model, lights, spectra):
+def _ask(model, lights, flux, ivar):
     "Each question's value (N, Q) for stars, by a Cannon with hidden labels, and its error (N, Q)."
-    flux = finite_flux(spectra.flux, spectra.ivar)
-    ivar = np.asarray(spectra.ivar, np.float32)
+    flux = finite_flux(flux, ivar)
+    ivar = np.asarray(ivar, np.float32)
     labels = label_values(infer(model, flux, ivar, min_good=0), model.label_names_)
     known = np.isfinite(labels).all(axis=1)
     labels = np.where(known[:, None], labels, model.pivots_)
@@ -231,14 +224,7 @@ def _left_out(guard, flux, ivar, rows):
     one = _Quick(number, guard.order, pivots=guard.pivots_, scales=guard.scales_)
     labels = guard.training_labels_[~rows]
     one.fit(labels, flux[~rows], ivar[~rows], guard.label_names_, guard.wavelength_)
-    spectra = Spectra(_grid(guard), flux[rows], ivar[rows], Table({"ROW": np.flatnonzero(rows)}))
-    return _ask(one, guard.lights_, spectra)[0]
-
-
-def _grid(guard):
-    "Wavelengths (P,), or the pixels' numbers where the guard knows none."
-    pixels = np.arange(len(guard.lights_.T), dtype=float)
-    return pixels if guard.wavelength_ is None else guard.wavelength_
+    return _ask(one, guard.lights_, flux[rows], ivar[rows])[0]
 
 
 def _limits(value):
@@ -273,7 +259,7 @@ class _Asking(_Quick):
             0 where none is known. NaN where a star has no labels
         """
         check_is_fitted(self, "limits_")
-        return _ask(self, self.lights_, spectra)
+        return _ask(self, self.lights_, spectra.flux, spectra.ivar)
 
     def examine(self, spectra, table: QTable) -> QTable:
         """Add what was found, and its flags, to a table of labels.
@@ -399,7 +385,7 @@ class Refusal(_Asking):
 
     def _learn_pixels(self, flux, ivar, design, min_stars):
         learned = super()._learn_pixels(flux, ivar, design, min_stars)
-        folds = fold_numbers(len(flux), _THIRDS, self.seed)
+        folds = fold_numbers(len(flux), _THIRDS, self.seed, self._star_names)
         found = [_left_out(self, flux, ivar, folds == fold) for fold in range(_THIRDS)]
         self.limits_ = _limits(np.concatenate(found))
         return learned

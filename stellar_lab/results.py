@@ -25,7 +25,6 @@ import astropy.units as u
 import numpy as np
 from astropy.table import QTable, Table, vstack
 from sklearn.base import clone
-from sklearn.model_selection import GroupKFold
 from sklearn.utils.validation import has_fit_parameter
 from tqdm import tqdm
 
@@ -33,7 +32,13 @@ from . import __version__
 from .cannon import Cannon
 from .inversion import infer
 from .judging import error_table
-from .models import LabelModel, fold_numbers, label_values, train_test_rows
+from stellar_lab.models import (
+    LabelModel,
+    fold_numbers,
+    group_numbers,
+    label_values,
+    train_test_rows,
+)
 from .normalize import training_set
 from .readers import RidgeLabels
 from stellar_lab.survey import (
@@ -196,15 +201,7 @@ def _whole_places(spectra):
     "Whole clusters left out, in at most five trainings; whole fields where there are no clusters."
     # a cluster has a location of its own
     column = "LOCATION_ID" if "LOCATION_ID" in spectra.stars.colnames else "FIELD"
-    place = np.array([str(value) for value in spectra.stars[column]])
-    count = min(5, len(set(place)))
-    if count < 2:
-        raise LabError(
-            f"all stars have the same {column}: nothing is left to train on when it is left out"
-        )
-    groups = np.empty(len(spectra), dtype=int)
-    for number, (_, rows) in enumerate(GroupKFold(count).split(groups, groups=place)):
-        groups[rows] = number
+    groups = group_numbers(spectra.stars[column], what=column)
     clusters = spectra.stars.meta.get("archive") == "clusters"
     name = "clusters left out" if clusters else "fields left out"
     together = _rows_together(spectra.stars["APOGEE_ID"], groups)

@@ -556,8 +556,8 @@ def test_outputs_spare_what_is_read(run, root, model, good_files, tmp_path):
     os.link(star, tmp_path / "other.fits")
     catalogue = find_catalogue(root)
     for paths, out, message in (
-        ([star], star, "one of the files that are read"),
-        ([star], tmp_path / "other.fits", "one of the files that are read"),
+        ([star], star, "is one of the inputs"),
+        ([star], tmp_path / "other.fits", "is one of the inputs"),
         ([star], tmp_path / "link.fits", "a link to"),
         ([tmp_path], tmp_path / "diary.csv", "no table of labels"),
         ([tmp_path], tmp_path / "new.fits", "new-failed.csv"),

@@ -44,7 +44,7 @@ import yaml
 from astropy.table import QTable, Table
 from scipy.spatial import cKDTree
 from sklearn.base import BaseEstimator
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import GroupKFold, train_test_split
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.validation import check_is_fitted
 from threadpoolctl import ThreadpoolController
@@ -170,6 +170,46 @@ def fold_numbers(n: int, folds: int = 5, seed: int = 0, stars: Sequence = None) 
         np.asarray(stars).astype(str), return_index=True, return_inverse=True
     )
     return numbers[first][star]
+
+
+def group_numbers(groups: Sequence, most: int = 5, what: str = "group") -> np.ndarray:
+    """The set in which each row's group is left out, where whole groups stay together.
+
+    Parameters
+    ----------
+    groups : (n,) sequence
+        name of the group of each row
+    most : int, default 5
+        sets; where there are more groups, several are left out together
+    what : str, default "group"
+        what the groups are, for the message
+
+    Returns
+    -------
+    (n,) int array
+
+    Raises
+    ------
+    LabError
+        where all rows are in one group
+
+    Examples
+    --------
+    >>> from stellar_lab.models import group_numbers
+    >>> group_numbers(["a", "b", "a", "c"], most=2).tolist()
+    [0, 1, 0, 1]
+    """
+    names = np.asarray(groups).astype(str)
+    count = len(set(names))
+    if count < 2:
+        raise LabError(
+            f"all stars have the same {what}: nothing is left to train on when it is left out"
+        )
+    numbers = np.empty(len(names), dtype=int)
+    splits = GroupKFold(min(count, most)).split(names, groups=names)
+    for number, (_, rows) in enumerate(splits):
+        numbers[rows] = number
+    return numbers
 
 
 # %%

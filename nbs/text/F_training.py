@@ -28,7 +28,6 @@ from pathlib import Path
 
 import numpy as np
 from astropy.table import QTable
-from sklearn.model_selection import GroupKFold
 
 from stellar_lab import __version__
 from stellar_lab.cannon import Cannon
@@ -40,6 +39,7 @@ from stellar_lab.models import (
     check_held,
     count_flags,
     fold_numbers,
+    group_numbers,
     plain_value,
     read_model_file,
     read_regular,
@@ -47,7 +47,14 @@ from stellar_lab.models import (
     train_test_rows,
 )
 from stellar_lab.normalize import continuum_steps, read_continuum_pixels, training_set
-from stellar_lab.survey import PRODUCTS, LabError, archive_record, atomic_path, label_records
+from stellar_lab.survey import (
+    PRODUCTS,
+    LabError,
+    archive_record,
+    atomic_path,
+    label_records,
+    safe_output,
+)
 
 # %%
 #| hide
@@ -334,8 +341,8 @@ def check_target(path, suffixes, what: str, inputs=()) -> Path:
     Raises
     ------
     LabError
-        where the extension is another, nothing can be written there, or one of the inputs, a link,
-        or a file that is read-only stands there
+        where the extension is another, nothing can be written there, or what stands there must not
+        be replaced (see `safe_output`)
     """
     path = _as_path(path, what)
     if path.suffix.lower() not in suffixes:
@@ -349,39 +356,12 @@ def check_target(path, suffixes, what: str, inputs=()) -> Path:
         raise LabError(
             f"cannot write to {path.parent}: {error.strerror}; choose another folder"
         ) from error
-    if path.is_dir():
-        raise LabError(f"cannot write {what} to {path}: it is a folder")
-    _check_replaceable(path, what, inputs)
-    return path
-
-
-def _check_replaceable(path, what, inputs):
-    "LabError where what stands at a path must not be replaced."
-    if path.is_symlink():
-        raise LabError(
-            f"cannot write {what} to {path}: it is a link to {os.readlink(path)}; name that file, "
-            "or remove the link"
-        )
-    if not path.exists():
-        return
-    if not path.is_file():
-        raise LabError(f"cannot write {what} to {path}: it is a pipe, a device or a socket")
-    if not path.stat().st_mode & 0o222:
-        raise LabError(
-            f"cannot write {what} to {path}: it is read-only; choose another name, or make it "
-            "writable"
-        )
-    for other in inputs:
-        if os.path.exists(other) and os.path.samefile(path, other):
-            raise LabError(
-                f"cannot write {what} to {path}: it is one of the files that are read; choose "
-                "another name"
-            )
+    return safe_output(path, inputs)
 
 
 def _check_record_target(path):
     "LabError where a record would replace a file that is none; all records know their ledger."
-    _check_replaceable(path, "the record", ())
+    safe_output(path)
     if not path.exists():
         return
     try:
@@ -400,7 +380,7 @@ def _check_record_target(path):
 print(check_target(here / "new" / "giants.asdf", (".asdf",), "the model").name)
 with pytest.raises(LabError, match="its extension must be .asdf"):
     check_target("giants.pkl", (".asdf",), "the model")
-with pytest.raises(LabError, match="it is a folder"):
+with pytest.raises(LabError, match="is a folder, not a file"):
     check_target(here, ("",), "the model")
 
 
@@ -846,15 +826,7 @@ def _group_numbers(spectra, column):
     if column not in spectra.stars.colnames:
         known = ", ".join(spectra.stars.colnames)
         raise LabError(f"the stars have no column {column!r} to group them by: choose from {known}")
-    names = np.array([str(value) for value in spectra.stars[column]])
-    count = len(set(names))
-    if count < 2:
-        raise LabError(f"all stars have the same {column}: there are no groups to leave out")
-    numbers = np.empty(len(names), dtype=int)
-    splits = GroupKFold(min(count, _MOST_GROUPS)).split(names, groups=names)
-    for number, (_, rows) in enumerate(splits):
-        numbers[rows] = number
-    return numbers
+    return group_numbers(spectra.stars[column], _MOST_GROUPS, column)
 
 
 def _judge_groups(model, spectra, column, progress):

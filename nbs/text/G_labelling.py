@@ -68,6 +68,7 @@ from stellar_lab.survey import (
     LabError,
     Release,
     atomic_path,
+    end_with_parent,
     on_band,
     require,
     write_table,
@@ -531,19 +532,12 @@ assert not parts.folder.exists()
 _worker = {}  # the model of a worker process
 
 
-def _start_worker(parent, model):
+def _start_worker(model):
     "What a worker process does first."
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers, and ends us
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    end_with_parent()
     _worker["model"] = load_model(model) if isinstance(model, str) else model
-
-
-def _end_with(parent):
-    "End this process when its parent has ended, in whatever way."
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 def _work(job):
@@ -556,7 +550,7 @@ def _pool(workers, model, name):
     forked = sys.platform == "linux" and len(threads) == 1 and "tensorflow" not in sys.modules
     given = model if forked or not name else name
     context = multiprocessing.get_context("fork" if forked else "spawn")
-    return ProcessPoolExecutor(workers, context, _start_worker, (os.getpid(), given))
+    return ProcessPoolExecutor(workers, context, _start_worker, (given,))
 
 
 def _in_processes(jobs, workers, model, name):
@@ -1029,7 +1023,7 @@ with pytest.raises(LabError, match="its extension must be .fits or .ecsv or"):
 (here / "diary.csv").write_text("Monday: rain")
 with pytest.raises(LabError, match="what stands there is no table of labels"):
     _check_spared(here / "diary.csv", [])
-with pytest.raises(LabError, match="one of the files that are read"):
+with pytest.raises(LabError, match="is one of the inputs"):
     _check_spared(here / "labels.csv", [here / "labels.csv"])
 
 

@@ -63,6 +63,7 @@ from stellar_lab.survey import (
     atomic_path,
     end_with_parent,
     on_band,
+    plain_text,
     require,
     write_table,
 )
@@ -663,13 +664,9 @@ def _spelled(text):
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
-def _for_text(table):
-    "The table with text that every format but FITS can hold."
-    table = table.copy(copy_data=False)
-    for name in table.colnames:
-        values = np.asarray(table[name])
-        if values.dtype.kind == "U" and any(text != _spelled(text) for text in values.flat):
-            table[name] = [_spelled(text) for text in values]
+def _for_text(table, suffix):
+    "The table with text, also in its meta, that every format but FITS can hold."
+    table = plain_text(table, suffix).copy(copy_data=False)
     table.meta = {k: _spelled(v) if isinstance(v, str) else v for k, v in table.meta.items()}
     return table
 
@@ -732,7 +729,7 @@ def write_labels(table: QTable, path):
     """
     suffix = Path(path).suffix.lower()
     if suffix != ".fits":
-        table = _for_text(table)
+        table = _for_text(table, suffix)
     if suffix in _MORE_FORMATS:
         with atomic_path(path) as temporary:
             _MORE_FORMATS[suffix](table, temporary)

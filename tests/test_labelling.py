@@ -558,7 +558,7 @@ def test_outputs_spare_what_is_read(run, root, model, good_files, tmp_path):
     for paths, out, message in (
         ([star], star, "is one of the inputs"),
         ([star], tmp_path / "other.fits", "is one of the inputs"),
-        ([star], tmp_path / "link.fits", "a link to"),
+        ([star], tmp_path / "link.fits", "a symbolic link to"),
         ([tmp_path], tmp_path / "diary.csv", "no table of labels"),
         ([tmp_path], tmp_path / "new.fits", "new-failed.csv"),
         ([root], catalogue, "no table of labels"),

@@ -1597,14 +1597,28 @@ def write_table(table: Table, path):
     if suffix == ".parquet":
         require("pyarrow", "parquet")
     with atomic_path(path) as temporary:
-        _plain_text(table, suffix).write(temporary, format=TABLE_FORMATS[suffix], overwrite=True)
+        plain_text(table, suffix).write(temporary, format=TABLE_FORMATS[suffix], overwrite=True)
 
 
-def _plain_text(table, suffix):
+# %%
+#| exporti
+def plain_text(table, suffix):
     """The table with texts that its format can hold.
 
     FITS takes ASCII alone: other letters become the bytes of their UTF-8. A name of a file may hold
-    bytes that are no letters at all; outside FITS these are spelled out."""
+    bytes that are no letters at all; outside FITS these are spelled out.
+
+    Parameters
+    ----------
+    table : Table
+    suffix : str
+        Of the file that it goes to.
+
+    Returns
+    -------
+    Table
+        The same table where there is nothing to change, else a copy that shares its numbers.
+    """
     texts = [name for name in table.colnames if np.asarray(table[name]).dtype.kind == "U"]
     texts = [name for name in texts if not all(map(str.isascii, map(str, table[name])))]
     table = table.copy(copy_data=False) if texts else table

@@ -571,7 +571,11 @@ _MAX_STAR = 1 << 28  # bytes; a star's file is never that large, also unpacked
 def _opener(path):
     "The function that opens a packed file, by how it begins; None for what is not packed."
     with open(path, "rb") as file:
-        start = file.read(6)
+        return _opener_of(file.read(6))
+
+
+def _opener_of(start):
+    "The same, by the bytes with which a file begins."
     return next((opener for magic, opener in _PACKINGS.items() if start.startswith(magic)), None)
 
 
@@ -604,14 +608,16 @@ with tempfile.TemporaryDirectory() as folder:
 # %%
 #| export
 def _content(path):
-    "All bytes of a star's file, unpacked, and whether a checksum was verified on the way."
+    """All bytes of a star's file, unpacked and as they stand there, and whether a checksum was
+    verified on the way."""
     if os.path.getsize(path) > _MAX_STAR:
         raise _Wrong("larger than any star's file")
-    opener = _opener(path)
+    stored = Path(path).read_bytes()
+    opener = _opener_of(stored[:6])
     if opener is None:
-        return Path(path).read_bytes(), False
+        return stored, stored, False
     try:
-        with opener(path) as file:
+        with opener(BytesIO(stored)) as file:
             content = file.read(_MAX_STAR)
             if len(content) == _MAX_STAR:
                 raise _Wrong("unpacks to more than any star's file")
@@ -619,11 +625,11 @@ def _content(path):
         raise _Wrong(_CUT_PACKED) from error
     except _BAD_PACKINGS as error:
         raise _Wrong(_BAD_PACKED) from error
-    return content, True
+    return content, stored, True
 
 
 # %%
-print(f"{len(_content(example)[0]):,} bytes, compared with a checksum: {_content(example)[1]}")
+print(f"{len(_content(example)[0]):,} bytes, compared with a checksum: {_content(example)[2]}")
 
 
 # %%
@@ -1086,10 +1092,9 @@ _TINY = 1e-18  # the square of a smaller error is no number of single precision
 
 def _checked_content(path, sha256):
     "Bytes of a file, the places of its HDUs, and whether a checksum was verified."
-    content, verified = _content(path)
+    content, stored, verified = _content(path)
     if sha256:
-        packed = content if not verified else Path(path).read_bytes()
-        if hashlib.sha256(packed).hexdigest() != sha256:
+        if hashlib.sha256(stored).hexdigest() != sha256:
             raise _Wrong("damaged: its sha256 is not the one in archive.json; fetch it again")
         verified = True
     places = _chain(content)

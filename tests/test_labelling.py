@@ -561,8 +561,8 @@ def test_outputs_spare_what_is_read(run, root, model, good_files, tmp_path):
         ([star], tmp_path / "link.fits", "a symbolic link to"),
         ([tmp_path], tmp_path / "diary.csv", "no table of labels"),
         ([tmp_path], tmp_path / "new.fits", "new-failed.csv"),
-        ([root], catalogue, "no table of labels"),
-        ([tmp_path], Path(good_files[0][2]), "no table of labels"),
+        ([root], catalogue, "an archive's own file"),
+        ([tmp_path], Path(good_files[0][2]), "an archive's own file"),
     ):
         before = out.read_bytes() if out.exists() else None
         code, said, err = run("label", "--model", model, *paths, "--out", out)

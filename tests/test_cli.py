@@ -409,7 +409,7 @@ def test_paths_that_cannot_be(run, root, model, tmp_path):
         (["train", tmp_path / "no", "--model", tmp_path / "m.asdf"], "there is no folder"),
         (["train", root, "--model", tmp_path / "m.pkl"], "its extension must be .asdf"),
         (["train", root, "--model", tmp_path / "file" / "m.asdf"], "cannot write to"),
-        (["train", root, "--model", tmp_path / "folder.asdf"], "it is a folder"),
+        (["train", root, "--model", tmp_path / "folder.asdf"], "is a folder, not a file"),
         (
             [
                 "train",

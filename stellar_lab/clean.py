@@ -1799,7 +1799,7 @@ def _going_on(spectra, ledger):
     return ledger
 
 # %% ../nbs/02_clean.ipynb #eddcbf16
-def apply_cuts(spectra, cuts=None, ledger=None) -> tuple:
+def apply_cuts(spectra, cuts=None, ledger=None, gaps=False) -> tuple:
     """Drop stars without light, without all labels, or that fail a cut.
 
     Parameters
@@ -1810,6 +1810,8 @@ def apply_cuts(spectra, cuts=None, ledger=None) -> tuple:
         Those of the archive's record by default, `()` for none.
     ledger : Ledger, optional
         To go on with; a new one by default.
+    gaps : bool, default False
+        Keep stars that lack some labels, if they have one.
 
     Returns
     -------
@@ -1825,7 +1827,7 @@ def apply_cuts(spectra, cuts=None, ledger=None) -> tuple:
     """
     ledger = _going_on(spectra, ledger)
     good = np.ones(len(spectra), bool)
-    for rule, passed, reason in _rules_of(spectra, _cuts_of(spectra, cuts)):
+    for rule, passed, reason in _rules_of(spectra, _cuts_of(spectra, cuts), gaps):
         ledger = ledger.drop(rule, spectra.stars["APOGEE_ID"][good & ~passed], reason)
         good &= passed
     if not good.any():
@@ -1858,12 +1860,14 @@ def _impossible(spectra):
     return stars
 
 
-def _rules_of(spectra, cuts):
+def _rules_of(spectra, cuts, gaps=False):
     "Name, stars that pass, and reason of each rule."
     light = np.any((spectra.flux != 0) & (spectra.ivar > 0), axis=1)
     yield "flux all zero", light, "no usable pixel"
-    labelled = np.isfinite(spectra.labels()).all(axis=1)
-    yield "missing labels", labelled, "needs " + ", ".join(spectra.label_names)
+    known = np.isfinite(spectra.labels())
+    labelled = known.any(axis=1) if gaps else known.all(axis=1)
+    needs = "needs one of " if gaps else "needs "
+    yield "missing labels", labelled, needs + ", ".join(spectra.label_names)
     impossible = _impossible(spectra)
     if impossible:
         ranges = [

@@ -264,6 +264,7 @@ def _run_train(options):
         kind=options.kind,
         groups=options.groups,
         refusal=not options.no_refusal,
+        gaps=options.gaps,
         order=options.order,
         scatter=options.scatter,
         test_size=options.test_size,
@@ -279,8 +280,9 @@ def _run_train(options):
 
 # %% ../nbs/H_cli.ipynb #29bac1c7
 _TRAINED = {  # option -> its help
-    "--kind": "which model: cannon, that of the original lab (default); hidden, a Cannon with "
-    "hidden labels; ridge, a straight line; latents, a Gaussian process on latents",
+    "--kind": "which model: latents, a Gaussian process on latents (default: the best on the "
+    "scoreboard); cannon, that of the original lab (default with --scatter or --order); hidden, "
+    "a Cannon with hidden labels; ridge, a straight line",
     "--labels": "teff, logg, fe_h, mg_fe, si_fe, m_h, alpha_m, c_m, n_m "
     "(default: the archive's own)",
     "--fields": "fields to learn from, or 'all' (default: the archive's own)",
@@ -294,6 +296,8 @@ _TRAINED = {  # option -> its help
     "the model itself learns from all",
     "--groups": "a column of the catalogue, such as FIELD: calibrate the errors on stars whose "
     "whole group was left out, so that they hold for a new one (default: on the stars above)",
+    "--gaps": "let stars take part that lack some of the labels: latents learn from what is there, "
+    "the other models from labels that the spectra complete",
     "--no-refusal": "learn no guard against spectra that no star like the training stars explains",
 }
 _ROW = "of apstar files: 0 and 1 are combinations of all visits, 2, 3, … the visits"
@@ -321,14 +325,16 @@ def _add_train(commands):
     )
     option = parser.add_argument
     _add_spectra_options(option)
-    option("--kind", default="cannon", metavar="NAME", help=_TRAINED["--kind"])
-    option("--order", type=int, default=2, metavar="N", help="of the polynomial in the labels")
+    option("--kind", metavar="NAME", help=_TRAINED["--kind"])
+    order = "of a Cannon's polynomial in the labels (default: 2)"
+    option("--order", type=int, metavar="N", help=order)
     option("--scatter", action="store_true", help=_TRAINED["--scatter"])
     split = parser.add_mutually_exclusive_group().add_argument
     share = "share of the stars left out to judge the model, which learns from the others"
     split("--test-size", type=float, default=0.33, metavar="SHARE", help=share)
     split("--folds", type=int, metavar="K", help=_TRAINED["--folds"])
     option("--groups", type=str.upper, metavar="COLUMN", help=_TRAINED["--groups"])
+    option("--gaps", action="store_true", help=_TRAINED["--gaps"])
     option("--no-refusal", action="store_true", help=_TRAINED["--no-refusal"])
     option("--seed", type=int, default=42, metavar="S", help="of the split or the folds")
 

@@ -304,15 +304,19 @@ class _Hidden(Cannon):
         return self.predict(labels) + self.values(spectra, labels) @ self.hidden_
 
 # %% ../nbs/16_hidden.ipynb #5c2ffb15
-_CANDIDATES = (0, 5, 10, 20, 40)  # numbers of hidden labels to choose from
+_CANDIDATES = (0, 5, 10, 20, 40, 60)  # numbers of hidden labels to choose from
 _CHOICE_FOLDS = 3
-_STARS_EACH = 8  # training stars that a hidden label needs at least
+_CHOICE_ROUNDS = 6  # enough to compare
+_STARS_EACH = 4  # training stars that a hidden label needs at least
+_WORSE = 1.03  # times the smallest error: no larger number is tried
+_MANY_STARS = 300  # of so many a third is asked, not each third
 
 
 def _missed(model, number, flux, ivar, rows):
     "Scaled errors of some stars, by a model with so many hidden labels that has not seen them."
     labels, names = model.training_labels_, model.label_names_
     one = clone(model).set_params(hidden=number)
+    one._rounds = _CHOICE_ROUNDS
     one.fit(labels[~rows], flux[~rows], ivar[~rows], names)
     found = label_values(infer(one, flux[rows], ivar[rows]), names)
     return (found - labels[rows]) / model.scales_
@@ -322,17 +326,20 @@ def _chosen_number(model, flux, ivar):
     "The number of hidden labels with which left-out stars are labelled best."
     stars = len(model.training_labels_)
     learned = stars * (1 - 1 / _CHOICE_FOLDS)
-    if learned < _CANDIDATES[1] * _STARS_EACH:
+    if learned < 2 * _CANDIDATES[1] * _STARS_EACH:
         return 0  # too few to bear any, and to ask
     folds = fold_numbers(stars, _CHOICE_FOLDS, model.seed, stars=model._star_names)
+    asked = 1 if stars >= _MANY_STARS else _CHOICE_FOLDS
+    thirds = [folds == fold for fold in range(asked)]
     error = {}
     for number in _CANDIDATES:
         if number * _STARS_EACH > learned:
             break
-        thirds = [folds == fold for fold in range(_CHOICE_FOLDS)]
         missed = np.concatenate([_missed(model, number, flux, ivar, rows) for rows in thirds])
         known = np.isfinite(missed).all(axis=1)
         error[number] = np.sqrt((missed[known] ** 2).sum(axis=0) / max(known.sum(), 1)).mean()
+        if error[number] > _WORSE * min(error.values()):
+            break  # more would not help these stars
     return min(error, key=error.get)
 
 # %% ../nbs/16_hidden.ipynb #b1f12e2d
@@ -347,7 +354,7 @@ class HiddenCannon(_Hidden):
     ----------
     hidden : int, optional
         q, number of hidden labels; by default what labels stars best that were left out, among 0,
-        5, 10, 20 and 40
+        5, 10, 20, 40 and 60
     order, terms, labels, pivots, scales, min_stars
         as of `Cannon`
     seed : int, default 0

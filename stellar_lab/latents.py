@@ -24,11 +24,12 @@ from stellar_lab.models import (
     all_or_nothing,
     check_spectra,
     finite_flux,
+    number_array,
     poor_fit_limit,
     single_threaded,
 )
 from .readers import LabelReader
-from .survey import LabError
+from .survey import LabError, Spectra
 
 # %% ../nbs/17_latents.ipynb #07eb8984
 _ROUNDS = 15
@@ -76,14 +77,15 @@ class _Process:
 
     latents: np.ndarray  # (N, q) of the training stars
     values: np.ndarray  # (N,) their scaled labels
-    extra: np.ndarray  # (N,) variance that each brings beside the common noise
+    extra: np.ndarray  # (N,) variance that each brings beside the noise
     parameters: np.ndarray  # logarithms: noise, two strengths, lengths
+    share: np.ndarray = 1.0  # (N,) noise of each star, in units of the common one
 
     @cached_property
     def factor(self):
         "Cholesky factor of the training stars' covariance."
         covariance = sum(_kernel(self.parameters, self.latents, self.latents))
-        noise = np.exp(self.parameters[_NOISE]) + self.extra
+        noise = np.exp(self.parameters[_NOISE]) * self.share + self.extra
         return np.linalg.cholesky(covariance + np.diag(noise)), True
 
     @cached_property
@@ -118,9 +120,9 @@ _BOUNDS = ((-12, 1), (-12, 8), (-14, 3))  # logarithms of noise, curved and stra
 _LENGTH_BOUNDS = (-1, 8)
 
 
-def _minus_log_likelihood(parameters, squares, products, values, extra):
+def _minus_log_likelihood(parameters, squares, products, values, extra, share):
     "-ln of the marginal likelihood, and its slope along each parameter."
-    noise = np.exp(parameters[_NOISE])
+    noise = np.exp(parameters[_NOISE]) * share
     inverse_squares = np.exp(-2 * parameters[_LENGTHS])
     curved = np.exp(parameters[_CURVED] - np.tensordot(inverse_squares, squares, axes=1) / 2)
     straight = np.exp(parameters[_STRAIGHT]) * products
@@ -132,20 +134,21 @@ def _minus_log_likelihood(parameters, squares, products, values, extra):
     weights = inverse @ values
     pull = inverse - np.outer(weights, weights)
     bent = pull * curved
-    slopes = [noise * np.trace(pull), bent.sum(), np.vdot(pull, straight)]
+    slopes = [noise @ np.diag(pull), bent.sum(), np.vdot(pull, straight)]
     slopes = np.append(slopes, inverse_squares * np.tensordot(squares, bent, axes=2))
     cost = values @ weights / 2 + np.log(np.diag(factor)).sum()
     return cost, slopes / 2
 
 
-def _settings(latents, values, extra, leading, start=None):
+def _settings(latents, values, extra, leading, start=None, share=None):
     "Parameters (G + 3,) that make the training stars' labels most probable."
     rows = np.unique(np.linspace(0, len(values) - 1, _MOST_TUNING).astype(int))
     squares = _squares(latents[rows], latents[rows], leading)
     if start is None:
         number = latents.shape[1]
         start = np.append(np.log([0.02, 0.05, 1 / number]), np.full(len(squares), np.log(3)))
-    fixed = squares, latents[rows] @ latents[rows].T, values[rows], extra[rows]
+    share = np.ones(len(rows)) if share is None else share[rows]
+    fixed = squares, latents[rows] @ latents[rows].T, values[rows], extra[rows], share
     bounds = [*_BOUNDS, *[_LENGTH_BOUNDS] * len(squares)]
     options = {"maxiter": 60}
     found = minimize(
@@ -176,14 +179,21 @@ class _View:
     @classmethod
     def by_line(cls, latents, values):
         with single_threaded():  # the same line with any number of cores
-            ridge = RidgeCV(_PENALTIES).fit(latents, values)
-        return cls.along(np.atleast_2d(ridge.coef_).T, np.atleast_1d(ridge.intercept_))
+            lines, constants = zip(*(_line(latents, column) for column in values.T))
+        return cls.along(np.array(lines).T, np.array(constants))
 
     @classmethod
     def along(cls, line, constant):
         weight = np.sqrt((line**2).sum(axis=1))
         turn = np.hstack([line, np.diag(weight / max(weight.max(), 1e-12))])
         return cls(turn, line, constant, 0)
+
+
+def _line(latents, values):
+    "Weights (q,) and constant of the straight line through the stars whose value is known."
+    known = np.isfinite(values)
+    ridge = RidgeCV(_PENALTIES).fit(latents[known], values[known])
+    return ridge.coef_, ridge.intercept_
 
 # %% ../nbs/17_latents.ipynb #e26702b8
 def _passed_on(slopes, covariance):
@@ -198,16 +208,19 @@ def _seen(view, process, label, latents):
     return mean, variance, slopes @ view.turn.T + view.line[:, label]
 
 
-def _learn_process(view, label, latents, covariance, values):
-    "The process of one label in one view, from N training stars."
+def _learn_process(view, label, latents, covariance, values, share=None):
+    "The process of one label in one view, from the training stars whose value is known."
+    known = np.isfinite(values)
+    share = np.ones(known.sum()) if share is None else share[known]
+    latents, covariance, values = latents[known], covariance[known], values[known]
     inputs = latents @ view.turn
     left = values - latents @ view.line[:, label] - view.constant[label]
     extra = np.zeros(len(left))
-    parameters = _settings(inputs, left, extra, view.leading)
-    first = _Process(inputs, left, extra, parameters)
+    parameters = _settings(inputs, left, extra, view.leading, None, share)
+    first = _Process(inputs, left, extra, parameters, share)
     extra = _passed_on(_seen(view, first, label, latents)[2], covariance)
-    parameters = _settings(inputs, left, extra, view.leading, parameters)
-    return _Process(inputs, left, extra, parameters)
+    parameters = _settings(inputs, left, extra, view.leading, parameters, share)
+    return _Process(inputs, left, extra, parameters, share)
 
 # %% ../nbs/17_latents.ipynb #975e86cb
 def _both_views(processes, label, latents, uncertain):
@@ -222,18 +235,34 @@ def _both_views(processes, label, latents, uncertain):
     return np.mean(means, axis=0), np.mean(variances, axis=0) + np.var(means, axis=0)
 
 
+_LEAST_EIGENVALUE = 1e-6  # of a correlation
+
+
 def _by_view(processes, labels):
     "A flat list of processes as one list for each view."
     return [processes[start : start + labels] for start in range(0, len(processes), labels)]
 
 
-def _error_correlation(processes):
-    "Correlation (K, K) of the errors of left-out training stars, over views."
-    pulls = []
-    for some in processes:
-        left_out = [(one.values, *one.left_out()) for one in some]
-        pulls.append([(y - mean) / np.sqrt(variance) for y, mean, variance in left_out])
-    return np.atleast_2d(np.corrcoef(np.mean(pulls, axis=0)))
+def _error_correlation(processes, known):
+    "Correlation (K, K) of the errors of left-out training stars, over views; known (M, K)."
+    pulls = np.full((len(processes), *known.shape), np.nan)
+    for view, some in enumerate(processes):
+        for label, one in enumerate(some):
+            mean, variance = one.left_out()
+            pulls[view, known[:, label], label] = (one.values - mean) / np.sqrt(variance)
+    mean = np.ma.masked_invalid(pulls.mean(axis=0))
+    found = np.ma.corrcoef(mean, rowvar=False)
+    return _nearest_correlation(np.atleast_2d(np.ma.filled(found, 0.0)))
+
+
+def _nearest_correlation(found):
+    "The matrix as a correlation: pairs of labels that different stars know need not make one."
+    values, vectors = np.linalg.eigh(found)
+    if values[0] > _LEAST_EIGENVALUE:
+        return found
+    found = (vectors * np.maximum(values, _LEAST_EIGENVALUE)) @ vectors.T
+    size = np.sqrt(np.diag(found))
+    return found / np.outer(size, size)
 
 
 def _make_again(model):
@@ -245,11 +274,25 @@ def _make_again(model):
     kept = zip(model._views, model.settings_, model.latent_noise_, model.process_weights_)
     for view, settings, noise, weights in kept:
         left = scaled - latents @ view.line - view.constant
-        parts = zip(left.T, noise, settings)
-        processes = [_Process(latents @ view.turn, *part) for part in parts]
-        for process, of_this in zip(processes, weights):
-            process.weights = of_this  # as they were learned: another machine rounds otherwise
+        processes = []
+        for values, extra, share, settled, of_this in zip(
+            left.T, noise, model.label_shares_.T, settings, weights
+        ):
+            known = np.isfinite(values)
+            inputs = latents[known] @ view.turn
+            parts = (values[known], extra[known], settled, share[known])
+            processes.append(_Process(inputs, *parts))
+            # as they were learned: another machine rounds otherwise
+            processes[-1].weights = of_this[known]
         model._processes.append(processes)
+
+
+def _of_all(processes, known, what):
+    "An attribute of each process (K, M): 0 for stars whose label is not known."
+    found = np.zeros(known.T.shape)
+    for row, stars, process in zip(found, known.T, processes):
+        row[stars] = getattr(process, what)
+    return found
 
 # %% ../nbs/17_latents.ipynb #dc394a11
 class _Compressed(LabelReader):
@@ -319,12 +362,37 @@ class _Compressed(LabelReader):
 _MOST_STARS = 4_000  # training stars of a process; the compression learns from all
 
 
+def _process_rows(stars):
+    "Rows of the training stars that the processes learn from."
+    return np.unique(np.linspace(0, stars - 1, _MOST_STARS).astype(int))
+
+
+_LEAST_VARIANCE = 1e-6  # of a scaled label
+
+
+def _opinion(model, k, latents):
+    "What all other stars say of a scaled label of each training star: mean and variance (N,)."
+    rows = _process_rows(len(latents))
+    known = rows[np.isfinite(model.latent_labels_[:, k])]
+    means = []
+    variances = []
+    for view, some in model.processes:
+        mean, variance, _ = _seen(view, some[k], k, latents)
+        left, left_variance = some[k].left_out()
+        mean[known] = left + latents[known] @ view.line[:, k] + view.constant[k]
+        variance[known] = left_variance - np.exp(some[k].parameters[_NOISE]) * some[k].share
+        means.append(mean)
+        variances.append(np.maximum(variance, _LEAST_VARIANCE))
+    return np.mean(means, axis=0), np.mean(variances, axis=0) + np.var(means, axis=0)
+
+
 class _InTwoViews(_Compressed):
     "Processes on latents: learned, kept and asked."
 
     _entries = _Compressed._entries | {
         "latents_": Held("number", "Mq"),
-        "latent_labels_": Held("number", "MK"),
+        "latent_labels_": Held("number", "MK", holes=True),
+        "label_shares_": Held("number", "MK", low=0),
         "latent_noise_": Held("number", "KM", low=0, several=True),
         "settings_": Held("number", "K*", low=-99, high=99, several=True),
         "process_weights_": Held("number", "KM", several=True),
@@ -342,27 +410,31 @@ class _InTwoViews(_Compressed):
                     raise ValueError("its processes have other latents")
                 _ = process.factor  # what cannot be solved is found here
 
-    def _learn(self, latents, covariance, progress):
-        "A process for each label in each view, from the training stars' latents."
-        rows = np.unique(np.linspace(0, len(latents) - 1, _MOST_STARS).astype(int))
+    def _learn(self, latents, covariance, share, progress):
+        """A process for each label in each view, from the training stars' latents; share (N, K) is
+        the noise of each label in units of the usual one."""
+        rows = _process_rows(len(latents))
         latents, covariance = latents[rows], covariance[rows]
         scaled = self.scale(self.training_labels_)[rows]
+        known = np.isfinite(scaled)
         self.latents_ = latents
         self.latent_labels_ = scaled
+        self.label_shares_ = share[rows]
         self._views = [make(latents, scaled) for make in (_View.plain, _View.by_line)]
         jobs = [(view, k) for view in self._views for k in range(scaled.shape[1])]
         bar = tqdm(jobs, desc="labels", disable=not progress, leave=False)
         with single_threaded():  # these matrices are too small to share
-            learned = [_learn_process(v, k, latents, covariance, scaled[:, k]) for v, k in bar]
+            learned = []
+            for view, k in bar:
+                of_label = scaled[:, k], self.label_shares_[:, k]
+                learned.append(_learn_process(view, k, latents, covariance, *of_label))
         self._processes = _by_view(learned, scaled.shape[1])
         self.settings_ = [np.array([one.parameters for one in some]) for some in self._processes]
-        self.latent_noise_ = [np.array([one.extra for one in some]) for some in self._processes]
-        self.process_weights_ = [
-            np.array([one.weights for one in some]) for some in self._processes
-        ]
+        self.latent_noise_ = [_of_all(some, known, "extra") for some in self._processes]
+        self.process_weights_ = [_of_all(some, known, "weights") for some in self._processes]
         self.line_ = self._views[1].line
         self.line_constant_ = self._views[1].constant
-        self.correlation_ = _error_correlation(self._processes)
+        self.correlation_ = _error_correlation(self._processes, known)
 
     @property
     def processes(self) -> list:
@@ -370,6 +442,48 @@ class _InTwoViews(_Compressed):
         if not hasattr(self, "_processes"):
             _make_again(self)
         return list(zip(self._views, self._processes))
+
+    def opinions(self, spectra) -> tuple:
+        """What all other training stars say of each training star.
+
+        Parameters
+        ----------
+        spectra : Spectra
+            the N training stars, in their order
+
+        Returns
+        -------
+        mean : (N, K) array
+            labels, to which the star's own labels in the catalogue contributed nothing
+        error : (N, K) array
+            1 sigma, about the true label on the catalogue's scale
+        """
+        check_is_fitted(self, "directions_")
+        latents = self.place(spectra)
+        if len(latents) != len(self.training_labels_):
+            raise LabError(
+                f"{len(latents)} spectra, but {len(self.training_labels_)} training stars: "
+                "give those that the model learned from"
+            )
+        found = [_opinion(self, k, latents) for k in range(len(self.label_names_))]
+        mean, variance = (np.column_stack(part) for part in zip(*found))
+        return self.unscale(mean), self.scales_ * np.sqrt(variance)
+
+    def noise(self) -> np.ndarray:
+        "Scatter (K,) of the catalogue's labels, in their units, as the training stars show it."
+        found = []
+        for _, some in self.processes:
+            found.append([np.exp(one.parameters[_NOISE]) for one in some])
+        return self.scales_ * np.sqrt(np.mean(found, axis=0))
+
+    def _fill_gaps(self, latents):
+        "Put what the processes say where the training stars (N, q) lack a label."
+        self.training_labels_ = self.training_labels_.copy()  # the caller's stay as they are
+        for k in np.flatnonzero(np.isnan(self.training_labels_).any(axis=0)):
+            gap = np.isnan(self.training_labels_[:, k])
+            seen = [_seen(view, some[k], k, latents[gap])[0] for view, some in self.processes]
+            told = self.pivots_[k] + self.scales_[k] * np.mean(seen, axis=0)
+            self.training_labels_[gap, k] = told
 
     def _read(self, flux, ivar):
         latents, uncertain, chi2 = self._place(flux, ivar)
@@ -401,9 +515,44 @@ def _check_labels(labels, names):
             f"{len(labels)} training stars are too few for a Gaussian process: "
             f"{_LEAST_STARS} are needed"
         )
-    for name, values in zip(names, labels.T):
+    for name, column in zip(names, labels.T):
+        values = column[np.isfinite(column)]
+        if len(values) < _LEAST_STARS:
+            raise LabError(
+                f"{name} is known of {len(values)} training stars alone: {_LEAST_STARS} are "
+                "needed, or leave it out"
+            )
         if np.ptp(values) == 0:
             raise LabError(f"{name} is {values[0]:g} in all training stars: leave it out")
+
+
+_LARGEST_SHARE = 10.0  # noise variance of a label over the usual one, at most; at least the inverse
+
+
+def _noise_shares(errors, labels):
+    "Variance (N, K) of each label's noise in units of the usual one, from stated errors or none."
+    if errors is None:
+        return np.ones(labels.shape)
+    errors = np.asarray(number_array(errors, "label_errors"), dtype=float)
+    if errors.shape != labels.shape:
+        raise LabError(
+            f"label_errors have the shape {errors.shape}, the labels {labels.shape}: "
+            "give an error for each label"
+        )
+    variance = np.where(np.isfinite(errors) & (errors > 0), errors**2, np.nan)
+    known = np.isfinite(variance).any(axis=0)
+    usual = np.ones(len(known))
+    usual[known] = np.nanmedian(variance[:, known], axis=0)
+    stated = np.nan_to_num(variance / usual, nan=1).clip(1 / _LARGEST_SHARE, _LARGEST_SHARE)
+    return (1 + stated) / 2  # one half is the curve's own, and the same for all stars
+
+
+def _errors_of(spectra, names):
+    "Errors (N, K) that the stars' catalogue states; None where it has no such columns."
+    try:
+        return spectra.label_errors(names)
+    except LabError:
+        return None
 
 
 class LatentLabels(_InTwoViews):
@@ -451,18 +600,32 @@ class LatentLabels(_InTwoViews):
         self.latents = latents
         self.labels = labels
 
+    _takes_gaps = True
+
     @all_or_nothing
     def fit(
-        self, labels, flux=None, ivar=None, label_names=None, wavelength=None, progress=False
+        self,
+        labels,
+        flux=None,
+        ivar=None,
+        label_names=None,
+        wavelength=None,
+        progress=False,
+        label_errors=None,
     ) -> "LatentLabels":
         """Learn from stars with known labels.
 
         Parameters
         ----------
         labels, flux, ivar, label_names, wavelength
-            as for `Cannon.fit`; a `Spectra` alone holds all of it
+            as for `Cannon.fit`; a `Spectra` alone holds all of it. A star may lack labels (NaN): it
+            teaches what it has, and how spectra differ
         progress : bool, default False
             show bars
+        label_errors : (N, K) array, optional
+            errors that the catalogue states, in the labels' units; how much noise that is, the
+            stars say themselves, but a star with a large one counts less. By default those that a
+            `Spectra` holds
 
         Returns
         -------
@@ -476,7 +639,11 @@ class LatentLabels(_InTwoViews):
         """
         flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
         _check_labels(self.training_labels_, self.label_names_)
+        if label_errors is None and isinstance(labels, Spectra):
+            label_errors = _errors_of(labels, self.label_names_)
+        share = _noise_shares(label_errors, self.training_labels_)
         number = min(_checked_number(self.latents), len(flux) // _STARS_EACH)
         values, covariance = self._learn_places(flux, ivar, number, progress)
-        self._learn(values, covariance, progress)
+        self._learn(values, covariance, share, progress)
+        self._fill_gaps(values)
         return self

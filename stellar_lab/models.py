@@ -287,8 +287,8 @@ _MANY_LABELS = 20  # more labels than this, and than pixels, are spectra
 _LARGEST_LABEL = 1e30  # in any unit; its square must be a number, too
 
 
-def _check_training(labels, flux, ivar, names):
-    "LabError for training stars that no model could learn from."
+def _check_training(labels, flux, ivar, names, gaps=False):
+    "LabError for training stars that no model could learn from; with gaps a star may lack labels."
     if labels.ndim != 2 or flux.ndim != 2 or flux.shape != ivar.shape or len(labels) != len(flux):
         raise LabError(
             f"labels {labels.shape}, flux {flux.shape} and ivar {ivar.shape} "
@@ -302,13 +302,16 @@ def _check_training(labels, flux, ivar, names):
             f"labels and {flux.shape[1]} pixels per star"
         )
     _check_names(names, labels.shape[1])
-    without = ~np.isfinite(labels).all(axis=1)
-    if without.any():
+    known = np.isfinite(labels)
+    without = ~known.all(axis=1)
+    if without.any() and not gaps:
         raise LabError(
             f"{without.sum()} of {len(labels)} training stars lack a label "
             f"(first: row {np.argmax(without)}): leave them out (apply_cuts)"
         )
-    star, label = np.unravel_index(np.abs(labels).argmax(), labels.shape)
+    if not known.any(axis=0).all():
+        raise LabError(f"no training star has {names[np.argmin(known.any(axis=0))]}: leave it out")
+    star, label = np.unravel_index(np.nan_to_num(np.abs(labels)).argmax(), labels.shape)
     if np.abs(labels[star, label]) > _LARGEST_LABEL:
         raise LabError(
             f"star {star} has the {names[label]} {labels[star, label]:.3g}, "
@@ -324,9 +327,9 @@ def _check_outliers(labels, names):
     "LabError where one star's label makes those of all others the same number."
     if len(labels) < 10:
         return
-    away = np.abs(labels - np.median(labels, axis=0))
-    spread = np.median(away, axis=0)
-    far = away / np.where(spread > 0, spread, np.inf)
+    away = np.abs(labels - np.nanmedian(labels, axis=0))
+    spread = np.nanmedian(away, axis=0)
+    far = np.nan_to_num(away) / np.where(spread > 0, spread, np.inf)
     star, label = np.unravel_index(far.argmax(), far.shape)
     if far[star, label] > _FARTHEST:
         raise LabError(
@@ -461,6 +464,7 @@ class _Taught(_Scaled):
 
     pivots = None  # parameters of some subclasses
     scales = None
+    _takes_gaps = False  # may training stars lack some of their labels?
 
     def _begin(self, labels, flux, ivar, label_names, wavelength):
         "Check the training stars and learn their labels' scaling; returns flux and ivar (N, P)."
@@ -480,7 +484,7 @@ class _Taught(_Scaled):
         labels, names = _named_labels(labels, names)
         flux = number_array(flux, "flux")
         ivar = np.ones(flux.shape) if ivar is None else number_array(ivar, "ivar")
-        _check_training(labels, flux, ivar, names)
+        _check_training(labels, flux, ivar, names, self._takes_gaps)
         _check_pixels(flux, ivar)
         _check_size(flux, ivar)
         self._learn_scaling(labels)

@@ -15,11 +15,12 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
+from types import SimpleNamespace
 
 import astropy.units as u
 import numpy as np
@@ -30,13 +31,16 @@ from tqdm import tqdm
 
 from . import __version__
 from .cannon import Cannon
+from .hidden import HiddenCannon
 from .inversion import infer
-from .judging import error_table
+from .judging import error_table, with_error_model
+from .latents import LatentLabels
 from stellar_lab.models import (
     LabelModel,
     fold_numbers,
     group_numbers,
     label_values,
+    single_threaded,
     train_test_rows,
 )
 from .normalize import training_set
@@ -102,10 +106,13 @@ def contestants(names: Sequence, profile: str = "quick", stars: int = 0) -> dict
     models = {}
     if len(names) > 5:
         models["Cannon, four labels"] = Cannon(scatter=True, labels=names[:4])
+        models["hidden, four labels"] = HiddenCannon(labels=names[:4])
     else:
         models["Cannon, linear"] = Cannon(order=1, scatter=True, labels=names)
     models[_STANDARD] = Cannon(scatter=True, labels=names)
+    models["hidden labels"] = HiddenCannon(labels=names)
     models["ridge regression"] = RidgeLabels(labels=names)
+    models["latents"] = LatentLabels(labels=names)
     models["lab network"] = LabNetwork(labels=names, centre=True)
     models["augmented network"] = AugmentedNetwork(labels=names)
     models["error-aware network"] = ErrorAwareNetwork(labels=names)
@@ -264,7 +271,8 @@ def _timed(work):
 
 
 def _train_and_label(model, contest, number, progress):
-    "Train without one group, label it: `row` in the contest, labels; in `meta` what it took."
+    """Train without one group, label it: `row` in the contest, flags, labels and their errors; in
+    `meta` what it took."""
     test = np.flatnonzero(contest.groups == number)
     train = contest.spectra[contest.groups != number]
     left_out = contest.spectra[test]
@@ -272,9 +280,10 @@ def _train_and_label(model, contest, number, progress):
     fitted, seconds, cpu_seconds = _timed(lambda: clone(model).fit(train, **quiet))
     table = infer(fitted, left_out)
     fastest = min(_timed(lambda: infer(fitted, left_out))[1] for _ in range(3))
-    kept = QTable({"row": test})
+    kept = QTable({"row": test, "flags": table["flags"]})
     for name in fitted.label_names_:
-        kept[name.lower()] = table[name.lower()]
+        for column in (name.lower(), f"{name.lower()}_err"):
+            kept[column] = table[column]
     kept.meta["labels"] = ",".join(fitted.label_names_)
     kept.meta["train_seconds"] = seconds
     kept.meta["train_cpu_seconds"] = cpu_seconds
@@ -340,8 +349,8 @@ def _predictions(
     Returns
     -------
     QTable
-        one row per judged star, in the order of `contest.judged`: its ``row`` and its labels; in
-        `meta` the mean times of a training
+        one row per judged star, in the order of `contest.judged`: its ``row``, ``flags``, labels
+        and their formal errors; in `meta` the mean times of a training
 
     Raises
     ------
@@ -364,15 +373,84 @@ def _predictions(
     return table[np.argsort(table["row"])]
 
 # %% ../nbs/19_results.ipynb #d0b6c8c6
-def _true_errors(labelled, contest, names):
-    "RMSE and bias (K,) against the true labels; NaN where none is known."
+def _truth_of(contest, names):
+    "True labels (N, K) of the judged stars; None where none is known."
     stars = contest.spectra[contest.judged].stars
     columns = [f"{name}{_TRUE}" for name in names]
     if not set(columns) <= set(stars.colnames):
+        return None
+    return np.column_stack([np.asarray(stars[column]) for column in columns])
+
+
+def _true_errors(labelled, contest, names):
+    "RMSE and bias (K,) against the true labels; NaN where none is known."
+    truth = _truth_of(contest, names)
+    if truth is None:
         return np.full((2, len(names)), np.nan)
-    residual = label_values(labelled, names)
-    residual -= np.column_stack([np.asarray(stars[column]) for column in columns])
+    residual = label_values(labelled, names) - truth
     return np.sqrt(np.nanmean(residual**2, axis=0)), np.nanmean(residual, axis=0)
+
+
+def _on_the_catalogues_scale(contest, names):
+    """True labels (N, K) of the judged stars, as a catalogue without noise would list them: a
+    parabola through catalogue against truth takes its trends over. None where none is known."""
+    everyone = replace(contest, groups=np.zeros(len(contest.spectra), dtype=int))
+    truth = _truth_of(everyone, names)
+    if truth is None or not np.isfinite(truth).all():
+        return None
+    with single_threaded():
+        scaled = (truth - truth.mean(axis=0)) / truth.std(axis=0)
+        design = np.column_stack([np.ones(len(truth)), scaled, scaled**2])
+        trend = np.linalg.lstsq(design, contest.spectra.labels(names), rcond=None)[0]
+        return (design @ trend)[contest.judged]
+
+
+def _error_groups(groups):
+    "Groups of judged stars whose errors are calibrated on the others: at least two."
+    if len(np.unique(groups)) > 1:
+        return groups
+    return np.arange(len(groups)) % 2
+
+
+def _inside(labelled, contest, names, truth, about_truth=False):
+    """Shares (2, K) of the judged stars within one and two errors.
+
+    The errors of each group are calibrated on the answers to all others, so that no star has a say
+    in its own."""
+    stars = contest.spectra[contest.judged]
+    stated = stars.label_errors(names) if about_truth else None
+    catalogue = stars.labels(names)
+    groups = _error_groups(contest.groups[contest.judged])
+    pulls = np.full(truth.shape, np.nan)
+    asked = SimpleNamespace(label_names_=names)
+    try:
+        for group in np.unique(groups):
+            own = groups == group
+            others = None if stated is None else stated[~own]
+            learned = with_error_model(asked, labelled[~own], catalogue[~own], others)
+            pulls[own] = _pulls_of(learned, labelled[own], truth[own])
+    except LabError:  # too few stars, or a model that says one thing
+        return np.full((2, len(names)), np.nan)
+    known = np.isfinite(pulls).sum(axis=0)
+    return np.array([(np.abs(pulls) < sigma).sum(axis=0) / known for sigma in (1, 2)])
+
+
+def _pulls_of(learned, labelled, truth):
+    "Predicted - true over the calibrated error, (N, K)."
+    names = learned.label_names_
+    formal2 = np.nan_to_num(label_values(labelled, [f"{name}_err" for name in names])) ** 2
+    errors = np.sqrt(learned.error_inflation_ * formal2 + learned.error_floor_)
+    return (label_values(labelled, names) - truth) / errors
+
+
+def _against_scale(labelled, contest, names):
+    """RMSE (K,) against the truth on the catalogue's scale, and shares (K,) within one and two
+    calibrated errors of it; NaN where no truth is known."""
+    truth = _on_the_catalogues_scale(contest, names)
+    if truth is None:
+        return np.full((3, len(names)), np.nan)
+    rmse = np.sqrt(np.nanmean((label_values(labelled, names) - truth) ** 2, axis=0))
+    return rmse, *_inside(labelled, contest, names, truth, about_truth=True)
 
 
 def _score(name, labelled, contest):
@@ -391,7 +469,12 @@ def _score(name, labelled, contest):
     table["true_bias"] = true_bias
     for key in _TIMES:
         table[key] = labelled.meta[key]
-    for column in (*errors.colnames[3:], "true_rmse", "true_bias", *_TIMES):
+    table["inside_1"], table["inside_2"] = _inside(labelled, contest, names, truth)
+    on_scale = _against_scale(labelled, contest, names)
+    for column, values in zip(("scale_rmse", "true_inside_1", "true_inside_2"), on_scale):
+        table[column] = values
+    table["flagged"] = np.mean(np.asarray(labelled["flags"]) != 0)
+    for column in table.colnames[table.colnames.index("rmse") :]:
         table[column].info.format = ".4g"
     return table
 
@@ -449,6 +532,9 @@ def against_truth(table: QTable) -> QTable:
     found["scaled_rmse"] = table["true_rmse"] * table["scaled_rmse"] / table["rmse"]
     found["rmse"] = table["true_rmse"]
     found["bias"] = table["true_bias"]
+    for column in ("inside_1", "inside_2"):
+        if f"true_{column}" in table.colnames:
+            found[column] = table[f"true_{column}"]
     found.remove_columns([column for column in ("mae", "robust") if column in found.colnames])
     return found
 
@@ -506,6 +592,19 @@ def _cell(row):
     return f"{row['rmse']:.3f} ({row['bias']:+.3f})"
 
 
+# shares of the judged stars that `readable` shows -> their headings
+_SHARES = {
+    "inside_1": "within 1 error",
+    "inside_2": "within 2 errors",
+    "flagged": "flagged",
+}
+
+
+def _percent(share):
+    "A share in per cent; nothing where it is unknown."
+    return f"{share:.0%}" if np.isfinite(share) else ""
+
+
 def readable(table: Table) -> Table:
     """The first contest of a table, on its first product, as text.
 
@@ -518,8 +617,9 @@ def readable(table: Table) -> Table:
     -------
     Table
         one row per model: RMSE (bias) of each label, scaled RMSE averaged over the labels, its
-        ratio to the Cannon's on the same labels, the processor's seconds to train, milliseconds to
-        label one star
+        ratio to the Cannon's on the same labels, shares of the stars within one and two calibrated
+        errors (averaged over the labels) and with a flag, the processor's seconds to train,
+        milliseconds to label one star
     """
     table = _leading(table)
     labels = list(dict.fromkeys(table["label"]))
@@ -532,6 +632,9 @@ def readable(table: Table) -> Table:
         seconds = errors["train_cpu_seconds"][0]
         row["scaled RMSE"] = f"{average['scaled_rmse']:.3f}"
         row["ratio to the Cannon"] = f"{average['ratio']:.2f}"
+        for column, title in _SHARES.items():
+            if column in errors.colnames:
+                row[title] = _percent(np.mean(errors[column]))
         row["training [s]"] = f"{seconds:.0f}" if seconds >= 9.5 else f"{seconds:.1f}"
         row["labelling [ms/star]"] = f"{errors['label_ms'][0]:.2f}"
         rows.append(row)
@@ -539,7 +642,10 @@ def readable(table: Table) -> Table:
 
 # %% ../nbs/19_results.ipynb #fbaf0968
 # colour and marker of each model in turn
-_LOOKS = (("C0", "o"), ("C1", "s"), ("C2", "D"), ("C3", "^"), ("C4", "v"), ("0.1", "P"))
+_LOOKS = (
+    *(("C0", "o"), ("C5", "o"), ("C1", "s"), ("C6", "s"), ("C2", "D")),
+    *(("C8", "*"), ("C3", "^"), ("C4", "v"), ("0.1", "P")),
+)
 
 
 def _panels(count):
@@ -633,7 +739,7 @@ def contests_side_by_side(table: Table) -> Table:
 _COSTLY = ("lab network", "augmented network")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     "A model in a contest, and its place in the table: number of product, contest and model."
 
@@ -677,6 +783,50 @@ def _all_jobs(root, products, profile, seed, only, progress):
     return jobs, len(spectra)
 
 
+def _chosen(jobs, models):
+    "The jobs whose model is asked for, or all; LabError for an unknown name."
+    names = list(dict.fromkeys(job.name for job in sorted(jobs, key=lambda job: job.place)))
+    unknown = sorted(set(models or ()) - set(names))
+    if unknown:
+        raise LabError(f"no model {', '.join(map(repr, unknown))}: choose from {', '.join(names)}")
+    return [job for job in jobs if models is None or job.name in models]
+
+
+def _recorded_rows(out, facts, jobs):
+    """Rows that a table has of some jobs: place -> rows, and model -> date of its run.
+
+    LabError where that table is of another contest."""
+    if not jobs or not Path(out).exists():
+        return {}, {}
+    table = QTable.read(out, format="ascii.ecsv")
+    differ = [name for name, fact in facts.items() if table.meta.get(name) != fact]
+    if differ:
+        raise LabError(
+            f"{out}: its other models ran with another {', '.join(differ)}; run all models again"
+        )
+    found = {}
+    dates = {}
+    for job in jobs:
+        product = job.contest.spectra.stars.meta.get("product", "")
+        rows = _rows(table, product, job.contest.name, job.name)
+        if len(rows):
+            found[job.place] = rows
+            kept = table.meta.get("dates", {})
+            dates[job.name] = kept.get(job.name, table.meta["date"])
+    return found, dates
+
+
+def _stacked(scores):
+    "Rows of all jobs in their order; what an older record lacks is NaN."
+    tables = [scores[place] for place in sorted(scores)]
+    columns = max((table.colnames for table in tables), key=len)
+    for table in tables:
+        for column in columns:
+            if column not in table.colnames:
+                table[column] = np.full(len(table), np.nan)
+    return vstack([table[columns] for table in tables], metadata_conflicts="silent")
+
+
 def _versions():
     "What this run computes with: package -> version."
     packages = ("numpy", "scipy", "scikit-learn", "tensorflow", "keras", "astropy")
@@ -694,6 +844,7 @@ def run_scoreboard(
     remark: str = "",
     only: Sequence = None,
     progress: bool = True,
+    models: Sequence = None,
 ) -> QTable:
     """The whole scoreboard of an archive, cheap models first. Interrupted, it goes on where it was.
 
@@ -716,29 +867,32 @@ def run_scoreboard(
         names of the contests to hold; by default all
     progress : bool, default True
         show bars
+    models : sequence of str, optional
+        names of the models to run; what the table holds of the others is kept. By default all
 
     Returns
     -------
     QTable
-        as from `judge`; in `meta` archive, profile, seed, stars, device, date and versions
+        as from `judge`; in `meta` archive, profile, seed, stars, device, date and versions, and
+        the ``dates`` of models that were kept from an earlier run
 
     Raises
     ------
     LabError
-        where a contest is unknown
+        where a contest or model is unknown, or the table's other models ran on other stars
     """
     record = archive_record(root)
     products = products or record.products[:1]
     jobs, stars = _all_jobs(root, products, profile, seed, only, progress)
     facts = {"archive": record.name, "profile": profile, "seed": seed, "stars": stars}
-    facts |= {"device": _device(), "remark": remark}
-    scores = {}
-    for done, job in enumerate(jobs, 1):
+    wanted = _chosen(jobs, models)
+    scores, dates = _recorded_rows(out, facts, [job for job in jobs if job not in wanted])
+    facts |= {"device": _device(), "remark": remark, "dates": dates}
+    for done, job in enumerate(wanted, 1):
         labelled = _predictions(job.model, job.contest, folder, job.name, progress)
         scores[job.place] = _score(job.name, labelled, job.contest)
-        in_order = [scores[place] for place in sorted(scores)]
-        table = vstack(in_order, metadata_conflicts="silent")
-        missing = [f"{later.name}, {later.contest.name}" for later in jobs[done:]]
+        table = _stacked(scores)
+        missing = [f"{later.name}, {later.contest.name}" for later in wanted[done:]]
         today = datetime.now(UTC).date().isoformat()
         table.meta = {**facts, "date": today, "versions": _versions(), "missing": missing}
         write_table(table, out)
@@ -793,7 +947,7 @@ def _plot_scores(tables: Mapping):
         labels = list(dict.fromkeys(table["label"]))
         for k, (name, (color, marker)) in enumerate(looks.items()):
             errors = table[table["model"] == name]
-            shift = 0.1 * (k - (len(looks) - 1) / 2)
+            shift = 0.7 * (k / (len(looks) - 1) - 0.5) if len(looks) > 1 else 0
             at = [labels.index(label) + shift for label in errors["label"]]
             (lines[name],) = ax.plot(at, errors["scaled_rmse"], marker, color=color, ms=6)
         ax.set(title=title, xticks=range(len(labels)))

@@ -33,6 +33,11 @@ def arguments():
         type=comma_separated,
         help='such as "one split,five folds"; by default all of the archive',
     )
+    add(
+        "--models",
+        type=comma_separated,
+        help='such as "latents,hidden labels"; by default all. The table keeps its other models',
+    )
     add("--cache", type=Path, default=ROOT / "data" / "archives" / "scoreboard")
     add("--out", type=Path, help="by default data/scoreboard_<name of the archive>.ecsv")
     add("--seed", type=int, default=0)
@@ -70,6 +75,7 @@ def main():
             options.seed,
             options.remark,
             options.contests,
+            models=options.models,
         )
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)

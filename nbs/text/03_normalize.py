@@ -1365,6 +1365,7 @@ def training_set(
     continuum_pixels: np.ndarray = None,
     progress: bool = True,
     row: int = None,
+    gaps: bool = False,
 ) -> tuple:
     """Normalized spectra of the stars to learn from, and the account of those that fell.
 
@@ -1384,6 +1385,8 @@ def training_set(
         show a bar
     row : int, optional
         of apStar files: 0 and 1 are the combinations, the visits follow; by default the release's
+    gaps : bool, default False
+        keep stars that lack some of the labels, for a model that can learn from them
 
     Returns
     -------
@@ -1408,7 +1411,7 @@ def training_set(
     spectra, ledger = read_archive(
         root, product=product, fields=fields, labels=labels, row=row, progress=progress
     )
-    spectra, ledger = apply_cuts(spectra, ledger=ledger)
+    spectra, ledger = apply_cuts(spectra, ledger=ledger, gaps=gaps)
     spectra = normalize(spectra, continuum_pixels=continuum_pixels)
     return drop_masked(spectra, ledger=ledger)
 

@@ -18,7 +18,7 @@
 # %%
 #| export
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from astropy.table import QTable, vstack
@@ -57,7 +57,11 @@ from stellar_lab.survey import archive_record, archive_root, use_style
 # %%
 #| export
 def cross_label(
-    model: LabelModel, spectra: Spectra, groups: Sequence, progress: bool = True
+    model: LabelModel,
+    spectra: Spectra,
+    groups: Sequence,
+    progress: bool = True,
+    prepare: Callable = None,
 ) -> QTable:
     """Label each star with a model that has not seen its group.
 
@@ -71,6 +75,8 @@ def cross_label(
         number of the fold, or name of the group, of each star
     progress : bool, default True
         show a bar
+    prepare : callable, optional
+        what is done to the training stars, a `Spectra`, before each fit; it sees no star left out
 
     Returns
     -------
@@ -104,7 +110,8 @@ def cross_label(
     answers = []
     for number in bar:
         rows = place == number
-        answers.append(infer(clone(model).fit(spectra[~rows], **quiet), spectra[rows]))
+        training = spectra[~rows] if prepare is None else prepare(spectra[~rows])
+        answers.append(infer(clone(model).fit(training, **quiet), spectra[rows]))
     table = vstack(answers, metadata_conflicts="silent")  # keeps the longest name whole
     table.meta = answers[0].meta
     return table[np.argsort(np.argsort(place, kind="stable"))]

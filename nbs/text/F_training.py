@@ -22,6 +22,7 @@ import tempfile
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -399,7 +400,7 @@ def _label_list(root, labels):
 
 def _check_numbers(order, test_size, folds, seed):
     "LabError for a number that no archive can make right."
-    if not _is_number(order, whole=True) or order < 1:
+    if order is not None and (not _is_number(order, whole=True) or order < 1):
         raise LabError(f"order is {order}: it must be 1, 2, …")
     if folds is None and not (_is_number(test_size) and 0 < test_size < 1):
         raise LabError(f"test_size is {test_size}: give a share of the stars between 0 and 1")
@@ -516,22 +517,23 @@ def _split(n, test_size, seed):
         ) from error
 
 
-def _judge(model, spectra, test_size, folds, seed, progress):
+def _judge(model, spectra, test_size, folds, seed, progress, prepare=None):
     """The fitted model, and the answers it is judged by.
 
     A dict: name of a set -> (rows, table of `infer`); the set of left-out stars comes last.
     """
     everyone = np.arange(len(spectra))
+    prepared = prepare or (lambda stars: stars)
     if folds is not None:
         numbers = fold_numbers(len(spectra), folds, seed, stars=spectra.stars["APOGEE_ID"])
-        left_out = cross_label(model, spectra, numbers, progress)
-        model.fit(spectra)
+        left_out = cross_label(model, spectra, numbers, progress, prepare)
+        model.fit(prepared(spectra))
         return model, {
             "training stars": (everyone, infer(model, spectra)),
             f"stars left out in {folds} folds": (everyone, left_out),
         }
     learned, kept = _split(len(spectra), test_size, seed)
-    model.fit(spectra[learned])
+    model.fit(prepared(spectra[learned]))
     return model, {
         "training stars": (learned, infer(model, spectra[learned])),
         "test stars": (kept, infer(model, spectra[kept])),
@@ -730,7 +732,7 @@ def _model_of_kind(request):
     options = {"labels": request["labels"]}
     if kind in ("cannon", "hidden"):
         options["order"] = order
-    elif order != 2:
+    elif order is not None:
         raise LabError(f"a model of kind {kind} has no polynomial: leave the order out")
     if kind == "cannon":
         options["scatter"] = scatter
@@ -739,10 +741,20 @@ def _model_of_kind(request):
     return _class(_KINDS[kind])(**options)
 
 
-def _check_kind(kind):
-    "LabError for a kind of model that there is not."
+_BEST = "latents"  # the kind that the scoreboard shows best in every contest
+
+
+def _kind_and_order(kind, order, scatter):
+    """The kind of model and the order of its polynomial, None where it has none.
+
+    By default the best kind; who gives an order or a scatter means the Cannon, which has them."""
+    if kind is None:
+        kind = "cannon" if scatter or order is not None else _BEST
     if kind not in _KINDS:
         raise LabError(f"unknown kind {kind!r} of model: choose from {', '.join(_KINDS)}")
+    if order is None and kind in ("cannon", "hidden"):
+        order = 2
+    return kind, order
 
 
 def _request(
@@ -756,12 +768,13 @@ def _request(
     test_size,
     folds,
     seed,
-    kind="cannon",
+    kind=None,
     groups=None,
     refusal=True,
+    gaps=False,
 ):
     "What was asked for, checked, as the record keeps it."
-    _check_kind(kind)
+    kind, order = _kind_and_order(kind, order, scatter)
     _check_numbers(order, test_size, folds, seed)
     return {
         "kind": kind,
@@ -777,6 +790,7 @@ def _request(
         "seed": seed,
         "groups": groups,
         "refusal": refusal,
+        "gaps": gaps,
     }
 
 
@@ -798,9 +812,8 @@ def _select(root, request, pixels, progress):
     row = request["row"]
     _check_treatment(product, pixels, row)
     _check_fields(root, product, request["fields"])
-    spectra, ledger = training_set(
-        root, product, request["fields"], request["labels"], pixels, progress, row
-    )
+    wish = (root, product, request["fields"], request["labels"], pixels, progress, row)
+    spectra, ledger = training_set(*wish, request["gaps"])
     _check_treatment(spectra.stars.meta["product"], pixels, row)
     if request["kind"] in ("cannon", "hidden"):
         _check_terms(len(spectra), len(request["labels"]), request["order"])
@@ -829,10 +842,10 @@ def _group_numbers(spectra, column):
     return group_numbers(spectra.stars[column], _MOST_GROUPS, column)
 
 
-def _judge_groups(model, spectra, column, progress):
+def _judge_groups(model, spectra, column, progress, prepare=None):
     "A set for `_judge`: each star, labelled by a model that has not seen its group."
     numbers = _group_numbers(spectra, column)
-    table = cross_label(model, spectra, numbers, progress)
+    table = cross_label(model, spectra, numbers, progress, prepare)
     return {f"stars whose {column} was left out": (np.arange(len(spectra)), table)}
 
 
@@ -1034,6 +1047,29 @@ print(*_believable_note(broken, wild))
 assert (sober.ivar > 0).sum(axis=1).tolist() == [2, 2] and believable(sober)[0] is sober
 
 
+# %% [markdown]
+# With `gaps` stars may take part that lack some labels. [Latents](17_latents.ipynb) learn from them as they are. All other models learn from labels that [the spectra themselves complete](26_gaps.ipynb), anew in each fold, so that no
+# star that is left out has a say.
+
+# %%
+#| export
+def _filler(request):
+    "What completes the labels of training stars; None where nothing is to be done."
+    if not request["gaps"] or request["kind"] == "latents":
+        return None
+    return partial(import_module("stellar_lab.gaps").complete_labels, labels=request["labels"])
+
+
+def _as_learned(model, spectra):
+    "The training stars with the labels that the model learned from, no gaps in them."
+    if np.isfinite(spectra.labels(model.label_names_)).all():
+        return spectra
+    stars = spectra.stars.copy()
+    for name, values in zip(model.label_names_, model.training_labels_.T):
+        stars[name] = values
+    return spectra.replace(stars=stars)
+
+
 # %%
 #| export
 def _train(root, path, request, continuum_pixels, progress):
@@ -1051,13 +1087,14 @@ def _train(root, path, request, continuum_pixels, progress):
     way = (request["test_size"], request["folds"], request["seed"])
     if request["groups"] is not None:
         _group_numbers(spectra, request["groups"])  # before any long work
-    model, sets = _judge(model, spectra, *way, progress)
+    prepare = _filler(request)
+    model, sets = _judge(model, spectra, *way, progress, prepare)
     if request["groups"] is not None:
-        sets |= _judge_groups(model, spectra, request["groups"], progress)
+        sets |= _judge_groups(model, spectra, request["groups"], progress, prepare)
     report = _report(model, spectra, ledger, sets, request, root, path)
     if request["refusal"]:
-        learned = spectra[next(iter(sets.values()))[0]]
-        report.model, note = _guarded(report.model, learned, request["order"])
+        learned = _as_learned(model, spectra[next(iter(sets.values()))[0]])
+        report.model, note = _guarded(report.model, learned, request["order"] or 2)
         report.facts["notes"].append(note)
     report.facts["notes"] += _believable_note(spectra, wild)
     _write(report, path)
@@ -1082,16 +1119,17 @@ def train(
     fields=None,
     product: str = None,
     continuum_pixels=None,
-    order: int = 2,
+    order: int = None,
     scatter: bool = False,
     test_size: float = 0.33,
     folds: int = None,
     seed: int = 42,
     progress: bool = True,
     row: int = None,
-    kind: str = "cannon",
+    kind: str = None,
     groups: str = None,
     refusal: bool = True,
+    gaps: bool = False,
 ) -> TrainingReport:
     """Train a model on an archive, judge it on stars left out, and keep both.
 
@@ -1107,8 +1145,8 @@ def train(
         the archive's first that has files by default
     continuum_pixels : (P,) bool array or path, optional
         flags, or a file for `read_continuum_pixels`; the 529 of the original lab by default
-    order : int, default 2
-        of the polynomial in the labels
+    order : int, optional
+        of a Cannon's polynomial in the labels, by default 2
     scatter : bool, default False
         fit an intrinsic scatter per pixel
     test_size : float, default 0.33
@@ -1121,14 +1159,19 @@ def train(
         show bars
     row : int, optional
         of apStar files: 0 and 1 are the combinations, the visits follow; the release's by default
-    kind : {"cannon", "hidden", "ridge", "latents"}, default "cannon"
+    kind : {"cannon", "hidden", "ridge", "latents"}, optional
         which model: the Cannon of the original lab, one with hidden labels, ridge regression, or a
-        Gaussian process on latents; order and scatter are the Cannon's (order the hidden's, too)
+        Gaussian process on latents; order and scatter are the Cannon's (order the hidden's, too).
+        By default the process on latents, which the scoreboard shows best; the Cannon where an
+        order or a scatter is given
     groups : str, optional
         a column of the stars, such as FIELD: errors are calibrated on stars whose whole group was
         left out, and hold for groups that are new
     refusal : bool, default True
         learn a guard, too, that flags spectra which no star like the training stars explains
+    gaps : bool, default False
+        let stars take part that lack some of the labels: `LatentLabels` learn from what is there,
+        the other models from labels completed by `complete_labels`
 
     Returns
     -------
@@ -1148,7 +1191,7 @@ def train(
     """
     _as_path(root, "the root of an archive")
     wish = (labels, fields, product, row, order, scatter, test_size, folds, seed, kind)
-    wish += (groups, refusal)
+    wish += (groups, refusal, gaps)
     request = _request(root, *wish)
     return _train(root, path, request, continuum_pixels, progress)
 

@@ -418,7 +418,8 @@ def _inside(labelled, contest, names, truth, about_truth=False):
     The errors of each group are calibrated on the answers to all others, so that no star has a say
     in its own."""
     stars = contest.spectra[contest.judged]
-    stated = stars.label_errors(names) if about_truth else None
+    errors_known = {f"{name}_ERR" for name in names} <= set(stars.stars.colnames)
+    stated = stars.label_errors(names) if about_truth and errors_known else None
     catalogue = stars.labels(names)
     groups = _error_groups(contest.groups[contest.judged])
     pulls = np.full(truth.shape, np.nan)

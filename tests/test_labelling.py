@@ -149,6 +149,7 @@ def test_new_spectra_are_treated_as_the_training_spectra_were(
         tmp_path / "m.asdf",
         labels=["teff", "m_h"],
         continuum_pixels=tmp_path / "pixels.txt",
+        kind="cannon",
         progress=False,
     )
     flags = np.isin(survey.wavelength, pixels)
@@ -159,7 +160,9 @@ def test_new_spectra_are_treated_as_the_training_spectra_were(
     spectra, _ = training_set(root, labels=("TEFF", "M_H"), continuum_pixels=flags, progress=False)
     loaded = Cannon.load(tmp_path / "m.asdf")
     same_labels(label(loaded, files, progress=False).table, infer(loaded, spectra), loaded)
-    again = train(root, labels=["teff", "m_h"], continuum_pixels=flags, progress=False)
+    again = train(
+        root, labels=["teff", "m_h"], continuum_pixels=flags, kind="cannon", progress=False
+    )
     assert np.array_equal(again.model.theta_, report.model.theta_, equal_nan=True)
 
 
@@ -249,7 +252,7 @@ def test_rows(run, model, good_files, root, tmp_path, same_labels):
     out = tmp_path / "visit.ecsv"
     assert run("label", *several, "--model", model, "--out", out, "--row", 2)[0] == 0
     same_labels(QTable.read(out), expected(2), loaded)
-    other = train(root, labels=["teff", "m_h"], row=0, progress=False).model
+    other = train(root, labels=["teff", "m_h"], row=0, kind="cannon", progress=False).model
     same_labels(label(other, several, progress=False).table, expected(0, other), other)
     newer = [
         shutil.copy(file, tmp_path / Path(file).name.replace("-r8-", "-dr17-")) for file in several

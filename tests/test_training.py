@@ -47,6 +47,7 @@ def test_training_prints_and_records(run, root, tmp_path):
         "seed": 3,
         "groups": None,
         "refusal": True,
+        "gaps": False,
     }
     assert (
         record["archive"]["name"] == "clusters"
@@ -89,6 +90,7 @@ def test_same_seed_same_record_and_model(root, model, tmp_path):
             labels=["teff", "M_H"],
             scatter=True,
             seed=seed,
+            kind="cannon",
             progress=False,
         )
     same, other = (tmp_path / str(seed) / model.name for seed in (42, 43))
@@ -108,7 +110,13 @@ def test_same_seed_same_record_and_model(root, model, tmp_path):
 
 def test_folds(root, tmp_path):
     report = train(
-        root, labels=("TEFF", "M_H"), folds=3, product="aspcapstar", fields="all", progress=False
+        root,
+        labels=("TEFF", "M_H"),
+        folds=3,
+        product="aspcapstar",
+        fields="all",
+        kind="cannon",
+        progress=False,
     )
     assert set(report.errors) == {"training stars", "stars left out in 3 folds"}
     assert (
@@ -132,14 +140,14 @@ def test_all_spectra_of_a_star_lie_in_one_fold(root, monkeypatch):
         spectra, ledger = real_set(*request)
         return spectra[np.tile(np.arange(len(spectra)), 2)], ledger
 
-    def cross(model, spectra, groups, progress):
+    def cross(model, spectra, groups, progress, prepare=None):
         asked["stars"] = np.array(spectra.stars["APOGEE_ID"], dtype=str)
         asked["groups"] = np.asarray(groups)
-        return real_cross(model, spectra, groups, progress)
+        return real_cross(model, spectra, groups, progress, prepare)
 
     monkeypatch.setattr(training, "training_set", twice)
     monkeypatch.setattr(training, "cross_label", cross)
-    train(root, labels=["m_h"], folds=4, progress=False)
+    train(root, labels=["m_h"], folds=4, kind="cannon", progress=False)
     half = len(asked["stars"]) // 2
     assert np.array_equal(asked["stars"][:half], asked["stars"][half:])
     assert np.array_equal(asked["groups"][:half], asked["groups"][half:])
@@ -148,8 +156,8 @@ def test_all_spectra_of_a_star_lie_in_one_fold(root, monkeypatch):
 
 def test_the_row_that_was_asked_for(root, tmp_path):
     path = tmp_path / "row.asdf"
-    report = train(root, path, labels=["teff", "m_h"], row=0, progress=False)
-    usual = train(root, labels=["teff", "m_h"], progress=False)
+    report = train(root, path, labels=["teff", "m_h"], row=0, kind="cannon", progress=False)
+    usual = train(root, labels=["teff", "m_h"], kind="cannon", progress=False)
     assert report.facts["arguments"]["row"] == 0
     assert Cannon.load(path).metadata_["row"] == 0 and usual.model.metadata_["row"] == 1
     assert report.facts["model"]["digest"] != usual.facts["model"]["digest"]
@@ -166,9 +174,11 @@ def test_a_label_that_says_nothing_is_not_praised(root, monkeypatch):
         stars["TEFF"] = np.random.default_rng(0).permutation(stars["TEFF"])
         return spectra.replace(stars=stars), ledger
 
-    assert not re.search("says nothing", str(train(root, labels=["m_h"], progress=False)))
+    assert not re.search(
+        "says nothing", str(train(root, labels=["m_h"], kind="cannon", progress=False))
+    )
     monkeypatch.setattr(training, "training_set", shuffled)
-    report = train(root, labels=["teff"], progress=False)
+    report = train(root, labels=["teff"], kind="cannon", progress=False)
     (errors,) = report.errors["test stars"]
     assert errors["scaled_rmse"] > 1
     assert re.search("TEFF says nothing: its RMSE is .* Do not use it", str(report))
@@ -176,9 +186,8 @@ def test_a_label_that_says_nothing_is_not_praised(root, monkeypatch):
 
 
 def test_too_few_stars_for_an_error_model(run, root, tmp_path):
-    code, out, _ = run(
-        "train", root, "--model", tmp_path / "m.asdf", "--labels", "m_h", "--test-size", "0.1"
-    )
+    words = ["--labels", "m_h", "--test-size", "0.1", "--kind", "cannon"]
+    code, out, _ = run("train", root, "--model", tmp_path / "m.asdf", *words)
     assert code == 0 and "too few for an error model" in out and "much too small" in out
     assert json.loads((tmp_path / "m.json").read_text())["error_model"] is None
     assert "formal: photon noise alone" in run("report", "--model", tmp_path / "m.asdf")[1]
@@ -201,7 +210,11 @@ def test_too_few_stars_for_an_error_model(run, root, tmp_path):
         (["--row", "-1"], "row must be 0, 1, 2"),
         (["--row", "0", "--product", "aspcapstar"], "leave the row out"),
         (["--continuum-pixels", "nowhere.npy"], "cannot read continuum pixels from nowhere.npy"),
-        (["--test-size", "0.95"], "take more stars, a lower order or fewer labels"),
+        (["--test-size", "0.95"], "are too few for a Gaussian process: 10 are needed"),
+        (
+            ["--test-size", "0.95", "--kind", "cannon"],
+            "take more stars, a lower order or fewer labels",
+        ),
     ],
 )
 def test_training_requests_that_cannot_be_met(run, root, tmp_path, words, message):
@@ -273,7 +286,7 @@ def test_count_flags():
         *(({"folds": k}, "folds is .*: it must be 2 at least") for k in (0, 1, -3, 2.5, "5", [2])),
         ({"folds": float("nan")}, "folds is nan"),
         *(({"seed": s}, "seed is .*: give a whole number") for s in (-1, 1.5, "six", None)),
-        *(({"order": o}, "order is .*: it must be") for o in (0, "two", None, float("inf"), 1.5)),
+        *(({"order": o}, "order is .*: it must be") for o in (0, "two", float("inf"), 1.5)),
         *(({"test_size": t}, "test_size is .*: give a share") for t in (0, 1, "a", None)),
         ({"product": "apvisit"}, "unknown product 'apvisit'"),
         ({"product": ["apstar"]}, "unknown product"),
@@ -354,7 +367,7 @@ def test_what_must_not_be_replaced_stays(run, root, tmp_path, what):
 
 
 def test_too_few_stars_are_said_and_nothing_is_written(run, root, tmp_path):
-    words = ["--model", tmp_path / "m.asdf", "--labels", "teff,m_h,alpha_m"]
+    words = ["--model", tmp_path / "m.asdf", "--labels", "teff,m_h,alpha_m", "--kind", "cannon"]
     code, out, err = run("train", root, *words, "--test-size", "0.6")
     assert (code, out) == (2, "") and not list(tmp_path.iterdir())
     assert re.search(r"\d+ training stars, 20 are needed: take more stars, a lower order", err)
@@ -377,7 +390,7 @@ def test_model_and_record_appear_both_or_neither(root, model, tmp_path, monkeypa
         monkeypatch.setattr(os, "replace", lambda a, b: full() if Path(b) == path else real(a, b))
     for there in (True, False):
         with pytest.raises((OSError, LabError)):
-            train(root, path, labels=["teff", "m_h"], progress=False, seed=7)
+            train(root, path, labels=["teff", "m_h"], kind="cannon", progress=False, seed=7)
         after = [file.read_bytes() for file in (path, tmp_path / "m.json") if file.exists()]
         assert after == (before if there else [])
         for file in tmp_path.iterdir():
@@ -396,9 +409,9 @@ def test_one_damaged_star_does_not_end_a_training(root, monkeypatch, flux, ivar)
         spectra.ivar[3, 100] = ivar
         return spectra, ledger
 
-    usual = train(root, labels=["teff", "m_h"], progress=False)
+    usual = train(root, labels=["teff", "m_h"], kind="cannon", progress=False)
     monkeypatch.setattr(training, "training_set", damaged)
-    report = train(root, labels=["teff", "m_h"], progress=False)
+    report = train(root, labels=["teff", "m_h"], kind="cannon", progress=False)
     assert any("1 pixels of 1 stars" in note for note in report.facts["notes"])
     sets = list(usual.errors)
     assert abs(report.errors[sets[1]]["rmse"][0] / usual.errors[sets[1]]["rmse"][0] - 1) < 0.02

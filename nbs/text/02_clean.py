@@ -64,6 +64,7 @@ from stellar_lab.survey import (
     on_band,
     plot_spectrum,
     same_star,
+    sha256_of,
     wavelength,
     what_stands_at,
 )
@@ -1583,9 +1584,10 @@ def find_files(root, product="apstar", fields=None, telescopes=None, release=Non
     root : path
         Of an archive.
     product : str, default "apstar"
-        `apstar` or `aspcapstar`.
+        `apstar` or `aspcapstar`; `mwmstar` or `mwmvisit` of SDSS-V.
     fields : str or sequence of str, optional
         Names of folders; those of the archive's record by default, "all" for whatever is there.
+        SDSS-V has none: all stars are found.
     telescopes : str or sequence of str, optional
         All of the release's by default.
     release : str, optional
@@ -1606,7 +1608,9 @@ def find_files(root, product="apstar", fields=None, telescopes=None, release=Non
     rules = _rules(record, release)
     if fields is None and rules is record.rules:
         fields = record.fields
-    if fields is None or (isinstance(fields, str) and fields == "all"):
+    if rules.numbered:
+        fields = ["*/*"]
+    elif fields is None or (isinstance(fields, str) and fields == "all"):
         fields = ["*"]
     else:
         fields = [escape(str(name)) for name in np.atleast_1d(fields)]
@@ -2511,6 +2515,7 @@ def read_archive(
         raise LabError(_nobody(root, product, files, problems, catalogue.meta["catalogue"]))
     stars = _with_labels(spectra.stars, files[places], catalogue[places])
     known = {"release": rules.name.lower(), "archive": record.name}
+    known["catalogue_sha256"] = sha256_of(find_catalogue(root, release))
     known["dark"] = 0.0 if PRODUCTS[product].normalized else float(dark or 0)
     strange = np.sum(stars["STRANGE_PIXELS"])
     if strange:

@@ -39,6 +39,7 @@ from stellar_lab.models import (
     restored,
     train_test_rows,
 )
+from .mwm import mwm_training_set
 from .normalize import continuum_steps, read_continuum_pixels, training_set
 from stellar_lab.survey import (
     PRODUCTS,
@@ -607,16 +608,29 @@ def _request(
     }
 
 # %% ../nbs/F_training.ipynb #fcd9a918
+def _check_numbered(request):
+    "LabError for a wish that SDSS-V's files cannot meet."
+    for name, why in (("fields", "has no fields"), ("row", "files have no rows")):
+        if request[name] not in (None, "all"):
+            raise LabError(f"SDSS-V {why}: leave --{name} out")
+    if request["product"] not in (None, "mwmstar"):
+        raise LabError(f"SDSS-V has no product {request['product']!r}: leave it out")
+
+
 def _select(root, request, pixels, progress):
     "The stars to learn from, and their ledger, if nothing is wrong with the request."
     product = request["product"]
     row = request["row"]
-    _check_treatment(product, pixels, row)
-    _check_fields(root, product, request["fields"])
-    spectra, ledger = training_set(
-        root, product, request["fields"], request["labels"], pixels, progress, row
-    )
-    _check_treatment(spectra.stars.meta["product"], pixels, row)
+    if archive_record(root).rules.numbered:
+        _check_numbered(request)
+        spectra, ledger = mwm_training_set(root, request["labels"], pixels, progress)
+    else:
+        _check_treatment(product, pixels, row)
+        _check_fields(root, product, request["fields"])
+        spectra, ledger = training_set(
+            root, product, request["fields"], request["labels"], pixels, progress, row
+        )
+        _check_treatment(spectra.stars.meta["product"], pixels, row)
     if request["kind"] in ("cannon", "hidden"):
         _check_terms(len(spectra), len(request["labels"]), request["order"])
     return spectra, ledger
@@ -689,6 +703,7 @@ def _facts(model, spectra, arguments, root, path):
     record = archive_record(root)
     meta = spectra.stars.meta
     archive = {"root": str(root), "name": record.name, "title": record.title}
+    archive |= {"catalogue_sha256": meta.get("catalogue_sha256", "")}
     return {
         "arguments": {name: _plain(value) for name, value in arguments.items()},
         "archive": archive | {"release": meta["release"]},

@@ -28,6 +28,7 @@
 #| export
 import gzip
 import re
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -344,6 +345,17 @@ def _made_hdu(instrument, kind, observatory, rows):
     return hdu
 
 
+@cache
+def _empty_hdu(*which):
+    "An extension without rows: it is always the same."
+    return _made_hdu(*which, [])
+
+
+def _extension(*which):
+    "One extension, a copy of the empty one where there are no rows."
+    return _made_hdu(*which) if which[-1] else _empty_hdu(*which[:-1]).copy()
+
+
 # %%
 #| export
 def _apogee_rows(spectra, sdss_id, observatory, kind):
@@ -407,10 +419,10 @@ def made_mwm(
     optical |= {"wavelength": 10 ** (3.5523 + 1e-4 * np.arange(4648)), "sdss_id": sdss_id}
     hdus = [primary]
     for observatory, rows in (("APO", [optical] if boss else []), ("LCO", [])):
-        hdus.append(_made_hdu("BOSS", kind, observatory, rows))
+        hdus.append(_extension("BOSS", kind, observatory, rows))
     for observatory, spectra in (("APO", apo), ("LCO", lco)):
         rows = _apogee_rows(spectra, sdss_id, observatory, kind)
-        hdus.append(_made_hdu("APOGEE", kind, observatory, rows))
+        hdus.append(_extension("APOGEE", kind, observatory, rows))
     return fits.HDUList(hdus)
 
 
@@ -506,7 +518,11 @@ def _table_columns(path, number):
             hdu = hdus[number]
             if not isinstance(hdu, fits.BinTableHDU):
                 raise TypeError("no table")
-            return hdu.columns.dtype.newbyteorder(">"), hdu.fileinfo()["datLoc"], hdu.header["NAXIS2"]
+            return (
+                hdu.columns.dtype.newbyteorder(">"),
+                hdu.fileinfo()["datLoc"],
+                hdu.header["NAXIS2"],
+            )
     except (OSError, EOFError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise LabError(
             f"{path} has no table in HDU {number} ({error}): is it astraAllStarASPCAP?"
@@ -712,7 +728,7 @@ def mwm_stars(paths, catalogue: Table) -> tuple:
 
 def _with_rows(spectra, catalogue, rows):
     "The spectra with labels and flags of their rows of the catalogue."
-    for name in catalogue.meta["labels"]:
+    for name in filter(LABELS.__contains__, catalogue.colnames):
         for column in (name, f"{name}_ERR"):
             spectra.stars[column] = catalogue[column][rows]
     for name in ("FLAG_BAD", "FLAG_WARN"):
@@ -775,8 +791,12 @@ def mwm_training_set(
         where = record.rules.folder("mwmstar", "AB/CD")
         raise LabError(f"no star's file below {root}: looked for {where}; fetch them by sdss_id")
     table = find_catalogue(root)
-    names = list(record.labels if labels is None else labels)
-    spectra, ledger = mwm_stars(list(files["path"]), read_astra(table, names))
+    wanted = record.labels if labels is None else labels
+    names = [label.name for label in label_records(wanted)]
+    for_cuts = [cut.column for cut in record.cuts if cut.column in LABELS]
+    catalogue = read_astra(table, dict.fromkeys([*names, *for_cuts]))
+    catalogue.meta["labels"] = names
+    spectra, ledger = mwm_stars(list(files["path"]), catalogue)
     known = {"release": record.release, "archive": record.name, "dark": float(dark or 0)}
     spectra.stars.meta |= known | {"catalogue_sha256": sha256_of(table)}
     if dark:

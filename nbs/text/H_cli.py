@@ -80,11 +80,21 @@ def _list(text):
 
 def _product_list(text):
     "A list of products, in any case."
+    return _known_products(text, _PRODUCTS)
+
+
+def _fetched_list(text):
+    "A list of products that can be fetched, in any case."
+    return _known_products(text, (*_PRODUCTS, "mwmstar", "mwmvisit"))
+
+
+def _known_products(text, known):
+    "Names from a list of known ones."
     names = [name.lower() for name in _list(text)]
     for name in names:
-        if name not in _PRODUCTS:
+        if name not in known:
             raise argparse.ArgumentTypeError(
-                f"unknown product {name!r}: choose from {', '.join(_PRODUCTS)}"
+                f"unknown product {name!r}: choose from {', '.join(known)}"
             )
     return names
 
@@ -184,6 +194,7 @@ def show_help(add, name):
 _ARCHIVE_WRITERS = {  # name -> module and function of stellar_lab
     "clusters": ("archives", "write_clusters"),
     "mock": ("mock", "write_mock"),
+    "sdssv": ("archives", "write_sdssv"),
 }
 _ARCHIVE = """
 Write an archive of stars that stellar_lab carries: spectra, catalogue and
@@ -196,6 +207,8 @@ all, in the survey's own files and folders. No network is needed.
   mock       2,723 synthetic giants in four fields, with the survey's noise,
              masks and label errors, a few dwarfs and binaries among them;
              truth.fits knows their true labels; 3 GB
+  sdssv      the 553 real stars in the files of SDSS-V (DR19): mwmStar, called
+             by sdss_id, and the catalogue astraAllStarASPCAP; 0.2 GB
 
 The same seed gives the same bytes. An archive that is there already stays.
 
@@ -246,6 +259,9 @@ catalogue once, and the spectra of the fields, in the survey's own tree. What
 is there and whole stays, what has begun goes on, so a broken run is simply
 run again. Nothing half or wrong is ever left under a file's name.
 
+SDSS-V (DR19) has no fields: name its stars by their sdss_id, as numbers or in
+a file (text, or a table with a column sdss_id). Its catalogue has 1.2 GB.
+
 Exit code 0 says that all is there, 1 that something is missing.
 
 Examples:
@@ -253,6 +269,8 @@ Examples:
   stellar-lab fetch stars --from https://data.sdss.org/sas --release dr17 \\
       --fields N2420 --product apstar,aspcapstar --dry-run
   stellar-lab fetch copy --from /data/apogee
+  stellar-lab fetch today --from https://data.sdss.org/sas --release dr19 \\
+      --sdss-id mine.txt
 """
 
 
@@ -269,6 +287,8 @@ def _run_fetch(options):
         workers=options.workers,
         dry_run=options.dry_run,
         progress=_shows_progress(),
+        sdss_ids=options.sdss_id,
+        catalogue=not options.no_catalogue,
     )
     if options.dry_run:
         for item in summary.items:
@@ -279,7 +299,7 @@ def _run_fetch(options):
 
 # %%
 #| export
-_FETCHED_RELEASE = "dr10, dr14, dr16 or dr17 (default: the archive's own; dr14 for the survey)"
+_FETCHED_RELEASE = "dr10, dr14, dr16, dr17, dr19 (default: the archive's own; dr14 for the survey)"
 _FETCHED_FIELDS = (
     "location IDs up to DR14, names since DR16 (default: the archive's own; "
     "the original lab's four for the survey)"
@@ -302,8 +322,12 @@ def _add_fetch(commands):
     option("--from", dest="source", required=True, metavar="SOURCE", help=source)
     option("--release", metavar="NAME", help=_FETCHED_RELEASE)
     option("--fields", type=_list, metavar="LIST", help=_FETCHED_FIELDS)
-    product = "apstar, aspcapstar or both"
-    option("--product", type=_product_list, default="apstar", metavar="LIST", help=product)
+    product = "apstar, aspcapstar or both; of DR19 mwmstar, mwmvisit, its mwmstar by default "
+    product += "(default: apstar)"
+    option("--product", type=_fetched_list, metavar="LIST", help=product)
+    numbers = "stars of SDSS-V: numbers with commas between, or a file of them"
+    option("--sdss-id", metavar="LIST", help=numbers)
+    option("--no-catalogue", action="store_true", help="spectra only, not the table of all stars")
     option("--telescope", type=_list, metavar="LIST", help=_FETCHED_TELESCOPES)
     option("--workers", type=int, default=4, metavar="N", help="downloads at once")
     option("--dry-run", action="store_true", help="only list what would be fetched")

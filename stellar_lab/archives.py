@@ -1266,7 +1266,7 @@ def _astra_table(rows):
         kind = kinds.get(type(values[0])) or f"{max(map(len, [*values, '1']))}A"
         kind = "D" if name in ("ra", "dec") else "J" if name.endswith("_flags") else kind
         columns.append(fits.Column(name, kind, array=values))
-    few = [column for column in columns if column.name in ("sdss_id", "telescope", "snr")]
+    few = (fits.Column("sdss_id", "K"), fits.Column("telescope", "6A"), fits.Column("snr", "E"))
     boss = fits.BinTableHDU.from_columns(few, nrows=0)
     apogee = fits.BinTableHDU.from_columns(columns)
     boss.header["INSTRMNT"] = "BOSS"

@@ -12,6 +12,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -74,13 +75,22 @@ from .visits import is_visit, read_visit
 _KINDS = {  # what a name says of a file -> how we count it
     "apstar": "apStar files",
     "aspcapstar": "aspcapStar files",
+    "apvisit": "apVisit files",
+    "mwmstar": "mwmStar files",
+    "mwmvisit": "mwmVisit files",
     "visit": "files of single visits",
     "other": "other FITS files",
 }
 
 
+_ELSEWHERE_NAME = re.compile(r"(apVisit|asVisit|mwmStar|mwmVisit)-.+\.fits(\.gz)?")
+
+
 def _kind_of_name(name):
     "What a file's name says of it, a key of `_KINDS`; None if it is no FITS file."
+    elsewhere = _ELSEWHERE_NAME.fullmatch(name)
+    if elsewhere:
+        return elsewhere[1].lower().replace("asvisit", "apvisit")
     match = FILE_NAME.fullmatch(name)
     if not match:
         return "other" if name.endswith((".fits", ".fits.gz")) else None
@@ -132,13 +142,15 @@ def _inside(folder, product):
     "(path, product) of the stars to take from a folder, and (path, kind) of all its FITS files."
     everything = _search(folder)
     stars = [pair for pair in everything if pair[1] in PRODUCTS]
-    if not stars:
+    further = [pair for pair in everything if pair[1] in _ELSEWHERE]
+    if not stars and not further:
         others = _counted(kind for _, kind in everything)
         raise LabError(
-            f"{folder} holds no apStar or aspcapStar file, neither does a folder in it "
+            f"{folder} holds no apStar or aspcapStar file, none of visits or of SDSS-V, neither "
+            "does a folder in it "
             f"(they are known by name){f'; it has {others}: name these' if others else ''}"
         )
-    return [pair for pair in stars if pair[1] == product] or stars, everything
+    return ([pair for pair in stars if pair[1] == product] or stars) + further, everything
 
 
 def _path_list(paths):
@@ -285,6 +297,8 @@ def _label_elsewhere(model, path, kind):
     if kind.startswith("mwm"):  # on the survey's pixels, at rest
         table = infer(model, as_trained(model, spectra), any_recipe=True)
         _add_facts(table, spectra)
+        notes = spectra.stars.meta.get("notes", [])
+        table.meta["said"] = [f"{Path(path).name}: {note}" for note in notes]
         return table
     found = label_star(model, spectra)
     _add_facts(found.table, found.spectra)

@@ -19,7 +19,7 @@ from .clean import Problem, product_of, read_stars
 from .inversion import infer
 from .models import LabelModel, label_values
 from .normalize import as_trained
-from .spectrum import LIGHT, from_arrays, interpolate, label_star
+from .spectrum import LIGHT, from_arrays, interpolate, label_star, lsf_fwhm
 from stellar_lab.survey import (
     PIXMASK,
     PRODUCTS,
@@ -158,7 +158,22 @@ def _difference(first, second):
     return None if first is None or second is None else first - second
 
 
-def read_visit(path, velocity=None, rule: MaskRule = GENTLE) -> Spectra:
+def _lsf_widths(path, angstrom):
+    "FWHM (3, 4096) of each pixel [Angstrom], from the coefficients in a visit's HDU 10."
+    try:
+        with fits.open(path) as hdus:
+            chips = np.array(hdus[10].data, float)
+    except (IndexError, TypeError, ValueError) as error:
+        raise LabError(
+            f"{Path(path).name} has no coefficients of its line-spread function"
+        ) from error
+    if chips.ndim != 2 or len(chips) != 3:
+        raise LabError(f"{Path(path).name} has no line-spread function for each chip")
+    widths = [lsf_fwhm(chip, np.arange(_SHAPE[1])) for chip in chips]
+    return np.array(widths) * np.abs(np.gradient(angstrom, axis=1))
+
+
+def read_visit(path, velocity=None, rule: MaskRule = GENTLE, lsf: bool = False) -> Spectra:
     """One visit, on its own pixels, at rest.
 
     Parameters
@@ -170,6 +185,9 @@ def read_visit(path, velocity=None, rule: MaskRule = GENTLE) -> Spectra:
         header says. "measure" leaves it to `label_star`
     rule : MaskRule, optional
         which pixels count
+    lsf : bool, default False
+        take the resolution of each pixel from the file's line-spread function; the model's
+        resolution by default
 
     Returns
     -------
@@ -188,7 +206,9 @@ def read_visit(path, velocity=None, rule: MaskRule = GENTLE) -> Spectra:
         error = np.where(error < 1e10, error, 0) * rule.factors(mask)
     name = str(header.get("OBJID", Path(path).stem)).strip()
     velocity = None if velocity == "measure" else velocity
-    visit = from_arrays(angstrom, flux, error, unit="AA", velocity=velocity, name=name)
+    widths = _lsf_widths(path, angstrom).ravel() if lsf else None
+    how = {"unit": "AA", "velocity": velocity, "name": name, "fwhm": widths}
+    visit = from_arrays(angstrom, flux, error, **how)
     facts = {"FILE": Path(path).name, "TELESCOPE": str(header.get("TELESCOP", "")).strip()}
     facts |= {"RA": header.get("RA", np.nan), "DEC": header.get("DEC", np.nan)}
     facts |= {"MJD": header.get("MJD5", -1), "BC": header.get("BC", np.nan)}

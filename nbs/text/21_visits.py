@@ -28,7 +28,7 @@ from stellar_lab.clean import Problem, product_of, read_stars
 from stellar_lab.inversion import infer
 from stellar_lab.models import LabelModel, label_values
 from stellar_lab.normalize import as_trained
-from stellar_lab.spectrum import LIGHT, from_arrays, interpolate, label_star
+from stellar_lab.spectrum import LIGHT, from_arrays, interpolate, label_star, lsf_fwhm
 from stellar_lab.survey import (
     PIXMASK,
     PRODUCTS,
@@ -209,7 +209,22 @@ def _difference(first, second):
     return None if first is None or second is None else first - second
 
 
-def read_visit(path, velocity=None, rule: MaskRule = GENTLE) -> Spectra:
+def _lsf_widths(path, angstrom):
+    "FWHM (3, 4096) of each pixel [Angstrom], from the coefficients in a visit's HDU 10."
+    try:
+        with fits.open(path) as hdus:
+            chips = np.array(hdus[10].data, float)
+    except (IndexError, TypeError, ValueError) as error:
+        raise LabError(
+            f"{Path(path).name} has no coefficients of its line-spread function"
+        ) from error
+    if chips.ndim != 2 or len(chips) != 3:
+        raise LabError(f"{Path(path).name} has no line-spread function for each chip")
+    widths = [lsf_fwhm(chip, np.arange(_SHAPE[1])) for chip in chips]
+    return np.array(widths) * np.abs(np.gradient(angstrom, axis=1))
+
+
+def read_visit(path, velocity=None, rule: MaskRule = GENTLE, lsf: bool = False) -> Spectra:
     """One visit, on its own pixels, at rest.
 
     Parameters
@@ -221,6 +236,9 @@ def read_visit(path, velocity=None, rule: MaskRule = GENTLE) -> Spectra:
         header says. "measure" leaves it to `label_star`
     rule : MaskRule, optional
         which pixels count
+    lsf : bool, default False
+        take the resolution of each pixel from the file's line-spread function; the model's
+        resolution by default
 
     Returns
     -------
@@ -239,7 +257,9 @@ def read_visit(path, velocity=None, rule: MaskRule = GENTLE) -> Spectra:
         error = np.where(error < 1e10, error, 0) * rule.factors(mask)
     name = str(header.get("OBJID", Path(path).stem)).strip()
     velocity = None if velocity == "measure" else velocity
-    visit = from_arrays(angstrom, flux, error, unit="AA", velocity=velocity, name=name)
+    widths = _lsf_widths(path, angstrom).ravel() if lsf else None
+    how = {"unit": "AA", "velocity": velocity, "name": name, "fwhm": widths}
+    visit = from_arrays(angstrom, flux, error, **how)
     facts = {"FILE": Path(path).name, "TELESCOPE": str(header.get("TELESCOP", "")).strip()}
     facts |= {"RA": header.get("RA", np.nan), "DEC": header.get("DEC", np.nan)}
     facts |= {"MJD": header.get("MJD5", -1), "BC": header.get("BC", np.nan)}
@@ -528,6 +548,9 @@ if real is not None:
     velocities = [round(float(one.table["velocity"].value[0]), 2) for one in found]
     print("measured", velocities, "used by the survey", used)
     assert np.all(np.abs(np.array(velocities) - used) < 0.5)
+    sharp = [read_visit(path, lsf=True).stars["RESOLUTION"][0] for path in real_visits]
+    print("resolution by the files' line-spread functions:", np.round(sharp, -2))
+    assert np.all((np.array(sharp) > 20_000) & (np.array(sharp) < 27_000))
     table = vstack([one.table for one in found] + [infer(model, as_trained(model, ours))])
     display(table["teff", "teff_err", "logg", "logg_err", "m_h", "m_h_err", "flags"])
     for name in ("teff", "logg", "m_h"):

@@ -288,6 +288,7 @@ def _run_train(options):
         kind=options.kind,
         groups=options.groups,
         refusal=not options.no_refusal,
+        mask=options.mask,
         order=options.order,
         scatter=options.scatter,
         test_size=options.test_size,
@@ -320,6 +321,11 @@ _TRAINED = {  # option -> its help
     "whole group was left out, so that they hold for a new one (default: on the stars above)",
     "--no-refusal": "learn no guard against spectra that no star like the training stars explains",
 }
+_MASK = (
+    "which flagged pixels count, of raw spectra: strict, every flag kills; gentle, what the survey "
+    "calls bad kills, doubts such as persistence raise the error; a release, such as dr17; or "
+    "'kill=BADPIX,CRPIX raise=PERSIST_LOW:3', with a factor on the error"
+)
 _ROW = "of apstar files: 0 and 1 are combinations of all visits, 2, 3, … the visits"
 
 
@@ -332,6 +338,7 @@ def _add_spectra_options(option):
     option("--continuum-pixels", metavar="FILE", help=_TRAINED["--continuum-pixels"])
     row = f"{_ROW} (default: the combination that the release means)"
     option("--row", type=int, metavar="N", help=row)
+    option("--mask", metavar="RULE", help=f"{_MASK} (default: strict)")
 
 # %% ../nbs/H_cli.ipynb #76cecb99
 def _add_train(commands):
@@ -438,6 +445,7 @@ def _run_label(options):
         notes=_notes(options.words),
         progress=_shows_progress() or "lines",
         workers=options.workers,
+        mask=options.mask,
     )
     for problem in summary.problems:
         _say(f"no labels: {problem.path}: {problem.reason}")
@@ -467,6 +475,7 @@ def _add_label(commands):
     option("--any-product", action="store_true", help=anything)
     row = f"{_ROW} (default: as the model learned)"
     option("--row", type=int, metavar="N", help=row)
+    option("--mask", metavar="RULE", help=f"{_MASK} (default: as the model learned)")
     workers = "processes that read and label; the table does not depend on how many"
     option("--workers", type=int, default=1, metavar="N", help=workers)
     best = "write each star's best-fitting spectrum and residual (.fits, 5,000 stars at most)"

@@ -23,7 +23,7 @@ from stellar_lab.clean import (
     find_files,
     inverse_variance,
 )
-from .normalize import drop_masked, normalize
+from .normalize import drop_masked, normalize, weigh_by
 from stellar_lab.survey import (
     LABELS,
     LOG10_START,
@@ -573,7 +573,12 @@ def _with_rows(spectra, catalogue, rows):
 
 # %% ../nbs/22_mwm.ipynb #7ceebd3a
 def mwm_training_set(
-    root, labels=None, continuum_pixels: np.ndarray = None, progress: bool = True, dark=0.05
+    root,
+    labels=None,
+    continuum_pixels: np.ndarray = None,
+    progress: bool = True,
+    dark=0.05,
+    mask: str = None,
 ) -> tuple:
     """Normalized spectra of SDSS-V's stars to learn from, and the account of those that fell.
 
@@ -589,6 +594,8 @@ def mwm_training_set(
         unused: for the same calls as `normalize.training_set`
     dark : float, default 0.05
         `fraction` of `dark_pixels`; 0 keeps all pixels
+    mask : str, optional
+        rule for flagged pixels, as for `MaskRule.parse`; by default every flag kills
 
     Returns
     -------
@@ -616,6 +623,7 @@ def mwm_training_set(
     spectra.stars.meta |= known | {"catalogue_sha256": sha256_of(table)}
     if dark:
         spectra.ivar[dark_pixels(spectra.flux, spectra.ivar, dark)] = 0
+    spectra = weigh_by(spectra, mask)
     spectra, ledger = apply_cuts(spectra, ledger=ledger)
     spectra = normalize(spectra, continuum_pixels=continuum_pixels)
     return drop_masked(spectra, ledger=ledger)

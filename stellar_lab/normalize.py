@@ -21,7 +21,16 @@ from astropy.table import Table
 from numpy.polynomial.polynomial import polyvander
 from sklearn.utils.validation import check_is_fitted
 
-from .clean import Ledger, apply_cuts, keep, nan_median, read_archive
+from stellar_lab.clean import (
+    STRICT,
+    Ledger,
+    MaskRule,
+    apply_cuts,
+    keep,
+    nan_median,
+    read_archive,
+    weigh_mask,
+)
 from stellar_lab.survey import (
     CHIP_COLORS,
     CHIPS,
@@ -529,6 +538,27 @@ def _plot_normalization(raw, number=8, **rule):
             right.set_xlabel("")
     return fig
 
+# %% ../nbs/03_normalize.ipynb #20d3a528
+def weigh_by(spectra: Spectra, mask: str | None) -> Spectra:
+    """Raw spectra whose mask is spent by the rule that a text names.
+
+    Parameters
+    ----------
+    spectra : Spectra
+        raw flux, with a mask
+    mask : str or None
+        as for `MaskRule.parse`; nothing changes without one, nor by the strict rule, which
+        `normalize` follows anyway
+
+    Returns
+    -------
+    Spectra
+    """
+    rule = None if mask is None else MaskRule.parse(mask)
+    if rule is None or str(rule) == str(STRICT):
+        return spectra
+    return weigh_mask(spectra, rule)
+
 # %% ../nbs/03_normalize.ipynb #eafaffbb
 def training_set(
     root,
@@ -538,6 +568,7 @@ def training_set(
     continuum_pixels: np.ndarray = None,
     progress: bool = True,
     row: int = None,
+    mask: str = None,
 ) -> tuple:
     """Normalized spectra of the stars to learn from, and the account of those that fell.
 
@@ -557,6 +588,8 @@ def training_set(
         show a bar
     row : int, optional
         of apStar files: 0 and 1 are the combinations, the visits follow; by default the release's
+    mask : str, optional
+        rule for flagged pixels, as for `MaskRule.parse`; by default every flag kills
 
     Returns
     -------
@@ -581,6 +614,7 @@ def training_set(
     spectra, ledger = read_archive(
         root, product=product, fields=fields, labels=labels, row=row, progress=progress
     )
+    spectra = weigh_by(spectra, mask)
     spectra, ledger = apply_cuts(spectra, ledger=ledger)
     spectra = normalize(spectra, continuum_pixels=continuum_pixels)
     return drop_masked(spectra, ledger=ledger)
@@ -675,6 +709,8 @@ def as_trained(model, spectra: Spectra) -> Spectra:
     check_grid(model, spectra.wavelength)
     if spectra.stars.meta.get("normalized", False):
         return spectra
+    if spectra.mask is not None and "mask_rule" not in spectra.stars.meta:
+        spectra = weigh_by(spectra, model.metadata_.get("mask_rule"))
     fraction = _dark_share(model.metadata_)
     if fraction:
         dark = _dark_as_trained(model, spectra, fraction)

@@ -43,7 +43,7 @@ from stellar_lab.clean import (
     find_files,
     inverse_variance,
 )
-from stellar_lab.normalize import drop_masked, normalize
+from stellar_lab.normalize import drop_masked, normalize, weigh_by
 from stellar_lab.survey import (
     LABELS,
     LOG10_START,
@@ -758,7 +758,12 @@ ledger
 # %%
 #| export
 def mwm_training_set(
-    root, labels=None, continuum_pixels: np.ndarray = None, progress: bool = True, dark=0.05
+    root,
+    labels=None,
+    continuum_pixels: np.ndarray = None,
+    progress: bool = True,
+    dark=0.05,
+    mask: str = None,
 ) -> tuple:
     """Normalized spectra of SDSS-V's stars to learn from, and the account of those that fell.
 
@@ -774,6 +779,8 @@ def mwm_training_set(
         unused: for the same calls as `normalize.training_set`
     dark : float, default 0.05
         `fraction` of `dark_pixels`; 0 keeps all pixels
+    mask : str, optional
+        rule for flagged pixels, as for `MaskRule.parse`; by default every flag kills
 
     Returns
     -------
@@ -801,6 +808,7 @@ def mwm_training_set(
     spectra.stars.meta |= known | {"catalogue_sha256": sha256_of(table)}
     if dark:
         spectra.ivar[dark_pixels(spectra.flux, spectra.ivar, dark)] = 0
+    spectra = weigh_by(spectra, mask)
     spectra, ledger = apply_cuts(spectra, ledger=ledger)
     spectra = normalize(spectra, continuum_pixels=continuum_pixels)
     return drop_masked(spectra, ledger=ledger)

@@ -31,7 +31,7 @@ from astropy.table import QTable
 
 from stellar_lab import __version__
 from stellar_lab.cannon import Cannon
-from stellar_lab.clean import Ledger, find_files
+from stellar_lab.clean import Ledger, MaskRule, find_files
 from stellar_lab.inversion import infer
 from stellar_lab.judging import cross_label, error_table, with_error_model
 from stellar_lab.models import (
@@ -760,6 +760,7 @@ def _request(
     kind="cannon",
     groups=None,
     refusal=True,
+    mask=None,
 ):
     "What was asked for, checked, as the record keeps it."
     _check_kind(kind)
@@ -778,6 +779,7 @@ def _request(
         "seed": seed,
         "groups": groups,
         "refusal": refusal,
+        "mask": None if mask is None else str(MaskRule.parse(mask)),
     }
 
 
@@ -808,12 +810,20 @@ def _select(root, request, pixels, progress):
     row = request["row"]
     if archive_record(root).rules.numbered:
         _check_numbered(request)
-        spectra, ledger = mwm_training_set(root, request["labels"], pixels, progress)
+        names = request["labels"]
+        spectra, ledger = mwm_training_set(root, names, pixels, progress, mask=request["mask"])
     else:
         _check_treatment(product, pixels, row)
         _check_fields(root, product, request["fields"])
         spectra, ledger = training_set(
-            root, product, request["fields"], request["labels"], pixels, progress, row
+            root,
+            product,
+            request["fields"],
+            request["labels"],
+            pixels,
+            progress,
+            row,
+            request["mask"],
         )
         _check_treatment(spectra.stars.meta["product"], pixels, row)
     if request["kind"] in ("cannon", "hidden"):
@@ -1107,6 +1117,7 @@ def train(
     kind: str = "cannon",
     groups: str = None,
     refusal: bool = True,
+    mask: str = None,
 ) -> TrainingReport:
     """Train a model on an archive, judge it on stars left out, and keep both.
 
@@ -1144,6 +1155,9 @@ def train(
         left out, and hold for groups that are new
     refusal : bool, default True
         learn a guard, too, that flags spectra which no star like the training stars explains
+    mask : str, optional
+        rule for flagged pixels of raw spectra, as for `MaskRule.parse`: strict, gentle, a release,
+        or kill=… raise=…; by default every flag kills
 
     Returns
     -------
@@ -1163,7 +1177,7 @@ def train(
     """
     _as_path(root, "the root of an archive")
     wish = (labels, fields, product, row, order, scatter, test_size, folds, seed, kind)
-    wish += (groups, refusal)
+    wish += (groups, refusal, mask)
     request = _request(root, *wish)
     return _train(root, path, request, continuum_pixels, progress)
 

@@ -13,6 +13,7 @@
 
 # %%
 #| export
+import copy
 import csv
 import hashlib
 import json
@@ -46,7 +47,7 @@ from tqdm import TMonitor, tqdm
 
 from stellar_lab import __version__
 from stellar_lab.cannon import plot_fit
-from stellar_lab.clean import FILE_NAME, Problem, product_of, read_stars
+from stellar_lab.clean import FILE_NAME, MaskRule, Problem, product_of, read_stars
 from stellar_lab.inversion import infer
 from stellar_lab.models import (
     LabelModel,
@@ -349,6 +350,7 @@ class _Job(NamedTuple):
     paths: tuple
     row: int | None
     any_product: bool
+    mask: str | None = None  # the rule for flagged pixels; the model's by default
 
 
 def _label_batch(model, job):
@@ -380,7 +382,8 @@ def _add_facts(table, spectra):
 
 def _label_elsewhere(model, path, kind):
     "The table of one file of a kind in `_ELSEWHERE`."
-    spectra = _ELSEWHERE[kind](path)
+    rule = model.metadata_.get("mask_rule") if kind == "apvisit" else None
+    spectra = _ELSEWHERE[kind](path, **({"rule": MaskRule.parse(rule)} if rule else {}))
     if kind.startswith("mwm"):  # on the survey's pixels, at rest
         table = infer(model, as_trained(model, spectra), any_recipe=True)
         _add_facts(table, spectra)
@@ -426,6 +429,9 @@ def _label_job(model, job):
 
     Where one file makes the others fail, they are labelled without it: half by half, down to the
     file that is the cause."""
+    if job.mask is not None:
+        model = copy.copy(model)
+        model.metadata_ = model.metadata_ | {"mask_rule": job.mask}
     try:
         with single_threaded():  # sums do not depend on the number of cores
             work = _label_batch if job.product in PRODUCTS else _label_own
@@ -442,14 +448,14 @@ def _label_job(model, job):
     return first + second, problems + others
 
 
-def _jobs(model, files, row, any_product, batch):
+def _jobs(model, files, row, any_product, batch, mask=None):
     "All files in jobs of so many, product by product."
     usual = model.metadata_.get("product")
     by_kind = {}
     for path, kind in files:
         by_kind.setdefault(kind or (usual if usual in PRODUCTS else "apstar"), []).append(path)
     return [
-        _Job(kind, tuple(paths[start : start + batch]), row, any_product)
+        _Job(kind, tuple(paths[start : start + batch]), row, any_product, mask)
         for kind, paths in sorted(by_kind.items())
         for start in range(0, len(paths), batch)
     ]
@@ -1095,6 +1101,7 @@ def label(
     notes: dict = None,
     batch: int = 64,
     workers: int = 1,
+    mask: str = None,
 ) -> LabelSummary:
     """Labels of stars from their files, treated as the model's training spectra were.
 
@@ -1121,6 +1128,8 @@ def label(
         files in memory at a time; labels of other batches differ by less than 0.002 of an error
     workers : int, default 1
         processes that read and label; the table does not depend on it
+    mask : str, optional
+        rule for flagged pixels, as for `MaskRule.parse`; by default as the model learned
 
     Returns
     -------
@@ -1148,7 +1157,8 @@ def label(
         inputs = [path for path, _ in files] + ([name] if name else [])
         _check_spared(out, inputs)
     row = _row_of(model) if row is None else int(row)
-    jobs = _jobs(model, files, row, bool(any_product), int(batch))
+    mask = None if mask is None else str(MaskRule.parse(mask))
+    jobs = _jobs(model, files, row, bool(any_product), int(batch), mask)
     parts = _Parts(out, name) if out is not None and name and len(jobs) > 1 else None
     table, problems = _label_files(model, jobs, int(workers), parts, progress, name)
     if table is None:

@@ -39,13 +39,17 @@ from .survey import wavelength as SURVEY_WAVELENGTH
 
 # %% ../nbs/21_visits.ipynb #fe264d2d
 _SHAPE = (3, 4096)
+_UNDITHERED = (3, 2048)
 
 
 def is_visit(path) -> bool:
-    "Whether a file is an apVisit file: its first extensions are three chips of 4,096 pixels."
+    """Whether a file is an apVisit file: its first extensions are three chips of 4,096 pixels, or
+    of 2,048 for a visit whose exposures were not shifted by half a pixel."""
     try:
         with fits.open(path, lazy_load_hdus=True) as hdus:
-            return all(hdus[k].is_image and hdus[k].shape == _SHAPE for k in (1, 2, 3, 4))
+            shape = hdus[1].shape
+            right = shape in (_SHAPE, _UNDITHERED)
+            return right and all(hdus[k].is_image and hdus[k].shape == shape for k in (1, 2, 3, 4))
     except Exception:  # whatever a damaged file makes astropy raise
         return False
 
@@ -90,7 +94,7 @@ def _lsf_widths(path, angstrom):
         ) from error
     if chips.ndim != 2 or len(chips) != 3:
         raise LabError(f"{Path(path).name} has no line-spread function for each chip")
-    widths = [lsf_fwhm(chip, np.arange(_SHAPE[1])) for chip in chips]
+    widths = [lsf_fwhm(chip, np.arange(angstrom.shape[1])) for chip in chips]
     return np.array(widths) * np.abs(np.gradient(angstrom, axis=1))
 
 

@@ -1329,9 +1329,9 @@ def _kind_of_fits(path):
             shape = second.shape if second.is_image else None
     except Exception:  # whatever a damaged file makes astropy raise
         return ""
-    if names in (["COADD", "SPALL"], ["COADD", "SPECOBJ"]):
+    if names[:1] == ["COADD"]:
         return "an optical spectrum of SDSS (spec-PLATE-MJD-FIBER), not one of APOGEE"
-    if shape == (3, 4096):
+    if shape in ((3, 4096), (3, 2048)):
         return "an apVisit file, a single visit on the detectors' own pixels"
     if "APOGEE_ID" in columns:
         return _kind_of_table(columns)

@@ -23,6 +23,7 @@ import copy
 import math
 import re
 import warnings
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +47,7 @@ from stellar_lab.survey import (
     chip_slices,
     plot_spectrum,
 )
+from stellar_lab.survey import wavelength as SURVEY_GRID
 
 # %%
 #| hide
@@ -679,6 +681,27 @@ def _of_header(header):
 
 # %%
 #| export
+def _read_numpy(path):
+    "Table of the arrays (P,) in a file of NumPy; the survey's pixels are known by their number."
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: np.squeeze(file[name]) for name in file.files}
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise LabError(f"{path} cannot be read: {error}; is it cut short?") from error
+    columns = {name: array for name, array in arrays.items() if array.ndim == 1}
+    sizes = {len(array) for array in columns.values()}
+    if len(sizes) != 1:
+        held = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        raise LabError(
+            f"{path} holds {held or 'nothing'}: a spectrum has arrays wavelength, flux and error "
+            "of one length"
+        )
+    table = Table(columns)
+    if "wavelength" not in _find_columns(columns) and sizes == {len(SURVEY_GRID)}:
+        table["wavelength"] = SURVEY_GRID
+    return table, {}
+
+
 def is_text(path) -> bool:
     "Whether a path has an extension of text files that may hold a spectrum."
     return Path(path).suffix.lower() in TEXT_FILES
@@ -696,7 +719,7 @@ def holds_spectrum(path) -> bool:
     -------
     bool
     """
-    if is_text(path):
+    if is_text(path) or Path(path).suffix.lower() == ".npz":
         return True
     try:
         with fits.open(path, lazy_load_hdus=True) as hdus:
@@ -749,7 +772,10 @@ def read_spectrum(path, **options) -> Spectra:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd units of other people's columns
-            table, noted = _read_fits(path) if packed else _read_text(path)
+            if start.startswith(b"PK"):
+                table, noted = _read_numpy(path)
+            else:
+                table, noted = _read_fits(path) if packed else _read_text(path)
     except (OSError, EOFError) as error:
         raise LabError(f"{path} cannot be read: {error}; is it cut short?") from error
     spectra = _named(path, table, {"name": path.stem} | noted | options)
@@ -1527,6 +1553,13 @@ def _gains(model, spectra, resolution):
     )
     grid = np.exp(first + step * np.arange(size))
     flux, ivar = resample(spectra.wavelength, spectra.flux[0], spectra.ivar[0], grid)
+    good = spectra.ivar[0] > 0
+    if (
+        np.count_nonzero(ivar) < 0.2 * good.sum()
+    ):  # bad pixels everywhere: neighbours stand for them
+        flux, ivar = resample(
+            spectra.wavelength[good], spectra.flux[0][good], spectra.ivar[0][good], grid
+        )
     data, level = _ripples(np.nan_to_num(flux), ivar, _SMOOTH / (step * grid.mean()))
     weight = np.where(data == 0, 0, ivar * level**2)
     seen = weight[weight > 0]
@@ -1697,7 +1730,7 @@ def _read_once(model, spectra, resolution):
 # %%
 #| export
 def _guarded(model, spectra, resolution, table, notes):
-    "Flags of the model's guard in the table of one star at rest, and a note on what it could not do."
+    "Flags of the model's guard in the table of one star at rest, and a note where it is silent."
     guard = getattr(model, "refusal_", None)
     if guard is None or not isinstance(model, Cannon):
         return

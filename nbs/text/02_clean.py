@@ -355,7 +355,7 @@ Table({"flux": flux, "error": error, "apstar": raw, "aspcapstar": normalized})
 # NOT_ENOUGH_PSF, are bad, and the others are warnings ([their meaning](https://www.sdss4.org/dr17/algorithms/bitmasks/)). The factors are ours, and yours to change.
 
 # %%
-#| export
+#| exporti
 @dataclass(frozen=True)
 class MaskRule:
     """Which bits of the survey's pixel mask kill a pixel, and which only raise its error.
@@ -430,7 +430,7 @@ class MaskRule:
 
 
 # %%
-#| export
+#| exporti
 def _pixel_bit(name):
     "A bit of PIXMASK by its name."
     if name.upper() not in PIXMASK.__members__:
@@ -482,7 +482,7 @@ print(MaskRule.parse("dr17"))
 
 
 # %%
-#| export
+#| exporti
 def weigh_mask(spectra: Spectra, rule: MaskRule = GENTLE) -> Spectra:
     """Spectra whose mask is spent: bits that kill took the weight, others raised the error.
 

@@ -20,7 +20,7 @@ import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from glob import escape, glob
 from io import BytesIO
@@ -42,6 +42,7 @@ from stellar_lab.survey import (
     LOG10_START,
     LOG10_STEP,
     N_PIXELS,
+    PIXMASK,
     PRODUCTS,
     RELEASES,
     LabError,
@@ -53,6 +54,7 @@ from stellar_lab.survey import (
     on_band,
     plot_spectrum,
     same_star,
+    sha256_of,
     wavelength,
     what_stands_at,
 )
@@ -225,6 +227,149 @@ def inverse_variance(flux, error, product) -> np.ndarray:
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         ivar = np.where(good, 1 / error**2, 0).astype(np.float32)
     return np.where(np.isfinite(ivar), ivar, np.float32(0))
+
+# %% ../nbs/02_clean.ipynb #15dc3a30
+@dataclass(frozen=True)
+class MaskRule:
+    """Which bits of the survey's pixel mask kill a pixel, and which only raise its error.
+
+    Parameters
+    ----------
+    kill : PIXMASK
+        bits that take a pixel's weight
+    raised : dict
+        bit -> factor on the error; the largest that applies counts
+    reason : str
+        of the choice
+
+    Examples
+    --------
+    >>> from stellar_lab.survey import PIXMASK
+    >>> from stellar_lab.clean import MaskRule
+    >>> MaskRule(PIXMASK.BADPIX, {PIXMASK.PERSIST_LOW: 3.0}).factors([0, 1, 2048]).tolist()
+    [1.0, inf, 3.0]
+    >>> print(MaskRule.parse("kill=BADPIX raise=PERSIST_LOW:3"))
+    kill=BADPIX raise=PERSIST_LOW:3
+    """
+
+    kill: int
+    raised: dict = field(default_factory=dict)
+    reason: str = ""
+
+    def factors(self, mask) -> np.ndarray:
+        "Factor on the error of each pixel, infinite where it is killed; from a mask of any shape."
+        mask = np.asarray(mask)
+        factor = np.ones(mask.shape)
+        for bit, times in self.raised.items():
+            factor = np.where(mask & int(bit), np.maximum(factor, times), factor)
+        return np.where(mask & int(self.kill), np.inf, factor)
+
+    def __str__(self):
+        killed = ",".join(bit.name for bit in PIXMASK if bit & int(self.kill))
+        raised = ",".join(f"{PIXMASK(bit).name}:{times:g}" for bit, times in self.raised.items())
+        return f"kill={killed}" + (f" raise={raised}" if raised else "")
+
+    @classmethod
+    def parse(cls, text: str) -> "MaskRule":
+        """The rule that a text names.
+
+        Parameters
+        ----------
+        text : str
+            strict, gentle, a release such as dr17, or kill=BIT,… and raise=BIT:FACTOR,… with a
+            blank between, bits by their names
+
+        Returns
+        -------
+        MaskRule
+
+        Raises
+        ------
+        LabError
+            For anything else; it lists the bits.
+        """
+        known = {"strict": STRICT, "gentle": GENTLE} | MASK_RULES
+        words = dict(word.partition("=")[::2] for word in str(text).split())
+        if str(text).strip().lower() in known:
+            return known[str(text).strip().lower()]
+        if not words or words.keys() - {"kill", "raise"}:
+            raise LabError(
+                f"{text!r} is no rule for masks: say {', '.join(known)}, or "
+                "'kill=BIT,… raise=BIT:FACTOR,…'"
+            )
+        kill = sum({int(_pixel_bit(name)) for name in words.get("kill", "").split(",") if name})
+        raised = [entry.partition(":") for entry in words.get("raise", "").split(",") if entry]
+        return cls(kill, {_pixel_bit(name): _factor(times) for name, _, times in raised})
+
+# %% ../nbs/02_clean.ipynb #14d66e9b
+def _pixel_bit(name):
+    "A bit of PIXMASK by its name."
+    if name.upper() not in PIXMASK.__members__:
+        raise LabError(f"there is no bit {name!r}: choose from {', '.join(PIXMASK.__members__)}")
+    return PIXMASK[name.upper()]
+
+
+def _factor(text):
+    "A factor on an error."
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0
+    if not 1 <= number < np.inf:
+        raise LabError(f"{text!r} is no factor on an error: give a number from 1 up, as in BIT:3")
+    return number
+
+
+_LEVEL_ONE = PIXMASK(0xFF) | PIXMASK.NOT_ENOUGH_PSF  # bits 0 to 7, and 14
+_DOUBTFUL = {
+    PIXMASK.PERSIST_HIGH: 5.0,
+    PIXMASK.PERSIST_MED: 4.0,
+    PIXMASK.PERSIST_LOW: 3.0,
+    PIXMASK.SIG_SKYLINE: 10.0,
+    PIXMASK.SIG_TELLURIC: 2.0,
+    PIXMASK.LITTROW_GHOST: 2.0,
+}
+STRICT = MaskRule(PIXMASK(2**15 - 1), {}, "every flag kills: as in the original lab")
+GENTLE = MaskRule(_LEVEL_ONE, _DOUBTFUL, "what the survey calls bad dies, its warnings count less")
+_ANY_VISIT = "row 0 carries the flags of all visits: one doubtful visit marks a pixel of the sum"
+_SAME_BITS = "pixel_flags are those of the apStar combination, with the same bits"
+MASK_RULES = {
+    **dict.fromkeys(("dr10", "dr14", "dr16"), GENTLE),
+    "dr17": replace(GENTLE, raised=_DOUBTFUL | {PIXMASK.SIG_SKYLINE: 5.0}, reason=_ANY_VISIT),
+    "dr19": replace(GENTLE, raised=_DOUBTFUL | {PIXMASK.SIG_SKYLINE: 5.0}, reason=_SAME_BITS),
+}
+
+# %% ../nbs/02_clean.ipynb #344a2181
+def weigh_mask(spectra: Spectra, rule: MaskRule = GENTLE) -> Spectra:
+    """Spectra whose mask is spent: bits that kill took the weight, others raised the error.
+
+    Parameters
+    ----------
+    spectra : Spectra
+        raw flux, with a mask
+    rule : MaskRule, optional
+        `GENTLE` by default
+
+    Returns
+    -------
+    Spectra
+        with an empty mask, so that `normalize` and `as_trained` take nothing more, and the rule in
+        ``stars.meta["mask_rule"]``
+
+    Raises
+    ------
+    LabError
+        where there is no mask, or the spectra are normalized already
+    """
+    if spectra.mask is None:
+        raise LabError("these spectra have no mask: only apStar and apVisit files carry one")
+    if spectra.stars.meta.get("normalized"):
+        raise LabError("the mask is weighed before the continuum is drawn: give raw spectra")
+    factor = rule.factors(spectra.mask)
+    stars = spectra.stars.copy(copy_data=False)
+    stars.meta["mask_rule"] = str(rule)
+    ivar = (spectra.ivar / factor**2).astype(np.float32)
+    return spectra.replace(ivar=ivar, mask=np.zeros_like(spectra.mask), stars=stars)
 
 # %% ../nbs/02_clean.ipynb #d671f718
 _STRANGE_FLUX = 1e4  # in units of the star's median flux
@@ -824,9 +969,9 @@ def _kind_of_fits(path):
             shape = second.shape if second.is_image else None
     except Exception:  # whatever a damaged file makes astropy raise
         return ""
-    if names in (["COADD", "SPALL"], ["COADD", "SPECOBJ"]):
+    if names[:1] == ["COADD"]:
         return "an optical spectrum of SDSS (spec-PLATE-MJD-FIBER), not one of APOGEE"
-    if shape == (3, 4096):
+    if shape in ((3, 4096), (3, 2048)):
         return "an apVisit file, a single visit on the detectors' own pixels"
     if "APOGEE_ID" in columns:
         return _kind_of_table(columns)
@@ -1098,9 +1243,10 @@ def find_files(root, product="apstar", fields=None, telescopes=None, release=Non
     root : path
         Of an archive.
     product : str, default "apstar"
-        `apstar` or `aspcapstar`.
+        `apstar` or `aspcapstar`; `mwmstar` or `mwmvisit` of SDSS-V.
     fields : str or sequence of str, optional
         Names of folders; those of the archive's record by default, "all" for whatever is there.
+        SDSS-V has none: all stars are found.
     telescopes : str or sequence of str, optional
         All of the release's by default.
     release : str, optional
@@ -1121,7 +1267,9 @@ def find_files(root, product="apstar", fields=None, telescopes=None, release=Non
     rules = _rules(record, release)
     if fields is None and rules is record.rules:
         fields = record.fields
-    if fields is None or (isinstance(fields, str) and fields == "all"):
+    if rules.numbered:
+        fields = ["*/*"]
+    elif fields is None or (isinstance(fields, str) and fields == "all"):
         fields = ["*"]
     else:
         fields = [escape(str(name)) for name in np.atleast_1d(fields)]
@@ -1142,8 +1290,8 @@ def _folders(root, template, fields, telescopes):
     "Folders of a template that exist, with the telescope (the first where it names none)."
     parent = str(PurePosixPath(template).parent)
     for telescope in telescopes if "{telescope}" in parent else telescopes[:1]:
-        for field in fields:
-            for folder in sorted(root.glob(parent.format(telescope=telescope, field=field))):
+        for name in fields:
+            for folder in sorted(root.glob(parent.format(telescope=telescope, field=name))):
                 if folder.is_dir():
                     yield str(telescope), folder
 
@@ -1743,6 +1891,7 @@ def read_archive(
         raise LabError(_nobody(root, product, files, problems, catalogue.meta["catalogue"]))
     stars = _with_labels(spectra.stars, files[places], catalogue[places])
     known = {"release": rules.name.lower(), "archive": record.name}
+    known["catalogue_sha256"] = sha256_of(find_catalogue(root, release))
     known["dark"] = 0.0 if PRODUCTS[product].normalized else float(dark or 0)
     strange = np.sum(stars["STRANGE_PIXELS"])
     if strange:

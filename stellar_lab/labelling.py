@@ -6,12 +6,14 @@
 __all__ = ['find_spectra', 'LabelSummary', 'write_labels', 'label', 'best_fits', 'write_spectra', 'plot_stars']
 
 # %% ../nbs/G_labelling.ipynb #593a9098
+import copy
 import csv
 import hashlib
 import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -38,7 +40,7 @@ from tqdm import TMonitor, tqdm
 
 from . import __version__
 from .cannon import plot_fit
-from .clean import FILE_NAME, Problem, product_of, read_stars
+from .clean import FILE_NAME, MaskRule, Problem, product_of, read_stars
 from .inversion import infer
 from stellar_lab.models import (
     LabelModel,
@@ -74,13 +76,22 @@ from .visits import is_visit, read_visit
 _KINDS = {  # what a name says of a file -> how we count it
     "apstar": "apStar files",
     "aspcapstar": "aspcapStar files",
+    "apvisit": "apVisit files",
+    "mwmstar": "mwmStar files",
+    "mwmvisit": "mwmVisit files",
     "visit": "files of single visits",
     "other": "other FITS files",
 }
 
 
+_ELSEWHERE_NAME = re.compile(r"(apVisit|asVisit|mwmStar|mwmVisit)-.+\.fits(\.gz)?")
+
+
 def _kind_of_name(name):
     "What a file's name says of it, a key of `_KINDS`; None if it is no FITS file."
+    elsewhere = _ELSEWHERE_NAME.fullmatch(name)
+    if elsewhere:
+        return elsewhere[1].lower().replace("asvisit", "apvisit")
     match = FILE_NAME.fullmatch(name)
     if not match:
         return "other" if name.endswith((".fits", ".fits.gz")) else None
@@ -132,13 +143,15 @@ def _inside(folder, product):
     "(path, product) of the stars to take from a folder, and (path, kind) of all its FITS files."
     everything = _search(folder)
     stars = [pair for pair in everything if pair[1] in PRODUCTS]
-    if not stars:
+    further = [pair for pair in everything if pair[1] in _ELSEWHERE]
+    if not stars and not further:
         others = _counted(kind for _, kind in everything)
         raise LabError(
-            f"{folder} holds no apStar or aspcapStar file, neither does a folder in it "
+            f"{folder} holds no apStar or aspcapStar file, none of visits or of SDSS-V, neither "
+            "does a folder in it "
             f"(they are known by name){f'; it has {others}: name these' if others else ''}"
         )
-    return [pair for pair in stars if pair[1] == product] or stars, everything
+    return ([pair for pair in stars if pair[1] == product] or stars) + further, everything
 
 
 def _path_list(paths):
@@ -250,6 +263,7 @@ class _Job(NamedTuple):
     paths: tuple
     row: int | None
     any_product: bool
+    mask: str | None = None  # the rule for flagged pixels; the model's by default
 
 
 def _label_batch(model, job):
@@ -281,10 +295,13 @@ def _add_facts(table, spectra):
 
 def _label_elsewhere(model, path, kind):
     "The table of one file of a kind in `_ELSEWHERE`."
-    spectra = _ELSEWHERE[kind](path)
+    rule = model.metadata_.get("mask_rule") if kind == "apvisit" else None
+    spectra = _ELSEWHERE[kind](path, **({"rule": MaskRule.parse(rule)} if rule else {}))
     if kind.startswith("mwm"):  # on the survey's pixels, at rest
         table = infer(model, as_trained(model, spectra), any_recipe=True)
         _add_facts(table, spectra)
+        notes = spectra.stars.meta.get("notes", [])
+        table.meta["said"] = [f"{Path(path).name}: {note}" for note in notes]
         return table
     found = label_star(model, spectra)
     _add_facts(found.table, found.spectra)
@@ -325,6 +342,9 @@ def _label_job(model, job):
 
     Where one file makes the others fail, they are labelled without it: half by half, down to the
     file that is the cause."""
+    if job.mask is not None:
+        model = copy.copy(model)
+        model.metadata_ = model.metadata_ | {"mask_rule": job.mask}
     try:
         with single_threaded():  # sums do not depend on the number of cores
             work = _label_batch if job.product in PRODUCTS else _label_own
@@ -341,14 +361,14 @@ def _label_job(model, job):
     return first + second, problems + others
 
 
-def _jobs(model, files, row, any_product, batch):
+def _jobs(model, files, row, any_product, batch, mask=None):
     "All files in jobs of so many, product by product."
     usual = model.metadata_.get("product")
     by_kind = {}
     for path, kind in files:
         by_kind.setdefault(kind or (usual if usual in PRODUCTS else "apstar"), []).append(path)
     return [
-        _Job(kind, tuple(paths[start : start + batch]), row, any_product)
+        _Job(kind, tuple(paths[start : start + batch]), row, any_product, mask)
         for kind, paths in sorted(by_kind.items())
         for start in range(0, len(paths), batch)
     ]
@@ -846,6 +866,7 @@ def label(
     notes: dict = None,
     batch: int = 64,
     workers: int = 1,
+    mask: str = None,
 ) -> LabelSummary:
     """Labels of stars from their files, treated as the model's training spectra were.
 
@@ -872,6 +893,8 @@ def label(
         files in memory at a time; labels of other batches differ by less than 0.002 of an error
     workers : int, default 1
         processes that read and label; the table does not depend on it
+    mask : str, optional
+        rule for flagged pixels, as for `MaskRule.parse`; by default as the model learned
 
     Returns
     -------
@@ -899,7 +922,8 @@ def label(
         inputs = [path for path, _ in files] + ([name] if name else [])
         _check_spared(out, inputs)
     row = _row_of(model) if row is None else int(row)
-    jobs = _jobs(model, files, row, bool(any_product), int(batch))
+    mask = None if mask is None else str(MaskRule.parse(mask))
+    jobs = _jobs(model, files, row, bool(any_product), int(batch), mask)
     parts = _Parts(out, name) if out is not None and name and len(jobs) > 1 else None
     table, problems = _label_files(model, jobs, int(workers), parts, progress, name)
     if table is None:

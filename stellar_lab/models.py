@@ -637,6 +637,7 @@ _META = {  # what a model may know of its spectra -> the type that it must have
     "archive": str,
     "row": int,
     "continuum_source": str,
+    "mask_rule": str,
     "dark": (int, float),
     "recipe": list,
     "continuum_pixels": list,

@@ -21,7 +21,16 @@ from astropy.table import Table
 from numpy.polynomial.polynomial import polyvander
 from sklearn.utils.validation import check_is_fitted
 
-from .clean import Ledger, apply_cuts, keep, nan_median, read_archive
+from stellar_lab.clean import (
+    STRICT,
+    Ledger,
+    MaskRule,
+    apply_cuts,
+    keep,
+    nan_median,
+    read_archive,
+    weigh_mask,
+)
 from stellar_lab.survey import (
     CHIP_COLORS,
     CHIPS,
@@ -529,6 +538,27 @@ def _plot_normalization(raw, number=8, **rule):
             right.set_xlabel("")
     return fig
 
+# %% ../nbs/03_normalize.ipynb #193e280f
+def weigh_by(spectra: Spectra, mask: str | None) -> Spectra:
+    """Raw spectra whose mask is spent by the rule that a text names.
+
+    Parameters
+    ----------
+    spectra : Spectra
+        raw flux, with a mask
+    mask : str or None
+        as for `MaskRule.parse`; nothing changes without one, nor by the strict rule, which
+        `normalize` follows anyway
+
+    Returns
+    -------
+    Spectra
+    """
+    rule = None if mask is None else MaskRule.parse(mask)
+    if rule is None or str(rule) == str(STRICT):
+        return spectra
+    return weigh_mask(spectra, rule)
+
 # %% ../nbs/03_normalize.ipynb #eafaffbb
 def training_set(
     root,
@@ -539,6 +569,7 @@ def training_set(
     progress: bool = True,
     row: int = None,
     gaps: bool = False,
+    mask: str = None,
 ) -> tuple:
     """Normalized spectra of the stars to learn from, and the account of those that fell.
 
@@ -560,6 +591,8 @@ def training_set(
         of apStar files: 0 and 1 are the combinations, the visits follow; by default the release's
     gaps : bool, default False
         keep stars that lack some of the labels, for a model that can learn from them
+    mask : str, optional
+        rule for flagged pixels, as for `MaskRule.parse`; by default every flag kills
 
     Returns
     -------
@@ -584,6 +617,7 @@ def training_set(
     spectra, ledger = read_archive(
         root, product=product, fields=fields, labels=labels, row=row, progress=progress
     )
+    spectra = weigh_by(spectra, mask)
     spectra, ledger = apply_cuts(spectra, ledger=ledger, gaps=gaps)
     spectra = normalize(spectra, continuum_pixels=continuum_pixels)
     return drop_masked(spectra, ledger=ledger)
@@ -678,6 +712,8 @@ def as_trained(model, spectra: Spectra) -> Spectra:
     check_grid(model, spectra.wavelength)
     if spectra.stars.meta.get("normalized", False):
         return spectra
+    if spectra.mask is not None and "mask_rule" not in spectra.stars.meta:
+        spectra = weigh_by(spectra, model.metadata_.get("mask_rule"))
     fraction = _dark_share(model.metadata_)
     if fraction:
         dark = _dark_as_trained(model, spectra, fraction)

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['RANGE', 'LIGHT', 'TEXT_FILES', 'from_arrays', 'from_specutils', 'from_table', 'is_text', 'holds_spectrum',
-           'read_spectrum', 'resample', 'interpolate', 'model_for', 'measure_velocity', 'StarLabels', 'label_star',
-           'Verdict', 'StarCheck', 'check_star', 'plot_check']
+           'read_spectrum', 'resample', 'lsf_fwhm', 'interpolate', 'model_for', 'measure_velocity', 'StarLabels',
+           'label_star', 'Verdict', 'StarCheck', 'check_star', 'plot_check']
 
 # %% ../nbs/20_spectrum.ipynb #a4e8b613
 import copy
+import math
 import re
 import warnings
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +27,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from .cannon import Cannon
 from .inversion import infer
-from .models import LabelModel
+from .models import Flag, LabelModel
 from .normalize import as_trained, continuum, continuum_steps, normalize
 from stellar_lab.survey import (
     LabError,
@@ -34,6 +36,7 @@ from stellar_lab.survey import (
     chip_slices,
     plot_spectrum,
 )
+from .survey import wavelength as SURVEY_GRID
 
 # %% ../nbs/20_spectrum.ipynb #64018af5
 RANGE = (15_150.0, 17_000.0)  # Angstrom: what the survey's spectrograph sees
@@ -172,6 +175,28 @@ def _check_number(name, value, low):
         raise LabError(f"{name} is {value!r}: give a number above {low:g}")
 
 # %% ../nbs/20_spectrum.ipynb #481aba2c
+def _sharpness(resolution, fwhm, wavelength, size):
+    "R of a spectrum, a number or one per pixel, from either of two ways to say it; None for none."
+    if resolution is None and fwhm is None:
+        return None
+    if resolution is not None and fwhm is not None:
+        raise LabError("resolution and fwhm are both given: give one of them")
+    if fwhm is not None:
+        lines = np.ravel(np.asarray(getattr(wavelength, "value", wavelength), float))
+        if hasattr(fwhm, "unit") and hasattr(wavelength, "unit"):
+            fwhm = fwhm.to(wavelength.unit)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            resolution = lines / _plain(fwhm, "fwhm", size)
+    if np.ndim(resolution) == 0:
+        _check_number("resolution", resolution, 0)
+        return float(resolution)
+    each = _plain(resolution, "resolution", size)
+    good = np.isfinite(each) & (each > 0)
+    if not good.any():
+        raise LabError("no pixel has a resolution: give numbers above 0")
+    return np.interp(np.arange(size), np.flatnonzero(good), each[good])
+
+# %% ../nbs/20_spectrum.ipynb #7bf7af19
 def from_arrays(
     wavelength,
     flux,
@@ -183,6 +208,7 @@ def from_arrays(
     air: bool = False,
     velocity: float = None,
     resolution=None,
+    fwhm=None,
     name: str = "star",
 ) -> Spectra:
     """A spectrum of one star, from arrays on any grid.
@@ -203,8 +229,11 @@ def from_arrays(
         the wavelengths are those in air
     velocity : float, optional
         of the star in the frame of the wavelengths [km/s], 0 for a star at rest; unknown by default
-    resolution : float, optional
-        R = wavelength / FWHM of a narrow line; the model's by default
+    resolution : float or (P,) array, optional
+        R = wavelength / FWHM of a narrow line, one for all pixels or one each; the model's by
+        default
+    fwhm : float or (P,) array, optional
+        the same as a width, in the unit of the wavelengths, in place of a resolution
     name : str, default "star"
 
     Returns
@@ -233,15 +262,15 @@ def from_arrays(
         ivar = np.where(_plain(mask, "mask", len(angstrom)) != 0, 0, ivar)
     if velocity is not None:
         _check_number("velocity", velocity, -LIGHT / 10)
-    if resolution is not None:
-        _check_number("resolution", resolution, 0)
+    sharp = _sharpness(resolution, fwhm, wavelength, len(angstrom))
     if air:
         angstrom = air_to_vacuum(angstrom)
     order = _order(angstrom)
     order = order[_in_range(angstrom[order], _BEYOND)]
-    return _as_spectra(angstrom[order], flux[order], ivar[order], velocity, resolution, name, notes)
+    sharp = sharp if np.ndim(sharp) == 0 else sharp[order]
+    return _as_spectra(angstrom[order], flux[order], ivar[order], velocity, sharp, name, notes)
 
-# %% ../nbs/20_spectrum.ipynb #5af815ed
+# %% ../nbs/20_spectrum.ipynb #730687f0
 def _as_spectra(angstrom, flux, ivar, velocity, resolution, name, notes):
     "One star's `Spectra` from sorted pixels."
     usable = np.sum(ivar > 0)
@@ -251,10 +280,14 @@ def _as_spectra(angstrom, flux, ivar, velocity, resolution, name, notes):
             f"but labels need {_LEAST} at least"
         )
     level = np.median(np.abs(flux[ivar > 0])) or 1.0
+    each = resolution if np.ndim(resolution) else None
+    resolution = np.median(resolution[ivar > 0]) if np.ndim(resolution) else resolution
     rest = angstrom / (1 + (velocity or 0) / LIGHT)
     resolution = np.nan if resolution is None else float(resolution)
     stars = _facts(name, flux, ivar, velocity, resolution)
     stars.meta = {"product": "own", "normalized": False, "notes": notes, "level": float(level)}
+    if each is not None:
+        stars.meta["resolution"] = each
     scaled = (flux / level).astype(np.float32)[None]
     return Spectra(rest, scaled, (ivar * level**2).astype(np.float32)[None], stars)
 
@@ -303,6 +336,7 @@ _COLUMNS = {  # what a column may be called
     "error": ("error", "err", "sigma", "flux_err", "flux_error", "uncertainty", "e_flux", "std"),
     "ivar": ("ivar", "flux_ivar", "inverse_variance"),
     "mask": ("mask", "bad"),
+    "fwhm": ("fwhm", "lsf", "lsf_fwhm"),  # in the unit of the wavelengths
 }
 _SUFFIXES = {"nm": "nm", "um": "um", "micron": "um", "aa": "AA", "a": "AA", "angstrom": "AA"}
 
@@ -371,6 +405,8 @@ def from_table(table, **options) -> Spectra:
     unit = _known_unit(table[name].unit) or unit
     if "error" in values and "ivar" in values:
         del values["ivar"]
+    if options.get("resolution") is not None:
+        values.pop("fwhm", None)
     said = {key: value for key, value in (("unit", unit), ("air", air)) if value}
     return from_arrays(**(values | said | options))
 
@@ -481,6 +517,27 @@ def _of_header(header):
     return {key: value for key, value in options.items() if value}
 
 # %% ../nbs/20_spectrum.ipynb #2ab0ef9a
+def _read_numpy(path):
+    "Table of the arrays (P,) in a file of NumPy; the survey's pixels are known by their number."
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: np.squeeze(file[name]) for name in file.files}
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise LabError(f"{path} cannot be read: {error}; is it cut short?") from error
+    columns = {name: array for name, array in arrays.items() if array.ndim == 1}
+    sizes = {len(array) for array in columns.values()}
+    if len(sizes) != 1:
+        held = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        raise LabError(
+            f"{path} holds {held or 'nothing'}: a spectrum has arrays wavelength, flux and error "
+            "of one length"
+        )
+    table = Table(columns)
+    if "wavelength" not in _find_columns(columns) and sizes == {len(SURVEY_GRID)}:
+        table["wavelength"] = SURVEY_GRID
+    return table, {}
+
+
 def is_text(path) -> bool:
     "Whether a path has an extension of text files that may hold a spectrum."
     return Path(path).suffix.lower() in TEXT_FILES
@@ -498,7 +555,7 @@ def holds_spectrum(path) -> bool:
     -------
     bool
     """
-    if is_text(path):
+    if is_text(path) or Path(path).suffix.lower() == ".npz":
         return True
     try:
         with fits.open(path, lazy_load_hdus=True) as hdus:
@@ -549,7 +606,10 @@ def read_spectrum(path, **options) -> Spectra:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd units of other people's columns
-            table, noted = _read_fits(path) if packed else _read_text(path)
+            if start.startswith(b"PK"):
+                table, noted = _read_numpy(path)
+            else:
+                table, noted = _read_fits(path) if packed else _read_text(path)
     except (OSError, EOFError) as error:
         raise LabError(f"{path} cannot be read: {error}; is it cut short?") from error
     spectra = _named(path, table, {"name": path.stem} | noted | options)
@@ -695,6 +755,60 @@ def _sampling(grid, new, fwhm, average=False):
     weights = csr_array((np.concatenate(values), index), shape=(len(new), len(grid)))
     return _Sampling(weights, inside, dense, blur)
 
+# %% ../nbs/20_spectrum.ipynb #86e73310
+def lsf_fwhm(coefficients, pixels) -> np.ndarray:
+    """Width of APOGEE's line-spread function, from the coefficients in its files.
+
+    Parameters
+    ----------
+    coefficients : (C,) array
+        of one chip: a row of HDU 10 of an apVisit file, or HDU 8 of an apStar file
+    pixels : (P,) array
+        where, counted from 0
+
+    Returns
+    -------
+    (P,) array
+        FWHM in pixels
+
+    Notes
+    -----
+    The order is binsize, X0, Horder, Porder, GHcoefs, Wproftype, nWpar, WPorder, Wcoefs. With x the
+    pixel plus X0, sigma and the Hermite terms H1 to H5 are polynomials of x; H0 is what the wing, a
+    Gaussian, leaves of 1. The profile is averaged over binsize, the width of a detector's pixel.
+    """
+    numbers = np.asarray(coefficients, float)
+    if numbers.ndim != 1 or len(numbers) < 6 or not 0 <= numbers[2] <= 12:
+        raise LabError("these are no coefficients of APOGEE's line-spread function")
+    order = int(numbers[2])
+    terms, rest = _polynomials(numbers[3 : 4 + order], numbers[4 + order :])
+    number = int(rest[1])
+    wing, _ = _polynomials(rest[2 : 2 + number], rest[2 + number :])
+    nodes = np.unique(np.linspace(np.min(pixels), np.max(pixels), 33))
+    widths = [_profile_width(numbers[0], terms, wing, node + numbers[1]) for node in nodes]
+    return np.interp(pixels, nodes, widths)
+
+
+def _polynomials(orders, numbers):
+    "Coefficients of polynomials of these orders, and the numbers that are left."
+    cuts = np.cumsum(orders.astype(int) + 1)
+    return np.split(numbers[: cuts[-1]], cuts[:-1]), numbers[cuts[-1] :]
+
+
+def _profile_width(binsize, terms, wing, place):
+    "FWHM of the profile at one place."
+    sigma, *hermite = (np.polynomial.polynomial.polyval(place, term) for term in terms)
+    share, broad = (np.polynomial.polynomial.polyval(place, term) for term in wing)
+    step = sigma / 100
+    x = np.arange(-8 * sigma, 8 * sigma, step)
+    scale = np.sqrt([math.factorial(k) for k in range(len(terms))])
+    series = np.polynomial.hermite_e.hermeval(x / sigma, np.array([1 - share, *hermite]) / scale)
+    profile = series * np.exp(-0.5 * (x / sigma) ** 2) / sigma
+    profile = profile + share * np.exp(-0.5 * (x / broad) ** 2) / broad
+    bins = max(round(binsize / step), 1)
+    profile = np.convolve(profile, np.ones(bins) / bins, "same")
+    return np.count_nonzero(profile >= profile.max() / 2) * step
+
 # %% ../nbs/20_spectrum.ipynb #d562ab19
 def interpolate(grid, flux, ivar, new) -> tuple:
     """A well sampled spectrum between its pixels, by Lanczos kernels: its lines stay as sharp.
@@ -815,10 +929,14 @@ def _filled(theta):
 
 def _missing_fwhm(model, spectra, resolution):
     "What has to be added to the model's lines at each pixel of the star [Angstrom]."
-    sharp = model.metadata_.get("resolution", _RESOLUTION)
-    if resolution is None or not np.isfinite(resolution) or resolution >= sharp:
+    sharp = float(model.metadata_.get("resolution", _RESOLUTION))
+    if resolution is None or not np.isfinite(resolution):
         return np.zeros(len(spectra.wavelength))
-    return spectra.wavelength * np.sqrt(resolution**-2.0 - float(sharp) ** -2)
+    each = spectra.stars.meta.get("resolution")
+    if each is not None and resolution == _of_star(spectra, "RESOLUTION"):
+        resolution = each
+    missing = np.maximum(np.asarray(resolution, float) ** -2 - sharp**-2, 0)
+    return spectra.wavelength * np.sqrt(missing)
 
 # %% ../nbs/20_spectrum.ipynb #3a6d0a89
 def model_for(model: Cannon, spectra: Spectra, resolution: float = None) -> tuple:
@@ -918,7 +1036,7 @@ def _on_pixels(model, sampling, theta, pixels, star, used, rule):
     through = rule | {"tolerance": np.inf, "min_pixels": rule["degree"] + 1}
     drawn = normalize(drawn, continuum_pixels=used, **through)
     there = copy.copy(model)
-    vars(there).pop("refusal_", None)  # a guard knows the survey's pixels alone
+    vars(there).pop("refusal_", None)  # it knows the survey's pixels alone: see `_guarded`
     there.theta_ = np.linalg.lstsq(terms, drawn.flux.astype(float), rcond=None)[0].T
     there.scatter_ = _scatter_at(model.scatter_, sampling)[pixels]
     hidden = getattr(model, "hidden_", np.empty((0, weights.shape[1])))
@@ -977,6 +1095,13 @@ def _gains(model, spectra, resolution):
     )
     grid = np.exp(first + step * np.arange(size))
     flux, ivar = resample(spectra.wavelength, spectra.flux[0], spectra.ivar[0], grid)
+    good = spectra.ivar[0] > 0
+    if (
+        np.count_nonzero(ivar) < 0.2 * good.sum()
+    ):  # bad pixels everywhere: neighbours stand for them
+        flux, ivar = resample(
+            spectra.wavelength[good], spectra.flux[0][good], spectra.ivar[0][good], grid
+        )
     data, level = _ripples(np.nan_to_num(flux), ivar, _SMOOTH / (step * grid.mean()))
     weight = np.where(data == 0, 0, ivar * level**2)
     seen = weight[weight > 0]
@@ -1108,6 +1233,36 @@ def _read_once(model, spectra, resolution):
     return model, star, infer(model, star, any_recipe=True)
 
 # %% ../nbs/20_spectrum.ipynb #378e2ef0
+def _guarded(model, spectra, resolution, table, notes):
+    "Flags of the model's guard in the table of one star at rest, and a note where it is silent."
+    guard = getattr(model, "refusal_", None)
+    if guard is None or not isinstance(model, Cannon):
+        return
+    sharp = model.metadata_.get("resolution", _RESOLUTION)
+    if resolution is not None and resolution < 0.8 * sharp:
+        notes.append("the guard did not look: it knows lines as sharp as the model's only")
+        return
+    parts = (spectra.wavelength, spectra.flux[0], spectra.ivar[0], model.wavelength_)
+    try:
+        flux, single = interpolate(*parts)
+        weight = np.minimum(single, resample(*parts)[1])
+        if np.sum(weight > 0) < _LEAST_SEEN * len(weight):
+            raise LabError("it sees too few of its pixels")
+        flux = np.where(weight > 0, flux, 0).astype(np.float32)[None]
+        star = Spectra(model.wavelength_, flux, weight.astype(np.float32)[None], spectra.stars)
+        seen = guard.examine(as_trained(model, _raw(star)), table.copy())
+    except LabError as error:
+        notes.append(f"the guard did not look: {error}")
+        return
+    table["flags"] = seen["flags"]
+    if np.asarray(seen["flags"])[0] & int(Flag.SHIFTED):
+        left = float(seen["velocity"][0].value)
+        notes.append(f"lines stand {left:+.1f} km/s off: is the velocity right?")
+
+
+_LEAST_SEEN = 0.5  # share of the model's pixels that the guard must see
+
+# %% ../nbs/20_spectrum.ipynb #78e3a6dd
 def label_star(
     model: LabelModel,
     spectra: Spectra,
@@ -1164,6 +1319,7 @@ def label_star(
             there, star, table = _read_once(model, _at_rest(spectra, shift), resolution)
             if abs(step) < 0.3 * error:
                 break
+    _guarded(model, _at_rest(spectra, shift), resolution, table, notes)
     if measured:
         notes.append(f"velocity measured: {shift:.2f} +- {error:.2f} km/s in the frame of the file")
     table["velocity"] = [shift + (told or 0.0)] * u.km / u.s

@@ -25,7 +25,7 @@ from astropy.table import QTable
 
 from . import __version__
 from .cannon import Cannon
-from .clean import Ledger, find_files
+from .clean import Ledger, MaskRule, find_files
 from .inversion import infer
 from .judging import cross_label, error_table, with_error_model
 from stellar_lab.models import (
@@ -40,6 +40,7 @@ from stellar_lab.models import (
     restored,
     train_test_rows,
 )
+from .mwm import mwm_training_set
 from .normalize import continuum_steps, read_continuum_pixels, training_set
 from stellar_lab.survey import (
     PRODUCTS,
@@ -599,6 +600,7 @@ def _request(
     groups=None,
     refusal=True,
     gaps=False,
+    mask=None,
 ):
     "What was asked for, checked, as the record keeps it."
     kind, order = _kind_and_order(kind, order, scatter)
@@ -618,18 +620,33 @@ def _request(
         "groups": groups,
         "refusal": refusal,
         "gaps": gaps,
+        "mask": None if mask is None else str(MaskRule.parse(mask)),
     }
 
 # %% ../nbs/F_training.ipynb #fcd9a918
+def _check_numbered(request):
+    "LabError for a wish that SDSS-V's files cannot meet."
+    for name, why in (("fields", "has no fields"), ("row", "files have no rows")):
+        if request[name] not in (None, "all"):
+            raise LabError(f"SDSS-V {why}: leave --{name} out")
+    if request["product"] not in (None, "mwmstar"):
+        raise LabError(f"SDSS-V has no product {request['product']!r}: leave it out")
+
+
 def _select(root, request, pixels, progress):
     "The stars to learn from, and their ledger, if nothing is wrong with the request."
     product = request["product"]
     row = request["row"]
-    _check_treatment(product, pixels, row)
-    _check_fields(root, product, request["fields"])
-    wish = (root, product, request["fields"], request["labels"], pixels, progress, row)
-    spectra, ledger = training_set(*wish, request["gaps"])
-    _check_treatment(spectra.stars.meta["product"], pixels, row)
+    if archive_record(root).rules.numbered:
+        _check_numbered(request)
+        names = request["labels"]
+        spectra, ledger = mwm_training_set(root, names, pixels, progress, mask=request["mask"])
+    else:
+        _check_treatment(product, pixels, row)
+        _check_fields(root, product, request["fields"])
+        wish = (root, product, request["fields"], request["labels"], pixels, progress, row)
+        spectra, ledger = training_set(*wish, request["gaps"], request["mask"])
+        _check_treatment(spectra.stars.meta["product"], pixels, row)
     if request["kind"] in ("cannon", "hidden"):
         _check_terms(len(spectra), len(request["labels"]), request["order"])
     return spectra, ledger
@@ -702,6 +719,7 @@ def _facts(model, spectra, arguments, root, path):
     record = archive_record(root)
     meta = spectra.stars.meta
     archive = {"root": str(root), "name": record.name, "title": record.title}
+    archive |= {"catalogue_sha256": meta.get("catalogue_sha256", "")}
     return {
         "arguments": {name: _plain(value) for name, value in arguments.items()},
         "archive": archive | {"release": meta["release"]},
@@ -863,6 +881,7 @@ def train(
     groups: str = None,
     refusal: bool = True,
     gaps: bool = False,
+    mask: str = None,
 ) -> TrainingReport:
     """Train a model on an archive, judge it on stars left out, and keep both.
 
@@ -905,6 +924,9 @@ def train(
     gaps : bool, default False
         let stars take part that lack some of the labels: `LatentLabels` learn from what is there,
         the other models from labels completed by `complete_labels`
+    mask : str, optional
+        rule for flagged pixels of raw spectra, as for `MaskRule.parse`: strict, gentle, a release,
+        or kill=… raise=…; by default every flag kills
 
     Returns
     -------
@@ -924,7 +946,7 @@ def train(
     """
     _as_path(root, "the root of an archive")
     wish = (labels, fields, product, row, order, scatter, test_size, folds, seed, kind)
-    wish += (groups, refusal, gaps)
+    wish += (groups, refusal, gaps, mask)
     request = _request(root, *wish)
     return _train(root, path, request, continuum_pixels, progress)
 

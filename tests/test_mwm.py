@@ -6,8 +6,8 @@ from astropy.io import fits
 from astropy.table import Table
 
 from stellar_lab.labelling import find_spectra
-from stellar_lab.mwm import MWM_RELEASES, made_mwm, mwm_kind, mwm_stars, read_astra, read_mwm
-from stellar_lab.survey import LabError
+from stellar_lab.mwm import made_mwm, mwm_kind, mwm_stars, read_astra, read_mwm
+from stellar_lab.survey import RELEASES, LabError, sdss_id_folder
 
 pytest_plugins = ["forty_stars"]
 
@@ -23,10 +23,12 @@ def written(hdus, path):
 
 
 def test_paths():
-    release = MWM_RELEASES["dr19"]
-    assert release.path("star", 5).endswith("spectra/star/00/05/mwmStar-0.6.0-5.fits")
-    with pytest.raises(LabError, match="choose star or visit"):
-        release.path("moon", 5)
+    release = RELEASES["dr19"]
+    path = release.path("mwmstar", sdss_id_folder(5), "5")
+    assert path.endswith("spectra/star/00/05/mwmStar-0.6.0-5.fits")
+    assert sdss_id_folder(123_456) == "34/56"
+    with pytest.raises(LabError, match="choose from mwmstar, mwmvisit"):
+        release.path("apstar", "00/05", "5")
 
 
 def test_a_star_comes_back(star, tmp_path):
@@ -108,11 +110,11 @@ def test_learning(star, tmp_path):
     for sdss_id in (1, 2, 3):
         paths.append(tmp_path / f"mwmStar-0.6.0-{sdss_id}.fits")
         written(made_mwm(star, sdss_id=sdss_id), paths[-1])
-    stars, left_out = mwm_stars(paths, catalogue)
-    assert len(stars) == 1 and stars.labels(["TEFF"])[0, 0] == 4500
-    assert set(left_out.values()) == {"its labels are bad", "not in the catalogue"}
+    stars, ledger = mwm_stars(paths, catalogue)
+    assert stars.labels(["TEFF"])[:, 0].tolist() == [4500, 4600]
+    assert stars.stars["FLAG_BAD"].tolist() == [0, 1] and ledger.dropped.keys() == {"3"}
     with pytest.raises(LabError, match="no star is left"):
-        mwm_stars(paths[1:], catalogue)
+        mwm_stars(paths[2:], catalogue)
 
 
 def test_label_takes_them(model, star, run, tmp_path):

@@ -325,3 +325,38 @@ def test_readers_draw_no_spectra(good_files, tmp_path):
     table = label(ridge, good_files[0][3], progress=False).table
     with pytest.raises(LabError, match="draws no spectra"):
         write_spectra(ridge, table, tmp_path / "s.fits")
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"resolution": 0}, "resolution is 0"),
+        ({"resolution": np.zeros(900)}, "no pixel has a resolution"),
+        ({"fwhm": np.ones(5)}, "lengths differ: 900 wavelengths, 5 values of fwhm"),
+        ({"fwhm": 0.1, "resolution": 9_000}, "both given"),
+    ],
+)
+def test_resolutions_that_are_none(how, said):
+    grid = np.linspace(1520, 1690, 900)
+    with pytest.raises(LabError, match=said):
+        from_arrays(grid, np.ones(900), 0.01, **how)
+
+
+def test_a_width_for_each_pixel_follows_the_order_of_the_pixels():
+    grid = np.linspace(1690, 1520, 900)  # nm, the red end first
+    star = from_arrays(grid, np.ones(900), 0.01, fwhm=grid / np.linspace(5_000, 20_000, 900))
+    assert np.allclose(star.stars.meta["resolution"][[0, -1]], [20_000, 5_000])
+    assert abs(star.stars["RESOLUTION"][0] - 12_500) < 20
+    alone = from_arrays(grid, np.ones(900), 0.01, fwhm=grid / 9_000)
+    assert np.isclose(alone.stars["RESOLUTION"][0], 9_000)
+
+
+def test_the_width_of_apogees_profile():
+    from stellar_lab.spectrum import lsf_fwhm
+
+    plain = [0, 0, 0, 1, 1.0, 0.01, 1, 2, 0, 0, 0.0, 9.0]  # sigma 1 + 0.01 x
+    assert np.allclose(lsf_fwhm(plain, [0, 100]), [2.355, 4.71], rtol=0.01)
+    binned = [2, *plain[1:]]
+    assert np.isclose(
+        lsf_fwhm(binned, [100])[0], np.hypot(4.71, 2 / np.sqrt(12) * 2.355), rtol=0.02
+    )

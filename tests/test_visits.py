@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from astropy.io import fits
+from astropy.table import Table
 
 from stellar_lab.cannon import Cannon
-from stellar_lab.clean import read_files
+from stellar_lab.clean import MASK_RULES, read_files
 from stellar_lab.inversion import infer
 from stellar_lab.normalize import as_trained
 from stellar_lab.survey import PIXMASK, LabError
@@ -89,6 +91,49 @@ def test_weighing_a_mask(good_files):
         weigh_mask(raw.replace(mask=None))
     with pytest.raises(LabError, match="give raw spectra"):
         weigh_mask(good_files[1].replace(mask=np.zeros(good_files[1].flux.shape, int)))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("dust", "is no rule for masks: say strict, gentle, dr10"),
+        ("kill=DUST", "no bit 'DUST': choose from BADPIX"),
+        ("raise=PERSIST_LOW:0.5", "'0.5' is no factor on an error"),
+        ("raise=PERSIST_LOW", "'' is no factor on an error"),
+        ("kill=BADPIX spare=CRPIX", "is no rule for masks"),
+        ("", "is no rule for masks"),
+    ],
+)
+def test_rules_that_are_none(text, said):
+    with pytest.raises(LabError, match=said):
+        MaskRule.parse(text)
+
+
+def test_rules_in_words():
+    rule = MaskRule.parse("kill=badpix,CRPIX raise=PERSIST_LOW:2.5,SIG_SKYLINE:10")
+    assert list(rule.factors([1, 2, 4, 2048, 4096])) == [np.inf, np.inf, 1, 2.5, 10]
+    assert str(MaskRule.parse(str(rule))) == str(rule)
+    assert GENTLE.kill == 16639  # what the survey's own code calls bad
+    assert [str(MaskRule.parse(name)) for name in MASK_RULES] == list(map(str, MASK_RULES.values()))
+
+
+def test_a_rule_travels_with_the_model(root, good_files, run, tmp_path):
+    model = tmp_path / "gentle.asdf"
+    words = ("train", root, "--model", model, "--labels", "teff,m_h", "--mask", "gentle")
+    assert run(*words, "--no-refusal")[0] == 0
+    with fits.open(good_files[0][0]) as hdus:  # the archive's own masks hold broken pixels only
+        hdus[3].data[..., 1000:1500] |= PIXMASK.PERSIST_LOW
+        hdus.writeto(tmp_path / "persistent.fits")
+    counts = {}
+    for mask in (None, "gentle", "strict"):
+        option = () if mask is None else ("--mask", mask)
+        found = tmp_path / f"{mask}.fits"
+        words = ("label", "--model", model, tmp_path / "persistent.fits", "--out", found, *option)
+        assert run(*words)[0] == 0
+        counts[mask] = Table.read(found)["n_good"][0]
+    assert counts[None] == counts["gentle"] > counts["strict"] + 300
+    code, _, err = run("train", root, "--model", model, "--mask", "dust")
+    assert code == 2 and "is no rule for masks" in err
 
 
 def test_combining(paths):

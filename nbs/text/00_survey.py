@@ -550,17 +550,19 @@ Table(
 class _Tree:
     "How the templates of a release become paths, and names of files become stars."
 
+    numbered = False  # stars are called by their sdss_id, and lie in folders of its last digits
+
     def path(self, product: str, field: str, apogee_id: str, telescope: str = "apo25m") -> str:
         """Path of a star's file.
 
         Parameters
         ----------
         product : str
-            `apstar` or `aspcapstar`.
+            `apstar` or `aspcapstar`; `mwmstar` or `mwmvisit` of a numbered release.
         field : str
-            Location ID up to DR14, name of the field since DR16.
+            Location ID up to DR14, name of the field since DR16, `sdss_id_folder` since DR19.
         apogee_id : str
-            Name of the star.
+            Name of the star, its sdss_id since DR19.
         telescope : str, default "apo25m"
             `apo25m`, `lco25m` or `apo1m`.
 
@@ -585,7 +587,8 @@ class _Tree:
     def parse_name(self, product: str, file_name: str) -> str | None:
         "The APOGEE_ID in the name of a star's file; None for others, such as single visits."
         for name in {PurePosixPath(template).name for template in self.templates(product)}:
-            pattern = re.escape(name).replace(r"\{id\}", f"({APOGEE_ID})")
+            star = r"\d+" if self.numbered else APOGEE_ID
+            pattern = re.escape(name).replace(r"\{id\}", f"({star})")
             match = re.fullmatch(pattern.replace(r"\{prefix\}", "a[ps]"), file_name)
             if match:
                 return match.group(1)
@@ -670,6 +673,8 @@ class Release(_Tree):
         Product or `allstar` -> further templates that a folder may follow.
     row : int, default 1
         The row of an apStar file that holds the combined spectrum with its flags.
+    numbered : bool, default False
+        Stars are called by their sdss_id, and lie in folders of its last digits, not in fields.
     """
 
     name: str
@@ -681,6 +686,7 @@ class Release(_Tree):
     prefixes: dict = field(default_factory=lambda: {"lco25m": "as"})
     other_layouts: dict = field(default_factory=dict)
     row: int = 1
+    numbered: bool = False
 
     @property
     def reductions(self) -> frozenset:
@@ -702,7 +708,8 @@ toy = _release(
 toy.path("apstar", "M67", "VESTA"), toy.reductions, toy.row
 
 # %% [markdown]
-# Four releases, of which DR14 has a second layout: the folders of the original lab, `stars/<location>/…`.
+# Five releases. DR14 has a second layout: the folders of the original lab, `stars/<location>/…`. DR19 is the first of SDSS-V, the survey that goes on:
+# it has no fields any more, and a star is called by a number, its `sdss_id`. [The chapter on SDSS-V](22_mwm.ipynb) says where each of its facts is from.
 
 # %%
 #| export
@@ -710,6 +717,7 @@ _NORTH_AND_SOUTH = {
     "target_id": "{telescope}.{field}.{id}",
     "telescopes": ("apo25m", "lco25m", "apo1m"),
 }
+_ASTRA = "dr19/spectro/astra/0.6.0/"  # written by astra, version 0.6.0
 RELEASES = {
     "dr10": _release(
         "DR10",
@@ -748,7 +756,47 @@ RELEASES = {
         **_NORTH_AND_SOUTH,
         row=0,  # the masks of row 1 are empty
     ),
+    "dr19": Release(
+        "DR19",
+        {
+            "mwmstar": _ASTRA + "spectra/star/{field}/mwmStar-0.6.0-{id}.fits",
+            "mwmvisit": _ASTRA + "spectra/visit/{field}/mwmVisit-0.6.0-{id}.fits",
+        },
+        _ASTRA + "summary/astraAllStarASPCAP-0.6.0.fits.gz",
+        target_id="{id}",
+        telescopes=("apo25m", "lco25m"),
+        row=0,
+        numbered=True,
+    ),
 }
+
+
+# %% [markdown]
+# A number says in which folder its star lies: its last four digits, in two pairs.
+
+# %%
+#| exporti
+def sdss_id_folder(sdss_id: int) -> str:
+    """The folder of a star of SDSS-V, which takes the place of a field.
+
+    Parameters
+    ----------
+    sdss_id : int
+        Number of the star, not negative.
+
+    Returns
+    -------
+    str
+        The last four digits in two pairs, the higher ones first; zeros where there are fewer.
+
+    Examples
+    --------
+    >>> sdss_id_folder(70350907), sdss_id_folder(5)
+    ('09/07', '00/05')
+    """
+    digits = f"{int(sdss_id):04d}"
+    return f"{digits[-4:-2]}/{digits[-2:]}"
+
 
 # %%
 assert RELEASES["dr16"].reductions == {"r12"} and RELEASES["dr10"].reductions == {"s3", "v304"}
@@ -772,6 +820,10 @@ for wrong in (f"../{south}.fits", f"{south}.fits.png", "apStar-r12-2M21334193-00
     assert dr14.parse_name("apstar", wrong) is None
 with pytest.raises(LabError, match="DR14 has no product 'apvisit': choose from apstar, aspcapstar"):
     dr14.path("apvisit", "4230", "2M21334193-0048169")
+star_19 = RELEASES["dr19"].path("mwmstar", sdss_id_folder(70_350_907), "70350907")
+assert star_19 == "dr19/spectro/astra/0.6.0/spectra/star/09/07/mwmStar-0.6.0-70350907.fits"
+assert RELEASES["dr19"].parse_name("mwmstar", "mwmStar-0.6.0-70350907.fits") == "70350907"
+assert RELEASES["dr19"].parse_name("mwmstar", "mwmStar-0.7.0-70350907.fits") is None
 in_the_south = RELEASES["dr17"].path("apstar", "N362", "2M01020000-7100000", "lco25m")
 assert in_the_south.endswith("lco25m/N362/asStar-dr17-2M01020000-7100000.fits")
 in_the_south
@@ -939,7 +991,8 @@ print(bad)
 
 # %% [markdown]
 # Now the archives. Besides its stars and its catalogue an archive has a few files at its root, and their names are known too: nobody else may use them.
-# `survey` is what the original lab fetched, `mock` a made-up twin of it, `clusters` the real stars that come with this package.
+# `survey` is what the original lab fetched, `mock` a made-up twin of it, `clusters` the real stars that come with this package. `milkyway` is the survey of
+# today, SDSS-V, and `sdssv` the real stars of this package in its files.
 
 # %%
 #| exporti
@@ -1001,15 +1054,34 @@ _CLUSTERS = dict(
     ),
     cuts=(_SNR, Cut("dwarf", "LOGG", high=3.8, reason="the model is one of giants")),
 )
+_BAD_LABELS = Cut("bad labels", "FLAG_BAD", high=0.5, reason="the survey calls its labels bad")
 _TITLES = {
     "survey": "SDSS data release 14, four fields of the original lab",
     "mock": "synthetic stars with known truth, in four fields of the original lab",
     "clusters": "553 real stars of 18 star clusters and the Pleiades (SDSS DR10)",
+    "milkyway": "SDSS-V data release 19, Milky Way Mapper",
+    "sdssv": "553 real stars of SDSS DR10, in the files of SDSS-V",
 }
+_NUMBERED = dict(release="dr19", fields=(), products=("mwmstar", "mwmvisit"))
 ARCHIVES = {
     "survey": Archive("survey", _TITLES["survey"], **_FOUR_FIELDS),
     "mock": Archive("mock", _TITLES["mock"], **_FOUR_FIELDS),
     "clusters": Archive("clusters", _TITLES["clusters"], **_CLUSTERS),
+    "milkyway": Archive(
+        "milkyway",
+        _TITLES["milkyway"],
+        **_NUMBERED,
+        labels=("TEFF", "LOGG", "FE_H", "MG_FE", "SI_FE"),
+        cuts=(_SNR, _BAD_LABELS),
+    ),
+    "sdssv": Archive(
+        "sdssv",
+        _TITLES["sdssv"],
+        **_NUMBERED,
+        labels=_CLUSTERS["labels"],
+        cuts=(*_CLUSTERS["cuts"], _BAD_LABELS),
+        files=(),
+    ),
 }
 
 # %%
@@ -1039,7 +1111,8 @@ def archive_record(root) -> Archive:
     Returns
     -------
     Archive
-        The record that its `archive.json` names; the survey's where there is no such file.
+        The record that its `archive.json` names. Where there is no such file, the survey's; that of
+        SDSS-V if the root holds the tree of its release alone.
 
     Raises
     ------
@@ -1048,7 +1121,9 @@ def archive_record(root) -> Archive:
     """
     file = Path(root) / ARCHIVE_FILE
     if not file.exists():
-        return ARCHIVES["survey"]
+        trees = {rules.allstar.split("/")[0]: rules.numbered for rules in RELEASES.values()}
+        there = [numbered for tree, numbered in trees.items() if (Path(root) / tree).is_dir()]
+        return ARCHIVES["milkyway" if there == [True] else "survey"]
     try:
         if what_stands_at(file):
             raise ValueError(f"it is {what_stands_at(file)}, not a file")
@@ -1092,6 +1167,8 @@ def archive_sums(root) -> dict:
 # %%
 with tempfile.TemporaryDirectory() as root:
     assert archive_record(root).name == "survey"
+    (Path(root) / "dr19").mkdir()
+    assert archive_record(root).name == "milkyway"
     (Path(root) / ARCHIVE_FILE).write_text('{"archive": "clusters", "sha256": {"a.fits": "0f"}}')
     assert archive_record(root).labels[2] == "M_H" and archive_sums(root) == {"a.fits": "0f"}
     (Path(root) / ARCHIVE_FILE).write_text('{"archive": "atlantis"}')
@@ -1385,7 +1462,7 @@ def _is_survey_name(name):
     for release in RELEASES.values():
         known |= {PurePosixPath(path).name for path in release.templates("allstar")}
     stars = (
-        rules.parse_name(product, plain) for rules in RELEASES.values() for product in PRODUCTS
+        rules.parse_name(product, plain) for rules in RELEASES.values() for product in rules.paths
     )
     return plain in known or any(stars)
 

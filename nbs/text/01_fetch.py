@@ -66,6 +66,7 @@ from stellar_lab.survey import (
     Release,
     atomic_path,
     same_star,
+    sdss_id_folder,
     sha256_of,
     what_stands_at,
 )
@@ -104,7 +105,7 @@ def file_problem(path, hdus: int = 0, star: str = "") -> str:
     hdus : int, default 0
         HDUs that a FITS file has at least; 0 for a file that is no FITS file.
     star : str, optional
-        APOGEE_ID that a star's file should have in its first header.
+        APOGEE_ID, or sdss_id, that a star's file should have in its first header.
 
     Returns
     -------
@@ -148,8 +149,9 @@ def _fits_problem(file, size, hdus, star):
             return f"damaged: HDU {count} is not an extension of FITS"
         if end > size:
             return f"truncated: HDU {count} ends at byte {end:,}, the file at {size:,}"
-        named = str(header.get("OBJID", header.get("OBJ", ""))).strip()
-        if not count and star and not same_star(named, star):
+        named = str(header.get("OBJID", header.get("OBJ", header.get("SDSS_ID", "")))).strip()
+        another = named not in ("", star) if star.isdigit() else not same_star(named, star)
+        if not count and star and another:
             return f"holds another star: its header says {named}, its name {star}"
         count += 1
         file.seek(end)
@@ -1576,11 +1578,17 @@ class _Wanted:
     fields: tuple
     products: tuple
     telescopes: tuple
+    numbers: tuple | None = None  # sdss_ids of a numbered release; None for all that are there
 
 
-def _wanted(record, release, fields, products, telescopes):
+def _wanted(record, release, fields, products, telescopes, sdss_ids=None):
     "What to look for, checked against what the release has."
     rules = _release(release, record)
+    if release is None and sdss_ids is not None and not rules.numbered:
+        rules = next(rules for rules in RELEASES.values() if rules.numbered)
+    products = products or tuple(rules.paths)[:1]
+    if rules.numbered or sdss_ids is not None:
+        return _wanted_numbers(record, rules, fields, products, sdss_ids)
     if fields is None and rules != record.rules:
         raise LabError(
             f"which fields of {rules.name}? Name them: the record {record.name!r} knows only "
@@ -1597,6 +1605,20 @@ def _wanted(record, release, fields, products, telescopes):
     return wanted
 
 
+def _wanted_numbers(record, rules, fields, products, sdss_ids):
+    "What to look for in a release that calls its stars by numbers."
+    if not rules.numbered:
+        raise LabError(f"{rules.name} knows no sdss_id: name fields, or take a release of SDSS-V")
+    if fields is not None:
+        raise LabError(f"{rules.name} has no fields: name its stars by their sdss_id")
+    if sdss_ids is None and rules != record.rules:
+        raise LabError(f"which stars of {rules.name}? Name them by their sdss_id")
+    products = _names(products, "product")
+    _check_known(products, tuple(rules.paths), f"{rules.name} has no product")
+    numbers = None if sdss_ids is None else read_sdss_ids(sdss_ids)
+    return _Wanted(rules, (), products, rules.telescopes, numbers)
+
+
 def _check_known(names, known, problem):
     for name in names:
         if name not in known:
@@ -1606,6 +1628,80 @@ def _check_known(names, known, problem):
 # %%
 wanted = _wanted(ARCHIVES["survey"], None, "4230,4262", "apstar", None)
 wanted.fields, wanted.products, wanted.telescopes
+
+
+# %% [markdown]
+# SDSS-V calls its stars by numbers. A list of them comes as numbers, as a file of text with numbers in it, or as a table with a column `sdss_id`, such
+# as a catalogue's own.
+
+# %%
+#| export
+def read_sdss_ids(ids) -> tuple:
+    """A list of stars of SDSS-V.
+
+    Parameters
+    ----------
+    ids : int, str, Path or sequence of int
+        Numbers; a text of numbers with commas or blanks between; or the path of a text file, where
+        lines may end in a comment (#), or of a table with a column sdss_id (.fits, .csv, .ecsv).
+
+    Returns
+    -------
+    tuple of int
+        Each once, in their order.
+
+    Raises
+    ------
+    LabError
+        If there is none, or something else.
+
+    Examples
+    --------
+    >>> read_sdss_ids("70350907, 5")
+    (70350907, 5)
+    """
+    words = ids
+    if isinstance(ids, (str, os.PathLike)):
+        words = _words_of(ids)
+    numbers = []
+    for word in [words] if isinstance(words, int) else words:
+        if not re.fullmatch(r"\d{1,18}", str(word)):
+            raise LabError(f"{str(word)[:40]!r} is no sdss_id: give whole numbers, or a file")
+        numbers.append(int(word))
+    if not numbers:
+        raise LabError("no sdss_id was given: name at least one")
+    return tuple(dict.fromkeys(numbers))
+
+
+def _words_of(ids):
+    "What stands in a list of sdss_ids: a text, a file of text, or the column of a table."
+    path = Path(ids)
+    if re.fullmatch(r"[\d\s,]+", str(ids)):
+        return str(ids).replace(",", " ").split()
+    if not path.is_file():
+        raise LabError(f"{ids} is no file, and no list of sdss_ids: give whole numbers")
+    try:
+        if path.suffix in (".fits", ".gz", ".csv", ".ecsv"):
+            table = Table.read(path)
+            column = {name.lower(): name for name in table.colnames}.get("sdss_id")
+            if column is None:
+                known = ", ".join(table.colnames[:8])
+                raise LabError(f"{ids} has no column sdss_id, it has {known}")
+            return [str(number) for number in table[column]]
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except LabError:
+        raise
+    except Exception as error:  # whatever a file that is no table makes astropy raise
+        raise LabError(f"{ids} cannot be read as a list of sdss_ids: {_why(error)}") from error
+    return " ".join(line.partition("#")[0] for line in lines).replace(",", " ").split()
+
+
+# %%
+(desk / "mine.txt").write_text("70350907 # a giant\n5, 70350907\n")
+assert read_sdss_ids(desk / "mine.txt") == read_sdss_ids([70350907, "5"]) == (70350907, 5)
+with pytest.raises(LabError, match="'2M21334190.0048169' is no sdss_id: give whole numbers"):
+    read_sdss_ids(["2M21334190+0048169"])
+_wanted(ARCHIVES["survey"], None, None, None, None, "70350907, 5")
 
 
 # %% [markdown]
@@ -1728,13 +1824,14 @@ def _side_by_side(items, work, patience):
 def _find_catalogue(source, release):
     "The allStar table, wherever the release or the original lab keeps it."
     path, *others = release.templates("allstar")
+    hdus = 0 if path.endswith(".gz") else 2
     for template in (path, *others):
         try:
             source.stat(template)
-            return _Item(path, template, 2, tuple(others))
+            return _Item(path, template, hdus, tuple(others))
         except SourceError:
             continue
-    return _Item(path, path, 2, tuple(others))
+    return _Item(path, path, hdus, tuple(others))
 
 
 def _find_field(source, wanted, product, field, patience):
@@ -1751,10 +1848,57 @@ def _find_field(source, wanted, product, field, patience):
         return [nothing]
 
 
+# %% [markdown]
+# A star of SDSS-V needs no index: its number says where it is. Only an archive of ours, which is small, is asked for all of its stars.
+
+# %%
+#| export
+_MWM_HDUS = 5  # of mwmStar and mwmVisit files
+
+
+def _find_numbered(source, wanted, patience):
+    "Files of the stars of a numbered release that were asked for, or of all that are there."
+    items = []
+    for product in wanted.products:
+        numbers = wanted.numbers
+        if numbers is None:
+            numbers = _persist(partial(_list_numbers, source, wanted.release, product), patience)
+        for number in numbers:
+            path = wanted.release.path(product, sdss_id_folder(number), str(number))
+            items.append(_Item(path, path, _MWM_HDUS, star=str(number)))
+    return items
+
+
+def _list_numbers(source, release, product):
+    "The sdss_ids of all stars of a source, folder by folder; none where it lacks the product."
+    top = PurePosixPath(release.folder(product, "x/y")).parent.parent
+    numbers = []
+    with suppress(_Missing):
+        for first in source.list(str(top)).folders:
+            for second in source.list(str(top / first)).folders:
+                names = source.list(str(top / first / second)).files
+                stars = [release.parse_name(product, name) for name in names]
+                numbers += [int(star) for star in stars if star]
+    return numbers
+
+
 # %%
 #| export
 def _find_all(source, wanted, extra, catalogue, patience):
     "Every file that belongs to what was asked for, each once."
+    if wanted.release.numbered:
+        stars = _find_numbered(source, wanted, patience)
+        if not stars:
+            raise LabError(f"found nothing to fetch at {source.name}: no star's file is there")
+    else:
+        stars = _find_in_fields(source, wanted, patience)
+    items = [_find_catalogue(source, wanted.release)] if catalogue else []
+    items += [_Item(path, path, 1 if path.endswith(".fits") else 0) for path in extra]
+    return list({item.path: item for item in items + stars}.values())
+
+
+def _find_in_fields(source, wanted, patience):
+    "The stars' files of all fields and products; LabError where there are none."
     asked = [(product, field) for product in wanted.products for field in wanted.fields]
     find = partial(_find_field, source, wanted, patience=patience)
     with closing(_side_by_side(asked, lambda pair: find(*pair), patience)) as found:
@@ -1762,9 +1906,7 @@ def _find_all(source, wanted, extra, catalogue, patience):
     if all(item.state == "failed" for item in stars):
         first = stars[0]
         raise LabError(f"found nothing to fetch at {source.name}: {first.path}: {first.reason}")
-    items = [_find_catalogue(source, wanted.release)] if catalogue else []
-    items += [_Item(path, path, 1 if path.endswith(".fits") else 0) for path in extra]
-    return list({item.path: item for item in items + stars}.values())
+    return stars
 
 
 def _give_sums(items, sums):
@@ -2184,7 +2326,7 @@ def fetch(
     source,
     release=None,
     fields=None,
-    products=("apstar",),
+    products=None,
     telescopes=None,
     workers: int = 4,
     dry_run: bool = False,
@@ -2193,8 +2335,9 @@ def fetch(
     timeout: float = 30,
     tries: int = 5,
     backoff: float = 0.5,
+    sdss_ids=None,
 ) -> FetchSummary:
-    """Bring fields of a release home.
+    """Bring fields of a release home, or stars of SDSS-V.
 
     What is there and whole stays, what has begun goes on, what fails is in the summary.
 
@@ -2205,16 +2348,20 @@ def fetch(
     source : str or Path
         An https or http URL, or a folder: the root of the archive to fetch from.
     release : str or Release, optional
-        "dr10", "dr14", "dr16" or "dr17"; the archive's own by default.
+        "dr10", "dr14", "dr16", "dr17" or "dr19"; the archive's own by default.
     fields, products, telescopes : str or sequence of str, optional
         Location IDs (up to DR14) or names of fields; the archive's own by default. Of "apstar",
-        "aspcapstar"; "apstar" by default. Telescopes of the release; all by default.
+        "aspcapstar", of DR19 "mwmstar", "mwmvisit"; the first of the release by default.
+        Telescopes of the release; all by default.
     dry_run : bool, default False
         Only look, and write nothing.
     catalogue : bool, default True
         Fetch the allStar table, too.
     workers, timeout, tries, backoff, progress
         See `Patience`.
+    sdss_ids : optional
+        Stars of a release of SDSS-V (the first by default) in place of fields: numbers or a file,
+        see `read_sdss_ids`. An archive of ours is fetched as a whole without them.
 
     Returns
     -------
@@ -2231,8 +2378,8 @@ def fetch(
     with closing(open_source(source, patience)) as origin:
         marker = _read_marker(origin, patience)
         record = marker.record
-        wanted = _wanted(record, release, fields, products, telescopes)
-        if fields is None and marker.content is not None:
+        wanted = _wanted(record, release, fields, products, telescopes, sdss_ids)
+        if fields is None and marker.content is not None and not wanted.release.numbered:
             wanted = _fields_at_hand(origin, wanted)
         items = _look_for(origin, root, wanted, marker, catalogue, patience)
         if not dry_run:

@@ -34,7 +34,16 @@ from astropy.table import Table
 from numpy.polynomial.polynomial import polyvander
 from sklearn.utils.validation import check_is_fitted
 
-from stellar_lab.clean import Ledger, apply_cuts, keep, nan_median, read_archive
+from stellar_lab.clean import (
+    STRICT,
+    Ledger,
+    MaskRule,
+    apply_cuts,
+    keep,
+    nan_median,
+    read_archive,
+    weigh_mask,
+)
 from stellar_lab.survey import (
     CHIP_COLORS,
     CHIPS,
@@ -68,7 +77,14 @@ from stellar_lab.clean import read_files
 from stellar_lab.inversion import infer
 from stellar_lab.judging import cross_label, error_table
 from stellar_lab.models import fold_numbers
-from stellar_lab.survey import LABELS, archive_root, read_truth, real_data, use_style
+from stellar_lab.survey import (
+    LABELS,
+    archive_record,
+    archive_root,
+    read_truth,
+    real_data,
+    use_style,
+)
 
 
 # %% [markdown]
@@ -1352,6 +1368,41 @@ if folder is not None:
 
 
 # %% [markdown]
+# ## Which flags count?
+# Here every flag of the mask takes its pixel away. [Another rule](02_clean.ipynb) may be named, which lets doubtful pixels count a little. It is applied before the continuum is drawn.
+
+# %%
+#| exporti
+def weigh_by(spectra: Spectra, mask: str | None) -> Spectra:
+    """Raw spectra whose mask is spent by the rule that a text names.
+
+    Parameters
+    ----------
+    spectra : Spectra
+        raw flux, with a mask
+    mask : str or None
+        as for `MaskRule.parse`; nothing changes without one, nor by the strict rule, which
+        `normalize` follows anyway
+
+    Returns
+    -------
+    Spectra
+    """
+    rule = None if mask is None else MaskRule.parse(mask)
+    if rule is None or str(rule) == str(STRICT):
+        return spectra
+    return weigh_mask(spectra, rule)
+
+
+# %%
+first_field = archive_record(archive_root()).fields[:1]
+few_pixels, _ = read_archive(archive_root(), "apstar", fields=first_field, progress=False)
+for word in ("strict", "gentle"):
+    shown = normalize(weigh_by(few_pixels, word))
+    print(f"{word}: {np.mean(shown.ivar > 0):.1%} of the pixels count")
+
+
+# %% [markdown]
 # ## A training set
 # From a folder of files to stars that a model can learn from: read, join with the catalogue, cut, normalize, drop what is mostly masked. The ledger accounts for every star.
 
@@ -1366,6 +1417,7 @@ def training_set(
     progress: bool = True,
     row: int = None,
     gaps: bool = False,
+    mask: str = None,
 ) -> tuple:
     """Normalized spectra of the stars to learn from, and the account of those that fell.
 
@@ -1387,6 +1439,8 @@ def training_set(
         of apStar files: 0 and 1 are the combinations, the visits follow; by default the release's
     gaps : bool, default False
         keep stars that lack some of the labels, for a model that can learn from them
+    mask : str, optional
+        rule for flagged pixels, as for `MaskRule.parse`; by default every flag kills
 
     Returns
     -------
@@ -1411,6 +1465,7 @@ def training_set(
     spectra, ledger = read_archive(
         root, product=product, fields=fields, labels=labels, row=row, progress=progress
     )
+    spectra = weigh_by(spectra, mask)
     spectra, ledger = apply_cuts(spectra, ledger=ledger, gaps=gaps)
     spectra = normalize(spectra, continuum_pixels=continuum_pixels)
     return drop_masked(spectra, ledger=ledger)
@@ -1542,6 +1597,8 @@ def as_trained(model, spectra: Spectra) -> Spectra:
     check_grid(model, spectra.wavelength)
     if spectra.stars.meta.get("normalized", False):
         return spectra
+    if spectra.mask is not None and "mask_rule" not in spectra.stars.meta:
+        spectra = weigh_by(spectra, model.metadata_.get("mask_rule"))
     fraction = _dark_share(model.metadata_)
     if fraction:
         dark = _dark_as_trained(model, spectra, fraction)

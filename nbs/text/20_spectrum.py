@@ -20,8 +20,10 @@
 # %%
 #| export
 import copy
+import math
 import re
 import warnings
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,7 +38,7 @@ from sklearn.utils.validation import check_is_fitted
 
 from stellar_lab.cannon import Cannon
 from stellar_lab.inversion import infer
-from stellar_lab.models import LabelModel
+from stellar_lab.models import Flag, LabelModel
 from stellar_lab.normalize import as_trained, continuum, continuum_steps, normalize
 from stellar_lab.survey import (
     LabError,
@@ -45,6 +47,7 @@ from stellar_lab.survey import (
     chip_slices,
     plot_spectrum,
 )
+from stellar_lab.survey import wavelength as SURVEY_GRID
 
 # %%
 #| hide
@@ -254,6 +257,41 @@ def _check_number(name, value, low):
         raise LabError(f"{name} is {value!r}: give a number above {low:g}")
 
 
+# %% [markdown]
+# How sharp is it? One number, the resolution $R=\lambda/\mathrm{FWHM}$, says it for many spectrographs. Others are sharper at one end than at the other, so a resolution, or a width
+# of lines, may be given for each pixel.
+
+# %%
+#| export
+def _sharpness(resolution, fwhm, wavelength, size):
+    "R of a spectrum, a number or one per pixel, from either of two ways to say it; None for none."
+    if resolution is None and fwhm is None:
+        return None
+    if resolution is not None and fwhm is not None:
+        raise LabError("resolution and fwhm are both given: give one of them")
+    if fwhm is not None:
+        lines = np.ravel(np.asarray(getattr(wavelength, "value", wavelength), float))
+        if hasattr(fwhm, "unit") and hasattr(wavelength, "unit"):
+            fwhm = fwhm.to(wavelength.unit)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            resolution = lines / _plain(fwhm, "fwhm", size)
+    if np.ndim(resolution) == 0:
+        _check_number("resolution", resolution, 0)
+        return float(resolution)
+    each = _plain(resolution, "resolution", size)
+    good = np.isfinite(each) & (each > 0)
+    if not good.any():
+        raise LabError("no pixel has a resolution: give numbers above 0")
+    return np.interp(np.arange(size), np.flatnonzero(good), each[good])
+
+
+# %%
+ramp = _sharpness(None, np.linspace(0.1, 0.2, 3), np.array([1520.0, 1600.0, 1700.0]), 3)
+print(ramp.round())
+with pytest.raises(LabError, match="give one of them"):
+    _sharpness(22_500, 0.7, np.ones(3), 3)
+
+
 # %%
 #| export
 def from_arrays(
@@ -267,6 +305,7 @@ def from_arrays(
     air: bool = False,
     velocity: float = None,
     resolution=None,
+    fwhm=None,
     name: str = "star",
 ) -> Spectra:
     """A spectrum of one star, from arrays on any grid.
@@ -287,8 +326,11 @@ def from_arrays(
         the wavelengths are those in air
     velocity : float, optional
         of the star in the frame of the wavelengths [km/s], 0 for a star at rest; unknown by default
-    resolution : float, optional
-        R = wavelength / FWHM of a narrow line; the model's by default
+    resolution : float or (P,) array, optional
+        R = wavelength / FWHM of a narrow line, one for all pixels or one each; the model's by
+        default
+    fwhm : float or (P,) array, optional
+        the same as a width, in the unit of the wavelengths, in place of a resolution
     name : str, default "star"
 
     Returns
@@ -317,13 +359,13 @@ def from_arrays(
         ivar = np.where(_plain(mask, "mask", len(angstrom)) != 0, 0, ivar)
     if velocity is not None:
         _check_number("velocity", velocity, -LIGHT / 10)
-    if resolution is not None:
-        _check_number("resolution", resolution, 0)
+    sharp = _sharpness(resolution, fwhm, wavelength, len(angstrom))
     if air:
         angstrom = air_to_vacuum(angstrom)
     order = _order(angstrom)
     order = order[_in_range(angstrom[order], _BEYOND)]
-    return _as_spectra(angstrom[order], flux[order], ivar[order], velocity, resolution, name, notes)
+    sharp = sharp if np.ndim(sharp) == 0 else sharp[order]
+    return _as_spectra(angstrom[order], flux[order], ivar[order], velocity, sharp, name, notes)
 
 
 # %%
@@ -337,10 +379,14 @@ def _as_spectra(angstrom, flux, ivar, velocity, resolution, name, notes):
             f"but labels need {_LEAST} at least"
         )
     level = np.median(np.abs(flux[ivar > 0])) or 1.0
+    each = resolution if np.ndim(resolution) else None
+    resolution = np.median(resolution[ivar > 0]) if np.ndim(resolution) else resolution
     rest = angstrom / (1 + (velocity or 0) / LIGHT)
     resolution = np.nan if resolution is None else float(resolution)
     stars = _facts(name, flux, ivar, velocity, resolution)
     stars.meta = {"product": "own", "normalized": False, "notes": notes, "level": float(level)}
+    if each is not None:
+        stars.meta["resolution"] = each
     scaled = (flux / level).astype(np.float32)[None]
     return Spectra(rest, scaled, (ivar * level**2).astype(np.float32)[None], stars)
 
@@ -424,6 +470,7 @@ _COLUMNS = {  # what a column may be called
     "error": ("error", "err", "sigma", "flux_err", "flux_error", "uncertainty", "e_flux", "std"),
     "ivar": ("ivar", "flux_ivar", "inverse_variance"),
     "mask": ("mask", "bad"),
+    "fwhm": ("fwhm", "lsf", "lsf_fwhm"),  # in the unit of the wavelengths
 }
 _SUFFIXES = {"nm": "nm", "um": "um", "micron": "um", "aa": "AA", "a": "AA", "angstrom": "AA"}
 
@@ -502,6 +549,8 @@ def from_table(table, **options) -> Spectra:
     unit = _known_unit(table[name].unit) or unit
     if "error" in values and "ivar" in values:
         del values["ivar"]
+    if options.get("resolution") is not None:
+        values.pop("fwhm", None)
     said = {key: value for key, value in (("unit", unit), ("air", air)) if value}
     return from_arrays(**(values | said | options))
 
@@ -632,6 +681,27 @@ def _of_header(header):
 
 # %%
 #| export
+def _read_numpy(path):
+    "Table of the arrays (P,) in a file of NumPy; the survey's pixels are known by their number."
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: np.squeeze(file[name]) for name in file.files}
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise LabError(f"{path} cannot be read: {error}; is it cut short?") from error
+    columns = {name: array for name, array in arrays.items() if array.ndim == 1}
+    sizes = {len(array) for array in columns.values()}
+    if len(sizes) != 1:
+        held = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+        raise LabError(
+            f"{path} holds {held or 'nothing'}: a spectrum has arrays wavelength, flux and error "
+            "of one length"
+        )
+    table = Table(columns)
+    if "wavelength" not in _find_columns(columns) and sizes == {len(SURVEY_GRID)}:
+        table["wavelength"] = SURVEY_GRID
+    return table, {}
+
+
 def is_text(path) -> bool:
     "Whether a path has an extension of text files that may hold a spectrum."
     return Path(path).suffix.lower() in TEXT_FILES
@@ -649,7 +719,7 @@ def holds_spectrum(path) -> bool:
     -------
     bool
     """
-    if is_text(path):
+    if is_text(path) or Path(path).suffix.lower() == ".npz":
         return True
     try:
         with fits.open(path, lazy_load_hdus=True) as hdus:
@@ -702,7 +772,10 @@ def read_spectrum(path, **options) -> Spectra:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd units of other people's columns
-            table, noted = _read_fits(path) if packed else _read_text(path)
+            if start.startswith(b"PK"):
+                table, noted = _read_numpy(path)
+            else:
+                table, noted = _read_fits(path) if packed else _read_text(path)
     except (OSError, EOFError) as error:
         raise LabError(f"{path} cannot be read: {error}; is it cut short?") from error
     spectra = _named(path, table, {"name": path.stem} | noted | options)
@@ -943,6 +1016,92 @@ def _sampling(grid, new, fwhm, average=False):
 
 
 # %% [markdown]
+# A spectrograph that blurs more at the red end than at the blue: the width of each pixel counts at that pixel. A line in the middle of each half of a toy spectrum must get its own width.
+
+# %%
+ends = np.array([wavelength[3200], wavelength[5000]])
+lines = 1 - 0.4 * np.exp(-0.5 * ((wavelength[:, None] - ends) / 0.45) ** 2).sum(axis=1)
+widths = np.interp(wavelength, ends, [0.8, 2.4])
+seen = _sampling(wavelength, wavelength, widths).weights @ lines
+for end, fwhm in zip(ends, (0.8, 2.4)):
+    depth = 1 - seen[np.abs(wavelength - end).argmin()]
+    expected = 0.4 * 0.45 / np.hypot(0.45, fwhm / _FWHM)
+    print(f"depth {depth:.4f}, expected {expected:.4f}")
+    assert abs(depth - expected) < 2e-3
+
+
+# %% [markdown]
+# APOGEE itself says more: for each chip the coefficients of a profile, a sum of Gauss-Hermite functions and a wing, whose parameters are polynomials of the pixel. The header of the
+# extension explains their order; [public code](https://github.com/jobovy/apogee/blob/main/apogee/spec/lsf.py) reads them so, too. We take from them what we can use, the width: one
+# Gaussian of that FWHM stands for the profile. Its wings, some percent of the light, are left out.
+
+# %%
+#| export
+def lsf_fwhm(coefficients, pixels) -> np.ndarray:
+    """Width of APOGEE's line-spread function, from the coefficients in its files.
+
+    Parameters
+    ----------
+    coefficients : (C,) array
+        of one chip: a row of HDU 10 of an apVisit file, or HDU 8 of an apStar file
+    pixels : (P,) array
+        where, counted from 0
+
+    Returns
+    -------
+    (P,) array
+        FWHM in pixels
+
+    Notes
+    -----
+    The order is binsize, X0, Horder, Porder, GHcoefs, Wproftype, nWpar, WPorder, Wcoefs. With x the
+    pixel plus X0, sigma and the Hermite terms H1 to H5 are polynomials of x; H0 is what the wing, a
+    Gaussian, leaves of 1. The profile is averaged over binsize, the width of a detector's pixel.
+    """
+    numbers = np.asarray(coefficients, float)
+    if numbers.ndim != 1 or len(numbers) < 6 or not 0 <= numbers[2] <= 12:
+        raise LabError("these are no coefficients of APOGEE's line-spread function")
+    order = int(numbers[2])
+    terms, rest = _polynomials(numbers[3 : 4 + order], numbers[4 + order :])
+    number = int(rest[1])
+    wing, _ = _polynomials(rest[2 : 2 + number], rest[2 + number :])
+    nodes = np.unique(np.linspace(np.min(pixels), np.max(pixels), 33))
+    widths = [_profile_width(numbers[0], terms, wing, node + numbers[1]) for node in nodes]
+    return np.interp(pixels, nodes, widths)
+
+
+def _polynomials(orders, numbers):
+    "Coefficients of polynomials of these orders, and the numbers that are left."
+    cuts = np.cumsum(orders.astype(int) + 1)
+    return np.split(numbers[: cuts[-1]], cuts[:-1]), numbers[cuts[-1] :]
+
+
+def _profile_width(binsize, terms, wing, place):
+    "FWHM of the profile at one place."
+    sigma, *hermite = (np.polynomial.polynomial.polyval(place, term) for term in terms)
+    share, broad = (np.polynomial.polynomial.polyval(place, term) for term in wing)
+    step = sigma / 100
+    x = np.arange(-8 * sigma, 8 * sigma, step)
+    scale = np.sqrt([math.factorial(k) for k in range(len(terms))])
+    series = np.polynomial.hermite_e.hermeval(x / sigma, np.array([1 - share, *hermite]) / scale)
+    profile = series * np.exp(-0.5 * (x / sigma) ** 2) / sigma
+    profile = profile + share * np.exp(-0.5 * (x / broad) ** 2) / broad
+    bins = max(round(binsize / step), 1)
+    profile = np.convolve(profile, np.ones(bins) / bins, "same")
+    return np.count_nonzero(profile >= profile.max() / 2) * step
+
+
+# %%
+plain = [0, 0, 0, 0, 1.5, 1, 2, 0, 0, 0.0, 9.0]  # a Gaussian of sigma 1.5, no wing
+real = [1, 4287, 5, 1, 1, 1, 1, 1, 0, 1.5426, 9.66e-6, 0.0147, -5.38e-6, -0.193, 1.6e-6, 0.034]
+real += [-2.1e-6, 0.153, 5.5e-6, -0.064, 1, 2, 0, 0, 0.01, 0.031]  # of an apStar file of DR13
+assert np.isclose(lsf_fwhm(plain, [0, 10])[0], 1.5 * _FWHM, rtol=0.01)
+fwhm = lsf_fwhm(real, np.array([400, 4300, 8300]))
+print("R =", np.round(1 / (fwhm * 6e-6 * np.log(10)), -2))
+with pytest.raises(LabError, match="no coefficients"):
+    lsf_fwhm([1, 2], [0])
+
+# %% [markdown]
 # A check against another interpolation, cubic splines, which is how the test makes its truth: a toy spectrum, sampled between its pixels, blurred analytically.
 
 # %%
@@ -1107,10 +1266,14 @@ def _filled(theta):
 
 def _missing_fwhm(model, spectra, resolution):
     "What has to be added to the model's lines at each pixel of the star [Angstrom]."
-    sharp = model.metadata_.get("resolution", _RESOLUTION)
-    if resolution is None or not np.isfinite(resolution) or resolution >= sharp:
+    sharp = float(model.metadata_.get("resolution", _RESOLUTION))
+    if resolution is None or not np.isfinite(resolution):
         return np.zeros(len(spectra.wavelength))
-    return spectra.wavelength * np.sqrt(resolution**-2.0 - float(sharp) ** -2)
+    each = spectra.stars.meta.get("resolution")
+    if each is not None and resolution == _of_star(spectra, "RESOLUTION"):
+        resolution = each
+    missing = np.maximum(np.asarray(resolution, float) ** -2 - sharp**-2, 0)
+    return spectra.wavelength * np.sqrt(missing)
 
 
 # %%
@@ -1221,7 +1384,7 @@ def _on_pixels(model, sampling, theta, pixels, star, used, rule):
     through = rule | {"tolerance": np.inf, "min_pixels": rule["degree"] + 1}
     drawn = normalize(drawn, continuum_pixels=used, **through)
     there = copy.copy(model)
-    vars(there).pop("refusal_", None)  # a guard knows the survey's pixels alone
+    vars(there).pop("refusal_", None)  # it knows the survey's pixels alone: see `_guarded`
     there.theta_ = np.linalg.lstsq(terms, drawn.flux.astype(float), rcond=None)[0].T
     there.scatter_ = _scatter_at(model.scatter_, sampling)[pixels]
     hidden = getattr(model, "hidden_", np.empty((0, weights.shape[1])))
@@ -1390,6 +1553,13 @@ def _gains(model, spectra, resolution):
     )
     grid = np.exp(first + step * np.arange(size))
     flux, ivar = resample(spectra.wavelength, spectra.flux[0], spectra.ivar[0], grid)
+    good = spectra.ivar[0] > 0
+    if (
+        np.count_nonzero(ivar) < 0.2 * good.sum()
+    ):  # bad pixels everywhere: neighbours stand for them
+        flux, ivar = resample(
+            spectra.wavelength[good], spectra.flux[0][good], spectra.ivar[0][good], grid
+        )
     data, level = _ripples(np.nan_to_num(flux), ivar, _SMOOTH / (step * grid.mean()))
     weight = np.where(data == 0, 0, ivar * level**2)
     seen = weight[weight > 0]
@@ -1552,6 +1722,43 @@ def _read_once(model, spectra, resolution):
     return model, star, infer(model, star, any_recipe=True)
 
 
+# %% [markdown]
+# A model may have [a guard](18_refusal.ipynb), which says when no star like the training stars explains a spectrum. It knows its own pixels alone. So for the guard, and for nothing else, the
+# star is interpolated onto these pixels, with the smaller of two weights: that of a pixel by itself and the effective one. It then asks its usual questions. One answer gains a meaning: a
+# *velocity* that is left over says that the velocity that was given is wrong. Lines that are blurred on purpose would all be called broadened, so there it stays silent, and a note says so.
+
+# %%
+#| export
+def _guarded(model, spectra, resolution, table, notes):
+    "Flags of the model's guard in the table of one star at rest, and a note where it is silent."
+    guard = getattr(model, "refusal_", None)
+    if guard is None or not isinstance(model, Cannon):
+        return
+    sharp = model.metadata_.get("resolution", _RESOLUTION)
+    if resolution is not None and resolution < 0.8 * sharp:
+        notes.append("the guard did not look: it knows lines as sharp as the model's only")
+        return
+    parts = (spectra.wavelength, spectra.flux[0], spectra.ivar[0], model.wavelength_)
+    try:
+        flux, single = interpolate(*parts)
+        weight = np.minimum(single, resample(*parts)[1])
+        if np.sum(weight > 0) < _LEAST_SEEN * len(weight):
+            raise LabError("it sees too few of its pixels")
+        flux = np.where(weight > 0, flux, 0).astype(np.float32)[None]
+        star = Spectra(model.wavelength_, flux, weight.astype(np.float32)[None], spectra.stars)
+        seen = guard.examine(as_trained(model, _raw(star)), table.copy())
+    except LabError as error:
+        notes.append(f"the guard did not look: {error}")
+        return
+    table["flags"] = seen["flags"]
+    if np.asarray(seen["flags"])[0] & int(Flag.SHIFTED):
+        left = float(seen["velocity"][0].value)
+        notes.append(f"lines stand {left:+.1f} km/s off: is the velocity right?")
+
+
+_LEAST_SEEN = 0.5  # share of the model's pixels that the guard must see
+
+
 # %%
 #| export
 def label_star(
@@ -1610,6 +1817,7 @@ def label_star(
             there, star, table = _read_once(model, _at_rest(spectra, shift), resolution)
             if abs(step) < 0.3 * error:
                 break
+    _guarded(model, _at_rest(spectra, shift), resolution, table, notes)
     if measured:
         notes.append(f"velocity measured: {shift:.2f} +- {error:.2f} km/s in the frame of the file")
     table["velocity"] = [shift + (told or 0.0)] * u.km / u.s

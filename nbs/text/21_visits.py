@@ -17,18 +17,26 @@
 # %%
 #| export
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from astropy.io import fits
 from astropy.table import QTable, Table, vstack
 
-from stellar_lab.clean import Problem, product_of, read_stars
+from stellar_lab.clean import (
+    GENTLE,
+    STRICT,
+    MaskRule,
+    Problem,
+    product_of,
+    read_stars,
+    weigh_mask,
+)
 from stellar_lab.inversion import infer
 from stellar_lab.models import LabelModel, label_values
 from stellar_lab.normalize import as_trained
-from stellar_lab.spectrum import LIGHT, from_arrays, interpolate, label_star
+from stellar_lab.spectrum import LIGHT, from_arrays, interpolate, label_star, lsf_fwhm
 from stellar_lab.survey import (
     PIXMASK,
     PRODUCTS,
@@ -55,103 +63,9 @@ from stellar_lab.survey import archive_root, real_data, use_style
 #| hide
 use_style()
 
-
 # %% [markdown]
 # ## Which pixels count?
-# Each pixel of a visit carries a mask of bits, and not all of them are equally bad. A pixel hit by a cosmic ray knows nothing of the star. One on a detector that
-# remembers brighter light (*persistence*) is doubtful, and if all pixels of a chip are doubtful, throwing them away throws away the chip. So there are two lists: bits
-# that kill a pixel, and bits that raise its error by a factor. The factors for persistence and sky lines are choices; so they are data, and yours to change.
-
-# %%
-#| export
-@dataclass(frozen=True)
-class MaskRule:
-    """Which bits of the survey's pixel mask kill a pixel, and which only raise its error.
-
-    Parameters
-    ----------
-    kill : PIXMASK
-        bits that take a pixel's weight
-    raised : dict
-        bit -> factor on the error; the largest that applies counts
-    reason : str
-        of the choice
-
-    Examples
-    --------
-    >>> from stellar_lab.survey import PIXMASK
-    >>> from stellar_lab.visits import MaskRule
-    >>> MaskRule(PIXMASK.BADPIX, {PIXMASK.PERSIST_LOW: 3.0}).factors([0, 1, 2048]).tolist()
-    [1.0, inf, 3.0]
-    """
-
-    kill: int
-    raised: dict = field(default_factory=dict)
-    reason: str = ""
-
-    def factors(self, mask) -> np.ndarray:
-        "Factor on the error of each pixel, infinite where it is killed; from a mask of any shape."
-        mask = np.asarray(mask)
-        factor = np.ones(mask.shape)
-        for bit, times in self.raised.items():
-            factor = np.where(mask & int(bit), np.maximum(factor, times), factor)
-        return np.where(mask & int(self.kill), np.inf, factor)
-
-
-_BROKEN = (
-    PIXMASK.BADPIX
-    | PIXMASK.CRPIX
-    | PIXMASK.SATPIX
-    | PIXMASK.UNFIXABLE
-    | PIXMASK.BADDARK
-    | PIXMASK.BADFLAT
-    | PIXMASK.BADERR
-    | PIXMASK.NOSKY
-)
-_DOUBTFUL = {
-    PIXMASK.PERSIST_HIGH: 5.0,
-    PIXMASK.PERSIST_MED: 4.0,
-    PIXMASK.PERSIST_LOW: 3.0,
-    PIXMASK.SIG_SKYLINE: 10.0,
-    PIXMASK.SIG_TELLURIC: 2.0,
-    PIXMASK.LITTROW_GHOST: 2.0,
-}
-STRICT = MaskRule(PIXMASK(2**15 - 1), {}, "every flag kills: as in the original lab")
-GENTLE = MaskRule(_BROKEN, _DOUBTFUL, "broken pixels die, doubtful ones count less")
-MASK_RULES = {"dr10": GENTLE, "dr12": GENTLE, "dr14": GENTLE, "dr16": GENTLE, "dr17": GENTLE}
-
-
-# %%
-#| export
-def weigh_mask(spectra: Spectra, rule: MaskRule = GENTLE) -> Spectra:
-    """Spectra whose mask is spent: bits that kill took the weight, others raised the error.
-
-    Parameters
-    ----------
-    spectra : Spectra
-        raw flux, with a mask
-    rule : MaskRule, optional
-        `GENTLE` by default
-
-    Returns
-    -------
-    Spectra
-        with an empty mask, so that `normalize` and `as_trained` take nothing more
-
-    Raises
-    ------
-    LabError
-        where there is no mask, or the spectra are normalized already
-    """
-    if spectra.mask is None:
-        raise LabError("these spectra have no mask: only apStar and apVisit files carry one")
-    if spectra.stars.meta.get("normalized"):
-        raise LabError("the mask is weighed before the continuum is drawn: give raw spectra")
-    factor = rule.factors(spectra.mask)
-    return spectra.replace(
-        ivar=(spectra.ivar / factor**2).astype(np.float32), mask=np.zeros_like(spectra.mask)
-    )
-
+# [A rule](02_clean.ipynb) says which bits of the survey's mask kill a pixel, and which only raise its error. For visits it is the gentle one: broken pixels die, doubtful ones count less.
 
 # %%
 bits = np.array([0, PIXMASK.CRPIX, PIXMASK.PERSIST_LOW, PIXMASK.PERSIST_LOW | PIXMASK.PERSIST_HIGH])
@@ -167,13 +81,17 @@ assert list(GENTLE.factors(bits)) == [1, np.inf, 3, 5]
 # %%
 #| export
 _SHAPE = (3, 4096)
+_UNDITHERED = (3, 2048)
 
 
 def is_visit(path) -> bool:
-    "Whether a file is an apVisit file: its first extensions are three chips of 4,096 pixels."
+    """Whether a file is an apVisit file: its first extensions are three chips of 4,096 pixels, or
+    of 2,048 for a visit whose exposures were not shifted by half a pixel."""
     try:
         with fits.open(path, lazy_load_hdus=True) as hdus:
-            return all(hdus[k].is_image and hdus[k].shape == _SHAPE for k in (1, 2, 3, 4))
+            shape = hdus[1].shape
+            right = shape in (_SHAPE, _UNDITHERED)
+            return right and all(hdus[k].is_image and hdus[k].shape == shape for k in (1, 2, 3, 4))
     except Exception:  # whatever a damaged file makes astropy raise
         return False
 
@@ -209,7 +127,22 @@ def _difference(first, second):
     return None if first is None or second is None else first - second
 
 
-def read_visit(path, velocity=None, rule: MaskRule = GENTLE) -> Spectra:
+def _lsf_widths(path, angstrom):
+    "FWHM (3, 4096) of each pixel [Angstrom], from the coefficients in a visit's HDU 10."
+    try:
+        with fits.open(path) as hdus:
+            chips = np.array(hdus[10].data, float)
+    except (IndexError, TypeError, ValueError) as error:
+        raise LabError(
+            f"{Path(path).name} has no coefficients of its line-spread function"
+        ) from error
+    if chips.ndim != 2 or len(chips) != 3:
+        raise LabError(f"{Path(path).name} has no line-spread function for each chip")
+    widths = [lsf_fwhm(chip, np.arange(angstrom.shape[1])) for chip in chips]
+    return np.array(widths) * np.abs(np.gradient(angstrom, axis=1))
+
+
+def read_visit(path, velocity=None, rule: MaskRule = GENTLE, lsf: bool = False) -> Spectra:
     """One visit, on its own pixels, at rest.
 
     Parameters
@@ -221,6 +154,9 @@ def read_visit(path, velocity=None, rule: MaskRule = GENTLE) -> Spectra:
         header says. "measure" leaves it to `label_star`
     rule : MaskRule, optional
         which pixels count
+    lsf : bool, default False
+        take the resolution of each pixel from the file's line-spread function; the model's
+        resolution by default
 
     Returns
     -------
@@ -239,7 +175,9 @@ def read_visit(path, velocity=None, rule: MaskRule = GENTLE) -> Spectra:
         error = np.where(error < 1e10, error, 0) * rule.factors(mask)
     name = str(header.get("OBJID", Path(path).stem)).strip()
     velocity = None if velocity == "measure" else velocity
-    visit = from_arrays(angstrom, flux, error, unit="AA", velocity=velocity, name=name)
+    widths = _lsf_widths(path, angstrom).ravel() if lsf else None
+    how = {"unit": "AA", "velocity": velocity, "name": name, "fwhm": widths}
+    visit = from_arrays(angstrom, flux, error, **how)
     facts = {"FILE": Path(path).name, "TELESCOPE": str(header.get("TELESCOP", "")).strip()}
     facts |= {"RA": header.get("RA", np.nan), "DEC": header.get("DEC", np.nan)}
     facts |= {"MJD": header.get("MJD5", -1), "BC": header.get("BC", np.nan)}
@@ -528,6 +466,9 @@ if real is not None:
     velocities = [round(float(one.table["velocity"].value[0]), 2) for one in found]
     print("measured", velocities, "used by the survey", used)
     assert np.all(np.abs(np.array(velocities) - used) < 0.5)
+    sharp = [read_visit(path, lsf=True).stars["RESOLUTION"][0] for path in real_visits]
+    print("resolution by the files' line-spread functions:", np.round(sharp, -2))
+    assert np.all((np.array(sharp) > 20_000) & (np.array(sharp) < 27_000))
     table = vstack([one.table for one in found] + [infer(model, as_trained(model, ours))])
     display(table["teff", "teff_err", "logg", "logg_err", "m_h", "m_h_err", "flags"])
     for name in ("teff", "logg", "m_h"):
@@ -877,7 +818,8 @@ assert np.all(gentle["n_good"] > strict["n_good"] + 1000)
 assert np.all(np.abs(effect["teff moves [K]"]) < 2 * effect["error, strict"])
 
 # %% [markdown]
-# The survey's giant with persistence on nearly all of its blue chip, where the files are at hand:
+# On the command line the rule is `--mask gentle`, `--mask dr17`, or one of your own such as `--mask 'kill=BADPIX,CRPIX raise=PERSIST_LOW:3'`: `train` writes it into the model, `label` follows
+# the model unless it is told otherwise. The survey's giant with persistence on nearly all of its blue chip, where the files are at hand:
 
 # %%
 if real is not None:

@@ -9,30 +9,41 @@
 # `Spectra` that every chapter knows, and a table of names turns the catalogue into labels.
 #
 # You learn where SDSS-V keeps a star, what stands in its files, and what is *not* in them. You need [visits](21_visits.ipynb). No real file of this kind comes with the
-# book: the files of this chapter are made from real giants, after these public pages:
+# book: the files of this chapter are made from real giants, column by column as astra, the program that writes the survey's files, writes them. Each fact has its page:
 #
-# | fact | page |
+# | fact | where it is from |
 # |---|---|
-# | four extensions BOSS/APO, BOSS/LCO, APOGEE/APO, APOGEE/LCO; a table each, empty where nothing was observed | the same example, and the [loader of specutils](https://github.com/astropy/specutils/blob/main/specutils/io/default_loaders/sdss_v.py), which skips empty ones |
-# | columns of an APOGEE row (`wavelength`, `flux`, `ivar`, `pixel_flags`, `continuum`, `snr`, …) | [an example by astra's author](https://gist.github.com/andycasey/c28d73ca3f51ae26c787dd8957cc58b6) |
-# | wavelengths of mwmVisit stand in the header (`CRVAL`, `CDELT`, `NPIXELS`) | [loader of specutils](https://github.com/astropy/specutils/blob/main/specutils/io/default_loaders/sdss_v.py) |
-# | the grid, 10^(4.179 + 6e-6 i), and the rest frame | [astra](https://github.com/sdss/astra) |
-# | catalogue `astraAllStarASPCAP`, APOGEE in HDU 2, `sdss_id` | public code that reads it; the names of its label columns are taken from [astra](https://github.com/sdss/astra) and were not compared with a real file |
+# | folders: the last four digits of the sdss_id, the two higher ones first, zero-padded | [astra](https://github.com/sdss/astra), `python/astra/models/mwm.py`, `MWMStarMixin.path` |
+# | extensions BOSS/APO, BOSS/LCO, APOGEE/APO, APOGEE/LCO in this order, empty where nothing was observed | astra, `python/astra/products/mwm.py` |
+# | columns, their order and types; pixels are numbers of single precision, flags and wavelengths too | astra, `models/mwm.py` (`ApogeeCombinedSpectrum`) and `products/utils.py`; an [example by its author](https://gist.github.com/andycasey/c28d73ca3f51ae26c787dd8957cc58b6) |
+# | wavelengths of mwmVisit stand in the header only (`CRVAL`, `CDELT`, `NPIXELS`) | astra, `products/utils.py`; the [loader of specutils](https://github.com/astropy/specutils/blob/main/specutils/io/default_loaders/sdss_v.py) |
+# | flux, ivar and pixel_flags of mwmStar are those of the apStar combination, so the flags have the bits of old | astra, `products/apogee.py` |
+# | the two observatories are not combined by the survey | [DR19, data products](https://www.sdss.org/dr19/mwm/astra/output-files) |
+# | `astraAllStarASPCAP`: APOGEE in HDU 2; columns such as `teff`, `m_h_atm`, `mg_h`, errors `e_…`, `flag_warn`, `flag_bad` | [DR19, abundances](https://www.sdss.org/dr19/mwm/data/abundances); astra, `models/aspcap.py` and `products/pipeline_summary.py` |
 
 # %%
 #| default_exp mwm
 
 # %%
 #| export
+import gzip
 import re
-from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from astropy.io import fits
 from astropy.table import Table, vstack
 
-from stellar_lab.clean import inverse_variance
+from stellar_lab.clean import (
+    Ledger,
+    apply_cuts,
+    dark_pixels,
+    find_catalogue,
+    find_files,
+    inverse_variance,
+)
+from stellar_lab.normalize import drop_masked, normalize, weigh_by
 from stellar_lab.survey import (
     LABELS,
     LOG10_START,
@@ -41,9 +52,11 @@ from stellar_lab.survey import (
     PRODUCTS,
     LabError,
     Spectra,
+    archive_record,
     full_wavelength,
     label_records,
     on_band,
+    sha256_of,
     wavelength,
 )
 from stellar_lab.visits import combine
@@ -56,57 +69,18 @@ import pytest
 
 from stellar_lab.cannon import Cannon
 from stellar_lab.inversion import infer
-from stellar_lab.normalize import as_trained, normalize, training_set
-from stellar_lab.survey import archive_root
-
+from stellar_lab.normalize import as_trained, training_set
+from stellar_lab.survey import ARCHIVE_FILE, RELEASES, archive_root, sdss_id_folder
 
 # %% [markdown]
 # ## Where is a star?
-# By its `sdss_id`: the last four digits, in two pairs, are the folders.
+# By its `sdss_id`: the last four digits, in two pairs, are the folders. [The release](00_survey.ipynb) knows the rest.
 
 # %%
-#| export
-@dataclass(frozen=True)
-class MwmRelease:
-    """Where a data release of the Milky Way Mapper keeps its files.
-
-    Parameters
-    ----------
-    name, version : str
-        of the release, and of astra, the software that wrote it
-    star, visit, catalogue : str
-        templates of paths, with `{version}`, `{sdss_id}`, `{first}`, `{second}`
-    """
-
-    name: str
-    version: str
-    star: str
-    visit: str
-    catalogue: str
-
-    def path(self, kind: str, sdss_id: int) -> str:
-        "Path of a star's file, `star` or `visit`, below the root of the archive."
-        if kind not in ("star", "visit"):
-            raise LabError(f"unknown kind of file {kind!r}: choose star or visit")
-        number = f"{int(sdss_id) % 10_000:04d}"
-        parts = {"version": self.version, "sdss_id": int(sdss_id)}
-        return getattr(self, kind).format(first=number[:2], second=number[2:], **parts)
-
-
-_ASTRA = "dr19/spectro/astra/{version}/"
-MWM_RELEASES = {
-    "dr19": MwmRelease(
-        "DR19",
-        "0.6.0",
-        _ASTRA + "spectra/star/{first}/{second}/mwmStar-{version}-{sdss_id}.fits",
-        _ASTRA + "spectra/visit/{first}/{second}/mwmVisit-{version}-{sdss_id}.fits",
-        _ASTRA + "summary/astraAllStarASPCAP-{version}.fits.gz",
-    ),
-}
-
-# %%
-assert MWM_RELEASES["dr19"].path("star", 70_350_007).endswith("/00/07/mwmStar-0.6.0-70350007.fits")
-MWM_RELEASES["dr19"].path("visit", 114_986_844)
+dr19 = RELEASES["dr19"]
+print(dr19.path("mwmstar", sdss_id_folder(114_986_844), "114986844"))
+print(dr19.path("mwmvisit", sdss_id_folder(907), "907"))
+assert sdss_id_folder(114_986_844) == "68/44" and sdss_id_folder(907) == "09/07"
 
 # %% [markdown]
 # ## Inside
@@ -115,6 +89,7 @@ MWM_RELEASES["dr19"].path("visit", 114_986_844)
 # %%
 #| export
 _NAME = re.compile(r"mwm(?P<kind>Star|Visit)-(?P<version>[^-]+)-(?P<sdss_id>\d+)\.fits(\.gz)?")
+_VERSION = "0.6."  # of astra, whose files these functions know
 _NEEDED = ("flux", "ivar")
 
 
@@ -135,23 +110,35 @@ def mwm_kind(path) -> str | None:
 
 
 def _tables(path):
-    "Observatory -> its APOGEE table with rows, and what else the file holds, in words."
+    "Observatory -> its APOGEE table with rows, what else the file holds, and its first header."
     found = {}
     others = []
     try:
         with fits.open(path) as hdus:
+            primary = hdus[0].header.copy()
             for hdu in hdus[1:]:
                 instrument, _, observatory = hdu.name.upper().partition("/")
-                rows = 0 if hdu.is_image or hdu.data is None else len(hdu.data)
+                rows = 0 if hdu.is_image else hdu.header["NAXIS2"]
                 if instrument == "APOGEE" and rows:
                     found[observatory.lower()] = (Table(hdu.data), hdu.header.copy())
                 elif rows:
                     others.append(hdu.name)
     except OSError as error:
         raise LabError(f"cannot read {path}: {error.strerror or error}") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise LabError(f"{path} is damaged ({error}): fetch it again") from error
-    return found, others
+    return found, others, primary
+
+
+def _version_notes(path, primary):
+    "A sentence about a file that another version of astra wrote, in a list."
+    match = _NAME.fullmatch(Path(path).name)
+    version = str(primary.get("V_ASTRA", match["version"] if match else _VERSION))
+    if version.startswith(_VERSION):
+        return []
+    return [
+        f"written by astra {version}, not {_VERSION}x: its columns are read as if nothing changed"
+    ]
 
 
 # %%
@@ -175,30 +162,35 @@ def _check_columns(columns, header, path):
         keys = [header.get(key, np.nan) for key in ("CRVAL", "CDELT", "NPIXELS")]
         usual = np.allclose(keys, [LOG10_START, LOG10_STEP, N_PIXELS], rtol=1e-7)
         grid = full_wavelength if usual else np.array([])
-    if len(grid) != N_PIXELS or not np.allclose(grid, full_wavelength, rtol=1e-7):
+    if len(grid) != N_PIXELS or not np.allclose(grid, full_wavelength, rtol=1e-6):
         raise LabError(f"{path}: another wavelength grid than the survey's {N_PIXELS} pixels")
 
 
-def _facts(columns, row, path, observatory):
-    "What a row says of its star, in the names of our tables."
+def _facts(columns, row, path, observatory, primary):
+    "What a row, and the file's first header, say of a star, in the names of our tables."
 
     def value(name, missing):
         found = columns[name][row] if name in columns else missing
         return found.strip() if isinstance(found, str) else found
 
-    telescope = {"apo": "apo25m", "lco": "lco25m"}.get(observatory, "")
-    sdss_id = int(value("sdss_id", -1))
+    def card(key):
+        number = primary.get(key)
+        return float(number) if isinstance(number, (int, float)) else np.nan
+
+    telescope = str(value("telescope", "")) or {"apo": "apo25m", "lco": "lco25m"}[observatory]
+    sdss_id = int(value("sdss_id", primary.get("SDSS_ID", -1)))
     name = str(value("obj", "")) or str(sdss_id)
     facts = {"APOGEE_ID": name, "SDSS_ID": sdss_id, "TELESCOPE": telescope, "FIELD": ""}
     facts |= {"LOCATION_ID": -1, "SNR": float(value("snr", np.nan))}
-    facts |= {"NVISITS": int(value("n_visits", -1)), "J": np.nan, "H": np.nan, "K": np.nan}
-    facts |= {"RA": float(value("ra", np.nan)), "DEC": float(value("dec", np.nan))}
+    facts |= {"NVISITS": int(value("n_visits", -1))}
+    facts |= {band: card(f"{band}_MAG") for band in "JHK"}
+    facts |= {"RA": card("RA"), "DEC": card("DEC")}
     return facts | {"MJD": int(value("mjd", -1)), "FILE": Path(path).name}
 
 
 # %%
 #| export
-def _spectra_of(columns, header, path, observatory):
+def _spectra_of(columns, header, path, observatory, primary):
     "`Spectra` of all rows of one observatory's table."
     _check_columns(columns, header, path)
     flux = np.atleast_2d(np.asarray(columns["flux"], float))[:, on_band]
@@ -208,10 +200,12 @@ def _spectra_of(columns, header, path, observatory):
     ivar = inverse_variance(flux, error, PRODUCTS["apstar"])
     mask = np.zeros(flux.shape, np.int32)
     if "pixel_flags" in columns:
-        mask = np.atleast_2d(np.asarray(columns["pixel_flags"]))[:, on_band].astype(np.int32)
-    facts = [_facts(columns, row, path, observatory) for row in range(len(flux))]
+        flags = np.atleast_2d(np.asarray(columns["pixel_flags"], float))[:, on_band]
+        mask = np.nan_to_num(flags, nan=1).astype(np.int64).astype(np.int32)  # 1: a bad pixel
+    facts = [_facts(columns, row, path, observatory, primary) for row in range(len(flux))]
     stars = Table({name: [fact[name] for fact in facts] for name in facts[0]})
     stars.meta = {"product": "apstar", "normalized": False, "row": None, "level": 1.0}
+    stars.meta["notes"] = _version_notes(path, primary)
     flux = np.nan_to_num(flux, nan=0, posinf=0, neginf=0).astype(np.float32)
     return Spectra(wavelength, flux, ivar, stars, mask)
 
@@ -225,8 +219,8 @@ def read_mwm(path, observatory: str = None) -> Spectra:
     ----------
     path : str or Path
     observatory : {"apo", "lco"}, optional
-        whose spectrum of a star seen from both; by default the two are combined (mwmStar), or all
-        visits are taken (mwmVisit)
+        whose spectrum of a star seen from both; by default the two, which the survey keeps apart,
+        are combined (mwmStar), or all visits are taken (mwmVisit)
 
     Returns
     -------
@@ -239,7 +233,7 @@ def read_mwm(path, observatory: str = None) -> Spectra:
     LabError
         where there is no APOGEE spectrum, or the table is of another version
     """
-    found, others = _tables(path)
+    found, others, primary = _tables(path)
     if not found:
         if others:
             raise LabError(
@@ -251,7 +245,7 @@ def read_mwm(path, observatory: str = None) -> Spectra:
         there = ", ".join(found)
         raise LabError(f"{Path(path).name} has no spectrum from {observatory}: it has {there}")
     chosen = found if observatory is None else {observatory: found[observatory]}
-    parts = [_spectra_of(_lower(t), h, path, name) for name, (t, h) in chosen.items()]
+    parts = [_spectra_of(_lower(t), h, path, name, primary) for name, (t, h) in chosen.items()]
     if len(parts) == 1:
         return parts[0]
     if mwm_kind(path) == "mwmstar":
@@ -273,45 +267,128 @@ def _stacked(parts):
 
 
 # %% [markdown]
-# ## A file to read
-# The writer goes by the pages above. It is for this chapter and for tests.
+# ## A file to write
+# To read such files we must have some. The writer goes by the pages above, column by column: names, order and types. Two columns with the date of writing are left out.
 
 # %%
-#| exporti
-def _apogee_table(flux, ivar, flags, facts, observatory, visits):
-    "One APOGEE extension; an empty one where flux is None."
-    rows = 0 if flux is None else len(flux)
-    size = f"{N_PIXELS}"
-    full = [np.zeros((rows, N_PIXELS)) for _ in range(3)]
-    if rows:
-        for target, values in zip(full, (flux, ivar, flags)):
-            target[:, on_band] = values
-    facts = [] if rows == 0 else facts
+#| export
+# name and type of each column: K, J whole numbers, E real ones, A text, P a number for each pixel
+_BEFORE = "spectrum_pk:K release:A filetype:A v_astra:A healpix:J sdss_id:K"
+_DOPPLER = " ".join(
+    f"doppler_{name}:E" for name in "teff e_teff logg e_logg fe_h e_fe_h rchi2".split()
+)
+_XCORR = "xcorr_v_rad:E xcorr_v_rel:E xcorr_e_v_rel:E ccfwhm:E autofwhm:E n_components:J"
+_COLUMNS = {
+    ("APOGEE", "star"): f"""{_BEFORE} apred:A obj:A telescope:A min_mjd:J max_mjd:J n_entries:J
+        n_visits:J n_good_visits:J n_good_rvs:J snr:E mean_fiber:E std_fiber:E spectrum_flags:J
+        v_rad:E e_v_rad:E std_v_rad:E median_e_v_rad:E {_DOPPLER} doppler_flags:J {_XCORR}
+        wavelength:P flux:P ivar:P pixel_flags:P
+        continuum:P nmf_rectified_model_flux:P nmf_rchi2:E nmf_flags:J""",
+    ("APOGEE", "visit"): f"""spectrum_pk:K catalogid:K star_pk:K visit_pk:K rv_visit_pk:K
+        release:A filetype:A v_astra:A healpix:J sdss_id:K apred:A plate:A telescope:A fiber:J
+        mjd:J field:A prefix:A reduction:A obj:A date_obs:A jd:E exptime:E dithered:L
+        f_night_time:E input_ra:E input_dec:E n_frames:J assigned:J on_target:J valid:J fps:L
+        snr:E in_stack:L spectrum_flags:J v_rad:E v_rel:E e_v_rel:E bc:E {_DOPPLER}
+        doppler_flags:J {_XCORR} flux:P ivar:P pixel_flags:P continuum:P nmf_rchi2:E nmf_flags:J""",
+    ("BOSS", "star"): f"""{_BEFORE} run2d:A telescope:A min_mjd:J max_mjd:J n_visits:J
+        n_good_visits:J n_good_rvs:J v_rad:E e_v_rad:E std_v_rad:E median_e_v_rad:E snr:E
+        gri_gaia_transform_flags:J zwarning_flags:J wavelength:P flux:P ivar:P pixel_flags:P
+        continuum:P nmf_rectified_model_flux:P nmf_rchi2:E nmf_flags:J""",
+    ("BOSS", "visit"): """spectrum_pk:K release:A filetype:A v_astra:A healpix:J sdss_id:K
+        run2d:A mjd:J fieldid:J catalogid:K n_exp:J exptime:E telescope:A snr:E in_stack:L
+        flux:P ivar:P wresl:P pixel_flags:P continuum:P nmf_rchi2:E nmf_flags:J""",
+}
+_MISSING = {"K": -1, "J": -1, "E": np.nan, "A": "", "L": False}  # what astra writes for nothing
+_GRIDS = {"APOGEE": (LOG10_START, LOG10_STEP, N_PIXELS), "BOSS": (3.5523, 1e-4, 4648)}
+
+
+# %% [markdown]
+# Where nothing was observed the table has all its columns and no rows; a column of pixels then has the length 0.
+
+# %%
+#| export
+def _made_column(name, kind, rows):
+    "A column of rows (dicts), with astra's type."
+    values = [row.get(name, 0 if name.endswith("_flags") else _MISSING.get(kind)) for row in rows]
+    if kind == "P":
+        size = len(values[0]) if rows else 0
+        array = np.array(values, "f4") if rows else None
+        return fits.Column(name, f"{size}E", dim=f"({size})", array=array)
+    if kind == "A":
+        kind = f"{max([1, *map(len, values)])}A"
+    return fits.Column(name, kind, array=np.array(values) if rows else None)
+
+
+def _made_hdu(instrument, kind, observatory, rows):
+    "One extension: a table with astra's columns and the cards of its header."
     columns = [
-        fits.Column("sdss_id", "K", array=[fact["sdss_id"] for fact in facts]),
-        fits.Column("obj", "18A", array=[fact["obj"] for fact in facts]),
-        fits.Column("telescope", "6A", array=[f"{observatory}25m"] * rows),
-        fits.Column("snr", "E", array=[fact["snr"] for fact in facts]),
-        fits.Column("v_rad", "E", array=[0.0] * rows),
-        fits.Column("flux", f"{size}E", array=full[0]),
-        fits.Column("ivar", f"{size}E", array=full[1]),
-        fits.Column("pixel_flags", f"{size}K", array=full[2]),
-        fits.Column("continuum", f"{size}E", array=np.ones((rows, N_PIXELS))),
+        _made_column(*entry.split(":"), rows) for entry in _COLUMNS[instrument, kind].split()
     ]
-    if visits:
-        columns.append(fits.Column("mjd", "J", array=59_800 + np.arange(rows)))
-    else:
-        grid = np.tile(full_wavelength, (rows, 1))
-        columns.append(fits.Column("wavelength", f"{size}D", array=grid))
-        columns.append(fits.Column("n_visits", "J", array=[3] * rows))
-    hdu = fits.BinTableHDU.from_columns(columns, nrows=rows, name=f"APOGEE/{observatory.upper()}")
-    hdu.header.update({"CRVAL": LOG10_START, "CDELT": LOG10_STEP, "NPIXELS": N_PIXELS})
+    start, step, pixels = _GRIDS[instrument]
+    hdu = fits.BinTableHDU.from_columns(columns, nrows=len(rows))
+    hdu.header.update(
+        {
+            "EXTNAME": f"{instrument}/{observatory}",
+            "OBSRVTRY": observatory,
+            "INSTRMNT": instrument,
+            "V_ASTRA": "0.6.0",
+            "CRVAL": start,
+            "CDELT": step,
+            "CTYPE": "LOG-LINEAR",
+            "CUNIT": "Angstrom (Vacuum)",
+            "CRPIX": 1,
+            "DC-FLAG": 1,
+            "NPIXELS": pixels,
+        }
+    )
+    hdu.add_checksum(when="astra's, as far as it can be told")
     return hdu
 
 
+@cache
+def _empty_hdu(*which):
+    "An extension without rows: it is always the same."
+    return _made_hdu(*which, [])
+
+
+def _extension(*which):
+    "One extension, a copy of the empty one where there are no rows."
+    return _made_hdu(*which) if which[-1] else _empty_hdu(*which[:-1]).copy()
+
+
+# %%
+#| export
+def _apogee_rows(spectra, sdss_id, observatory, kind):
+    "Rows of an APOGEE extension from spectra on the survey's pixels; none of None."
+    if spectra is None:
+        return []
+    mask = np.zeros(spectra.flux.shape) if spectra.mask is None else spectra.mask
+    rows = []
+    for n, star in enumerate(spectra.stars):
+        pixels = {}
+        for name, values in (("flux", spectra.flux), ("ivar", spectra.ivar), ("pixel_flags", mask)):
+            pixels[name] = np.zeros(N_PIXELS)
+            pixels[name][on_band] = values[n]
+        good = spectra.ivar[n] > 0
+        ratio = spectra.flux[n][good] * np.sqrt(spectra.ivar[n][good])
+        facts = {"sdss_id": sdss_id, "obj": str(star["APOGEE_ID"]), "release": "sdss5"}
+        facts |= {"telescope": f"{observatory.lower()}25m", "v_astra": "0.6.0", "apred": "1.3"}
+        facts |= {"snr": float(np.median(ratio)) if len(ratio) else 0.0, "v_rad": 0.0}
+        if kind == "star":
+            visits = int(star["NVISITS"]) if "NVISITS" in spectra.stars.colnames else 3
+            facts |= {"filetype": "mwmStar", "n_visits": visits, "wavelength": full_wavelength}
+        else:
+            facts |= {"filetype": "mwmVisit", "mjd": 59_800 + n, "in_stack": True}
+        empty = np.full(N_PIXELS, np.nan)
+        rows.append(facts | pixels | {"continuum": empty, "nmf_rectified_model_flux": empty})
+    return rows
+
+
 # %%
 #| exporti
-def made_mwm(apo: Spectra = None, lco: Spectra = None, sdss_id=42, boss=False, visits=False):
+def made_mwm(
+    apo: Spectra = None, lco: Spectra = None, sdss_id=42, boss=False, visits=False
+) -> fits.HDUList:
     """An mwmStar (or mwmVisit) file from spectra on the survey's pixels.
 
     Parameters
@@ -328,24 +405,24 @@ def made_mwm(apo: Spectra = None, lco: Spectra = None, sdss_id=42, boss=False, v
     -------
     HDUList
     """
-    hdus = [fits.PrimaryHDU(header=fits.Header({"SDSS_ID": sdss_id, "V_ASTRA": "0.6.0"}))]
-    optical = [
-        fits.Column("sdss_id", "K", array=[sdss_id]),
-        fits.Column("flux", "4648E", array=np.ones((1, 4648))),
-    ]
-    for observatory, rows in (("APO", int(boss)), ("LCO", 0)):
-        hdus.append(fits.BinTableHDU.from_columns(optical, nrows=rows, name=f"BOSS/{observatory}"))
-        if not rows:
-            hdus[-1].data = hdus[-1].data[:0]
-    for observatory, spectra in (("apo", apo), ("lco", lco)):
-        if spectra is None:
-            hdus.append(_apogee_table(None, None, None, [], observatory, visits))
-            continue
-        names = spectra.stars["APOGEE_ID"]
-        snr = np.median(spectra.flux * np.sqrt(spectra.ivar), axis=1)
-        facts = [{"sdss_id": sdss_id, "obj": str(n), "snr": float(s)} for n, s in zip(names, snr)]
-        mask = np.zeros(spectra.flux.shape) if spectra.mask is None else spectra.mask
-        hdus.append(_apogee_table(spectra.flux, spectra.ivar, mask, facts, observatory, visits))
+    kind = "visit" if visits else "star"
+    primary = fits.PrimaryHDU(header=fits.Header({"V_ASTRA": "0.6.0", "SDSS_ID": int(sdss_id)}))
+    seen = apo if apo is not None else lco
+    if seen is not None:
+        primary.header["APOGEEID"] = str(seen.stars["APOGEE_ID"][0])
+        cards = {"RA": "RA", "DEC": "DEC"} | {band: f"{band}_MAG" for band in "JHK"}
+        for column, key in cards.items():
+            if column in seen.stars.colnames and np.isfinite(seen.stars[column][0]):
+                primary.header[key] = float(seen.stars[column][0])
+    optical = dict.fromkeys(("flux", "ivar", "pixel_flags", "continuum"), np.ones(4648))
+    optical |= {"wresl": np.ones(4648), "nmf_rectified_model_flux": np.ones(4648)}
+    optical |= {"wavelength": 10 ** (3.5523 + 1e-4 * np.arange(4648)), "sdss_id": sdss_id}
+    hdus = [primary]
+    for observatory, rows in (("APO", [optical] if boss else []), ("LCO", [])):
+        hdus.append(_extension("BOSS", kind, observatory, rows))
+    for observatory, spectra in (("APO", apo), ("LCO", lco)):
+        rows = _apogee_rows(spectra, sdss_id, observatory, kind)
+        hdus.append(_extension("APOGEE", kind, observatory, rows))
     return fits.HDUList(hdus)
 
 
@@ -365,13 +442,15 @@ assert np.allclose(star.ivar[0], spectra.ivar[3], rtol=1e-5)
 
 # %%
 with fits.open(path) as hdus:
-    print([(hdu.name, 0 if hdu.data is None else len(hdu.data)) for hdu in hdus[1:]])
+    print([(hdu.name, hdu.header["NAXIS2"]) for hdu in hdus[1:]])
+    print(*hdus["APOGEE/APO"].columns.names[:12], "…")
     by_hand = hdus["APOGEE/APO"].data
     assert (
         by_hand["flux"].shape == (1, 8575)
         and by_hand["flux"][0, on_band[100]] == spectra.flux[3, 100]
     )
     assert np.isclose(by_hand["wavelength"][0, 322], wavelength[0])
+    assert all(hdu.verify_checksum() and hdu.verify_datasum() for hdu in hdus[1:])
 
 # %% [markdown]
 # The sentences: BOSS alone, nothing at all, both observatories, a later version.
@@ -398,6 +477,10 @@ made_mwm(spectra[[3]], spectra[[3]]).writeto(path, overwrite=True)
 both = read_mwm(path)
 assert len(both) == 1 and np.allclose(both.ivar[0], 2 * spectra.ivar[3], rtol=1e-3)
 assert len(read_mwm(path, "lco")) == 1
+newer = made_mwm(spectra[[3]])
+newer[0].header["V_ASTRA"] = "0.9.0"
+newer.writeto(here / "mwmStar-0.9.0-42.fits")
+print(*read_mwm(here / "mwmStar-0.9.0-42.fits").stars.meta["notes"])
 made_mwm(spectra[[3, 3, 3]], visits=True).writeto(here / "mwmVisit-0.6.0-42.fits")
 visits = read_mwm(here / "mwmVisit-0.6.0-42.fits")
 assert len(visits) == 3 and mwm_kind(here / "mwmVisit-0.6.0-42.fits") == "mwmvisit"
@@ -407,6 +490,8 @@ visits.stars["APOGEE_ID", "SDSS_ID", "MJD", "SNR"]
 # ## The catalogue
 # `astraAllStarASPCAP` calls its columns by lower-case names, its errors `e_teff`, and gives elements relative to hydrogen: [Mg/Fe] is [Mg/H] - [Fe/H], and its error the
 # root of two squares. `flag_bad` and `flag_warn` are the survey's own doubts.
+#
+# The real table has over a million rows of hundreds of columns, and is packed. So it is unpacked piece by piece, and of each piece only the columns that we need are kept.
 
 # %%
 #| export
@@ -423,10 +508,56 @@ _ASTRA_COLUMNS = {  # our label -> column, and what is subtracted from it
 }
 
 
-def _numbers(table, name):
-    "A column as float64, NaN where masked or far outside."
-    values = np.ma.filled(np.ma.asarray(table[name], dtype=float), np.nan)
-    return np.where(np.abs(values) < 9_000 if name != "teff" else values > 0, values, np.nan)
+_READ_AT_ONCE = 1 << 24  # bytes
+
+
+def _table_columns(path, number):
+    "Type of a row, place of the first one, and how many there are, of the table in an HDU."
+    try:
+        with fits.open(path, lazy_load_hdus=True) as hdus:
+            hdu = hdus[number]
+            if not isinstance(hdu, fits.BinTableHDU):
+                raise TypeError("no table")
+            return (
+                hdu.columns.dtype.newbyteorder(">"),
+                hdu.fileinfo()["datLoc"],
+                hdu.header["NAXIS2"],
+            )
+    except (OSError, EOFError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise LabError(
+            f"{path} has no table in HDU {number} ({error}): is it astraAllStarASPCAP?"
+        ) from error
+
+
+def _copied(path, names, row_type, start, rows):
+    "Some columns of a table, packed or not, in the machine's own byte order; read in pieces."
+    found = {name: [] for name in names}
+    opened = gzip.open if str(path).endswith(".gz") else open
+    with opened(path, "rb") as file:
+        file.seek(start)
+        left = rows
+        while left:
+            number = max(1, min(left, _READ_AT_ONCE // row_type.itemsize))
+            block = file.read(number * row_type.itemsize)
+            if len(block) < number * row_type.itemsize:
+                raise LabError(f"{path} is cut short: fetch it again")
+            piece = np.frombuffer(block, row_type)
+            for name in names:
+                found[name].append(piece[name].astype(piece[name].dtype.newbyteorder("=")))
+            left -= number
+    return {name: np.concatenate(parts) if parts else np.array([]) for name, parts in found.items()}
+
+
+def _numbers(values, name):
+    "A column as float64, NaN where nothing, or nothing that could be, stands."
+    values = np.asarray(values, float)
+    with np.errstate(invalid="ignore"):
+        return np.where(np.abs(values) < 9_000 if name != "teff" else values > 0, values, np.nan)
+
+
+def _is_true(values):
+    "A column of FITS's logical values, letters T and F, as bool."
+    return values == ord("T") if values.dtype.kind in "iu" else values.astype(bool)
 
 
 # %%
@@ -437,6 +568,7 @@ def read_astra(path, labels=None, hdu: int = 2) -> Table:
     Parameters
     ----------
     path : str or Path
+        packed (.gz) or not
     labels : sequence of str, optional
         which; all that the table has by default
     hdu : int, default 2
@@ -445,41 +577,67 @@ def read_astra(path, labels=None, hdu: int = 2) -> Table:
     Returns
     -------
     Table
-        SDSS_ID, APOGEE_ID, labels and `_ERR` columns, BAD and WARN
+        SDSS_ID, APOGEE_ID, TELESCOPE, SNR, labels and `_ERR` columns, FLAG_BAD and FLAG_WARN; one
+        row per spectrum, so maybe several per star
 
     Raises
     ------
     LabError
         where a label or the table is missing
     """
-    try:
-        with fits.open(path) as hdus:
-            table = Table(hdus[hdu].data)
-    except (OSError, IndexError, TypeError, ValueError) as error:
-        raise LabError(
-            f"{path} has no table in HDU {hdu} ({error}): is it astraAllStarASPCAP?"
-        ) from error
-    known = {n: v for n, v in _ASTRA_COLUMNS.items() if {v[0], v[1] or v[0]} <= set(table.colnames)}
+    row_type, start, rows = _table_columns(path, hdu)
+    there = set(row_type.names or ())
+    known = {n: v for n, v in _ASTRA_COLUMNS.items() if {v[0], v[1] or v[0]} <= there}
     names = list(known) if labels is None else [label.name for label in label_records(labels)]
     missing = [name for name in names if name not in known]
-    if missing or not names or "sdss_id" not in table.colnames:
+    if missing or not names or "sdss_id" not in there:
         lacks = ", ".join(missing) or "sdss_id, or any label"
-        raise LabError(f"{path} has no {lacks}: it has {', '.join(table.colnames[:12])}, …")
+        raise LabError(f"{path} has no {lacks}: it has {', '.join(row_type.names[:12])}, …")
+    wanted = {column for name in names for column in known[name] if column}
+    wanted |= {f"e_{column}" for column in wanted} | set(_ASTRA_FACTS)
+    try:
+        table = _copied(path, sorted(wanted & there), row_type, start, rows)
+    except (OSError, EOFError) as error:
+        raise LabError(f"{path} cannot be read: {error}; is it cut short?") from error
     found = Table({"SDSS_ID": np.asarray(table["sdss_id"], np.int64)})
-    if "sdss4_apogee_id" in table.colnames:
-        found["APOGEE_ID"] = [str(name).strip() for name in table["sdss4_apogee_id"]]
+    for column, name in _ASTRA_FACTS.items():
+        if column in table and column != "sdss_id":
+            found[name] = _fact(table[column], name)
     for name in names:
-        column, less = known[name]
-        found[name] = _numbers(table, column) - (_numbers(table, less) if less else 0)
-        columns = [f"e_{c}" for c in (column, less) if c and f"e_{c}" in table.colnames]
-        errors = [_numbers(table, column) for column in columns]
-        found[f"{name}_ERR"] = np.sqrt(sum(error**2 for error in errors)) if errors else np.nan
+        found[name], found[f"{name}_ERR"] = _label_of(table, *known[name])
         found[name].unit = found[f"{name}_ERR"].unit = LABELS[name].unit
-    for flag in ("bad", "warn"):
-        column = f"flag_{flag}"
-        found[flag.upper()] = np.asarray(table[column], bool) if column in table.colnames else False
     found.meta["labels"] = names
     return found
+
+
+# %%
+#| export
+_ASTRA_FACTS = {  # column -> what we call it
+    "sdss_id": "SDSS_ID",
+    "sdss4_apogee_id": "APOGEE_ID",
+    "telescope": "TELESCOPE",
+    "snr": "SNR",
+    "flag_bad": "FLAG_BAD",
+    "flag_warn": "FLAG_WARN",
+}
+
+
+def _fact(values, name):
+    "A column that is no label."
+    if name.startswith("FLAG"):
+        return _is_true(values)
+    if values.dtype.kind == "S":
+        return np.char.strip(np.char.decode(values, "ascii", "replace"))
+    return values
+
+
+def _label_of(table, column, less):
+    "Value and error of a label, which may be the difference of two columns."
+    value = _numbers(table[column], column) - (_numbers(table[less], less) if less else 0)
+    errors = [_numbers(table[f"e_{name}"], name) for name in (column, less) if f"e_{name}" in table]
+    if not errors:
+        return value, np.full(len(value), np.nan)
+    return value, np.sqrt(sum(error**2 for error in errors))
 
 
 # %%
@@ -491,23 +649,33 @@ rows["fe_h"], rows["mg_h"] = labels[:, 2], labels[:, 2] + 0.25
 rows["e_fe_h"] = rows["e_mg_h"] = 0.03
 rows["flag_bad"] = np.arange(len(rows)) % 50 == 0
 made = fits.HDUList([fits.PrimaryHDU(), fits.BinTableHDU(name="BOSS"), fits.table_to_hdu(rows)])
-made.writeto(here / "astraAllStarASPCAP-0.6.0.fits")
-catalogue = read_astra(here / "astraAllStarASPCAP-0.6.0.fits")
+made.writeto(here / "astraAllStarASPCAP-0.6.0.fits.gz")
+catalogue = read_astra(here / "astraAllStarASPCAP-0.6.0.fits.gz")
 assert np.allclose(catalogue["MG_FE"], 0.25) and np.allclose(
     catalogue["MG_FE_ERR"], 0.03 * np.sqrt(2)
 )
 with pytest.raises(LabError, match="has no SI_FE"):
-    read_astra(here / "astraAllStarASPCAP-0.6.0.fits", ["teff", "si_fe"])
+    read_astra(here / "astraAllStarASPCAP-0.6.0.fits.gz", ["teff", "si_fe"])
 catalogue[:3]
 
 
 # %% [markdown]
 # ## Learning from it
-# Files and catalogue meet by `sdss_id`. What comes out is what every model learns from.
+# Files and catalogue meet by `sdss_id`. A star that was seen from both observatories has two rows of labels, and one file: the row of the better spectrum counts. What comes
+# out is what every model learns from, with [a ledger](02_clean.ipynb) of the stars that fell.
 
 # %%
 #| export
-def mwm_stars(paths, catalogue: Table, keep_bad: bool = False) -> tuple:
+def _row_of_star(catalogue):
+    "sdss_id -> the row of the catalogue that counts, and how many rows it has: two dicts."
+    snr = catalogue["SNR"] if "SNR" in catalogue.colnames else np.zeros(len(catalogue))
+    order = np.argsort(np.nan_to_num(np.asarray(snr, float), nan=-1), kind="stable")
+    ids = np.asarray(catalogue["SDSS_ID"])
+    place = {int(ids[row]): int(row) for row in order}
+    return place, dict(zip(*np.unique(ids, return_counts=True)))
+
+
+def mwm_stars(paths, catalogue: Table) -> tuple:
     """Spectra of mwmStar files with the catalogue's labels, and what became of the others.
 
     Parameters
@@ -516,42 +684,58 @@ def mwm_stars(paths, catalogue: Table, keep_bad: bool = False) -> tuple:
         mwmStar files
     catalogue : Table
         of `read_astra`
-    keep_bad : bool, default False
-        keep stars whose labels the survey calls bad
 
     Returns
     -------
     tuple
-        `Spectra`, raw, with labels; and a dict path -> reason of the files left out
+        `Spectra`, raw, with labels; and the `Ledger` of the files that were left out
 
     Raises
     ------
     LabError
         where no star is left
     """
-    place = {int(sdss_id): row for row, sdss_id in enumerate(catalogue["SDSS_ID"])}
-    parts, rows, left_out = [], [], {}
+    paths = [Path(path) for path in paths]
+    place, times = _row_of_star(catalogue)
+    parts, rows = [], []
+    left_out = {"no spectrum of APOGEE": [], "no row in the catalogue": []}
+    reasons = []
     for path in paths:
+        match = _NAME.fullmatch(path.name)
+        name = match["sdss_id"] if match else path.name
         try:
             star = read_mwm(path)
         except LabError as error:
-            left_out[str(path)] = str(error)
+            left_out["no spectrum of APOGEE"].append(name)
+            reasons.append(str(error))
             continue
         row = place.get(int(star.stars["SDSS_ID"][0]))
-        if row is None or (catalogue["BAD"][row] and not keep_bad):
-            left_out[str(path)] = "not in the catalogue" if row is None else "its labels are bad"
+        if row is None:
+            left_out["no row in the catalogue"].append(name)
             continue
         parts.append(star)
         rows.append(row)
     if not parts:
-        first = next(iter(left_out.values()), "there are none")
-        raise LabError(f"no star is left of {len(left_out)} files: {first}")
-    stars = _stacked(parts)
-    for name in catalogue.meta["labels"]:
+        first = (reasons or ["none of them is in the catalogue"])[0]
+        raise LabError(f"no star is left of {len(paths)} files: {first}")
+    ledger = Ledger(len(paths))
+    for rule, names in left_out.items():
+        ledger = ledger.drop(rule, names, "", reasons if "APOGEE" in rule else ())
+    further = sum(times[catalogue["SDSS_ID"][row]] - 1 for row in rows)
+    ledger = ledger.count("duplicate rows resolved", further, "the row with the highest SNR counts")
+    return _with_rows(_stacked(parts), catalogue, rows), ledger
+
+
+def _with_rows(spectra, catalogue, rows):
+    "The spectra with labels and flags of their rows of the catalogue."
+    for name in filter(LABELS.__contains__, catalogue.colnames):
         for column in (name, f"{name}_ERR"):
-            stars.stars[column] = catalogue[column][rows]
-    stars.stars.meta["labels"] = list(catalogue.meta["labels"])
-    return stars, left_out
+            spectra.stars[column] = catalogue[column][rows]
+    for name in ("FLAG_BAD", "FLAG_WARN"):
+        flags = catalogue[name][rows] if name in catalogue.colnames else np.zeros(len(rows))
+        spectra.stars[name] = np.asarray(flags, np.int16)
+    spectra.stars.meta["labels"] = list(catalogue.meta["labels"])
+    return spectra
 
 
 # %%
@@ -560,23 +744,104 @@ paths = []
 for row in chosen:
     paths.append(here / f"mwmStar-0.6.0-{1000 + row}.fits")
     made_mwm(spectra[[row]], sdss_id=1000 + row).writeto(paths[-1], overwrite=True)
-stars, left_out = mwm_stars(paths, catalogue)
-print(stars, f"{len(left_out)} left out: {set(left_out.values())}")
-assert len(stars) + len(left_out) == len(chosen)
+made_mwm(boss=True, sdss_id=7).writeto(here / "mwmStar-0.6.0-7.fits")
+stars, ledger = mwm_stars([*paths, here / "mwmStar-0.6.0-7.fits"], catalogue)
+print(stars)
+assert len(stars) == len(chosen) == ledger.left
+ledger
+
+
+# %% [markdown]
+# A whole tree at once: its files, its catalogue, the cuts of its record (bad labels are among them) and the treatment of any raw spectrum. `stellar-lab train FOLDER` does this
+# where FOLDER holds SDSS-V. The catalogue's checksum goes into the model, for the content of `astraAllStarASPCAP-0.6.0` is known to have changed once under one version.
+
+# %%
+#| export
+def mwm_training_set(
+    root,
+    labels=None,
+    continuum_pixels: np.ndarray = None,
+    progress: bool = True,
+    dark=0.05,
+    mask: str = None,
+) -> tuple:
+    """Normalized spectra of SDSS-V's stars to learn from, and the account of those that fell.
+
+    Parameters
+    ----------
+    root : str or Path
+        of a tree of SDSS-V's release: mwmStar files and astraAllStarASPCAP
+    labels : sequence of str, optional
+        labels that a star must have; the archive's by default
+    continuum_pixels : (P,) bool array, optional
+        the 529 of the original lab by default
+    progress : bool, default True
+        unused: for the same calls as `normalize.training_set`
+    dark : float, default 0.05
+        `fraction` of `dark_pixels`; 0 keeps all pixels
+    mask : str, optional
+        rule for flagged pixels, as for `MaskRule.parse`; by default every flag kills
+
+    Returns
+    -------
+    tuple
+        `Spectra` of the stars that pass all cuts, and their `Ledger`
+
+    Raises
+    ------
+    LabError
+        where there is no star's file or catalogue, or no star is left
+    """
+    record = archive_record(root)
+    files = find_files(root, "mwmstar", "all")
+    if not len(files):
+        where = record.rules.folder("mwmstar", "AB/CD")
+        raise LabError(f"no star's file below {root}: looked for {where}; fetch them by sdss_id")
+    table = find_catalogue(root)
+    wanted = record.labels if labels is None else labels
+    names = [label.name for label in label_records(wanted)]
+    for_cuts = [cut.column for cut in record.cuts if cut.column in LABELS]
+    catalogue = read_astra(table, dict.fromkeys([*names, *for_cuts]))
+    catalogue.meta["labels"] = names
+    spectra, ledger = mwm_stars(list(files["path"]), catalogue)
+    known = {"release": record.release, "archive": record.name, "dark": float(dark or 0)}
+    spectra.stars.meta |= known | {"catalogue_sha256": sha256_of(table)}
+    if dark:
+        spectra.ivar[dark_pixels(spectra.flux, spectra.ivar, dark)] = 0
+    spectra = weigh_by(spectra, mask)
+    spectra, ledger = apply_cuts(spectra, ledger=ledger)
+    spectra = normalize(spectra, continuum_pixels=continuum_pixels)
+    return drop_masked(spectra, ledger=ledger)
+
+
+# %%
+tree = here / "tree"
+for path in paths:
+    sdss_id = path.stem.split("-")[-1]
+    place = tree / dr19.path("mwmstar", sdss_id_folder(sdss_id), sdss_id)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    path.rename(place)
+(tree / dr19.allstar).parent.mkdir(parents=True)
+(here / "astraAllStarASPCAP-0.6.0.fits.gz").rename(tree / dr19.allstar)
+learn, ledger = mwm_training_set(tree, ["TEFF", "LOGG", "M_H"])
+assert archive_record(tree).name == "milkyway" and not (tree / ARCHIVE_FILE).exists()
+ledger
 
 # %% [markdown]
 # A model learns from these files, and labels them as it would label the survey's older ones.
 
 # %%
-model = Cannon(order=1, scatter=True, labels=["TEFF", "LOGG", "M_H"]).fit(normalize(stars))
-found = infer(model, as_trained(model, read_mwm(paths[5])))
-known = catalogue["TEFF"][catalogue["SDSS_ID"] == 1000 + chosen[5]][0]
+model = Cannon(order=1, scatter=True).fit(learn)
+file = find_files(tree, "mwmstar")["path"][5]
+found = infer(model, as_trained(model, read_mwm(file)))
+known = catalogue["TEFF"][catalogue["SDSS_ID"] == int(Path(file).stem.split("-")[-1])][0]
 print(f"Teff {found['teff'][0]:.0f}, catalogue {known:.0f} K")
+print("learned from the catalogue", model.metadata_["catalogue_sha256"][:16], "…")
 assert abs(found["teff"][0].value - known) < 400
 
 # %% [markdown]
-# Release notes, as far as they matter here: the content of `astraAllStarASPCAP-0.6.0` has changed once under one version, so keep the checksum of the file that you
-# learned from beside the model. And mwmStar's spectra are weighted combinations of visits; the survey's pipeline worked on these very spectra.
+# Release notes, as far as they matter here. `flag_bad` rows are cut, `flag_warn` rows stay. mwmStar's spectrum of APOGEE is the combination of the apStar file, which the
+# survey's pipeline worked on. And ASPCAP's numbers in DR19 are calibrated: the uncalibrated ones have the prefix `raw_`.
 #
 # **Exercise.** Write a star that both observatories have seen, with different noise, and compare the labels of each with those of the combination.
 

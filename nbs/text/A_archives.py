@@ -23,7 +23,9 @@
 # %%
 #| export
 import csv
+import gzip
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -34,6 +36,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +68,7 @@ from stellar_lab.survey import (
     own_temporary,
     read_truth,
     remove_strays,
+    sdss_id_folder,
     sha256_of,
     trouble_in_words,
     wavelength,
@@ -1861,6 +1865,228 @@ assert summary.flaws == {flaw.name: flaw.count for flaw in _FLAWS.values()}
 assert not write_clusters(root, stars=24, progress=False).new  # nothing is done twice
 # No temporary folder is left:
 assert {path.name for path in Path(scratch.name).iterdir()} == {"clusters", "mock"}
+
+# %% [markdown]
+# ## The same stars in SDSS-V's files
+# SDSS-V has [other files](22_mwm.ipynb): one mwmStar per star, called by a number, and a catalogue with other columns. This writer makes such a tree of the same real stars, so that
+# fetching, training and labelling can be tried. Three things are **invented**: the numbers; [Fe/H], for which the embedded catalogue's [M/H] stands in; and [Mg/H], which is [M/H] plus
+# [α/M]. Some stars are what SDSS-V's files can be: seen from both observatories, by BOSS alone, with labels that are flagged as bad, without a row in the catalogue.
+
+# %%
+#| export
+_FIRST_SDSS_ID = 60_000_123
+_SDSS_ID_STEP = 1_013  # so that the folders differ
+_ROLES = {
+    "both": 3,
+    "boss": 2,
+    "bad": 3,
+    "no-row": 2,
+}  # stars of each kind that is out of the usual
+
+
+def _roles(stars, seed):
+    "What each star (N,) is to be: a key of `_ROLES`, or empty. Small archives have fewer."
+    roles = np.full(len(stars), "", "U8")
+    order = np.random.default_rng([seed, 19]).permutation(len(stars))
+    share = min(1.0, len(stars) / 100)
+    for role, number in _ROLES.items():
+        number = max(1, round(number * share)) if len(stars) >= 12 else 0
+        roles[order[:number]] = role
+        order = order[number:]
+    return roles
+
+
+def _on_flux_scale(spectra, seed):
+    "The spectra as the instrument saw them: flux and error with a continuum, mask."
+    names = [str(name) for name in spectra.stars["APOGEE_ID"]]
+    drawn = np.array([_draw_throughput(seed, name) for name in names])
+    curves = _instrument_continuum(spectra.stars["TEFF"], spectra.stars["H"], drawn)
+    ivar = np.where(np.isfinite(spectra.ivar), spectra.ivar / curves**2, 0)
+    return spectra.replace(flux=(spectra.flux * curves).astype("f4"), ivar=ivar.astype("f4"))
+
+
+def _two_halves(star, seed):
+    "One star's spectrum as two that could have made it, from two observatories."
+    with np.errstate(divide="ignore"):
+        error = np.where(star.ivar[0] > 0, 1 / np.sqrt(star.ivar[0]), _NO_VALUE)
+    rng = _star_rng(seed, star.stars["APOGEE_ID"][0], "observatories")
+    fluxes, errors, _ = _split_visits(star.flux[0].astype(float), error, 2, rng)
+    halves = []
+    for flux, error in zip(fluxes, errors):
+        ivar = np.where(error < _NO_VALUE, 1 / error**2, 0)
+        halves.append(star.replace(flux=flux[None].astype("f4"), ivar=ivar[None].astype("f4")))
+    return halves
+
+
+# %%
+print(dict(zip(*np.unique(_roles(range(553), 42), return_counts=True))))
+bright = _on_flux_scale(full[[3]], 42)
+first, second = _two_halves(bright, 42)
+mean = (first.flux * first.ivar + second.flux * second.ivar) / (first.ivar + second.ivar)
+known = bright.ivar[0] > 0
+assert np.allclose(mean[0, known], bright.flux[0, known], rtol=1e-4)
+
+# %% [markdown]
+# The catalogue has astra's columns, as far as we have something to say: who, where, how bright, labels with errors, abundances relative to hydrogen (those that nobody measured are
+# NaN), flags.
+
+# %%
+#| export
+_ELEMENTS = "al c_1 c ca ce co cr cu k mg mn na nd ni n o p si s ti ti_2 v".split()
+_ATMOSPHERE = {
+    "TEFF": "teff",
+    "LOGG": "logg",
+    "M_H": "m_h_atm",
+    "ALPHA_M": "alpha_m_atm",
+    "C_M": "c_m_atm",
+    "N_M": "n_m_atm",
+}
+
+
+def _astra_row(star, sdss_id, telescope, bad):
+    "A row of astraAllStarASPCAP as a dict."
+    row = {"sdss_id": sdss_id, "sdss4_apogee_id": star["APOGEE_ID"], "gaia_dr3_source_id": -1}
+    row |= {name.lower(): star[name] for name in ("RA", "DEC")}
+    row |= {f"{band.lower()}_mag": star[band] for band in "JHK"}
+    row |= {"release": "sdss5", "filetype": "apStar", "apred": "1.3", "obj": star["APOGEE_ID"]}
+    row |= {"telescope": telescope, "field": "", "n_visits": star["NVISITS"], "snr": star["SNR"]}
+    row |= {"spectrum_flags": star.get("STARFLAG", 0), "v_rad": star["VHELIO"]}
+    row |= {"v_astra": "0.6.0", "e_v_rad": star["VERR"], "std_v_rad": star["VSCATTER"]}
+    for name, column in _ATMOSPHERE.items():
+        row |= {column: star[name], f"e_{column}": star[f"{name}_ERR"]}
+    metals = {"fe": star["M_H"], "mg": star["M_H"] + star["ALPHA_M"]}
+    for element in sorted([*_ELEMENTS, "fe"]):
+        value = metals.get(element, np.nan)
+        error = 0.03 if element in metals else np.nan
+        row |= {f"{element}_h": value, f"e_{element}_h": error, f"{element}_h_flags": 0}
+    return row | {"result_flags": int(bad), "flag_warn": bool(bad), "flag_bad": bool(bad)}
+
+
+def _astra_table(rows):
+    "The catalogue: nothing of BOSS, and APOGEE in HDU 2; packed, without a date."
+    kinds = {bool: "L", int: "K", float: "E"}
+    columns = []
+    for name in rows[0]:
+        values = [row[name] for row in rows]
+        kind = kinds.get(type(values[0])) or f"{max(map(len, [*values, '1']))}A"
+        kind = "D" if name in ("ra", "dec") else "J" if name.endswith("_flags") else kind
+        columns.append(fits.Column(name, kind, array=values))
+    few = (fits.Column("sdss_id", "K"), fits.Column("telescope", "6A"), fits.Column("snr", "E"))
+    boss = fits.BinTableHDU.from_columns(few, nrows=0)
+    apogee = fits.BinTableHDU.from_columns(columns)
+    boss.header["INSTRMNT"] = "BOSS"
+    apogee.header["INSTRMNT"] = "APOGEE"
+    primary = fits.PrimaryHDU(header=fits.Header({"PIPELINE": "ASPCAP", "V_ASTRA": "0.6.0"}))
+    plain = io.BytesIO()
+    fits.HDUList([primary, boss, apogee]).writeto(plain)
+    return gzip.compress(plain.getvalue(), compresslevel=6, mtime=0)
+
+
+# %%
+row = _astra_row(_star_dicts(full.stars[:1])[0], 42, "apo25m", bad=False)
+print(len(row), "columns:", *list(row)[:8], "…")
+assert np.isclose(row["mg_h"] - row["fe_h"], full.stars["ALPHA_M"][0]) and np.isnan(row["si_h"])
+
+
+# %%
+#| export
+def _fill_sdssv(tree, spectra, seed, visits, progress):
+    "Write star by star, then the catalogue."
+    rules = ARCHIVES["sdssv"].rules
+    made_mwm = import_module("stellar_lab.mwm").made_mwm
+    seen = _on_flux_scale(spectra, seed)
+    rows = []
+    facts = _star_dicts(spectra.stars)
+    roles = _roles(spectra, seed)
+    for n in tqdm(range(len(spectra)), desc="writing", unit="star", disable=not progress):
+        sdss_id = _FIRST_SDSS_ID + n * _SDSS_ID_STEP
+        star = seen[[n]]
+        apo, lco = _two_halves(star, seed) if roles[n] == "both" else (star, None)
+        spectrum = {"boss": True} if roles[n] == "boss" else {"apo": apo, "lco": lco}
+        for product in rules.paths:
+            if product == "mwmvisit" and (not visits or roles[n] == "boss"):
+                continue
+            path = tree / rules.path(product, sdss_id_folder(sdss_id), str(sdss_id))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            nights = product == "mwmvisit"
+            made_mwm(**spectrum, sdss_id=sdss_id, visits=nights).writeto(path)
+        if roles[n] in ("boss", "no-row"):
+            continue
+        rows.append(_astra_row(facts[n], sdss_id, "apo25m", roles[n] == "bad"))
+        if lco is not None:  # the same star once more, from the other side: other labels
+            worse = facts[n] | {"SNR": 0.7 * facts[n]["SNR"], "TEFF": facts[n]["TEFF"] + 100}
+            rows.append(_astra_row(worse, sdss_id, "lco25m", False))
+    catalogue = tree / rules.allstar
+    catalogue.parent.mkdir(parents=True, exist_ok=True)
+    catalogue.write_bytes(_astra_table(rows))
+
+
+class _SdssVSummary(ArchiveSummary):
+    "Its own words: there is no mystery star."
+
+    def __str__(self):
+        state = "written to" if self.new else "is already at"
+        roles = ", ".join(f"{count} {name}" for name, count in self.flaws.items()) or "none"
+        return (
+            f"archive of {self.stars} stars in SDSS-V's files {state} {self.root}: {self.files} "
+            f"files, {self.size / 1e6:.0f} MB; stars out of the usual: {roles}"
+        )
+
+
+# %%
+#| export
+def write_sdssv(
+    root, seed: int = 42, stars=None, visits: bool = False, progress: bool = True
+) -> ArchiveSummary:
+    """Write the real stars in the files of SDSS-V's data release 19. Same seed, same bytes.
+
+    Parameters
+    ----------
+    root : str or Path
+        Folder to make; it must not exist, be empty or hold this very archive.
+    seed : int, default 42
+        Decides what is simulated: flux scale, and which stars are out of the usual.
+    stars : int or sequence of int, optional
+        How many of the 553 (spread evenly), or their rows; all by default.
+    visits : bool, default False
+        Write mwmVisit files, too.
+    progress : bool, default True
+        Show a bar.
+
+    Returns
+    -------
+    ArchiveSummary
+        Its `flaws` say how many stars are seen from both observatories, by BOSS alone, and so on.
+
+    Raises
+    ------
+    LabError
+        If there are not so many stars, or something else stands at `root`.
+    """
+    spectra = real_stars(with_mask=True)
+    if stars is not None:
+        rows = _spread(len(spectra), stars) if np.ndim(stars) == 0 else np.asarray(stars)
+        spectra = spectra[rows]
+    root = Path(root)
+    content = hashlib.sha256(" ".join(map(str, spectra.stars["APOGEE_ID"])).encode())
+    roles = _roles(spectra, seed)
+    card = {"archive": "sdssv", "format": _FORMAT, "seed": seed, "stars": len(spectra)}
+    card |= {"content": content.hexdigest()[:16], "visits": visits, "files": []}
+    card["flaws"] = {name: int(np.sum(roles == name)) for name in _ROLES if name in roles}
+    new = not _already_there(root, card)
+    if new:
+        with _growing(root) as tree:
+            _fill_sdssv(tree, spectra, seed, visits, progress)
+            text = json.dumps(card | {"sha256": _sums(tree)}, indent=1)
+            (tree / ARCHIVE_FILE).write_text(text + "\n")
+    return _SdssVSummary(**vars(_summary(root, card, new)))
+
+
+# %%
+summary = write_sdssv(Path(scratch.name) / "sdssv", stars=16, progress=False)
+print(str(summary).replace(scratch.name, "…"))
+assert summary.stars == 16 and len(list(summary.root.rglob("mwmStar-*.fits"))) == 16
+assert not write_sdssv(summary.root, stars=16, progress=False).new
 
 # %% [markdown]
 # ## One spectrum, step by step

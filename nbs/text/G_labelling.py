@@ -13,12 +13,14 @@
 
 # %%
 #| export
+import copy
 import csv
 import hashlib
 import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -45,7 +47,7 @@ from tqdm import TMonitor, tqdm
 
 from stellar_lab import __version__
 from stellar_lab.cannon import plot_fit
-from stellar_lab.clean import FILE_NAME, Problem, product_of, read_stars
+from stellar_lab.clean import FILE_NAME, MaskRule, Problem, product_of, read_stars
 from stellar_lab.inversion import infer
 from stellar_lab.models import (
     LabelModel,
@@ -94,21 +96,30 @@ from stellar_lab.training import train
 
 # %% [markdown]
 # ## Which files?
-# Spectra are named as files or folders. A folder is searched down to the last one for the survey's file names. The file of a single visit is not a star and stays out. Of a folder that holds both products only the
-# model's is taken. Whatever stays out is counted: a spectrum that somebody renamed should not vanish without a word.
+# Spectra are named as files or folders. A folder is searched down to the last one for the survey's file names: apStar and aspcapStar, visits on the detector's pixels (apVisit), and the files of SDSS-V (mwmStar, mwmVisit).
+# A visit cut out of an apStar file is not a star and stays out. Of a folder that holds both apStar and aspcapStar files only the model's product is taken. Whatever stays out is counted: a spectrum that somebody renamed should not vanish without a word.
 
 # %%
 #| export
 _KINDS = {  # what a name says of a file -> how we count it
     "apstar": "apStar files",
     "aspcapstar": "aspcapStar files",
+    "apvisit": "apVisit files",
+    "mwmstar": "mwmStar files",
+    "mwmvisit": "mwmVisit files",
     "visit": "files of single visits",
     "other": "other FITS files",
 }
 
 
+_ELSEWHERE_NAME = re.compile(r"(apVisit|asVisit|mwmStar|mwmVisit)-.+\.fits(\.gz)?")
+
+
 def _kind_of_name(name):
     "What a file's name says of it, a key of `_KINDS`; None if it is no FITS file."
+    elsewhere = _ELSEWHERE_NAME.fullmatch(name)
+    if elsewhere:
+        return elsewhere[1].lower().replace("asvisit", "apvisit")
     match = FILE_NAME.fullmatch(name)
     if not match:
         return "other" if name.endswith((".fits", ".fits.gz")) else None
@@ -168,13 +179,15 @@ def _inside(folder, product):
     "(path, product) of the stars to take from a folder, and (path, kind) of all its FITS files."
     everything = _search(folder)
     stars = [pair for pair in everything if pair[1] in PRODUCTS]
-    if not stars:
+    further = [pair for pair in everything if pair[1] in _ELSEWHERE]
+    if not stars and not further:
         others = _counted(kind for _, kind in everything)
         raise LabError(
-            f"{folder} holds no apStar or aspcapStar file, neither does a folder in it "
+            f"{folder} holds no apStar or aspcapStar file, none of visits or of SDSS-V, neither "
+            "does a folder in it "
             f"(they are known by name){f'; it has {others}: name these' if others else ''}"
         )
-    return [pair for pair in stars if pair[1] == product] or stars, everything
+    return ([pair for pair in stars if pair[1] == product] or stars) + further, everything
 
 
 def _path_list(paths):
@@ -337,6 +350,7 @@ class _Job(NamedTuple):
     paths: tuple
     row: int | None
     any_product: bool
+    mask: str | None = None  # the rule for flagged pixels; the model's by default
 
 
 def _label_batch(model, job):
@@ -368,10 +382,13 @@ def _add_facts(table, spectra):
 
 def _label_elsewhere(model, path, kind):
     "The table of one file of a kind in `_ELSEWHERE`."
-    spectra = _ELSEWHERE[kind](path)
+    rule = model.metadata_.get("mask_rule") if kind == "apvisit" else None
+    spectra = _ELSEWHERE[kind](path, **({"rule": MaskRule.parse(rule)} if rule else {}))
     if kind.startswith("mwm"):  # on the survey's pixels, at rest
         table = infer(model, as_trained(model, spectra), any_recipe=True)
         _add_facts(table, spectra)
+        notes = spectra.stars.meta.get("notes", [])
+        table.meta["said"] = [f"{Path(path).name}: {note}" for note in notes]
         return table
     found = label_star(model, spectra)
     _add_facts(found.table, found.spectra)
@@ -412,6 +429,9 @@ def _label_job(model, job):
 
     Where one file makes the others fail, they are labelled without it: half by half, down to the
     file that is the cause."""
+    if job.mask is not None:
+        model = copy.copy(model)
+        model.metadata_ = model.metadata_ | {"mask_rule": job.mask}
     try:
         with single_threaded():  # sums do not depend on the number of cores
             work = _label_batch if job.product in PRODUCTS else _label_own
@@ -428,14 +448,14 @@ def _label_job(model, job):
     return first + second, problems + others
 
 
-def _jobs(model, files, row, any_product, batch):
+def _jobs(model, files, row, any_product, batch, mask=None):
     "All files in jobs of so many, product by product."
     usual = model.metadata_.get("product")
     by_kind = {}
     for path, kind in files:
         by_kind.setdefault(kind or (usual if usual in PRODUCTS else "apstar"), []).append(path)
     return [
-        _Job(kind, tuple(paths[start : start + batch]), row, any_product)
+        _Job(kind, tuple(paths[start : start + batch]), row, any_product, mask)
         for kind, paths in sorted(by_kind.items())
         for start in range(0, len(paths), batch)
     ]
@@ -1081,6 +1101,7 @@ def label(
     notes: dict = None,
     batch: int = 64,
     workers: int = 1,
+    mask: str = None,
 ) -> LabelSummary:
     """Labels of stars from their files, treated as the model's training spectra were.
 
@@ -1107,6 +1128,8 @@ def label(
         files in memory at a time; labels of other batches differ by less than 0.002 of an error
     workers : int, default 1
         processes that read and label; the table does not depend on it
+    mask : str, optional
+        rule for flagged pixels, as for `MaskRule.parse`; by default as the model learned
 
     Returns
     -------
@@ -1134,7 +1157,8 @@ def label(
         inputs = [path for path, _ in files] + ([name] if name else [])
         _check_spared(out, inputs)
     row = _row_of(model) if row is None else int(row)
-    jobs = _jobs(model, files, row, bool(any_product), int(batch))
+    mask = None if mask is None else str(MaskRule.parse(mask))
+    jobs = _jobs(model, files, row, bool(any_product), int(batch), mask)
     parts = _Parts(out, name) if out is not None and name and len(jobs) > 1 else None
     table, problems = _label_files(model, jobs, int(workers), parts, progress, name)
     if table is None:

@@ -80,11 +80,21 @@ def _list(text):
 
 def _product_list(text):
     "A list of products, in any case."
+    return _known_products(text, _PRODUCTS)
+
+
+def _fetched_list(text):
+    "A list of products that can be fetched, in any case."
+    return _known_products(text, (*_PRODUCTS, "mwmstar", "mwmvisit"))
+
+
+def _known_products(text, known):
+    "Names from a list of known ones."
     names = [name.lower() for name in _list(text)]
     for name in names:
-        if name not in _PRODUCTS:
+        if name not in known:
             raise argparse.ArgumentTypeError(
-                f"unknown product {name!r}: choose from {', '.join(_PRODUCTS)}"
+                f"unknown product {name!r}: choose from {', '.join(known)}"
             )
     return names
 
@@ -184,6 +194,7 @@ def show_help(add, name):
 _ARCHIVE_WRITERS = {  # name -> module and function of stellar_lab
     "clusters": ("archives", "write_clusters"),
     "mock": ("mock", "write_mock"),
+    "sdssv": ("archives", "write_sdssv"),
 }
 _ARCHIVE = """
 Write an archive of stars that stellar_lab carries: spectra, catalogue and
@@ -196,6 +207,8 @@ all, in the survey's own files and folders. No network is needed.
   mock       2,723 synthetic giants in four fields, with the survey's noise,
              masks and label errors, a few dwarfs and binaries among them;
              truth.fits knows their true labels; 3 GB
+  sdssv      the 553 real stars in the files of SDSS-V (DR19): mwmStar, called
+             by sdss_id, and the catalogue astraAllStarASPCAP; 0.2 GB
 
 The same seed gives the same bytes. An archive that is there already stays.
 
@@ -246,6 +259,9 @@ catalogue once, and the spectra of the fields, in the survey's own tree. What
 is there and whole stays, what has begun goes on, so a broken run is simply
 run again. Nothing half or wrong is ever left under a file's name.
 
+SDSS-V (DR19) has no fields: name its stars by their sdss_id, as numbers or in
+a file (text, or a table with a column sdss_id). Its catalogue has 1.2 GB.
+
 Exit code 0 says that all is there, 1 that something is missing.
 
 Examples:
@@ -253,6 +269,8 @@ Examples:
   stellar-lab fetch stars --from https://data.sdss.org/sas --release dr17 \\
       --fields N2420 --product apstar,aspcapstar --dry-run
   stellar-lab fetch copy --from /data/apogee
+  stellar-lab fetch today --from https://data.sdss.org/sas --release dr19 \\
+      --sdss-id mine.txt
 """
 
 
@@ -269,6 +287,8 @@ def _run_fetch(options):
         workers=options.workers,
         dry_run=options.dry_run,
         progress=_shows_progress(),
+        sdss_ids=options.sdss_id,
+        catalogue=not options.no_catalogue,
     )
     if options.dry_run:
         for item in summary.items:
@@ -279,7 +299,7 @@ def _run_fetch(options):
 
 # %%
 #| export
-_FETCHED_RELEASE = "dr10, dr14, dr16 or dr17 (default: the archive's own; dr14 for the survey)"
+_FETCHED_RELEASE = "dr10, dr14, dr16, dr17, dr19 (default: the archive's own; dr14 for the survey)"
 _FETCHED_FIELDS = (
     "location IDs up to DR14, names since DR16 (default: the archive's own; "
     "the original lab's four for the survey)"
@@ -302,8 +322,12 @@ def _add_fetch(commands):
     option("--from", dest="source", required=True, metavar="SOURCE", help=source)
     option("--release", metavar="NAME", help=_FETCHED_RELEASE)
     option("--fields", type=_list, metavar="LIST", help=_FETCHED_FIELDS)
-    product = "apstar, aspcapstar or both"
-    option("--product", type=_product_list, default="apstar", metavar="LIST", help=product)
+    product = "apstar, aspcapstar or both; of DR19 mwmstar, mwmvisit, its mwmstar by default "
+    product += "(default: apstar)"
+    option("--product", type=_fetched_list, metavar="LIST", help=product)
+    numbers = "stars of SDSS-V: numbers with commas between, or a file of them"
+    option("--sdss-id", metavar="LIST", help=numbers)
+    option("--no-catalogue", action="store_true", help="spectra only, not the table of all stars")
     option("--telescope", type=_list, metavar="LIST", help=_FETCHED_TELESCOPES)
     option("--workers", type=int, default=4, metavar="N", help="downloads at once")
     option("--dry-run", action="store_true", help="only list what would be fetched")
@@ -354,6 +378,7 @@ def _run_train(options):
         groups=options.groups,
         refusal=not options.no_refusal,
         gaps=options.gaps,
+        mask=options.mask,
         order=options.order,
         scatter=options.scatter,
         test_size=options.test_size,
@@ -394,6 +419,11 @@ _TRAINED = {  # option -> its help
     "the other models from labels that the spectra complete",
     "--no-refusal": "learn no guard against spectra that no star like the training stars explains",
 }
+_MASK = (
+    "which flagged pixels count, of raw spectra: strict, every flag kills; gentle, what the survey "
+    "calls bad kills, doubts such as persistence raise the error; a release, such as dr17; or "
+    "'kill=BADPIX,CRPIX raise=PERSIST_LOW:3', with a factor on the error"
+)
 _ROW = "of apstar files: 0 and 1 are combinations of all visits, 2, 3, … the visits"
 
 
@@ -406,6 +436,7 @@ def _add_spectra_options(option):
     option("--continuum-pixels", metavar="FILE", help=_TRAINED["--continuum-pixels"])
     row = f"{_ROW} (default: the combination that the release means)"
     option("--row", type=int, metavar="N", help=row)
+    option("--mask", metavar="RULE", help=f"{_MASK} (default: strict)")
 
 
 # %%
@@ -533,6 +564,7 @@ def _run_label(options):
         notes=_notes(options.words),
         progress=_shows_progress() or "lines",
         workers=options.workers,
+        mask=options.mask,
     )
     for problem in summary.problems:
         _say(f"no labels: {problem.path}: {problem.reason}")
@@ -568,6 +600,7 @@ def _add_label(commands):
     option("--any-product", action="store_true", help=anything)
     row = f"{_ROW} (default: as the model learned)"
     option("--row", type=int, metavar="N", help=row)
+    option("--mask", metavar="RULE", help=f"{_MASK} (default: as the model learned)")
     workers = "processes that read and label; the table does not depend on how many"
     option("--workers", type=int, default=1, metavar="N", help=workers)
     best = "write each star's best-fitting spectrum and residual (.fits, 5,000 stars at most)"

@@ -384,12 +384,23 @@ class AugmentedNetwork(LabNetwork):
 
 
 # %% [markdown]
-# On the stars: as many epochs as the profile allows, the same chances and noise as the original lab's, validation split by star and the best epoch kept. A plain network, without noise, is stopped at the same epoch.
+# On the stars: as many epochs as the profile allows, the same chances and noise as the original lab's, validation split by star and the best epoch kept. A plain network, without noise, is stopped at the same epoch. In the quick profile
+# the layers of both are half as wide.
 
 # %%
+class NoisyHalf(AugmentedNetwork):
+    widths = (500, 1000, 1000, 100, 20)
+
+
+class PlainHalf(LabNetwork):
+    widths = NoisyHalf.widths
+
+
 epochs = LAB_EPOCHS if full else epochs_within(200, round(0.8 * len(train)))
-augmented = AugmentedNetwork(labels=names, epochs=epochs).fit(spectra[train], progress=False)
-plain = LabNetwork(labels=names, epochs=augmented.best_epoch_ + 1, centre=True)
+augmented = (AugmentedNetwork if full else NoisyHalf)(labels=names, epochs=epochs)
+augmented.fit(spectra[train], progress=False)
+epochs = augmented.best_epoch_ + 1
+plain = (LabNetwork if full else PlainHalf)(labels=names, epochs=epochs, centre=True)
 plain.fit(spectra[train], progress=False)
 
 # %%

@@ -58,7 +58,7 @@ class Test:
             os.dup2(self.said.fileno(), stream)
         os.chdir(ROOT)
         sys.path.remove(str(ROOT / "tools"))
-        tester = sys.modules["nbdev.test"]
+        tester = import_module("nbdev.test")
         # nbdev draws figures twice as fine, which nobody sees here
         tester.CaptureShell = partial(tester.CaptureShell, mpl_format="png")
         skipped = tester.get_config().tst_flags.split()
@@ -118,8 +118,9 @@ def main():
     options = parser.parse_args()
     paths = notebooks(options.names)
     os.environ.update(environment(**thread_share(options.workers), **SETTINGS))
-    for name in LOADED_ONCE:
-        import_module(name)
+    if sys.platform != "darwin":  # where libraries do not survive a fork
+        for name in LOADED_ONCE:
+            import_module(name)
     failed = []
     times = {}
     for path, seconds, problem in run_all(

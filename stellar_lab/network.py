@@ -136,8 +136,10 @@ def _compiled(core, loss, optimizer):
     weights = core.trainable_variables
     optimizer.build(weights)
     optimizer._all_reduce_sum_gradients = lambda pairs: pairs  # no sum over machines, see above
+    shapes = [(None, core.inputs[0].shape[1])] * 2 + [(None, None)]
+    any_batch = [tf.TensorSpec(shape) for shape in shapes]  # one graph for batches of any size
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(input_signature=any_batch)
     def step(flux, ivar, truth):
         with tf.GradientTape() as tape:
             value = loss(truth, core([flux, ivar], training=True))
@@ -145,7 +147,7 @@ def _compiled(core, loss, optimizer):
         optimizer.apply_gradients(zip(tape.gradient(total, weights), weights))
         return value
 
-    @tf.function(reduce_retracing=True)
+    @tf.function(input_signature=any_batch)
     def loss_of_block(flux, ivar, truth):
         return loss(truth, core([flux, ivar], training=False))
 

@@ -74,9 +74,9 @@ def _epochs(profile, stars):
         "error-aware network": 100,
     }
     quick = {
-        "lab network": epochs_within(600, everyone, 20),
-        "augmented network": epochs_within(600, learned, 35),
-        "error-aware network": epochs_within(2_000, everyone, 60),
+        "lab network": epochs_within(600, everyone, 12),
+        "augmented network": epochs_within(600, learned, 25),
+        "error-aware network": epochs_within(2_000, everyone, 50),
     }
     return {"quick": quick, "full": full}[profile]
 

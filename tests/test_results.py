@@ -109,7 +109,7 @@ def test_many_stars_need_fewer_epochs_but_not_in_the_full_profile():
         for profile, stars in (("quick", 320), ("quick", 1824), ("full", 1824))
     )
     names = ("lab network", "augmented network", "error-aware network")
-    assert [few[name].epochs for name in names] == [20, 35, 60] and [
+    assert [few[name].epochs for name in names] == [12, 25, 50] and [
         full[name].epochs for name in names
     ] == [250, 250, 100]
     assert [many[name].epochs for name in names] == [11, 14, 36]

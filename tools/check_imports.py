@@ -4,6 +4,7 @@ rooms before it in the order of reading, from none after it, and no room's priva
 import ast
 import re
 import sys
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from typing import NamedTuple
 
@@ -31,13 +32,20 @@ def is_private(name):
     return name.startswith("_") and not name.endswith("__")
 
 
+@cache
+def nodes_of(source):
+    "Imports and attributes in Python text, which is asked for them several times."
+    kinds = (ast.Import, ast.ImportFrom, ast.Attribute)
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+
+
 def imports(source, known):
     """What Python text takes from the rooms in `known`: all imports, also those inside functions,
     and private attributes of a room that was imported as a whole."""
     found = []
     called = {}  # a name in the text -> the room that it stands for
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
+    nodes = nodes_of(source)
+    for node in nodes:
         if isinstance(node, ast.ImportFrom):
             path = f"{PACKAGE}.{node.module or ''}" if node.level else node.module
             _, _, room = path.rstrip(".").partition(".")
@@ -55,7 +63,7 @@ def imports(source, known):
                     room = alias.name.split(".")[1]
                     called[alias.asname or alias.name] = room
                     found.append(Import(node.lineno, room))
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             room = called.get(ast.unparse(node.value))
             if room:

@@ -5,8 +5,6 @@ import re
 import sys
 from pathlib import Path
 
-import nbformat
-
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 ROOMY = 2_000_000  # bytes: a notebook above this is no longer read where it lies
@@ -52,6 +50,8 @@ def notebooks(names=()):
 
 
 def read(path):
+    import nbformat  # takes a second, and not every tool reads notebooks
+
     return nbformat.read(path, as_version=4)
 
 

@@ -143,7 +143,7 @@ class Bench:
         if kind not in self._described:
             lone = self.folder / "lone.asdf"
             shutil.copy(self.models[kind], lone)
-            self._described[kind] = describe(lone).replace(str(lone), "MODEL")
+            self._described[kind] = _about(lone)
         return self._described[kind]
 
     def copy(self, place, sealed=True):
@@ -212,10 +212,16 @@ def judge_row(row, expected):
     return Found("slight" if slight else "wrong", f"{off:.2f} error bars off, errors x {ratio:.2f}")
 
 
+def _about(path):
+    "What is said of a model, without the names of its files."
+    said = describe(path).replace(str(path), "MODEL")
+    return said.replace(str(path.with_suffix(".json")), "RECORD")
+
+
 def judge_model(bench, path, kind):
     "Read a file of a model, describe it, label with it."
     model = load_model(path)
-    said = describe(path).replace(str(path), "MODEL")
+    said = _about(path)
     if FOREIGN.search(said):
         return Found("traceback", said)
     if not isinstance(model, LabelModel):
@@ -232,7 +238,7 @@ def judge_model(bench, path, kind):
 
 def judge_record(bench, path):
     "What is said of a model whose record is damaged: that, or what was said before."
-    said = describe(path).replace(str(path), "MODEL").replace(str(path.with_suffix(".json")), "REC")
+    said = _about(path)
     if FOREIGN.search(said):
         return Found("traceback", said)
     whole = bench.undisturbed("record", lambda: _described_whole(bench, path.parent))
@@ -247,7 +253,7 @@ def _described_whole(bench, place):
     path = place / "whole.asdf"
     shutil.copy(bench.models["cannon"], path)
     path.with_suffix(".json").write_text(json.dumps(bench.record))
-    return describe(path).replace(str(path), "MODEL").replace(str(path.with_suffix(".json")), "REC")
+    return _about(path)
 
 
 def _plain(report, root):

@@ -462,7 +462,7 @@ def tree_of(path):
 
 
 VALUES = [None, "x", -1, 0, 10**9, 1e300, float("nan"), [], {}, [None], True, [[1]], 3.7]
-VALUES += [float("-inf"), "\x1b[2J", "x" * 100_000, {"a": {"b": []}}, 2**70, ""]
+VALUES += [float("-inf"), "\x1b[2J", "x" * 100_000, {"a": {"b": []}}, ""]
 ARRAYS = {
     "shorter": lambda a: a[:-1],
     "deeper": lambda a: a[..., None],
@@ -605,22 +605,28 @@ def paths_in(value, above=()):
             yield from paths_in(part, (*above, name))
 
 
-def record_entry(bench, rng):
-    "An entry of a record missing, or another."
-    place = bench.place()
-    shutil.copy(bench.models["cannon"], place / "m.asdf")
-    record = copy.deepcopy(bench.record)
-    where = rng.choice(list(paths_in(record)))
-    inner = record
-    for name in where[:-1]:
-        inner = inner[name]
-    if rng.random() < 0.3:
-        del inner[where[-1]]
-    else:
-        inner[where[-1]] = rng.choice(VALUES)
-    (place / "m.json").write_text(json.dumps(record))
-    found = judge_record(bench, place / "m.asdf")
-    return found._replace(said=f"{where}: {found.said}")
+def record_entry(sealed):
+    "An entry of a record missing, or another; a forger's record has no checksum."
+
+    def fault(bench, rng):
+        place = bench.place()
+        shutil.copy(bench.models["cannon"], place / "m.asdf")
+        record = copy.deepcopy(bench.record)
+        if not sealed:
+            del record["sha256"]
+        where = rng.choice(list(paths_in(record)))
+        inner = record
+        for name in where[:-1]:
+            inner = inner[name]
+        if rng.random() < 0.3:
+            del inner[where[-1]]
+        else:
+            inner[where[-1]] = rng.choice([*VALUES, 2**70])
+        (place / "m.json").write_text(json.dumps(record))
+        found = judge_record(bench, place / "m.asdf")
+        return found._replace(said=f"{where}: {found.said}")
+
+    return fault
 
 
 def record_number(bench, rng):
@@ -1350,6 +1356,7 @@ class Kind(NamedTuple):
 
 
 VALID = "a valid number in place of another, and no checksum in the file"
+FORGED = "a valid file with a new checksum, made by somebody else"
 LIGHT = "valid light of another kind: the guard of a model of 60 stars and more sees most of it"
 
 KINDS = (
@@ -1387,7 +1394,7 @@ KINDS = (
     Kind("star", "other shapes and types", hdus_of(other_shape), 6, 100, VALID),
     Kind("star", "legal scaled images", hdus_of(scaled), 2, 10, "rounded by the writer"),
     Kind("star", "a table in place of an image", hdus_of(table_instead), 2, 10),
-    Kind("star", "a compressed image", hdus_of(compressed), 1, 5),
+    Kind("star", "a compressed image", hdus_of(compressed), 1, 5, "rounded by the writer"),
     Kind("star", "no file", pipe, 5, 20),
     Kind("star", "another star's bytes", another_star, 3, 40),
     Kind("star", "another product's bytes", other_product, 2, 20),
@@ -1401,9 +1408,10 @@ KINDS = (
     Kind("model", "something else", model_bytes(any_of(noise, nothing, page, append)), 4, 20),
     Kind("model", "no file", no_model, 6, 30),
     Kind("model", "entries", model_entry(sealed=False), 20, 300),
-    Kind("model", "entries, forged", model_entry(sealed=True), 20, 300, "a forger's valid file"),
+    Kind("model", "entries, forged", model_entry(sealed=True), 20, 300, FORGED),
     Kind("model", "attacks", model_attack, 10, 80),
-    Kind("record", "entries", record_entry, 20, 400),
+    Kind("record", "entries", record_entry(sealed=True), 8, 100),
+    Kind("record", "entries, forged", record_entry(sealed=False), 12, 300, FORGED),
     Kind("record", "numbers", record_number, 4, 40),
     Kind("record", "a bit", record_bytes(flip), 6, 60),
     Kind("record", "bytes", record_bytes(any_of(cut, overwrite, nothing, noise, page)), 8, 60),

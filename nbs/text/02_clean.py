@@ -58,12 +58,15 @@ from stellar_lab.survey import (
     LabError,
     Release,
     Spectra,
+    WrongFile,
     archive_record,
     archive_sums,
+    known_sums,
     label_records,
     on_band,
     plot_spectrum,
     same_star,
+    sha256_of,
     wavelength,
     what_stands_at,
 )
@@ -491,6 +494,8 @@ class _Fact(NamedTuple):
     column: str
     keys: tuple  # header cards, the first that exists counts
     missing: object  # value where no card exists; its type is the column's
+    low: float = -np.inf  # what is beyond these limits is no value
+    high: float = np.inf
 
     def read(self, header):
         "Its value in a header."
@@ -501,7 +506,8 @@ class _Fact(NamedTuple):
             value = type(self.missing)(value)
         except (TypeError, ValueError, OverflowError):
             return self.missing
-        return self.missing if value <= _MISSING else value
+        possible = value > _MISSING and self.low <= value <= self.high
+        return value if possible else self.missing
 
 
 _FACTS = (
@@ -509,10 +515,11 @@ _FACTS = (
     _Fact("TELESCOPE", ("TELESCOP",), ""),
     _Fact("FIELD", ("FIELD",), ""),
     _Fact("LOCATION_ID", ("LOCID",), -1),
-    _Fact("SNR", ("SNR",), np.nan),
-    _Fact("NVISITS", ("NVISITS",), -1),
-    *(_Fact(band, (band,), np.nan) for band in ("J", "H", "K")),
-    *(_Fact(angle, (angle,), np.nan) for angle in ("RA", "DEC")),
+    _Fact("SNR", ("SNR",), np.nan, 0, 1e6),
+    _Fact("NVISITS", ("NVISITS",), -1, 0, 1e6),
+    *(_Fact(band, (band,), np.nan, -10, 50) for band in ("J", "H", "K")),
+    _Fact("RA", ("RA",), np.nan, 0, 360),
+    _Fact("DEC", ("DEC",), np.nan, -90, 90),
 )
 
 # %%
@@ -544,8 +551,8 @@ class Problem(NamedTuple):
         return f"{Path(self.path).name}: {self.reason}"
 
 
-class _Wrong(ValueError):
-    "What is wrong with a file, in words for its reader."
+class _Wrong(WrongFile):
+    "What is wrong with a star's file."
 
 
 _CUT_PACKED = "cut short: what is packed in it ends too early; fetch it again"
@@ -1095,7 +1102,7 @@ def _checked_content(path, sha256):
     content, stored, verified = _content(path)
     if sha256:
         if hashlib.sha256(stored).hexdigest() != sha256:
-            raise _Wrong("damaged: its sha256 is not the one in archive.json; fetch it again")
+            raise _Wrong("damaged: its sha256 is not the one its archive knows; fetch it again")
         verified = True
     places = _chain(content)
     if not places:
@@ -2415,7 +2422,14 @@ def _rows_of_files(root, files, record, rules, labels, release):
     "For each file its row of the catalogue, the row's number or -1, how many others it has."
     labels = record.labels if labels is None else labels
     for_cuts = [cut.column for cut in record.cuts]
-    catalogue = read_catalogue(find_catalogue(root, release), labels, for_cuts)
+    path = find_catalogue(root, release)
+    (known,) = known_sums([path])
+    if known and sha256_of(path) != known:
+        raise LabError(
+            f"{path} is damaged: its sha256 is not the one that its archive knows; fetch it, or "
+            "write the archive, again"
+        )
+    catalogue = read_catalogue(path, labels, for_cuts)
     rows, further = match_catalogue(files, catalogue, rules)
     lonely = _rows_without_file(files, catalogue, rules)
     return catalogue[rows], rows, further, lonely  # for -1 any row will do

@@ -897,7 +897,7 @@ def label(
     notes : dict, optional
         goes into the table's meta, such as a date
     batch : int, default 64
-        files in memory at a time; labels of other batches differ by less than 0.002 of an error
+        files in memory at a time; labels of other batches differ by less than 0.001 of an error
     workers : int, default 1
         processes that read and label; the table does not depend on it
 

@@ -18,13 +18,15 @@ import re
 import stat
 import struct
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import IntFlag
 from functools import singledispatch, wraps
 from importlib import import_module
+from pathlib import Path
 
 import asdf
 import numpy as np
@@ -1564,8 +1566,21 @@ def _tree_of(model):
     }
 
 
+_OLD = 86_400  # seconds; what is as old as that is not being written any more
+
+
+def _remove_old_strays(folder):
+    "Remove models that asdf had begun under its own names when an older version was ended."
+    for stray in folder.glob(".asdf_tmp*"):
+        with suppress(OSError, WrongFile):
+            if time.time() - stray.stat().st_mtime > _OLD:
+                if b"stellar_lab_model" in read_regular(stray, first=_MOST_TEXT):
+                    stray.unlink()
+
+
 def _write_model(model, path):
     "Write a fitted model as ASDF, whole or not at all."
+    _remove_old_strays(Path(path).parent)
     versions = {"stellar_lab": __version__, "numpy": np.__version__}
     versions["scikit-learn"] = sklearn.__version__
     tree = {**_tree_of(model), "format_version": _FORMAT_VERSION, "versions": versions}

@@ -497,3 +497,33 @@ def test_blocks_do_not_depend_on_the_cores(monkeypatch):
         monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
         seen.append(models.in_blocks(lambda rows: (rows.start, rows.stop), 7214))
     assert seen[0] == seen[1] == seen[2]
+
+
+def test_writing_a_model_leaves_nothing_behind(tmp_path, monkeypatch):
+    model = Cannon(order=1).fit(make_spectra())
+    seen = []
+    write = asdf.AsdfFile.write_to
+
+    def killed(self, *arguments, **options):
+        write(self, *arguments, **options)
+        seen.extend(path.name for path in tmp_path.iterdir())
+
+    monkeypatch.setattr(asdf.AsdfFile, "write_to", killed)
+    old = tmp_path / ".asdf_tmpq1w2e3"
+    foreign = tmp_path / ".asdf_tmpother"
+    model.save(tmp_path / "m.asdf")
+    old.write_bytes((tmp_path / "m.asdf").read_bytes())
+    foreign.write_bytes(b"#ASDF of another program")
+    for path in (old, foreign):
+        os.utime(path, (1e9, 1e9))
+    model.save(tmp_path / "m.asdf")
+    assert {path.name for path in tmp_path.iterdir()} == {"m.asdf", foreign.name}
+    assert not [name for name in seen if "asdf_tmp" in name and name != foreign.name]
+
+
+def test_half_an_error_model_is_refused(kept, tmp_path):
+    def half(tree):
+        tree["error_inflation_"] = np.ones(len(tree["label_names_"]))
+
+    with pytest.raises(LabError, match="its error model is only half there"):
+        load_model(changed(kept, tmp_path, half))

@@ -1419,7 +1419,7 @@ KINDS = (
     Kind("record", "archive.json", marker, 5, 60),
     Kind("record", "lists of pixels", pixel_list, 8, 60),
     Kind("catalogue", "labels that are none", bad_label, 3, 40),
-    Kind("catalogue", "columns, units, rows", catalogue_table, 6, 80, "kK written as K"),
+    Kind("catalogue", "columns, units, rows", catalogue_table, 6, 80),
     Kind("catalogue", "labels shuffled", names_shuffled, 1, 5, "labels at other stars"),
     Kind("catalogue", "a bit", catalogue_bytes(flip, sealed=False), 3, 60, VALID),
     Kind("catalogue", "in an archive, a bit", catalogue_bytes(flip, sealed=True), 2, 20),
@@ -1444,14 +1444,14 @@ KINDS = (
     *(
         Kind("kill", f"{what}, {name}", killed(what, getattr(signal, name)), 0, times)
         for what, times in {
-            "train": 6,
-            "label": 6,
-            "label in two": 4,
-            "archive": 5,
-            "fetch": 4,
+            "train": 4,
+            "label": 4,
+            "label in two": 3,
+            "archive": 3,
+            "fetch": 2,
         }.items()
         for name in ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT")
     ),
-    *(Kind("resources", what, short_of(what), 0, 3 * len(cases)) for what, cases in LIMITS.items()),
+    *(Kind("resources", what, short_of(what), 0, 2 * len(cases)) for what, cases in LIMITS.items()),
     Kind("resources", "the same twice at once", together, 0, 8),
 )

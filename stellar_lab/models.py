@@ -1465,9 +1465,12 @@ def _read_tree(path):
     if not end:
         raise WrongFile("it is cut short")
     text = data[: end.end()]
-    _check_text(text)
+    try:
+        _check_text(text)
+        tree = yaml.load(text, _Loader)  # plain values alone: see above
+    except yaml.YAMLError as error:
+        raise WrongFile("its text is no plain YAML, or goes too deep") from error
     blocks = _blocks(data, end.end())
-    tree = yaml.load(text, _Loader)  # plain values alone: see above
     if not isinstance(tree, dict):
         raise WrongFile("it holds no entries")
     return _Arrays(blocks).of(tree)

@@ -1158,24 +1158,13 @@ def _words(bench, what, place):
 
 def _run_undisturbed(bench, what):
     "How long a command takes, its exit code and the bytes that it writes."
-    place = bench.folder / "undisturbed" / what.replace(" ", "-")
-    place.mkdir(parents=True)
-    words, out = _words(bench, what, place)
+    words, out = _words(bench, what, bench.place())  # there, where the others run
     begun = time.monotonic()
     code, _, err = Process(*words).end()
     seconds = time.monotonic() - begun
     if code not in (0, 1):
         raise RuntimeError(f"{what} cannot run: {err}")
-    return seconds, code, _without_place(whole_folder(out), place)
-
-
-def _without_place(files, place):
-    "Bytes in which the name of the folder stands for itself: a model's record names its folder."
-    length = len(str(place).encode())
-    return {
-        name: content.replace(str(place).encode(), b"#" * 8) if length else content
-        for name, content in files.items()
-    }
+    return seconds, code, whole_folder(out)
 
 
 def killed(what, number):
@@ -1195,7 +1184,7 @@ def killed(what, number):
             wrong = judge_words(code, said, err)
             if wrong is not None and wrong.outcome == "traceback":
                 return wrong
-        for name, content in _without_place(whole_folder(out), place).items():
+        for name, content in whole_folder(out).items():
             final = not Path(name).name.startswith(".") and not name.endswith((".part", ".note"))
             hidden = any(step.startswith(".") for step in Path(name).parts)
             if final and not hidden and not _is_growing(name, content, expected):
@@ -1207,7 +1196,7 @@ def killed(what, number):
         wrong = judge_words(0 if code == 1 else code, said, err)
         if wrong is not None:
             return wrong._replace(outcome="wrong")
-        found = _without_place(whole_folder(out), place)
+        found = whole_folder(out)
         strays = sorted(found.keys() - expected.keys())
         if strays:
             return Found("file", f"left behind: {', '.join(strays)}")
@@ -1301,7 +1290,7 @@ def short_of(what):
         wrong = judge_words(code, said, err)
         if wrong is not None and wrong.outcome == "traceback":
             return wrong._replace(said=f"{case}: {wrong.said}")
-        found = _without_place(whole_folder(out) | whole_folder(kept), place)
+        found = whole_folder(out) | whole_folder(kept)
         for name, content in found.items():
             if name.endswith((".part", ".note")):
                 continue
@@ -1337,7 +1326,7 @@ def together(bench, rng):
         if wrong is not None and wrong.outcome == "traceback":
             return wrong
         refused = wrong or refused
-    found = _without_place(whole_folder(out), place)
+    found = whole_folder(out)
     if found != expected:
         other = [n for n in {*found, *expected} if found.get(n) != expected.get(n)]
         return Found("file", f"{what} twice: {', '.join(sorted(other))} differ")

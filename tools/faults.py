@@ -17,6 +17,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
+from fnmatch import fnmatch
 from pathlib import Path
 
 from fault_bench import (
@@ -140,11 +141,11 @@ def main(words):
     parser.add_argument("--quick", action="store_true", help="some 300 faults")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--part", action="append", help="only kinds of this part, such as model")
-    parser.add_argument("--kind", help="only kinds of this name")
+    parser.add_argument("--kind", help="only kinds of this name, such as 'label*'")
     parser.add_argument("--said", help="a file for what was said of each fault")
     options = parser.parse_args(words)
     kinds = [kind for kind in KINDS if options.part is None or kind.part in options.part]
-    kinds = [kind for kind in kinds if options.kind in (None, kind.name)]
+    kinds = [kind for kind in kinds if fnmatch(kind.name, options.kind or "*")]
 
     def watch(kind, number, found):
         if options.said:

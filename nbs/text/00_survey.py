@@ -1601,11 +1601,16 @@ def trouble_in_words(path):
         raise
     except (OSError, RuntimeError) as error:
         number = getattr(error, "errno", None)
+        quoted = re.search(r"\[Errno (\d+)\]", str(error))  # of a library that wraps it
+        if quoted:
+            number = int(quoted[1])
         if re.search("space on disk|No space left", str(error)):  # of astropy and of HDF5
             number = errno.ENOSPC
         if number not in _DISK_TROUBLE:
             raise
-        raise LabError(f"cannot write {path}: {_DISK_TROUBLE[number]}") from error
+        target = Path(path)
+        target = target.with_name(re.sub(r"^(\.\d+\.)+", "", target.name))  # its final name
+        raise LabError(f"cannot write {target}: {_DISK_TROUBLE[number]}") from error
 
 
 # %%

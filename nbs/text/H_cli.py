@@ -29,12 +29,14 @@ import argparse
 import contextlib
 import errno
 import os
+import re
 import shlex
 import shutil
 import signal
 import sys
 import threading
 import traceback
+import warnings
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -864,6 +866,7 @@ def _of_system(error):
     if error.errno == errno.ENOENT and _without_folder():
         return "the current folder was removed: change to one that exists (cd), run the same again"
     said = error.strerror or next(iter(str(error).splitlines()), "") or type(error).__name__
+    said = re.sub(r"\[Errno \d+\] ", "", said)
     said += f": {error.filename}" if error.filename else ""
     number = errno.ENOSPC if "space on disk" in said else error.errno
     return f"{said}; {_WAYS_OUT[number]}" if number in _WAYS_OUT else said
@@ -1021,7 +1024,10 @@ def main(argv: list = None) -> int:
     """
     closed = _stand_ins()
     try:
-        code = _main(sys.argv[1:] if argv is None else argv)
+        with warnings.catch_warnings():
+            # A library's remark about the machine, which changes nothing here.
+            warnings.filterwarnings("ignore", message=".*joblib will operate in serial mode")
+            code = _main(sys.argv[1:] if argv is None else argv)
         if closed:
             _say(f"stellar-lab: standard output is closed; {_PRINTED}")
         return max(code, 1) if closed or _output_fails() else code

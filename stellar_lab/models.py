@@ -1712,7 +1712,8 @@ def _model_of(cls, tree):
                 if name not in entries and hasattr(cls, name):
                     raise WrongFile(f"it has the entry {name}")
                 setattr(model, name, _guard(value, file) if name == "refusal_" else value)
-        vars(model).setdefault("wavelength_", None)  # it may be unknown
+        if not hasattr(model, "wavelength_"):
+            model.wavelength_ = None  # it may be unknown
         model.label_names_ = tuple(model.label_names_)
         model._check_restored()
     return model

@@ -1,6 +1,6 @@
 """A campaign of faults: what is damaged, and what became of it.
 
-faults.py                all of it, half an hour; the table goes into data/faults.json, too
+faults.py                all of it, half an hour; the table goes into data/faults.ecsv, too
 faults.py --quick        some 300 faults, part of `make test`
 faults.py --seed 7       other places and bits
 faults.py --part star    the kinds of one part; --kind "cut short" of one name
@@ -11,7 +11,6 @@ result. The last column of the table says which kinds nobody could see: a valid 
 another."""
 
 import argparse
-import json
 import random
 import sys
 import tempfile
@@ -19,6 +18,8 @@ import traceback
 from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
+
+from astropy.table import Table
 
 from fault_bench import (
     LONGEST,
@@ -34,7 +35,7 @@ from fault_bench import (
 from fault_kinds import KINDS
 from stellar_lab.survey import LabError
 
-RECORD = Path(__file__).resolve().parents[1] / "data" / "faults.json"
+RECORD = Path(__file__).resolve().parents[1] / "data" / "faults.ecsv"
 PROCESSES = ("kill", "resources")  # parts whose faults have deadlines of their own
 
 
@@ -114,26 +115,26 @@ def lines(counts):
 
 
 def keep(counts, seed, file=RECORD):
-    "Write what a whole campaign found into the record, where other seeds and kinds stay."
-    record = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    before = {(row["part"], row["kind"]): row for row in record.get(str(seed), [])}
-    for kind, found in counts.items():
-        numbers = {outcome: found[outcome] for outcome in OUTCOMES if found[outcome]}
-        before[kind.part, kind.name] = {
-            "part": kind.part,
-            "kind": kind.name,
-            "unseen": kind.unseen,
-            "tried": found.total(),
-            **numbers,
-        }
-    record[str(seed)] = [
-        before[kind.part, kind.name] for kind in KINDS if (kind.part, kind.name) in before
+    "Write what a campaign found into the record, where other seeds, and kinds not tried, stay."
+    found = read_record(file) if file.exists() else {}
+    for kind, counted in counts.items():
+        numbers = [counted[outcome] for outcome in OUTCOMES]
+        found[seed, kind.part, kind.name] = [counted.total(), *numbers, kind.unseen]
+    order = {(kind.part, kind.name): k for k, kind in enumerate(KINDS)}
+    rows = [
+        (*key, *found[key])
+        for key in sorted(found, key=lambda key: (key[0], order.get(key[1:], -1)))
+        if key[1:] in order
     ]
-    text = ",\n".join(
-        f"{json.dumps(name)}: [\n" + ",\n".join(map(json.dumps, record[name])) + "\n]"
-        for name in sorted(record, key=int)
-    )
-    file.write_text("{\n" + text + "\n}\n", encoding="utf-8")
+    table = Table(rows=rows, names=["seed", "part", "kind", "tried", *OUTCOMES, "unseen"])
+    table.write(file, format="ascii.ecsv", overwrite=True)
+
+
+def read_record(file=RECORD):
+    "What campaigns found: (seed, part, kind) -> tried, a number for each outcome, why unseen."
+    table = Table.read(file, format="ascii.ecsv", fill_values=[])
+    plain = [[value.item() for value in row] for row in table.as_array()]
+    return {tuple(row[:3]): row[3:] for row in plain}
 
 
 def main(words):

@@ -592,10 +592,9 @@ def _strange_note(table):
 def _verified_note(table):
     "What could be verified, for the table's meta."
     verified = np.count_nonzero(table["verified"])
-    return (
-        f"{verified} of {len(table)} spectra had a checksum, and fit it; "
-        "in the others nobody can see a changed number"
-    )
+    said = f"{verified} of {len(table)} spectra had a checksum, and fit it"
+    others = "; in the others nobody can see a changed number"
+    return said + (others if verified < len(table) else "")
 
 
 def _wide_errors(model, table):

@@ -21,7 +21,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from glob import escape, glob
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -650,8 +650,14 @@ _UNUSUAL = (
     b"GROUPS  ",
     b"HIERARCH",
 )
-_NUMBER = re.compile(rb" *([+-]?\d+)(\.\d*(?:E[+-]?\d+)?)? *(?:/.*)?")
+_NUMBER = re.compile(rb" *([+-]?\d+)(\.\d*(?:E[+-]?\d+)?|E[+-]?\d+)? *(?:/.*)?")
 _TEXT = re.compile(rb" *'([^']*)' *(?:/.*)?")
+
+
+@cache
+def _padded(key):
+    "A keyword as it stands in a card."
+    return key.ljust(8).encode()
 
 
 class _PlainHeader:
@@ -664,19 +670,24 @@ class _PlainHeader:
             raise _NotPlain
 
     def __contains__(self, key):
-        return key.ljust(8).encode() in self.cards
+        return _padded(key) in self.cards
 
     def __getitem__(self, key):
-        card = self.cards[key.ljust(8).encode()]
+        return self._value(self.cards[_padded(key)])
+
+    def get(self, key, usual=None):
+        card = self.cards.get(_padded(key))
+        return usual if card is None else self._value(card)
+
+    @staticmethod
+    def _value(card):
+        "What stands in a card."
         number = _NUMBER.fullmatch(card, 10) if card[8:10] == b"= " else None
         if number:
             whole = number[1] + (number[2] or b"")
             return float(whole) if number[2] else int(whole)
         text = _TEXT.fullmatch(card, 10) if card[8:10] == b"= " else None
         return text[1].decode().rstrip() if text else fits.Card.fromstring(card).value
-
-    def get(self, key, usual=None):
-        return self[key] if key in self else usual
 
 # %% ../nbs/02_clean.ipynb #5efa06df
 class _PlainHdu:
@@ -732,14 +743,13 @@ class _PlainHdu:
 
 # %% ../nbs/02_clean.ipynb #528f3041
 @contextmanager
-def _hdus_of(content):
-    "The HDUs of a file's bytes: read directly where all is plain, by astropy otherwise."
+def _hdus_of(content, needed=_MOST):
+    """The HDUs of a file's bytes, so many as are needed at least: read directly where they are
+    plain, by astropy otherwise."""
     try:
         hdus = [_PlainHdu(content, 0, first=True)]
-        while content[hdus[-1].end : hdus[-1].end + 8] == b"XTENSION":
+        while len(hdus) < needed and content.startswith(b"XTENSION", hdus[-1].end):
             hdus.append(_PlainHdu(content, hdus[-1].end, first=False))
-        if content[hdus[-1].end :].strip(b"\0"):
-            raise _NotPlain
     except (_NotPlain, fits.VerifyError, KeyError):
         hdus = None
     if hdus is not None:
@@ -793,7 +803,7 @@ def _checked_content(path, sha256):
 def _read_star(path, product, row, sha256="") -> _Star:
     "The star of a file. Whatever is wrong with the file raises."
     content, places, verified = _checked_content(path, sha256)
-    with _hdus_of(content) as hdus:
+    with _hdus_of(content, needed=4) as hdus:  # flux, error and mask are the first
         _check_whole(hdus, len(places), product)
         header = hdus[0].header
         _check_star(path, header)

@@ -91,15 +91,11 @@ class Bench:
     def __init__(self, folder, stars=40):
         self.folder = Path(folder)
         self.root = self.folder / "archive"
-        archives.write_clusters(self.root, stars=stars, flaws={}, workers=2, progress=False)
         names = ("cannon", "ridge", "hidden", "guarded")
         self.models = {name: self.folder / f"{name}.asdf" for name in names}
-        self.report = train(
-            self.root, self.models["cannon"], labels=LABELS, scatter=True, progress=False
-        )
-        for kind in ("ridge", "hidden"):
-            train(self.root, self.models[kind], labels=LABELS, kind=kind, progress=False)
-        self._train_guarded()
+        if not self.models["guarded"].exists():  # a folder that was kept has all of it
+            self._make(stars)
+        self.report = train(self.root, labels=LABELS, scatter=True, progress=False)
         self.model = load_model(self.models["guarded"])
         whole = label(self.model, self.root, progress=False).table
         good = whole[whole["flags"] == 0]
@@ -108,6 +104,15 @@ class Bench:
         self._answers = {}
         self._described = {}
         self._undisturbed = {}
+
+    def _make(self, stars):
+        "Write the archive and the models."
+        archives.write_clusters(self.root, stars=stars, flaws={}, workers=2, progress=False)
+        model = self.models["cannon"]
+        train(self.root, model, labels=LABELS, scatter=True, progress=False)
+        for kind in ("ridge", "hidden"):
+            train(self.root, self.models[kind], labels=LABELS, kind=kind, progress=False)
+        self._train_guarded()
 
     def _train_guarded(self):
         "A model of so many stars that it has a guard, as those of users have."

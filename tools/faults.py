@@ -143,6 +143,7 @@ def main(words):
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--part", action="append", help="only kinds of this part, such as model")
     parser.add_argument("--kind", help="only kinds of this name, such as 'label*'")
+    parser.add_argument("--bench", help="a folder in which archive and models stay for other runs")
     parser.add_argument("--said", help="a file for what was said of each fault")
     options = parser.parse_args(words)
     kinds = [kind for kind in KINDS if options.part is None or kind.part in options.part]
@@ -155,7 +156,8 @@ def main(words):
                 print(f"{kind.part}, {kind.name}, {number}: {found.outcome}: {said}", file=file)
 
     with tempfile.TemporaryDirectory() as folder:
-        counts = campaign(Bench(folder), options.quick, options.seed, kinds, True, watch)
+        bench = Bench(options.bench or folder)
+        counts = campaign(bench, options.quick, options.seed, kinds, True, watch)
     if not options.quick:
         keep(counts, options.seed)
     print(*lines(counts), sep="\n")

@@ -551,7 +551,8 @@ def _check_numbers(name, array, held):
     unknown = np.isinf(array) if held.holes else ~np.isfinite(array)
     if unknown.any():
         raise WrongFile(f"{unknown.sum()} of {array.size} numbers in {name} are not finite")
-    if np.any(array < held.low) or np.any(array > held.high):
+    wide = np.asarray(array, float)  # a limit may be no number of the array's own type
+    if np.any(wide < held.low) or np.any(wide > held.high):
         raise WrongFile(f"{name} holds numbers beyond {held.low:g} to {held.high:g}")
 
 

@@ -1,6 +1,7 @@
 """The contract of all models: what `fit` and `infer` refuse, what a file must hold, one thread."""
 
 import os
+import warnings
 
 import asdf
 import numpy as np
@@ -527,3 +528,13 @@ def test_half_an_error_model_is_refused(kept, tmp_path):
 
     with pytest.raises(LabError, match="its error model is only half there"):
         load_model(changed(kept, tmp_path, half))
+
+
+def test_numbers_of_half_precision_are_checked_in_silence(kept, tmp_path):
+    def halved(tree):
+        tree["theta_"] = tree["theta_"].astype("f2")
+
+    path = changed(kept, tmp_path, halved)
+    with warnings.catch_warnings(), pytest.raises(LabError, match="was changed since it was writ"):
+        warnings.simplefilter("error")
+        load_model(path)

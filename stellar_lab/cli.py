@@ -84,10 +84,19 @@ def _shows_progress():
     return sys.stderr.isatty()
 
 
+def _spelled(text):
+    "A text in which nothing is left that a terminal would obey: names of files may hold anything."
+    text = str(text)
+    if text.isprintable():
+        return text
+    plain = (c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    return "".join(plain)
+
+
 def _say(text):
     "A line on the error output; if nobody can read it there, it is lost, and nothing else is."
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(_spelled(text), file=sys.stderr, flush=True)
     except (OSError, ValueError):  # full, or closed
         _silence(sys.stderr)
 
@@ -99,7 +108,7 @@ class _Unprinted(Exception):
 def _print(text=""):
     "Print a result at once; `_Unprinted` where there is no place for it."
     try:
-        print(text, flush=True)
+        print(_spelled(text), flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:

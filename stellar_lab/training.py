@@ -1081,6 +1081,13 @@ def describe(path, width: int = None) -> str:
     LabError
         where there is no model
     """
+    said = _description(path, width)
+    # What a stranger wrote into the file must not move a terminal's cursor.
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in said)
+
+
+def _description(path, width):
+    "The lines of `describe`, as the files have them."
     model = load_model(path)
     record = Path(path).with_suffix(".json")
     text = [f"{path}: a {type(model).__name__}", *_model_lines(model, _versions_of(path)), ""]

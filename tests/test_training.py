@@ -443,3 +443,15 @@ def test_a_foreign_record_is_described_in_our_words(model, tmp_path, content):
     said = describe(tmp_path / "m.asdf")
     assert "is not the record of a training" in said
     assert not any(word in said for word in ("codec", "Expecting", "recursion", "Error"))
+
+
+def test_a_record_cannot_move_the_cursor(model, tmp_path):
+    shutil.copy(model, tmp_path / "m.asdf")
+    record = json.loads(model.with_suffix(".json").read_text())
+    del record["sha256"]
+    record["arguments"]["test_size"] = "\x1b[2J"
+    record["notes"][0] = "\x07 beep"
+    (tmp_path / "m.json").write_text(json.dumps(record))
+    said = describe(tmp_path / "m.asdf")
+    assert "\\x1b[2J" in said and "\\x07 beep" in said
+    assert all(letter.isprintable() or letter == "\n" for letter in said)

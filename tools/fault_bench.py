@@ -46,7 +46,7 @@ FOREIGN = re.compile(
     r"not supported between|invalid literal|could not convert|memmap|\.verify\(|codec can't|"
     r"out of bounds|out of range|must be real number|mistake of stellar_lab|cannot be labelled|"
     r"Error\(|unhashable|not iterable|positional argument|keyword argument|cannot unpack|NoneType|"
-    r"dtype\(|while scanning|while parsing|<class |\b0x[0-9a-f]{8}|Warning\b|"
+    r"OpenBLAS|dtype\(|while scanning|while parsing|<class |\b0x[0-9a-f]{8}|Warning\b|"
     r"[\x00-\x08\x0b-\x1f\x7f]"
 )
 

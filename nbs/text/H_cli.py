@@ -938,6 +938,19 @@ def _signals_answered():
             signal.signal(number, signal.SIG_DFL)
 
 
+_LEAST_MEMORY = 800_000_000  # bytes; with less, libraries below us end the process by themselves
+
+
+def _lacks_memory():
+    "Is this process allowed less memory than it needs?"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return False
+    allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return allowed not in (resource.RLIM_INFINITY, -1) and allowed < _LEAST_MEMORY
+
+
 def _run(options):
     "Run a command; whatever goes wrong becomes one line."
     try:
@@ -971,6 +984,9 @@ def _main(words):
         parser.print_help()
         return 2
     options.words = words
+    if _lacks_memory():
+        _say("stellar-lab: not enough memory: allow 1 GB (ulimit -v 1000000)")
+        return 2
     return _run(options)
 
 

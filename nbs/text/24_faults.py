@@ -296,7 +296,7 @@ assert -signal.SIGKILL == -9
 
 # %% [markdown]
 # ## The whole campaign
-# `make faults` does the same in earnest. It knows some eighty kinds of faults, each with its own judge: stars, catalogues, models, records, servers, numbers, outputs, kills, and resources that run short. Each is tried many times
+# `make faults` does the same in earnest. It knows some ninety kinds of faults, each with its own judge: stars, catalogues, models, records, servers, numbers, outputs, kills, and resources that run short. Each is tried many times
 # at places that a seed decides. The table below is the record of such a run; `make faults SEED=7` makes another.
 
 # %%

@@ -2246,7 +2246,8 @@ def fetch(
     """
     root = Path(root)
     patience = Patience(workers, timeout, tries, backoff, progress)
-    with closing(open_source(source, patience)) as origin:
+    with warnings.catch_warnings(), closing(open_source(source, patience)) as origin:
+        warnings.simplefilter("ignore", AstropyWarning)  # said by the summary, where it matters
         marker = _read_marker(origin, patience)
         record = marker.record
         wanted = _wanted(record, release, fields, products, telescopes)

@@ -16,11 +16,13 @@ import os
 import shutil
 import tarfile
 import tempfile
+import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from glob import escape
 from importlib import import_module
 from pathlib import Path
 
@@ -1061,12 +1063,25 @@ def _fill(tree, spectra, plan, record, seed, truth, workers, progress):
     fits.BinTableHDU(_truth_table(spectra, plan, seed, truth)).writeto(tree / TRUTH_FILE)
 
 # %% ../nbs/A_archives.ipynb #b43729eb
+_OLD = 86_400  # seconds; what is as old as that is not being written any more
+
+
+def _remove_old_strays(root):
+    "Remove what older versions left of an archive when they were ended: .root.xxxxxxxx."
+    for stray in root.parent.glob(f".{escape(root.name)}.????????"):
+        with suppress(OSError):
+            ours = stray.is_dir() and not stray.is_symlink() and {*os.listdir(stray)} <= {root.name}
+            if ours and time.time() - stray.stat().st_mtime > _OLD:
+                shutil.rmtree(stray, ignore_errors=True)
+
+
 @contextmanager
 def _growing(root):
     "A folder to fill that becomes `root` when the block ends well, and vanishes when it does not."
     with trouble_in_words(root):
         root.parent.mkdir(parents=True, exist_ok=True)
         remove_strays(root)
+        _remove_old_strays(root)
         tree = own_temporary(root)
         try:
             tree.mkdir()

@@ -30,7 +30,14 @@ from stellar_lab.models import (
     single_threaded,
     whole_model,
 )
-from .survey import LabError, Spectra, chip_slices, label_record, plot_spectrum
+from stellar_lab.survey import (
+    LabError,
+    Spectra,
+    WrongFile,
+    chip_slices,
+    label_record,
+    plot_spectrum,
+)
 
 # %% ../nbs/05_cannon.ipynb #aef99fc2
 @dataclass(frozen=True)
@@ -259,8 +266,8 @@ class _PixelPolynomials(LabelModel):
 
     _entries = LabelModel._entries | {
         "exponents": Held("whole", "TK", low=0, high=_HIGHEST_POWER),
-        "theta_": Held("number", "PT", holes=True),
-        "scatter_": Held("number", "P", holes=True, low=0),
+        "theta_": Held("number", "PT", holes=True, low=-1e15, high=1e15),  # squares are numbers
+        "scatter_": Held("number", "P", holes=True, low=0, high=1e15),
         "training_chi2_": Held("number", "N", low=0),
     }
 
@@ -319,7 +326,7 @@ class _PixelPolynomials(LabelModel):
         super()._check_restored()
         whole = np.isfinite(self.theta_).all(axis=1) & np.isfinite(self.scatter_)
         if not np.array_equal(whole, self.usable_):
-            raise ValueError("some of its pixels have only some of their coefficients")
+            raise WrongFile("some of its pixels have only some of their coefficients")
 
     @classmethod
     def _from_tree(cls, tree):
@@ -327,7 +334,7 @@ class _PixelPolynomials(LabelModel):
         exponents = np.asarray(tree["exponents"], dtype=int)
         with whole_model(tree.get("file", "the model's file"), cls.__name__):
             if exponents[0].any() or len(np.unique(exponents, axis=0)) < len(exponents):
-                raise ValueError("its terms are none")
+                raise WrongFile("its terms are none")
         model.vectorizer_ = Vectorizer(model.label_names_, exponents)
         return model
 

@@ -29,7 +29,7 @@ from stellar_lab.models import (
     single_threaded,
 )
 from .readers import LabelReader
-from .survey import LabError, Spectra
+from .survey import LabError, Spectra, WrongFile
 
 # %% ../nbs/17_latents.ipynb #07eb8984
 _ROUNDS = 15
@@ -300,7 +300,7 @@ class _Compressed(LabelReader):
 
     _entries = LabelReader._entries | {
         "directions_": Held("number", "qP"),
-        "scatter_": Held("number", "P", holes=True, low=0),
+        "scatter_": Held("number", "P", holes=True, low=0, high=1e15),
         "training_chi2_": Held("number", "N", low=0),
     }
 
@@ -407,7 +407,7 @@ class _InTwoViews(_Compressed):
             for process in processes:
                 lengths = len(process.parameters[_LENGTHS])
                 if not 1 <= lengths <= view.turn.shape[1]:
-                    raise ValueError("its processes have other latents")
+                    raise WrongFile("its processes have other latents")
                 _ = process.factor  # what cannot be solved is found here
 
     def _learn(self, latents, covariance, share, progress):

@@ -579,6 +579,7 @@ def mwm_training_set(
     progress: bool = True,
     dark=0.05,
     mask: str = None,
+    gaps: bool = False,
 ) -> tuple:
     """Normalized spectra of SDSS-V's stars to learn from, and the account of those that fell.
 
@@ -596,6 +597,8 @@ def mwm_training_set(
         `fraction` of `dark_pixels`; 0 keeps all pixels
     mask : str, optional
         rule for flagged pixels, as for `MaskRule.parse`; by default every flag kills
+    gaps : bool, default False
+        keep stars that lack some of the labels
 
     Returns
     -------
@@ -624,6 +627,6 @@ def mwm_training_set(
     if dark:
         spectra.ivar[dark_pixels(spectra.flux, spectra.ivar, dark)] = 0
     spectra = weigh_by(spectra, mask)
-    spectra, ledger = apply_cuts(spectra, ledger=ledger)
+    spectra, ledger = apply_cuts(spectra, ledger=ledger, gaps=gaps)
     spectra = normalize(spectra, continuum_pixels=continuum_pixels)
     return drop_masked(spectra, ledger=ledger)

@@ -42,11 +42,13 @@ from stellar_lab.survey import (
     PRODUCTS,
     LabError,
     Spectra,
+    WrongFile,
     chip_slices,
     data_file,
     full_wavelength,
     on_band,
     plot_spectrum,
+    said_of,
     wavelength,
 )
 
@@ -110,14 +112,14 @@ def _listed(path):
     "What a list of pixels holds; nothing is allocated that is larger than the file."
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
-        raise ValueError("it is no file")
+        raise WrongFile("it is no file")
     if found.st_size > _LARGEST_LIST:
-        raise ValueError(f"it has {found.st_size:,} bytes, far too many for a list of pixels")
+        raise WrongFile(f"it has {found.st_size:,} bytes, far too many for a list of pixels")
     if path.suffix != ".npy":
         return np.loadtxt(path, ndmin=1)
     values = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(values, np.ndarray):
-        raise ValueError("it holds several arrays")
+        raise WrongFile("it holds several arrays")
     return np.array(values)
 
 
@@ -144,10 +146,9 @@ def read_continuum_pixels(path) -> np.ndarray:
     try:
         values = _listed(path)
     except Exception as error:  # whatever a foreign or damaged file brings about
-        said = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise LabError(
-            f"cannot read continuum pixels from {path} ({said}): give a .npy file of flags, or "
-            "text, one wavelength per line"
+            f"cannot read continuum pixels from {path} ({said_of(error)}): give a .npy file of "
+            "flags, or text, one wavelength per line"
         ) from error
     if values.ndim != 1 or values.dtype.kind not in "biuf" or not len(values):
         raise LabError(

@@ -43,7 +43,7 @@ from stellar_lab.models import (
     whole_model,
 )
 from .normalize import normalize
-from .survey import LabError, Spectra, on_band, plot_spectrum
+from .survey import LabError, Spectra, WrongFile, on_band, plot_spectrum
 from .survey import wavelength as SURVEY_WAVELENGTH
 
 # %% ../nbs/E_physics.ipynb #0cdf6182
@@ -633,16 +633,16 @@ class _PhysicsFile(_PhysicsFacts):
 def _check_parts(model):
     "ValueError where the parts of a physics model from a file do not go together."
     if model.cannon_.label_names_ != PHYSICS_LABELS:
-        raise ValueError("its Cannon has other labels")
+        raise WrongFile("its Cannon has other labels")
     correction = model.stars_.correction
     pixels = [len(model.cannon_.theta_)]
     pixels += [] if correction is None else [len(correction.gain)]
     if set(pixels) != {len(SURVEY_WAVELENGTH)} or len(model.fe_h_scale_) != 2:
-        raise ValueError("its parts are of different sizes")
+        raise WrongFile("its parts are of different sizes")
     for one in model.knowledge:
         numbers = np.array([one.value, one.error, *one.factors.values()], dtype=float)
         if set(one.factors) - set(PHYSICS_LABELS) or not np.isfinite(numbers).all():
-            raise ValueError("what it knows of stars beforehand is no knowledge")
+            raise WrongFile("what it knows of stars beforehand is no knowledge")
     LabelModel._check_restored(model)
 
 # %% ../nbs/E_physics.ipynb #4742d380

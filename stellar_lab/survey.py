@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['full_wavelength', 'on_band', 'wavelength', 'PIXMASK', 'LABELS', 'PRODUCTS', 'RELEASES', 'ARCHIVES', 'LabError',
-           'air_to_vacuum', 'chip_slices', 'label_records', 'label_record', 'archive_record', 'archive_sums',
-           'archive_root', 'real_data', 'profile', 'read_truth', 'true_labels', 'data_file', 'atomic_path',
-           'write_table', 'Spectra', 'use_style', 'plot_spectrum']
+           'WrongFile', 'said_of', 'air_to_vacuum', 'chip_slices', 'label_records', 'label_record', 'archive_record',
+           'archive_sums', 'known_sums', 'archive_root', 'real_data', 'profile', 'read_truth', 'true_labels',
+           'data_file', 'atomic_path', 'write_table', 'Spectra', 'use_style', 'plot_spectrum']
 
 # %% ../nbs/00_survey.ipynb #95364aa8
 import errno
@@ -32,6 +32,43 @@ from astropy.table import QTable, Table
 # %% ../nbs/00_survey.ipynb #96873bc9
 class LabError(ValueError):
     "Something the user can mend: the message names what is wrong and what to do."
+
+
+class WrongFile(ValueError):
+    "What is wrong with what a file holds, in words for its reader; a `LabError` names the file."
+
+
+def said_of(error) -> str:
+    """What an error says of a file, in words that need no knowledge of the program.
+
+    Parameters
+    ----------
+    error : Exception
+        Whatever reading a damaged or foreign file brought about.
+
+    Returns
+    -------
+    str
+        One line.
+
+    Examples
+    --------
+    >>> said_of(KeyError("seed"))
+    'it has no entry seed'
+    """
+    if isinstance(error, (LabError, WrongFile)):
+        return next(iter(str(error).splitlines()), "")
+    if isinstance(error, MemoryError):
+        return "it does not fit into the memory that is left"
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is no whole JSON, from line {error.lineno} on"
+    if isinstance(error, UnicodeError):
+        return "it is no text in UTF-8"
+    if isinstance(error, RecursionError):
+        return "it is nested too deep"
+    if isinstance(error, KeyError) and error.args:
+        return f"it has no entry {error.args[0]}"
+    return getattr(error, "strerror", None) or "it holds something else than it should"
 
 # %% ../nbs/00_survey.ipynb #8708a1ee
 class MissingExtra(LabError, ImportError):
@@ -662,6 +699,7 @@ def _passes(cut, column):
 
 # %% ../nbs/00_survey.ipynb #538fdbc0
 ARCHIVE_FILE = "archive.json"  # at the root of an archive that we wrote
+SUMS_FILE = "sha256sums.txt"  # at the root of what was fetched: a line for each file
 TRUTH_FILE = "truth.fits"  # next to it, what only its writer knows
 MYSTERY_FILE = "mystery_spec_wiped.fits"  # a star without a name
 
@@ -774,11 +812,11 @@ def archive_record(root) -> Archive:
         return ARCHIVES["milkyway" if there == [True] else "survey"]
     try:
         if what_stands_at(file):
-            raise ValueError(f"it is {what_stands_at(file)}, not a file")
+            raise WrongFile(f"it is {what_stands_at(file)}, not a file")
         name = json.loads(file.read_text(encoding="utf-8"))["archive"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise LabError(
-            f"{file} does not name an archive ({error}): write the archive again, "
+            f"{file} does not name an archive ({said_of(error)}): write the archive again, "
             "or remove the file if this is the survey"
         ) from error
     if name not in [*ARCHIVES]:  # a list: what stands there may not be a name at all
@@ -800,16 +838,72 @@ def archive_sums(root) -> dict:
     Returns
     -------
     dict
-        Path below the root -> sha256; empty where `archive.json` has none, or is not there.
+        Path below the root -> sha256: of `archive.json`, and of what a fetch noted of the files
+        that came (`sha256sums.txt`); empty where neither is there.
     """
+    sums = _fetched_sums(Path(root) / SUMS_FILE)
     file = Path(root) / ARCHIVE_FILE
     if not file.is_file():
-        return {}
+        return sums
     archive_record(root)  # it may be damaged
-    sums = json.loads(file.read_text(encoding="utf-8")).get("sha256", {})
-    if not isinstance(sums, dict) or not all(isinstance(value, str) for value in sums.values()):
+    of_archive = json.loads(file.read_text(encoding="utf-8")).get("sha256", {})
+    is_whole = isinstance(of_archive, dict)
+    if not is_whole or not all(isinstance(value, str) for value in of_archive.values()):
         raise LabError(f"{file} is damaged (its checksums are none): write the archive again")
-    return sums
+    return sums | of_archive
+
+
+_SUM = re.compile(r"([0-9a-f]{64})  (.+)")  # as sha256sum writes it
+
+
+def _fetched_sums(file):
+    "Path -> sha256 of the files that were fetched; the last line for a path counts."
+    try:
+        lines = file.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:  # nothing there, or nothing that can be read
+        return {}
+    found = (_SUM.fullmatch(line) for line in lines[:-1])  # a line without its end is none
+    return {match[2]: match[1] for match in found if match}
+
+
+def known_sums(paths) -> list:
+    """The checksum of each file, as the archive around it knows it.
+
+    Parameters
+    ----------
+    paths : sequence of path
+        Files anywhere.
+
+    Returns
+    -------
+    list of str
+        The sha256 of each file, "" where nobody knows it.
+    """
+    roots = {}  # folder -> the root above it and its sums
+
+    def root_of(folder):
+        if folder not in roots:
+            marked = (folder / ARCHIVE_FILE).is_file() or (folder / SUMS_FILE).is_file()
+            top = folder == folder.parent
+            roots[folder] = (folder, _sums_or_none(folder)) if marked else None
+            if not roots[folder] and not top:
+                roots[folder] = root_of(folder.parent)
+        return roots[folder]
+
+    found = []
+    for path in paths:
+        path = Path(os.path.abspath(path))
+        above = root_of(path.parent)
+        found.append(above[1].get(path.relative_to(above[0]).as_posix(), "") if above else "")
+    return found
+
+
+def _sums_or_none(root):
+    "The checksums of an archive; none where its record is damaged, or that of something else."
+    try:
+        return archive_sums(root)
+    except LabError:
+        return {}
 
 # %% ../nbs/00_survey.ipynb #d4976066
 def archive_root() -> Path:
@@ -1050,7 +1144,7 @@ def remove_strays(path):
         Where it should have stood.
     """
     path = Path(path)
-    stray = re.compile(rf"\.(\d+)\.{re.escape(path.name)}")
+    stray = re.compile(rf"(?:\.(\d+)\.)+{re.escape(path.name)}")  # a writer may have its own
     with suppress(OSError):
         for name in os.listdir(path.parent):
             match = stray.fullmatch(name)
@@ -1108,11 +1202,16 @@ def trouble_in_words(path):
         raise
     except (OSError, RuntimeError) as error:
         number = getattr(error, "errno", None)
+        quoted = re.search(r"\[Errno (\d+)\]", str(error))  # of a library that wraps it
+        if quoted:
+            number = int(quoted[1])
         if re.search("space on disk|No space left", str(error)):  # of astropy and of HDF5
             number = errno.ENOSPC
         if number not in _DISK_TROUBLE:
             raise
-        raise LabError(f"cannot write {path}: {_DISK_TROUBLE[number]}") from error
+        target = Path(path)
+        target = target.with_name(re.sub(r"^(\.\d+\.)+", "", target.name))  # its final name
+        raise LabError(f"cannot write {target}: {_DISK_TROUBLE[number]}") from error
 
 # %% ../nbs/00_survey.ipynb #bca2d41b
 @contextmanager

@@ -6,6 +6,7 @@
 __all__ = ['TrainingReport', 'check_target', 'dwarf_lights', 'believable', 'train', 'load_model', 'describe']
 
 # %% ../nbs/F_training.ipynb #d969488d
+import hashlib
 import json
 import math
 import os
@@ -45,10 +46,12 @@ from .normalize import continuum_steps, read_continuum_pixels, training_set
 from stellar_lab.survey import (
     PRODUCTS,
     LabError,
+    WrongFile,
     archive_record,
     atomic_path,
     label_records,
     safe_output,
+    said_of,
 )
 
 # %% ../nbs/F_training.ipynb #c18a2229
@@ -100,18 +103,18 @@ def _is_number(value, whole=False):
 def _check_record(plain):
     "ValueError where a record does not hold what `TrainingReport` and `describe` need."
     if "error_model" not in plain:
-        raise ValueError("it has no entry error_model")
+        raise WrongFile("it has no entry error_model")
     check_held(plain, _RECORD)
     for fact, names in _TEXTS.items():
         if not all(isinstance(plain[fact].get(name), str) for name in names):
-            raise ValueError(f"its entry {fact} lacks {' or '.join(names)}")
+            raise WrongFile(f"its entry {fact} lacks {' or '.join(names)}")
     for label in (plain["error_model"] or {}).values():
         if not isinstance(label, dict) or not _is_number(label.get("floor")):
-            raise ValueError("an error floor in it is no number")
+            raise WrongFile("an error floor in it is no number")
     for value in plain["arguments"].values():
         parts = value if isinstance(value, list) else [value]
         if not all(part is None or isinstance(part, str | bool | int | float) for part in parts):
-            raise ValueError("its arguments are neither texts nor numbers")
+            raise WrongFile("its arguments are neither texts nor numbers")
     _check_steps(plain["ledger"])
     for name, rows in plain["errors"].items():
         _check_rows(name, rows)
@@ -122,42 +125,50 @@ def _check_steps(ledger):
     steps = ledger.get("steps")
     check_held(ledger, {"found": Held("whole", low=0, high=1e15)})
     if not isinstance(steps, list):
-        raise ValueError("its ledger is none")
+        raise WrongFile("its ledger is none")
     stars = Held("texts")
     parts = {"rule": Held("text"), "stars": stars, "details": stars}
     parts |= {"counted": Held("whole", low=0, high=1e15), "reason": Held("any")}
     for step in steps:
         if not isinstance(step, dict) or step.keys() != parts.keys():
-            raise ValueError("a step of its ledger is none")
+            raise WrongFile("a step of its ledger is none")
         check_held(step, parts)
         if not isinstance(step["reason"], str) or step["details"][len(step["stars"]) :]:
-            raise ValueError("a step of its ledger is none")
+            raise WrongFile("a step of its ledger is none")
         if step["details"] and len(step["details"]) < len(step["stars"]):
-            raise ValueError("a step of its ledger is none")
+            raise WrongFile("a step of its ledger is none")
     if sum(len(step["stars"]) for step in steps) > ledger["found"]:
-        raise ValueError("its ledger drops more stars than there were")
+        raise WrongFile("its ledger drops more stars than there were")
 
 
 def _check_rows(name, rows):
     "ValueError for what is no table of errors."
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"its errors of the {name} are none")
+        raise WrongFile(f"its errors of the {name} are none")
     for row in rows:
         same = isinstance(row, dict) and isinstance(rows[0], dict) and row.keys() == rows[0].keys()
         if not same or not isinstance(row.get("label"), str):
-            raise ValueError(f"its errors of the {name} have other columns")
+            raise WrongFile(f"its errors of the {name} have other columns")
         for column, value in row.items():
             text = column in ("label", "unit")
             if not isinstance(value, str) if text else not (value is None or _is_number(value)):
-                raise ValueError(f"{column} of the {name} holds {value!r:.30}")
+                raise WrongFile(f"{column} of the {name} holds {value!r:.30}")
 
 # %% ../nbs/F_training.ipynb #6e614d1a
+def _record_sum(plain):
+    "The checksum of what a record says; its lines may be broken in another way."
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
 def _read_record(path):
     "What a record's file holds, as a dict; LabError for any other file."
     try:
         plain = json.loads(read_regular(path, most=_LARGEST_RECORD).decode("utf-8"))
-        if not isinstance(plain, dict) or plain.pop("format", None) != _REPORT_FORMAT:
-            raise ValueError("another format")
+        if not isinstance(plain, dict) or plain.get("format") != _REPORT_FORMAT:
+            raise WrongFile("another format")
+        if plain.pop("sha256", None) not in (None, _record_sum(plain)):
+            raise WrongFile("it was changed since it was written, although it looks whole")
+        del plain["format"]
         _check_record(plain)
         plain["ledger"] = Ledger.from_dict(plain["ledger"])
         plain["errors"] = {name: _error_rows(rows) for name, rows in plain["errors"].items()}
@@ -167,10 +178,8 @@ def _read_record(path):
             f"there is no record {path}: 'stellar-lab train' writes it with the model"
         ) from error
     except Exception as error:  # a file can hold anything
-        said = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise LabError(
-            f"{path} is not the record of a training ({said or type(error).__name__}): "
-            "train the model again"
+            f"{path} is not the record of a training ({said_of(error)}): train the model again"
         ) from error
 
 
@@ -213,7 +222,9 @@ class TrainingReport:
 
     def save(self, path):
         "Write the record as JSON, whole or not at all."
-        text = json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
+        plain = json.loads(json.dumps(self.to_dict(), allow_nan=False))
+        plain["sha256"] = _record_sum(plain)
+        text = json.dumps(plain, indent=1, ensure_ascii=False)
         # bytes of a path that are no letters are spelled out, in a way that JSON reads
         data = f"{text}\n".encode(errors="backslashreplace")
         with atomic_path(path) as temporary:
@@ -640,7 +651,8 @@ def _select(root, request, pixels, progress):
     if archive_record(root).rules.numbered:
         _check_numbered(request)
         names = request["labels"]
-        spectra, ledger = mwm_training_set(root, names, pixels, progress, mask=request["mask"])
+        wish = (root, names, pixels, progress)
+        spectra, ledger = mwm_training_set(*wish, mask=request["mask"], gaps=request["gaps"])
     else:
         _check_treatment(product, pixels, row)
         _check_fields(root, product, request["fields"])
@@ -1129,6 +1141,13 @@ def describe(path, width: int = None) -> str:
     LabError
         where there is no model
     """
+    said = _description(path, width)
+    # What a stranger wrote into the file must not move a terminal's cursor.
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in said)
+
+
+def _description(path, width):
+    "The lines of `describe`, as the files have them."
     model = load_model(path)
     record = Path(path).with_suffix(".json")
     text = [f"{path}: a {type(model).__name__}", *_model_lines(model, _versions_of(path)), ""]

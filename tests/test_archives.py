@@ -521,3 +521,14 @@ def test_killed_while_it_writes(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [f".{run.pid}.clusters"]
     assert write_clusters(root, stars=3, flaws={}, workers=1, progress=False).new
     assert [file.name for file in tmp_path.iterdir()] == ["clusters"]
+
+
+def test_what_older_versions_left_is_removed(tmp_path):
+    old, young, other = (tmp_path / f".small.{end}" for end in ("fdd7p1rr", "abcdefgh", "12345678"))
+    for stray in (old, young):
+        (stray / "small" / "dr14").mkdir(parents=True)
+    (other / "thesis").mkdir(parents=True)
+    for stray in (old, other):
+        os.utime(stray, (1e9, 1e9))
+    archives.write_clusters(tmp_path / "small", stars=3, flaws={}, workers=1, progress=False)
+    assert not old.exists() and young.exists() and other.exists()

@@ -26,6 +26,7 @@ from stellar_lab.clean import (
     apply_cuts,
     dark_pixels,
     drop_dark_pixels,
+    find_catalogue,
     find_files,
     inverse_variance,
     keep,
@@ -1341,7 +1342,35 @@ def test_the_checksums_of_an_archive_are_verified(archive):
         hdus[1].data[1, on_band[9]] *= 1.5
     fewer, ledger = read_archive(archive, **options)
     assert len(fewer) == len(spectra) - 1
-    assert "its sha256 is not the one in archive.json" in ledger.why(A)
+    assert "its sha256 is not the one its archive knows" in ledger.why(A)
+    catalogue = find_catalogue(archive)
+    known = sums | {catalogue.relative_to(archive).as_posix(): sha256_of(catalogue)}
+    (archive / "archive.json").write_text(json.dumps(card | {"sha256": known}))
+    assert len(read_archive(archive, **options)[0]) == len(fewer)
+    with fits.open(catalogue, mode="update") as hdus:
+        hdus[1].data["TEFF"][0] += 100
+    with pytest.raises(
+        LabError, match="allStar.*damaged: its sha256 is not the one that its archi"
+    ):
+        read_archive(archive, **options)
+
+
+@pytest.mark.parametrize(
+    "card, value, column, missing",
+    [
+        ("RA", 361.0, "RA", np.nan),
+        ("RA", 1e300, "RA", np.nan),
+        ("DEC", -91.0, "DEC", np.nan),
+        ("SNR", -3.0, "SNR", np.nan),
+        ("NVISITS", -2, "NVISITS", -1),
+        ("H", 99.9, "H", np.nan),
+    ],
+)
+def test_facts_that_cannot_be_are_missing(archive, card, value, column, missing):
+    with fits.open(star_path(archive, A), mode="update") as hdus:
+        hdus[0].header[card] = value
+    spectra, problems = read_files(star_path(archive, A), progress=False)
+    assert not problems and np.array_equal(spectra.stars[column], [missing], equal_nan=True)
 
 
 def test_a_name_beyond_ascii(tmp_path):

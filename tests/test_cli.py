@@ -459,3 +459,21 @@ def test_paths_that_cannot_be(run, root, model, tmp_path):
         code, out, err = run(*words)
         assert (code, out) == (2, "") and message in err and "Traceback" not in err, words
     assert not (tmp_path / "o.fits").exists() and not list(tmp_path.glob("m.*"))
+
+
+def test_names_of_files_cannot_move_the_cursor(run, model, tmp_path):
+    path = tmp_path / "\x1b[31mred\x1b[0m.fits"
+    path.write_bytes(b"")
+    where = ("--out", tmp_path / "o.fits")
+    code, out, err = run("label", "--model", model, path, *where)
+    assert code == 2 and "\\x1b[31mred" in err and "\x1b" not in out + err
+    code, out, err = run("label", "--model", model, tmp_path / "caf\xe9\n.fits", *where)
+    assert code == 2 and "caf\xe9" in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems limit memory in other ways")
+def test_too_little_memory_is_said_before_anything(model):
+    script = Path(sys.executable).with_name("stellar-lab")
+    command = f"ulimit -v 500000; {script} report --model {model}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("stellar-lab: not enough memory: allow")

@@ -50,8 +50,10 @@ from stellar_lab.survey import (
     ARCHIVES,
     PRODUCTS,
     RELEASES,
+    SUMS_FILE,
     TRUTH_FILE,
     LabError,
+    archive_sums,
     real_data,
     sha256_of,
 )
@@ -90,6 +92,7 @@ def tree(root, unfinished=False):
         for file in Path(root).rglob("*")
         # an unfinished file may vanish under the reader while a fetch goes on
         if (unfinished or not file.name.endswith(UNFINISHED)) and file.is_file()
+        if file.name != SUMS_FILE
     }
 
 
@@ -641,6 +644,19 @@ def test_a_damaged_file_at_home_loses_its_name(server, home):
         assert not get(home, net.url, tries=1).ok
     assert STAR not in tree(home)
     assert get(home, server).ok and tree(home, unfinished=True) == tree(server)
+
+
+def test_damage_at_home_is_seen_and_mended(server, home):
+    assert get(home, server).ok
+    assert archive_sums(home) == {path: sha256_of(home / path) for path in tree(home)}
+    data = bytearray((home / STAR).read_bytes())
+    data[-2000] ^= 1  # the same size, a whole FITS file
+    put(home, STAR, bytes(data))
+    again = get(home, server)
+    assert again.ok and again.fetched == 1 and again.already_there == again.found - 1
+    assert tree(home) == tree(server)
+    assert (home / f"{STAR}.old").read_bytes() == data  # perhaps somebody changed it on purpose
+    assert get(home, server).fetched == 0
 
 
 def test_a_newer_version_replaces_an_older_one(server, home):

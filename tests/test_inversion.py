@@ -61,6 +61,18 @@ def test_batches_are_seamless(trained, monkeypatch):
     ) and np.array_equal(pieces["flags"], whole["flags"])
 
 
+def test_a_star_that_does_not_rest_does_not_depend_on_its_company(trained, monkeypatch):
+    model, _, flux, ivar = trained
+    monkeypatch.setattr("stellar_lab.inversion._EXACT_STEPS", 1)
+    monkeypatch.setattr("stellar_lab.inversion._EXACT_ERROR", -1)  # nobody rests
+    whole = infer(model, flux, ivar)
+    assert np.all(whole["flags"] & Flag.NOT_CONVERGED)
+    for size in (1, 3, 7):
+        starts = range(0, len(flux), size)
+        pieces = [infer(model, flux[k : k + size], ivar[k : k + size]) for k in starts]
+        assert np.array_equal(np.concatenate(list(map(values, pieces))), values(whole))
+
+
 def test_twice_the_noise_is_twice_the_error():
     labels, flux, ivar = stars(400, 60, noise=0.01)
     model = Cannon().fit(labels, flux, ivar, NAMES)

@@ -24,10 +24,15 @@ from stellar_lab.survey import (
     Cut,
     LabError,
     air_to_vacuum,
+    archive_sums,
     atomic_path,
+    known_sums,
     label_record,
     label_records,
+    own_temporary,
+    remove_strays,
     safe_output,
+    said_of,
     write_table,
 )
 
@@ -163,7 +168,7 @@ def test_reading_needs_no_plotting(room):
     assert not heavy & set(found)
 
 
-@pytest.mark.parametrize("room, most", [("survey", 36), ("clean", 14)])
+@pytest.mark.parametrize("room, most", [("survey", 39), ("clean", 14)])
 def test_public_names_are_few_and_documented(room, most):
     module = import_module(f"stellar_lab.{room}")
     assert len(module.__all__) <= most
@@ -270,3 +275,43 @@ def test_names_beyond_ascii_are_written(tmp_path, suffix):
     names = [name if isinstance(name, bytes) else name.encode() for name in names]
     assert [name.decode() for name in names[:2]] == ["étoile", "星"]
     assert names[2] in (b"st\xffar", b"st\\xffar") and table["apogee_id"][2] == strange
+
+
+def test_checksums_are_those_of_the_archive_and_of_a_fetch(tmp_path):
+    old, new, more = "0" * 64, "1" * 64, "2" * 64
+    root = tmp_path / "root"
+    (root / "a").mkdir(parents=True)
+    lines = [f"{old}  a/one.fits", "nonsense", f"{new}  a/one.fits", f"{more}  a/two.fits"]
+    sums = root / "sha256sums.txt"
+    sums.write_text("\n".join(lines) + "\n" + f"{old}  a/two.fits")  # the last has no end: killed
+    assert archive_sums(root) == {"a/one.fits": new, "a/two.fits": more}
+    (root / "archive.json").write_text('{"archive": "clusters", "sha256": {"a/two.fits": "3"}}')
+    paths = [root / "a/one.fits", root / "a/two.fits", root / "three.fits", tmp_path / "four.fits"]
+    assert known_sums(paths) == [new, "3", "", ""]
+    (root / "archive.json").write_text('{"archive": "somebody else\'s"}')
+    assert known_sums(paths) == ["", "", "", ""]  # not ours: nothing is known
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (KeyError("seed"), "it has no entry seed"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), "it is no text in UTF-8"),
+        (RecursionError("maximum recursion depth"), "it is nested too deep"),
+        (MemoryError(), "it does not fit into the memory that is left"),
+        (OSError(5, "Input/output error"), "Input/output error"),
+        (TypeError("'NoneType' object is not iterable"), "it holds something else than it should"),
+        (LabError("take another file"), "take another file"),
+    ],
+)
+def test_errors_are_said_in_our_words(error, said):
+    assert said_of(error) == said
+
+
+def test_a_temporary_of_a_temporary_is_removed_too(tmp_path):
+    target = tmp_path / "m.asdf"
+    for name in (".4194304..4194304.m.asdf", ".4194304.m.asdf"):  # no system has so many processes
+        (tmp_path / name).touch()
+    own_temporary(own_temporary(target)).touch()
+    remove_strays(target)
+    assert [file.name for file in tmp_path.iterdir()] == [own_temporary(own_temporary(target)).name]

@@ -253,6 +253,7 @@ def test_report(run, model, tmp_path):
     assert "is not the record of a training" in run("report", "--model", alone)[1]
     record = json.loads(model.with_suffix(".json").read_text())
     record["model"]["digest"] = "0" * 64
+    del record["sha256"]  # which would say it first
     alone.with_suffix(".json").write_text(json.dumps(record))
     code, out, _ = run("report", "--model", alone)
     assert code == 0 and "is the record of another training" in out and "rmse" not in out
@@ -309,6 +310,7 @@ def test_a_record_that_lacks_something_is_none(model, tmp_path, fact, damage):
     path = tmp_path / "m.asdf"
     shutil.copy(model, path)
     record = json.loads(model.with_suffix(".json").read_text())
+    del record["sha256"]  # as a forger would
     if damage == "missing":
         del record[fact]
     else:
@@ -422,9 +424,47 @@ def test_one_damaged_star_does_not_end_a_training(root, monkeypatch, flux, ivar)
 def test_a_record_that_holds_something_else_is_none(model, tmp_path, path, value):
     shutil.copy(model, tmp_path / "m.asdf")
     record = json.loads(model.with_suffix(".json").read_text())
+    del record["sha256"]  # as a forger would
     inner = record
     for name in path[:-1]:
         inner = inner[name]
     inner[path[-1]] = value
     (tmp_path / "m.json").write_text(json.dumps(record))
     assert "is not the record of a training" in describe(tmp_path / "m.asdf")
+
+
+@pytest.mark.parametrize("path", [("seed",), ("ledger", "found"), ("model", "digest")])
+def test_a_record_that_was_changed_is_none(model, tmp_path, path):
+    shutil.copy(model, tmp_path / "m.asdf")
+    record = json.loads(model.with_suffix(".json").read_text())
+    shown = json.dumps(record, indent=4, sort_keys=True)  # other lines, the same facts
+    (tmp_path / "m.json").write_text(shown)
+    assert "is not the record" not in describe(tmp_path / "m.asdf")
+    inner = record
+    for name in path[:-1]:
+        inner = inner[name]
+    last = inner[path[-1]]
+    inner[path[-1]] = f"{last}0" if isinstance(last, str) else last + 1
+    (tmp_path / "m.json").write_text(json.dumps(record))
+    assert "it was changed since it was written" in describe(tmp_path / "m.asdf")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 100_000, b"{", b"", b'{"format": 1}'])
+def test_a_foreign_record_is_described_in_our_words(model, tmp_path, content):
+    shutil.copy(model, tmp_path / "m.asdf")
+    (tmp_path / "m.json").write_bytes(content)
+    said = describe(tmp_path / "m.asdf")
+    assert "is not the record of a training" in said
+    assert not any(word in said for word in ("codec", "Expecting", "recursion", "Error"))
+
+
+def test_a_record_cannot_move_the_cursor(model, tmp_path):
+    shutil.copy(model, tmp_path / "m.asdf")
+    record = json.loads(model.with_suffix(".json").read_text())
+    del record["sha256"]
+    record["arguments"]["test_size"] = "\x1b[2J"
+    record["notes"][0] = "\x07 beep"
+    (tmp_path / "m.json").write_text(json.dumps(record))
+    said = describe(tmp_path / "m.asdf")
+    assert "\\x1b[2J" in said and "\\x07 beep" in said
+    assert all(letter.isprintable() or letter == "\n" for letter in said)

@@ -61,10 +61,13 @@ from stellar_lab.survey import (
     ARCHIVES,
     PRODUCTS,
     RELEASES,
+    SUMS_FILE,
     Archive,
     LabError,
     Release,
+    archive_sums,
     atomic_path,
+    said_of,
     same_star,
     sdss_id_folder,
     sha256_of,
@@ -1169,6 +1172,7 @@ class _Item:
     size: int | None = None  # bytes, as the source says
     state: str = "to fetch"  # then "fetched", "already there" or "failed"
     reason: str = ""  # why it failed
+    stale: bool = False  # what stands at home is not what a fetch brought
     cause: str = ""  # "missing", "refused", "dropped" or "damaged" if it failed
     star: str = ""  # whose spectrum it should be
     sha256: str = ""  # its checksum, where the archive knows it
@@ -1306,12 +1310,12 @@ def _receive(source, item, part, note, show, stop):
 
 # %%
 #| export
-def _put_aside(target, hdus, star):
+def _put_aside(target, hdus, star, stale=False):
     "Take its name from a file that cannot be whole: nothing wrong stays under a final name."
     other = what_stands_at(target)
     if other:
         raise _Refused(f"{other} stands in its place")
-    if target.exists() and (not hdus or file_problem(target, hdus, star)):
+    if target.exists() and (stale or not hdus or file_problem(target, hdus, star)):
         old = _beside(target, "old")
         number = 1
         while old.exists() and not _is_worthless(old, target):
@@ -1329,6 +1333,15 @@ def _is_worthless(old, target):
         return False
     with open(old, "rb") as one, open(target, "rb") as other:
         return all(chunk == other.read(len(chunk)) for chunk in iter(lambda: one.read(_CHUNK), b""))
+
+
+def _note_sum(root, item, part):
+    "Note the checksum of what came, unless the archive's own record has it."
+    if not item.sha256:
+        line = f"{sha256_of(part)}  {item.path}\n"
+        # One write of a few bytes at the end: lines of two threads do not mix.
+        with open(Path(root) / SUMS_FILE, "ab", buffering=0) as file:
+            file.write(line.encode())
 
 
 def _check_arrived(item, part):
@@ -1360,8 +1373,9 @@ def _fetch_file(source, item, root, patience, show=lambda item, length: None):
 
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _put_aside(target, item.hdus, item.star)
+        _put_aside(target, item.hdus, item.star, item.stale)
         _persist(attempt, patience, lambda: part.stat().st_size if part.exists() else 0)
+        _note_sum(root, item, part)
         os.replace(part, target)
         note.unlink(missing_ok=True)
         item.state = "fetched"
@@ -1461,7 +1475,7 @@ def _parse_marker(content, where):
         sums = marker.get("sha256", {})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise LabError(
-            f"{where} does not name an archive ({error!r}): it is damaged, "
+            f"{where} does not name an archive ({said_of(error)}): it is damaged, "
             "or this is no archive of stellar_lab"
         ) from error
     if name not in [*ARCHIVES]:
@@ -2063,28 +2077,32 @@ print(FetchSummary("home", "a folder", "survey", "DR14", items))
 
 # %%
 #| export
-def _is_there(root, item):
-    "A whole file of the right size and content is at home, in the survey's layout or another one."
+def _is_there(root, item, known):
+    """A whole file of the right size and content is at home, in the survey's layout or another one.
+
+    `known` are the checksums of what was fetched before."""
     for path in (item.path, *item.elsewhere):
         try:
             right = item.size in (None, os.path.getsize(root / path))
             checkable = item.hdus or item.size is not None
             whole = right and checkable and not file_problem(root / path, item.hdus, item.star)
-            if whole and item.sha256 in ("", sha256_of(root / path)):
+            wanted = item.sha256 or known.get(path)
+            if whole and wanted in (None, sha256_of(root / path)):
                 return True
+            item.stale = whole and not item.sha256
         except OSError:
             continue
     return False
 
 
-def _look(source, root, item):
+def _look(source, root, known, item):
     "Ask for the size of a file, and whether it is at home."
     if item.origin:
         try:
             item.size = source.stat(item.origin).size
         except SourceError as error:
             item.fail(error, error.cause)
-        if _is_there(root, item):
+        if _is_there(root, item, known):
             item.state = "already there"
             item.reason = item.cause = ""
     return item
@@ -2095,7 +2113,7 @@ origin = _FolderSource(desk / "server")
 rows = []
 for root in (home, desk / "server"):
     items = _find_all(origin, wanted, (), True, Patience())
-    states = [_look(origin, root, item).state for item in items]
+    states = [_look(origin, root, {}, item).state for item in items]
     rows.append((root.name, states.count("to fetch"), states.count("already there")))
 Table(rows=rows, names=["root", "to fetch", "already there"])
 
@@ -2136,7 +2154,7 @@ def _check_holds_archive(root):
     "LabError for a root that holds something, but nothing that a fetch writes."
     with os.scandir(root) as entries:
         names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
-    known = {ARCHIVE_FILE}
+    known = {ARCHIVE_FILE, SUMS_FILE}
     for rules in RELEASES.values():
         for product in ("allstar", *rules.paths):
             known |= {template.split("/")[0] for template in rules.templates(product)}
@@ -2302,7 +2320,7 @@ def _look_for(source, root, wanted, marker, catalogue, patience):
     is_marked = _check_root(root, source, marker, wanted.release)
     items = _find_all(source, wanted, marker.files, catalogue, patience)
     _give_sums(items, marker.sums)
-    look = partial(_look, source, root)
+    look = partial(_look, source, root, archive_sums(root))
     with closing(_side_by_side(items, look, patience)) as looking:
         bar = {"total": len(items), "unit": "file", "desc": "looking"}
         list(tqdm(looking, **bar, disable=not patience.progress))
@@ -2375,7 +2393,8 @@ def fetch(
     """
     root = Path(root)
     patience = Patience(workers, timeout, tries, backoff, progress)
-    with closing(open_source(source, patience)) as origin:
+    with warnings.catch_warnings(), closing(open_source(source, patience)) as origin:
+        warnings.simplefilter("ignore", AstropyWarning)  # said by the summary, where it matters
         marker = _read_marker(origin, patience)
         record = marker.record
         wanted = _wanted(record, release, fields, products, telescopes, sdss_ids)

@@ -32,7 +32,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from glob import escape, glob
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -59,8 +59,10 @@ from stellar_lab.survey import (
     LabError,
     Release,
     Spectra,
+    WrongFile,
     archive_record,
     archive_sums,
+    known_sums,
     label_records,
     on_band,
     plot_spectrum,
@@ -664,6 +666,8 @@ class _Fact(NamedTuple):
     column: str
     keys: tuple  # header cards, the first that exists counts
     missing: object  # value where no card exists; its type is the column's
+    low: float = -np.inf  # what is beyond these limits is no value
+    high: float = np.inf
 
     def read(self, header):
         "Its value in a header."
@@ -674,7 +678,8 @@ class _Fact(NamedTuple):
             value = type(self.missing)(value)
         except (TypeError, ValueError, OverflowError):
             return self.missing
-        return self.missing if value <= _MISSING else value
+        possible = value > _MISSING and self.low <= value <= self.high
+        return value if possible else self.missing
 
 
 _FACTS = (
@@ -682,10 +687,11 @@ _FACTS = (
     _Fact("TELESCOPE", ("TELESCOP",), ""),
     _Fact("FIELD", ("FIELD",), ""),
     _Fact("LOCATION_ID", ("LOCID",), -1),
-    _Fact("SNR", ("SNR",), np.nan),
-    _Fact("NVISITS", ("NVISITS",), -1),
-    *(_Fact(band, (band,), np.nan) for band in ("J", "H", "K")),
-    *(_Fact(angle, (angle,), np.nan) for angle in ("RA", "DEC")),
+    _Fact("SNR", ("SNR",), np.nan, 0, 1e6),
+    _Fact("NVISITS", ("NVISITS",), -1, 0, 1e6),
+    *(_Fact(band, (band,), np.nan, -10, 50) for band in ("J", "H", "K")),
+    _Fact("RA", ("RA",), np.nan, 0, 360),
+    _Fact("DEC", ("DEC",), np.nan, -90, 90),
 )
 
 # %%
@@ -717,8 +723,8 @@ class Problem(NamedTuple):
         return f"{Path(self.path).name}: {self.reason}"
 
 
-class _Wrong(ValueError):
-    "What is wrong with a file, in words for its reader."
+class _Wrong(WrongFile):
+    "What is wrong with a star's file."
 
 
 _CUT_PACKED = "cut short: what is packed in it ends too early; fetch it again"
@@ -1091,8 +1097,14 @@ _UNUSUAL = (
     b"GROUPS  ",
     b"HIERARCH",
 )
-_NUMBER = re.compile(rb" *([+-]?\d+)(\.\d*(?:E[+-]?\d+)?)? *(?:/.*)?")
+_NUMBER = re.compile(rb" *([+-]?\d+)(\.\d*(?:E[+-]?\d+)?|E[+-]?\d+)? *(?:/.*)?")
 _TEXT = re.compile(rb" *'([^']*)' *(?:/.*)?")
+
+
+@cache
+def _padded(key):
+    "A keyword as it stands in a card."
+    return key.ljust(8).encode()
 
 
 class _PlainHeader:
@@ -1105,19 +1117,24 @@ class _PlainHeader:
             raise _NotPlain
 
     def __contains__(self, key):
-        return key.ljust(8).encode() in self.cards
+        return _padded(key) in self.cards
 
     def __getitem__(self, key):
-        card = self.cards[key.ljust(8).encode()]
+        return self._value(self.cards[_padded(key)])
+
+    def get(self, key, usual=None):
+        card = self.cards.get(_padded(key))
+        return usual if card is None else self._value(card)
+
+    @staticmethod
+    def _value(card):
+        "What stands in a card."
         number = _NUMBER.fullmatch(card, 10) if card[8:10] == b"= " else None
         if number:
             whole = number[1] + (number[2] or b"")
             return float(whole) if number[2] else int(whole)
         text = _TEXT.fullmatch(card, 10) if card[8:10] == b"= " else None
         return text[1].decode().rstrip() if text else fits.Card.fromstring(card).value
-
-    def get(self, key, usual=None):
-        return self[key] if key in self else usual
 
 
 # %%
@@ -1193,14 +1210,13 @@ assert empty.is_image and empty.end == 2880
 # %%
 #| export
 @contextmanager
-def _hdus_of(content):
-    "The HDUs of a file's bytes: read directly where all is plain, by astropy otherwise."
+def _hdus_of(content, needed=_MOST):
+    """The HDUs of a file's bytes, so many as are needed at least: read directly where they are
+    plain, by astropy otherwise."""
     try:
         hdus = [_PlainHdu(content, 0, first=True)]
-        while content[hdus[-1].end : hdus[-1].end + 8] == b"XTENSION":
+        while len(hdus) < needed and content.startswith(b"XTENSION", hdus[-1].end):
             hdus.append(_PlainHdu(content, hdus[-1].end, first=False))
-        if content[hdus[-1].end :].strip(b"\0"):
-            raise _NotPlain
     except (_NotPlain, fits.VerifyError, KeyError):
         hdus = None
     if hdus is not None:
@@ -1268,7 +1284,7 @@ def _checked_content(path, sha256):
     content, stored, verified = _content(path)
     if sha256:
         if hashlib.sha256(stored).hexdigest() != sha256:
-            raise _Wrong("damaged: its sha256 is not the one in archive.json; fetch it again")
+            raise _Wrong("damaged: its sha256 is not the one its archive knows; fetch it again")
         verified = True
     places = _chain(content)
     if not places:
@@ -1279,7 +1295,7 @@ def _checked_content(path, sha256):
 def _read_star(path, product, row, sha256="") -> _Star:
     "The star of a file. Whatever is wrong with the file raises."
     content, places, verified = _checked_content(path, sha256)
-    with _hdus_of(content) as hdus:
+    with _hdus_of(content, needed=4) as hdus:  # flux, error and mask are the first
         _check_whole(hdus, len(places), product)
         header = hdus[0].header
         _check_star(path, header)
@@ -2591,7 +2607,14 @@ def _rows_of_files(root, files, record, rules, labels, release):
     "For each file its row of the catalogue, the row's number or -1, how many others it has."
     labels = record.labels if labels is None else labels
     for_cuts = [cut.column for cut in record.cuts]
-    catalogue = read_catalogue(find_catalogue(root, release), labels, for_cuts)
+    path = find_catalogue(root, release)
+    (known,) = known_sums([path])
+    if known and sha256_of(path) != known:
+        raise LabError(
+            f"{path} is damaged: its sha256 is not the one that its archive knows; fetch it, or "
+            "write the archive, again"
+        )
+    catalogue = read_catalogue(path, labels, for_cuts)
     rows, further = match_catalogue(files, catalogue, rules)
     lonely = _rows_without_file(files, catalogue, rules)
     return catalogue[rows], rows, further, lonely  # for -1 any row will do

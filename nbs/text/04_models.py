@@ -29,13 +29,15 @@ import re
 import stat
 import struct
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from enum import IntFlag
 from functools import singledispatch, wraps
 from importlib import import_module
+from pathlib import Path
 
 import asdf
 import numpy as np
@@ -51,12 +53,20 @@ from threadpoolctl import ThreadpoolController
 
 from stellar_lab import __version__
 from stellar_lab.normalize import MASKED_LIMIT, check_grid, continuum_steps
-from stellar_lab.survey import LABELS, LabError, Spectra, atomic_path, label_record, on_band
+from stellar_lab.survey import (
+    LABELS,
+    LabError,
+    Spectra,
+    WrongFile,
+    atomic_path,
+    label_record,
+    on_band,
+    said_of,
+)
 
 # %%
 #| hide
 import tempfile
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -315,22 +325,17 @@ def number_array(values, name: str, kinds: str = "fiu") -> np.ndarray:
     try:
         array = np.asarray(values)
     except (TypeError, ValueError) as error:
-        raise LabError(f"{name} is no array of numbers ({_first_line(error)})") from error
+        raise LabError(f"{name} is no array of numbers: give one, of one length") from error
     if array.dtype.kind not in kinds:
         raise LabError(f"{name} holds {array.dtype}, not real numbers: give an array of numbers")
     return array
-
-
-def _first_line(error):
-    "What an exception says, in one line."
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 # %%
 for wrong in (["a", "b"], [1j], [True], [[1], [1, 2]], None):
     with pytest.raises(LabError, match="flux (holds|is no array)"):
         number_array(wrong, "flux")
-print(number_array([1, 2.5], "flux"), _first_line(KeyError("one")))
+print(number_array([1, 2.5], "flux"), said_of(KeyError("one")))
 
 
 # %%
@@ -347,7 +352,7 @@ def _named_labels(labels, names):
     except LabError:
         raise
     except (TypeError, ValueError) as error:
-        raise LabError(f"labels must be numbers, a column for each label ({error})") from error
+        raise LabError("labels must be numbers, a column for each label") from error
     if labels.ndim == 1:
         labels = labels[None]
     if names is None:
@@ -743,9 +748,10 @@ def _check_numbers(name, array, held):
     "ValueError where numbers are not finite, or beyond what they can be."
     unknown = np.isinf(array) if held.holes else ~np.isfinite(array)
     if unknown.any():
-        raise ValueError(f"{unknown.sum()} of {array.size} numbers in {name} are not finite")
-    if np.any(array < held.low) or np.any(array > held.high):
-        raise ValueError(f"{name} holds numbers beyond {held.low:g} to {held.high:g}")
+        raise WrongFile(f"{unknown.sum()} of {array.size} numbers in {name} are not finite")
+    wide = np.asarray(array, float)  # a limit may be no number of the array's own type
+    if np.any(wide < held.low) or np.any(wide > held.high):
+        raise WrongFile(f"{name} holds numbers beyond {held.low:g} to {held.high:g}")
 
 
 def _check_shape(name, array, held, lengths):
@@ -755,12 +761,12 @@ def _check_shape(name, array, held, lengths):
     if not known or any(w not in (None, n) for w, n in zip(wanted, array.shape)):
         letters = ", ".join(held.shape)
         there = ", ".join(f"{letter} = {n}" for letter, n in lengths.items() if letter in letters)
-        raise ValueError(
+        raise WrongFile(
             f"{name} has the shape {array.shape} instead of ({letters}){there and f', {there}'}"
         )
     for letter, length in zip(held.shape, array.shape):
         if not length and letter in _NEVER_EMPTY:
-            raise ValueError(f"{name} is empty")
+            raise WrongFile(f"{name} is empty")
         if letter != "*":
             lengths[letter] = length
 
@@ -779,15 +785,15 @@ def _check_entry(name, value, held, lengths):
     "ValueError where a value is not what a file must hold under a name."
     if held.several:
         if not isinstance(value, list) or not value:
-            raise ValueError(f"{name} is no list of arrays")
+            raise WrongFile(f"{name} is no list of arrays")
         for part in value:
             _check_entry(name, part, replace(held, several=False), lengths)
         return
     if held.kind not in _DTYPES:
         if not isinstance(value, _TYPES[held.kind]):
-            raise ValueError(f"{name} is a {type(value).__name__} instead of {held.kind}")
+            raise WrongFile(f"{name} is {_kind_of(value)} instead of {held.kind}")
         if held.kind == "texts" and not all(isinstance(text, str) for text in value):
-            raise ValueError(f"{name} holds something else than texts")
+            raise WrongFile(f"{name} holds something else than texts")
         if held.kind == "names":
             _check_texts(name, value)
         if held.kind == "text":
@@ -795,18 +801,23 @@ def _check_entry(name, value, held, lengths):
         return
     array = np.asarray(value)
     if set(held.shape) - {"*"} and not isinstance(value, np.ndarray):
-        raise ValueError(f"{name} is a {type(value).__name__} instead of an array")
+        raise WrongFile(f"{name} is {_kind_of(value)} instead of an array")
     if array.dtype.kind not in _DTYPES[held.kind]:
-        raise ValueError(f"{name} is of the type {array.dtype} instead of {held.kind}s")
+        raise WrongFile(f"{name} is of the type {array.dtype} instead of {held.kind}s")
     _check_shape(name, array, held, lengths)
     _check_numbers(name, array, held)
+
+
+def _kind_of(value):
+    "What a value is, in a word or two."
+    return "nothing" if value is None else f"a {type(value).__name__}"
 
 
 def _check_texts(name, texts):
     "ValueError for texts that no one could print."
     for text in texts:
         if not isinstance(text, str) or not text.isprintable() or not 0 < len(text) <= 200:
-            raise ValueError(f"{name} holds {text!r:.50} instead of text")
+            raise WrongFile(f"{name} holds {text!r:.50} instead of text")
 
 
 def check_held(tree: dict, entries: dict):
@@ -831,7 +842,7 @@ def check_held(tree: dict, entries: dict):
         if value is None and held.optional:
             continue
         if name not in tree:
-            raise ValueError(f"it has no entry {name}")
+            raise WrongFile(f"it has no entry {name}")
         _check_entry(name, value, held, lengths)
 
 
@@ -870,13 +881,13 @@ def _check_metadata(meta, pixels):
     for name, kind in _META.items():
         value = meta.get(name)
         if value is not None and not isinstance(value, kind):
-            raise ValueError(f"metadata_ has a {type(value).__name__} as {name}")
+            raise WrongFile(f"metadata_ has a {type(value).__name__} as {name}")
     _check_texts("metadata_", [v for v in meta.values() if isinstance(v, str) and v])
     if not 0 <= (meta.get("dark") or 0) < 1 or (meta.get("row") or 0) < 0:
-        raise ValueError("metadata_ holds a number that cannot be")
+        raise WrongFile("metadata_ holds a number that cannot be")
     for step in meta.get("recipe") or []:
         if not isinstance(step, dict) or not isinstance(step.get("step"), str):
-            raise ValueError("a step of its recipe has no name")
+            raise WrongFile("a step of its recipe has no name")
         if step["step"] == "continuum":
             _check_continuum(step, pixels)
     _check_pixel_numbers(meta.get("continuum_pixels") or [], pixels)
@@ -888,14 +899,14 @@ _RULE = {"degree": (0, 20), "run": (1, 10_000), "tolerance": (1e-9, 1e9), "min_p
 def _check_continuum(step, pixels):
     "ValueError for a division by a continuum that no spectrum could go through."
     if step.keys() - {"step", "pixels"} - set(_RULE) or not {"pixels", "degree"} <= step.keys():
-        raise ValueError(f"a step of its recipe has the entries {', '.join(map(str, step))}")
+        raise WrongFile(f"a step of its recipe has the entries {', '.join(map(str, step))}")
     for name, (low, high) in _RULE.items():
         value = step.get(name)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         whole = isinstance(value, int) or name == "tolerance"
         if name in step and not (name == "min_pixels" and value is None):
             if not number or not whole or not low <= value <= high:
-                raise ValueError(f"its recipe says {name} {value!r:.30}")
+                raise WrongFile(f"its recipe says {name} {value!r:.30}")
     if step["pixels"] is not None:
         _check_pixel_numbers(step["pixels"], pixels)
 
@@ -903,15 +914,17 @@ def _check_continuum(step, pixels):
 def _check_pixel_numbers(numbers, pixels):
     "ValueError unless all are numbers of pixels."
     if not isinstance(numbers, list):
-        raise ValueError("its continuum pixels are no list")
+        raise WrongFile("its continuum pixels are no list")
     for number in numbers:
         if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < pixels:
-            raise ValueError(f"{number!r:.30} is no number of one of its {pixels} pixels")
+            raise WrongFile(f"{number!r:.30} is no number of one of its {pixels} pixels")
 
 
 def _check_restored(model):
     "ValueError where parts that came from a file are right each, and wrong together."
     pixels = len(model.typical_flux_)
+    if hasattr(model, "error_inflation_") != hasattr(model, "error_floor_"):
+        raise WrongFile("its error model is only half there")
     _check_names(model.label_names_, len(model.pivots_))
     _checked_grid(model.wavelength_, pixels)
     _check_metadata(model.metadata_, pixels)
@@ -1811,9 +1824,9 @@ def read_regular(path, most: int = None, first: int = -1) -> bytes:
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
         what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, a device or a socket"
-        raise ValueError(f"it is {what}, no file")
+        raise WrongFile(f"it is {what}, no file")
     if most is not None and found.st_size > most:
-        raise ValueError(f"it has {found.st_size:,} bytes, {most:,} at most would be right")
+        raise WrongFile(f"it has {found.st_size:,} bytes, {most:,} at most would be right")
     with open(path, "rb") as file:
         return file.read(first)
 
@@ -1825,15 +1838,15 @@ def _blocks(data, place):
         start = place + 6 + int.from_bytes(data[place + 4 : place + 6], "big")
         header = data[place + 6 : place + 6 + _BLOCK_HEADER.size]
         if len(header) < _BLOCK_HEADER.size or start < place + 6 + _BLOCK_HEADER.size:
-            raise ValueError("it is cut short")
+            raise WrongFile("it is cut short")
         flags, packing, room, used, size, checksum = _BLOCK_HEADER.unpack(header)
         if flags or packing != bytes(4) or used != size:
-            raise ValueError("an array in it is packed or has no end")
+            raise WrongFile("an array in it is packed or has no end")
         if room < used or start + room > len(data):
-            raise ValueError("it is cut short")
+            raise WrongFile("it is cut short")
         block = data[start : start + used]
         if hashlib.md5(block, usedforsecurity=False).digest() != checksum:
-            raise ValueError(f"the checksum of its array {len(found)} is wrong: it is damaged")
+            raise WrongFile(f"the checksum of its array {len(found)} is wrong: it is damaged")
         found.append(block)
         place = start + room
     return found
@@ -1864,7 +1877,7 @@ class _ArrayNote(dict):
 def _construct(loader, suffix, node):
     kind = suffix.rpartition("-")[0]
     if kind not in ("asdf", "ndarray", "software", "extension_metadata", "history_entry"):
-        raise ValueError(f"it holds a {suffix!r:.50}, which no model has")
+        raise WrongFile(f"it holds a {suffix!r:.50}, which no model has")
     values = loader.construct_mapping(node, deep=True)
     return _ArrayNote(values) if kind == "ndarray" else values
 
@@ -1877,11 +1890,11 @@ def _check_text(text):
     depth = 0
     for event in yaml.parse(text, Loader=_Loader):
         if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
-            raise ValueError("its text refers to itself")
+            raise WrongFile("its text refers to itself")
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > _DEEPEST:
-            raise ValueError("its text goes too deep")
+            raise WrongFile("its text goes too deep")
 
 
 def _dtype(note):
@@ -1894,7 +1907,7 @@ def _dtype(note):
     if kind == "bool8":
         return np.dtype(bool)
     if not re.fullmatch(r"u?int(8|16|32|64)|float(16|32|64)", str(kind)):
-        raise ValueError(f"it holds an array of {kind!r:.30}")
+        raise WrongFile(f"it holds an array of {kind!r:.30}")
     return np.dtype(kind).newbyteorder(order)
 
 
@@ -1930,16 +1943,16 @@ class _Arrays:
         known = {"source", "shape", "datatype", "byteorder", "offset", "strides"}
         inside = type(source) is int and 0 <= source < len(self.blocks)
         if not inside or note.keys() - known:
-            raise ValueError("an array is not in the file itself")
+            raise WrongFile("an array is not in the file itself")
         sizes = [*shape, note.get("offset", 0)] if isinstance(shape, list) else [None]
         if not all(type(size) is int and size >= 0 for size in sizes) or len(sizes) > 9:
-            raise ValueError(f"it holds an array of the shape {shape!r:.50}")
+            raise WrongFile(f"it holds an array of the shape {shape!r:.50}")
         dtype = _dtype(note)
         size = math.prod(shape) * dtype.itemsize
         block = self.blocks[source]
         self.left -= size
         if size > len(block) or self.left < 0:
-            raise ValueError("an array is larger than the file")
+            raise WrongFile("an array is larger than the file")
         if not size:
             return np.empty(shape, dtype)
         place = {"offset": note.get("offset", 0), "strides": note.get("strides")}
@@ -1950,17 +1963,20 @@ def _read_tree(path):
     "What an ASDF file of ours holds; ValueError (or another error) for any other file."
     start = read_regular(path, first=20)
     if not start.startswith(b"#ASDF"):
-        raise ValueError(f"it begins with {start.decode('latin-1')!r}" if start else "empty")
+        raise WrongFile(f"it begins with {start.decode('latin-1')!r}" if start else "empty")
     data = read_regular(path)
     end = _TREE_END.search(data, 0, _MOST_TEXT)
     if not end:
-        raise ValueError("it is cut short")
+        raise WrongFile("it is cut short")
     text = data[: end.end()]
-    _check_text(text)
+    try:
+        _check_text(text)
+        tree = yaml.load(text, _Loader)  # plain values alone: see above
+    except yaml.YAMLError as error:
+        raise WrongFile("its text is no plain YAML, or goes too deep") from error
     blocks = _blocks(data, end.end())
-    tree = yaml.load(text, _Loader)  # plain values alone: see above
     if not isinstance(tree, dict):
-        raise ValueError("it holds no entries")
+        raise WrongFile("it holds no entries")
     return _Arrays(blocks).of(tree)
 
 
@@ -2048,15 +2064,15 @@ def read_model_file(path) -> dict:
     except MemoryError as error:
         raise LabError(f"{path} does not fit into the memory that is left") from error
     except Exception as error:  # whatever a foreign or damaged file brings about
-        said = getattr(error, "strerror", None) or _first_line(error)
         raise LabError(
-            f"{path} is not a model of stellar_lab ({said}): train the model again"
+            f"{path} is not a model of stellar_lab ({said_of(error)}): train the model again"
         ) from error
     kind, version = tree.get("stellar_lab_model"), tree.get("format_version")
     versions = tree.setdefault("versions", {})
     if not isinstance(versions, dict) or not all(isinstance(v, str) for v in versions.values()):
         raise LabError(f"{path} does not say by which versions it was made: train the model again")
-    if not isinstance(kind, str) or type(version) is not int or version != _FORMAT_VERSION:
+    named = isinstance(kind, str) and kind.isidentifier()
+    if not named or type(version) is not int or version != _FORMAT_VERSION:
         raise LabError(
             f"{path} holds {kind!r:.50} in format {version!r:.50}; this version reads models in "
             f"format {_FORMAT_VERSION}: train the model again"
@@ -2089,15 +2105,28 @@ def _tree_of(model):
     }
 
 
+_OLD = 86_400  # seconds; what is as old as that is not being written any more
+
+
+def _remove_old_strays(folder):
+    "Remove models that asdf had begun under its own names when an older version was ended."
+    for stray in folder.glob(".asdf_tmp*"):
+        with suppress(OSError, WrongFile):
+            if time.time() - stray.stat().st_mtime > _OLD:
+                if b"stellar_lab_model" in read_regular(stray, first=_MOST_TEXT):
+                    stray.unlink()
+
+
 def _write_model(model, path):
     "Write a fitted model as ASDF, whole or not at all."
+    _remove_old_strays(Path(path).parent)
     versions = {"stellar_lab": __version__, "numpy": np.__version__}
     versions["scikit-learn"] = sklearn.__version__
     tree = {**_tree_of(model), "format_version": _FORMAT_VERSION, "versions": versions}
     tree = _unshared(tree)
     tree["fingerprint"] = _fingerprint(tree)
-    with atomic_path(path) as temporary:
-        asdf.AsdfFile(tree).write_to(temporary)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        asdf.AsdfFile(tree).write_to(file)  # by its path, asdf would make a temporary of its own
 
 
 def _read_model(cls, path):
@@ -2164,7 +2193,7 @@ def whole_model(file, kind: str):
             raise
         raise LabError(f"{file} is no whole {kind} ({error}): train the model again") from error
     except Exception as error:  # a file can hold anything
-        said = _first_line(error)
+        said = said_of(error)
         raise LabError(f"{file} is no whole {kind} ({said}): train the model again") from error
 
 
@@ -2201,7 +2230,7 @@ def _guard(tree, file):
     """The guard within a model, as the front door knows it: its room stands above this one, and is
     entered only where a file holds a guard."""
     if tree.get("stellar_lab_model") != "Refusal":
-        raise ValueError(f"it holds a guard of kind {tree.get('stellar_lab_model')!r:.50}")
+        raise WrongFile(f"it holds a guard of kind {tree.get('stellar_lab_model')!r:.50}")
     return import_module("stellar_lab").Refusal._from_tree(_Tree(tree, file=str(file)))
 
 
@@ -2219,8 +2248,10 @@ def _model_of(cls, tree):
         for name, value in tree.items():
             if name.endswith("_"):
                 if name not in entries and hasattr(cls, name):
-                    raise ValueError(f"it has the entry {name}")
+                    raise WrongFile(f"it has the entry {name}")
                 setattr(model, name, _guard(value, file) if name == "refusal_" else value)
+        if not hasattr(model, "wavelength_"):
+            model.wavelength_ = None  # it may be unknown
         model.label_names_ = tuple(model.label_names_)
         model._check_restored()
     return model

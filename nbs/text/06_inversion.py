@@ -573,7 +573,22 @@ def _invert(model, spectra, max_steps):
 
 
 def _invert_block(model, basis, box, flux, ivar, first, max_steps):
-    "The fields of an `Answer` for a block of stars; `first` is its first star's number."
+    """The fields of an `Answer` for a block of stars; `first` is its first star's number.
+
+    A star that did not come to rest stands where rounding left it, and that depends on its
+    neighbours in the products: it is inverted once more, alone."""
+    found = _invert_together(model, basis, box, flux, ivar, first, max_steps)
+    *_, resting, _ = found
+    for star in np.flatnonzero(~resting) if len(flux) > 1 else ():
+        rows = slice(star, star + 1)
+        alone = (flux[rows], ivar[rows], first + int(star))
+        for values, value in zip(found, _invert_together(model, basis, box, *alone, max_steps)):
+            values[rows] = value
+    return found
+
+
+def _invert_together(model, basis, box, flux, ivar, first, max_steps):
+    "The same, for stars that share the products."
     stats, flux = _finite_statistics(basis, flux, ivar, first)
     scaled, steps = _search(model, stats, box, max_steps)
     scaled, chi2, hessian, resting = _finish(model, basis, scaled, stats, flux, ivar, box)

@@ -50,7 +50,7 @@ from stellar_lab.models import (
     whole_model,
 )
 from stellar_lab.readers import LabelReader, photon_covariance
-from stellar_lab.survey import LabError, Spectra, atomic_path, require
+from stellar_lab.survey import LabError, Spectra, WrongFile, atomic_path, require, said_of
 
 # %%
 #| hide
@@ -390,7 +390,7 @@ class _State:
                 best = [file[f"best{k}"] for k in range(facts["best"])]
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise LabError(
-                f"{self.path} is not the state of a training ({error}): "
+                f"{self.path} is not the state of a training ({said_of(error)}): "
                 "remove it, or name another file"
             ) from error
         return facts, arrays, best
@@ -697,13 +697,12 @@ def network_facts(path) -> dict:
         with _opened(path) as file:
             tree = json.loads(file.read(_MEMBER))
         if not isinstance(tree, dict):
-            raise ValueError("it says nothing of itself")
+            raise WrongFile("it says nothing of itself")
     except FileNotFoundError as error:
         raise LabError(f"there is no network at {path}: train one and save it there") from error
     except Exception as error:  # whatever a foreign or damaged file brings about
-        said = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
         raise LabError(
-            f"{path} is not a network of stellar_lab ({said}): train the network again"
+            f"{path} is not a network of stellar_lab ({said_of(error)}): train the network again"
         ) from error
     version = tree.get("format_version")
     if type(version) is not int or version != _NETWORK_FORMAT:
@@ -714,7 +713,7 @@ def network_facts(path) -> dict:
     with whole_model(path, "network"):
         check_held(tree, _FACTS)
         if not all(isinstance(v, str) for v in tree["versions"].values()):
-            raise ValueError("it does not say by which versions it was made")
+            raise WrongFile("it does not say by which versions it was made")
     return tree
 
 
@@ -737,12 +736,12 @@ def _opened(path):
         parts = file.infolist()
         names = {part.filename for part in parts}
         if len(names) < len(parts) or names - {*_KERAS_MEMBERS, _MEMBER}:
-            raise ValueError("its parts are not those of a network")
+            raise WrongFile("its parts are not those of a network")
         for part in parts:
             packed = part.compress_size < part.file_size / 50 and part.file_size > 1 << 20
             text = part.filename.endswith(".json") and part.file_size > _MOST_JSON
             if packed or text:
-                raise ValueError(f"its part {part.filename} is far too large")
+                raise WrongFile(f"its part {part.filename} is far too large")
         yield file
 
 
@@ -766,7 +765,7 @@ def _from_json(value):
     if isinstance(value, dict) and "array" in value:
         dtype = np.dtype(value["dtype"])
         if dtype.kind not in "biuf":
-            raise ValueError(f"it holds an array of {dtype}")
+            raise WrongFile(f"it holds an array of {dtype}")
         return np.array(value["array"], dtype=dtype)
     return value
 
@@ -829,20 +828,21 @@ def _rebuilt(kind, tree, path):
         check_held(learned | {"parameters": parameters}, LabelReader._entries | _LEARNED)
         for name, value in learned.items():
             if not name.endswith("_") or hasattr(kind, name):
-                raise ValueError(f"it has the entry {name}")
+                raise WrongFile(f"it has the entry {name}")
             setattr(model, name, value)
         model.label_names_ = tuple(model.label_names_)
         model._check_restored()
     try:
         with _opened(path) as file:
             if tree.get("fingerprint") != _fingerprint(file, tree):
-                raise ValueError("something in it was changed since it was written")
+                raise WrongFile("something in it was changed since it was written")
         model.keras_ = keras.saving.load_model(path, compile=False)
         layers = model.keras_.layers
         model.net_ = next(layer for layer in layers if isinstance(layer, keras.Model))
     except Exception as error:  # whatever Keras makes of a broken file
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise LabError(f"{path} cannot be read ({reason}): train the network again") from error
+        raise LabError(
+            f"{path} cannot be read ({said_of(error)}): train the network again"
+        ) from error
     with whole_model(path, kind.__name__):
         _try_out(model)
     return model
@@ -855,12 +855,12 @@ def _try_out(model):
     "ValueError unless the layers read a spectrum and say as many labels as there are names."
     for losses in model.history_.values():
         if not all(isinstance(loss, int | float) for loss in losses):
-            raise ValueError("its losses are no numbers")
+            raise WrongFile("its losses are no numbers")
     K = len(model.label_names_)
     star = np.ones((1, len(model.typical_flux_)), np.float32)
     labels, covariance = model._read(star, star)[:2]
     if labels.shape != (1, K) or covariance.shape != (1, K, K):
-        raise ValueError(f"its layers do not say {K} labels")
+        raise WrongFile(f"its layers do not say {K} labels")
 
 
 # %%

@@ -71,6 +71,7 @@ from stellar_lab.survey import (
     Release,
     atomic_path,
     end_with_parent,
+    known_sums,
     on_band,
     plain_text,
     require,
@@ -359,13 +360,14 @@ def _label_batch(model, job):
     row = None if rules.normalized else job.row
     paths = [path for path in job.paths if os.path.isfile(path)]
     problems = [Problem(path, "no file any more") for path in job.paths if path not in paths]
-    spectra, places, unread = read_stars(paths, rules, row=row, progress=False)
+    sums = known_sums(paths)
+    spectra, places, unread = read_stars(paths, rules, row=row, progress=False, sums=sums)
     problems += unread
     if not len(spectra):
         return None, problems
-    treated, _ = believable(as_trained(model, spectra))
+    treated, wild = believable(as_trained(model, spectra))
     table = infer(model, treated, any_recipe=job.any_product)
-    _add_facts(table, spectra)
+    _add_facts(table, spectra, wild)
     table["file"] = [paths[place] for place in places]
     table.meta |= {"product": job.product, "row": spectra.stars.meta.get("row")}
     blind = table["file"][np.isnan(table[model.label_names_[0].lower()])]
@@ -373,11 +375,17 @@ def _label_batch(model, job):
     return table, problems
 
 
-def _add_facts(table, spectra):
-    "What the files know of their stars, as columns."
+def _add_facts(table, spectra, wild=0):
+    """What the files know of their stars, as columns; how many pixels hold what no star has (`wild`
+    more than those that reading took out), and whether a checksum was verified."""
     for name, unit in _FACTS.items():
         column = np.asarray(spectra.stars[name.upper()])
         table[name] = column if unit is None else column * unit
+    known = spectra.stars.colnames
+    strange = np.asarray(spectra.stars["STRANGE_PIXELS"]) if "STRANGE_PIXELS" in known else 0
+    verified = np.asarray(spectra.stars["VERIFIED"]) if "VERIFIED" in known else False
+    table["strange_pixels"] = np.full(len(table), strange + wild, np.int32)
+    table["verified"] = np.full(len(table), verified, bool)
 
 
 def _label_elsewhere(model, path, kind):
@@ -749,6 +757,25 @@ def _foreign_note(model, table):
     known = model.metadata_.get("product")
     said = f"that the model learned from, {known}" if known else "that the model knows"
     return [f"{foreign} of {len(table)} stars are not of the product {said}: labels are biased"]
+
+
+def _strange_note(table):
+    "A sentence about pixels that hold what no star has."
+    strange = np.asarray(table["strange_pixels"])
+    if not strange.any():
+        return []
+    return [
+        f"{strange.sum()} pixels of {np.count_nonzero(strange)} stars hold a flux or an error that "
+        "no star has: they count as unusable (strange_pixels)"
+    ]
+
+
+def _verified_note(table):
+    "What could be verified, for the table's meta."
+    verified = np.count_nonzero(table["verified"])
+    said = f"{verified} of {len(table)} spectra had a checksum, and fit it"
+    others = "; in the others nobody can see a changed number"
+    return said + (others if verified < len(table) else "")
 
 
 def _wide_errors(model, table):
@@ -1125,7 +1152,7 @@ def label(
     notes : dict, optional
         goes into the table's meta, such as a date
     batch : int, default 64
-        files in memory at a time; labels of other batches differ by less than 0.002 of an error
+        files in memory at a time; labels of other batches differ by less than 0.001 of an error
     workers : int, default 1
         processes that read and label; the table does not depend on it
     mask : str, optional
@@ -1164,6 +1191,7 @@ def label(
     if table is None:
         raise LabError(f"none of {len(files)} files gave labels: {_few(problems)}")
     own_notes = table.meta.pop("said", [])[: 2 * _FEW]
+    table.meta["verified"] = _verified_note(table)
     table.meta |= {"model": name, "files": len(files), "failed": len(problems)} | (notes or {})
     failed = ""
     if out is not None:
@@ -1171,7 +1199,8 @@ def label(
         write_labels(table, out)
     if parts is not None:
         parts.remove()
-    said = _foreign_note(model, table) + _wide_errors(model, table) + own_notes
+    said = _foreign_note(model, table) + _wide_errors(model, table) + _strange_note(table)
+    said += own_notes
     where = "" if out is None else str(out)
     return LabelSummary(table, len(files), problems, name, where, left_out, said, failed)
 

@@ -29,12 +29,14 @@ import argparse
 import contextlib
 import errno
 import os
+import re
 import shlex
 import shutil
 import signal
 import sys
 import threading
 import traceback
+import warnings
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -147,10 +149,19 @@ def _shows_progress():
     return sys.stderr.isatty()
 
 
+def _spelled(text):
+    "A text in which nothing is left that a terminal would obey: names of files may hold anything."
+    text = str(text)
+    if text.isprintable():
+        return text
+    plain = (c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    return "".join(plain)
+
+
 def _say(text):
     "A line on the error output; if nobody can read it there, it is lost, and nothing else is."
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(_spelled(text), file=sys.stderr, flush=True)
     except (OSError, ValueError):  # full, or closed
         _silence(sys.stderr)
 
@@ -162,7 +173,7 @@ class _Unprinted(Exception):
 def _print(text=""):
     "Print a result at once; `_Unprinted` where there is no place for it."
     try:
-        print(text, flush=True)
+        print(_spelled(text), flush=True)
     except BrokenPipeError:
         raise
     except OSError as error:
@@ -903,6 +914,7 @@ def _of_system(error):
     if error.errno == errno.ENOENT and _without_folder():
         return "the current folder was removed: change to one that exists (cd), run the same again"
     said = error.strerror or next(iter(str(error).splitlines()), "") or type(error).__name__
+    said = re.sub(r"\[Errno \d+\] ", "", said)
     said += f": {error.filename}" if error.filename else ""
     number = errno.ENOSPC if "space on disk" in said else error.errno
     return f"{said}; {_WAYS_OUT[number]}" if number in _WAYS_OUT else said
@@ -965,6 +977,19 @@ def _signals_answered():
             signal.signal(number, signal.SIG_DFL)
 
 
+_LEAST_MEMORY = 800_000_000  # bytes; with less, libraries below us end the process by themselves
+
+
+def _lacks_memory():
+    "Is this process allowed less memory than it needs?"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return False
+    allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return allowed not in (resource.RLIM_INFINITY, -1) and allowed < _LEAST_MEMORY
+
+
 def _run(options):
     "Run a command; whatever goes wrong becomes one line."
     try:
@@ -998,6 +1023,9 @@ def _main(words):
         parser.print_help()
         return 2
     options.words = words
+    if _lacks_memory():
+        _say("stellar-lab: not enough memory: allow 1 GB (ulimit -v 1000000)")
+        return 2
     return _run(options)
 
 
@@ -1060,7 +1088,10 @@ def main(argv: list = None) -> int:
     """
     closed = _stand_ins()
     try:
-        code = _main(sys.argv[1:] if argv is None else argv)
+        with warnings.catch_warnings():
+            # A library's remark about the machine, which changes nothing here.
+            warnings.filterwarnings("ignore", message=".*joblib will operate in serial mode")
+            code = _main(sys.argv[1:] if argv is None else argv)
         if closed:
             _say(f"stellar-lab: standard output is closed; {_PRINTED}")
         return max(code, 1) if closed or _output_fails() else code

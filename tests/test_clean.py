@@ -525,6 +525,13 @@ def test_files_are_named_for_what_they_are(tmp_path, name):
     assert len(spectra) == 1 and [Path(problem.path).name for problem in problems] == [name]
 
 
+def test_a_file_whose_bytes_lost_a_bit_is_damaged(tmp_path):
+    file = write_apstar(tmp_path / f"apStar-r8-{A}.fits")
+    file.write_bytes(bytes(value & 127 for value in file.read_bytes()))
+    with pytest.raises(LabError, match="each byte lost its first bit"):
+        read_files(file, progress=False)
+
+
 @pytest.mark.parametrize("missing", [1, 100, 5000])
 def test_a_packed_file_that_lost_its_end_is_damaged(tmp_path, missing):
     packed = gzip.compress(write_apstar(tmp_path / f"apStar-r8-{A}.fits").read_bytes())

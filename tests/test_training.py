@@ -375,6 +375,14 @@ def test_too_few_stars_are_said_and_nothing_is_written(run, root, tmp_path):
     assert re.search(r"\d+ training stars, 20 are needed: take more stars, a lower order", err)
 
 
+def test_a_model_replaces_only_models(run, root, tmp_path):
+    path = tmp_path / "thesis.asdf"
+    path.write_bytes(b"my only copy")
+    code, _, err = run("train", root, "--model", path, *QUICK)
+    assert code == 2 and "what stands there is no model of stellar_lab" in err
+    assert path.read_bytes() == b"my only copy"
+
+
 @pytest.mark.parametrize("where", ["the record", "the model's name"])
 def test_model_and_record_appear_both_or_neither(root, model, tmp_path, monkeypatch, where):
     path = tmp_path / "m.asdf"

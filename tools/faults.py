@@ -140,6 +140,7 @@ def read_record(file=RECORD):
 def main(words):
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="some 300 faults")
+    parser.add_argument("--record", action="store_true", help="record a quick run, too")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--part", action="append", help="only kinds of this part, such as model")
     parser.add_argument("--kind", help="only kinds of this name, such as 'label*'")
@@ -158,7 +159,7 @@ def main(words):
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options.bench or folder)
         counts = campaign(bench, options.quick, options.seed, kinds, True, watch)
-    if not options.quick:
+    if options.record or not options.quick:
         keep(counts, options.seed)
     print(*lines(counts), sep="\n")
     wrong = failures(counts)

@@ -372,6 +372,19 @@ def check_target(path, suffixes, what: str, inputs=()) -> Path:
     return safe_output(path, inputs)
 
 
+_HEAD = 1_000_000  # bytes of a model's file that name it
+
+
+def _check_model_target(path):
+    "LabError where a model would replace a file that is none."
+    if path.exists() and path.stat().st_size:
+        if b"stellar_lab_model" not in read_regular(path, first=_HEAD):
+            raise LabError(
+                f"cannot write the model to {path}: what stands there is no model of stellar_lab; "
+                "choose another name, or remove that file"
+            )
+
+
 def _check_record_target(path):
     "LabError where a record would replace a file that is none; all records know their ledger."
     safe_output(path)
@@ -1109,6 +1122,7 @@ def _train(root, path, request, continuum_pixels, progress):
         request["continuum_pixels"] = source
     if path is not None:
         path = check_target(path, (".asdf",), "the model")
+        _check_model_target(path)
         _check_record_target(path.with_suffix(".json"))
     spectra, ledger = _select(root, request, pixels, progress)
     spectra, wild = believable(spectra)

@@ -593,7 +593,7 @@ def _model_of_kind(request):
     return _class(_KINDS[kind])(**options)
 
 
-_BEST = "latents"  # the kind that the scoreboard shows best in every contest
+_BEST = "latents"  # of these kinds the scoreboard shows it best in every contest
 
 
 def _kind_and_order(kind, order, scatter):

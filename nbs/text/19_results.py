@@ -1207,7 +1207,8 @@ if old is not None and record.name == "clusters":
     text = (
         "**What to see.** The process on latents leads, or is as good as the best. With whole "
         f"clusters left out all models do worse, by {min(harder):.0%} to {max(harder):.0%}, and "
-        "come closer together: part of what a flexible model gains in folds it learns from a star's siblings. "
+        "come closer together: part of what a flexible model gains in folds it learns from a "
+        "star's siblings. "
         "Among the metal-rich stars alone, where there are few to learn from, no network beats the "
         "Cannon."
     )

@@ -591,7 +591,8 @@ def test_a_log_gets_a_line_a_minute(model, good_files, capsys, monkeypatch):
 def test_workers_end_with_their_parent(model, good_files, tmp_path, number):
     program = (
         "import os, sys, time; from stellar_lab import labelling; "
-        "labelling._label_job = lambda *_: (print(os.getpid(), flush=True), time.sleep(99)); "
+        "say = lambda: os.write(1, b'%d\\n' % os.getpid()); "  # at once: both write here
+        "labelling._label_job = lambda *_: (say(), time.sleep(99)); "
         f"labelling.label({str(model)!r}, sys.argv[1:], batch=1, workers=2, progress=False)"
     )
     words = [sys.executable, "-c", program, *good_files[0][:4]]

@@ -555,7 +555,7 @@ def test_six_rows_are_those_of_the_records():
     assert [row[0] for row in cells] == list(readme.SHOWN_MODELS)
     assert lines[8] == "" and "SCOREBOARD.md" in lines[-1]
     apart = ["140", "0.354", "0.132"]
-    assert cells[1] == ["Cannon", "87", "0.217", "0.080", *apart, "0.8", "0.61"]
+    assert cells[0] == ["Cannon", "87", "0.217", "0.080", *apart, "1.2", "0.52"]
     apart = ["135", "0.352", "0.127"]
     assert cells[5] == ["error-aware network", "65", "0.169", "0.059", *apart, "35", "0.91"]
     assert "latents" in [row[0] for row in cells]

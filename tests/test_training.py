@@ -48,6 +48,7 @@ def test_training_prints_and_records(run, root, tmp_path):
         "groups": None,
         "refusal": True,
         "gaps": False,
+        "mask": None,
     }
     assert (
         record["archive"]["name"] == "clusters"

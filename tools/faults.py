@@ -118,6 +118,8 @@ def keep(counts, seed, file=RECORD):
     "Write what a campaign found into the record, where other seeds, and kinds not tried, stay."
     found = read_record(file) if file.exists() else {}
     for kind, counted in counts.items():
+        if not counted.total():
+            continue
         numbers = [counted[outcome] for outcome in OUTCOMES]
         found[seed, kind.part, kind.name] = [counted.total(), *numbers, kind.unseen]
     order = {(kind.part, kind.name): k for k, kind in enumerate(KINDS)}

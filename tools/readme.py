@@ -176,8 +176,8 @@ def _note(real, mock):
         "survey's labels, whose own errors are in it; all left out of training once, in five folds "
         f"or (*) as whole clusters. The average star would miss by {_in_words(average)}. Synthetic "
         f"stars, {made['n'][0]} of {made.meta['stars']:,} left out, compared with the true Teff, "
-        f"log g, [Fe/H]: {'; '.join(synthetic)}. Times are the processor's, "
-        "reading per star. More: [SCOREBOARD.md](SCOREBOARD.md)."
+        f"log g, [Fe/H]: {'; '.join(synthetic)}. Times are the processor's. "
+        "More: [SCOREBOARD.md](SCOREBOARD.md)."
     )
 
 

@@ -2431,11 +2431,12 @@ print("\nonce more:", str(twice).splitlines()[1])
 
 # %%
 def tree(root):
-    files = [file for file in root.rglob("*") if file.is_file()]
+    "All files but the list of checksums that a fetch keeps for itself."
+    files = [file for file in root.rglob("*") if file.is_file() and file.name != SUMS_FILE]
     return {str(file.relative_to(root)): file.read_bytes() for file in files}
 
 
-assert tree(home) == tree(desk / "server")
+assert tree(home) == tree(desk / "server") and (home / SUMS_FILE).exists()
 assert once.ok and once.fetched == once.found == 8
 assert twice.ok and twice.already_there == 8 and twice.bytes == 0
 

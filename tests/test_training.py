@@ -477,3 +477,24 @@ def test_a_record_cannot_move_the_cursor(model, tmp_path):
     said = describe(tmp_path / "m.asdf")
     assert "\\x1b[2J" in said and "\\x07 beep" in said
     assert all(letter.isprintable() or letter == "\n" for letter in said)
+
+
+@pytest.mark.parametrize("kind", ["cannon", "latents"])
+def test_stars_that_lack_labels_take_part(root, monkeypatch, kind):
+    real_set = training.training_set
+
+    def with_gaps(*request):
+        assert request[7]  # stars with gaps are asked for
+        spectra, ledger = real_set(*request)
+        stars = spectra.stars.copy()
+        stars["M_H"][::4] = np.nan
+        return spectra.replace(stars=stars), ledger
+
+    monkeypatch.setattr(training, "training_set", with_gaps)
+    wish = {"labels": ["teff", "m_h"], "kind": kind, "progress": False, "test_size": 0.4}
+    report = train(root, gaps=True, **wish)
+    (errors,) = (table for name, table in report.errors.items() if name == "test stars")
+    known = dict(zip(errors["label"], errors["n"], strict=True))
+    assert known["M_H"] < known["TEFF"] == len(report.facts["stars"]["test stars"])
+    assert np.isfinite(report.model.training_labels_).all()
+    assert len(report.model.training_labels_) == len(report.facts["stars"]["training stars"])

@@ -27,6 +27,7 @@ from stellar_lab.models import (
     number_array,
     poor_fit_limit,
     single_threaded,
+    stated_errors,
 )
 from .readers import LabelReader
 from .survey import LabError, Spectra, WrongFile
@@ -367,25 +368,6 @@ def _process_rows(stars):
     return np.unique(np.linspace(0, stars - 1, _MOST_STARS).astype(int))
 
 
-_LEAST_VARIANCE = 1e-6  # of a scaled label
-
-
-def _opinion(model, k, latents):
-    "What all other stars say of a scaled label of each training star: mean and variance (N,)."
-    rows = _process_rows(len(latents))
-    known = rows[np.isfinite(model.latent_labels_[:, k])]
-    means = []
-    variances = []
-    for view, some in model.processes:
-        mean, variance, _ = _seen(view, some[k], k, latents)
-        left, left_variance = some[k].left_out()
-        mean[known] = left + latents[known] @ view.line[:, k] + view.constant[k]
-        variance[known] = left_variance - np.exp(some[k].parameters[_NOISE]) * some[k].share
-        means.append(mean)
-        variances.append(np.maximum(variance, _LEAST_VARIANCE))
-    return np.mean(means, axis=0), np.mean(variances, axis=0) + np.var(means, axis=0)
-
-
 class _InTwoViews(_Compressed):
     "Processes on latents: learned, kept and asked."
 
@@ -443,6 +425,60 @@ class _InTwoViews(_Compressed):
             _make_again(self)
         return list(zip(self._views, self._processes))
 
+    def _read(self, flux, ivar):
+        latents, uncertain, chi2 = self._place(flux, ivar)
+        mean = np.empty((len(flux), len(self.label_names_)))
+        error = np.empty_like(mean)
+        for k in range(mean.shape[1]):
+            mean[:, k], variance = _both_views(self.processes, k, latents, uncertain)
+            error[:, k] = np.sqrt(variance)
+        error *= self.scales_
+        return self.unscale(mean), error[:, :, None] * self.correlation_ * error[:, None], chi2
+
+# %% ../nbs/17_latents.ipynb #1ecf1321
+_LARGEST_SHARE = 10.0  # noise variance of a label over the usual one, at most; at least the inverse
+
+
+def _noise_shares(errors, labels):
+    "Variance (N, K) of each label's noise in units of the usual one, from stated errors or none."
+    if errors is None:
+        return np.ones(labels.shape)
+    errors = np.asarray(number_array(errors, "label_errors"), dtype=float)
+    if errors.shape != labels.shape:
+        raise LabError(
+            f"label_errors have the shape {errors.shape}, the labels {labels.shape}: "
+            "give an error for each label"
+        )
+    variance = np.where(np.isfinite(errors) & (errors > 0), errors**2, np.nan)
+    known = np.isfinite(variance).any(axis=0)
+    usual = np.ones(len(known))
+    usual[known] = np.nanmedian(variance[:, known], axis=0)
+    stated = np.nan_to_num(variance / usual, nan=1).clip(1 / _LARGEST_SHARE, _LARGEST_SHARE)
+    return (1 + stated) / 2  # one half is the curve's own, and the same for all stars
+
+# %% ../nbs/17_latents.ipynb #c6539c3a
+_LEAST_VARIANCE = 1e-6  # of a scaled label
+
+
+def _opinion(model, k, latents):
+    "What all other stars say of a scaled label of each training star: mean and variance (N,)."
+    rows = _process_rows(len(latents))
+    known = rows[np.isfinite(model.latent_labels_[:, k])]
+    means = []
+    variances = []
+    for view, some in model.processes:
+        mean, variance, _ = _seen(view, some[k], k, latents)
+        left, left_variance = some[k].left_out()
+        mean[known] = left + latents[known] @ view.line[:, k] + view.constant[k]
+        variance[known] = left_variance - np.exp(some[k].parameters[_NOISE]) * some[k].share
+        means.append(mean)
+        variances.append(np.maximum(variance, _LEAST_VARIANCE))
+    return np.mean(means, axis=0), np.mean(variances, axis=0) + np.var(means, axis=0)
+
+
+class _WithGaps(_InTwoViews):
+    "Processes whose training stars may lack labels."
+
     def opinions(self, spectra) -> tuple:
         """What all other training stars say of each training star.
 
@@ -485,17 +521,7 @@ class _InTwoViews(_Compressed):
             told = self.pivots_[k] + self.scales_[k] * np.mean(seen, axis=0)
             self.training_labels_[gap, k] = told
 
-    def _read(self, flux, ivar):
-        latents, uncertain, chi2 = self._place(flux, ivar)
-        mean = np.empty((len(flux), len(self.label_names_)))
-        error = np.empty_like(mean)
-        for k in range(mean.shape[1]):
-            mean[:, k], variance = _both_views(self.processes, k, latents, uncertain)
-            error[:, k] = np.sqrt(variance)
-        error *= self.scales_
-        return self.unscale(mean), error[:, :, None] * self.correlation_ * error[:, None], chi2
-
-# %% ../nbs/17_latents.ipynb #1ecf1321
+# %% ../nbs/17_latents.ipynb #4f98f26c
 _STARS_EACH = 3  # training stars per latent, at least
 _LEAST_STARS = 10  # training stars of a process, at least
 
@@ -526,36 +552,7 @@ def _check_labels(labels, names):
             raise LabError(f"{name} is {values[0]:g} in all training stars: leave it out")
 
 
-_LARGEST_SHARE = 10.0  # noise variance of a label over the usual one, at most; at least the inverse
-
-
-def _noise_shares(errors, labels):
-    "Variance (N, K) of each label's noise in units of the usual one, from stated errors or none."
-    if errors is None:
-        return np.ones(labels.shape)
-    errors = np.asarray(number_array(errors, "label_errors"), dtype=float)
-    if errors.shape != labels.shape:
-        raise LabError(
-            f"label_errors have the shape {errors.shape}, the labels {labels.shape}: "
-            "give an error for each label"
-        )
-    variance = np.where(np.isfinite(errors) & (errors > 0), errors**2, np.nan)
-    known = np.isfinite(variance).any(axis=0)
-    usual = np.ones(len(known))
-    usual[known] = np.nanmedian(variance[:, known], axis=0)
-    stated = np.nan_to_num(variance / usual, nan=1).clip(1 / _LARGEST_SHARE, _LARGEST_SHARE)
-    return (1 + stated) / 2  # one half is the curve's own, and the same for all stars
-
-
-def _errors_of(spectra, names):
-    "Errors (N, K) that the stars' catalogue states; None where it has no such columns."
-    try:
-        return spectra.label_errors(names)
-    except LabError:
-        return None
-
-
-class LatentLabels(_InTwoViews):
+class LatentLabels(_WithGaps):
     """Labels by a Gaussian process on the latents of a spectrum.
 
     Spectra are compressed by probabilistic principal components with each pixel's own noise, bad
@@ -640,7 +637,7 @@ class LatentLabels(_InTwoViews):
         flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
         _check_labels(self.training_labels_, self.label_names_)
         if label_errors is None and isinstance(labels, Spectra):
-            label_errors = _errors_of(labels, self.label_names_)
+            label_errors = stated_errors(labels, self.label_names_)
         share = _noise_shares(label_errors, self.training_labels_)
         number = min(_checked_number(self.latents), len(flux) // _STARS_EACH)
         values, covariance = self._learn_places(flux, ivar, number, progress)

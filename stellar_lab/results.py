@@ -37,10 +37,12 @@ from .judging import error_table, with_error_model
 from .latents import LatentLabels
 from stellar_lab.models import (
     LabelModel,
+    apply_error_model,
     fold_numbers,
     group_numbers,
     label_values,
     single_threaded,
+    stated_errors,
     train_test_rows,
 )
 from .normalize import training_set
@@ -418,8 +420,7 @@ def _inside(labelled, contest, names, truth, about_truth=False):
     The errors of each group are calibrated on the answers to all others, so that no star has a say
     in its own."""
     stars = contest.spectra[contest.judged]
-    errors_known = {f"{name}_ERR" for name in names} <= set(stars.stars.colnames)
-    stated = stars.label_errors(names) if about_truth and errors_known else None
+    stated = stated_errors(stars, names) if about_truth else None
     catalogue = stars.labels(names)
     groups = _error_groups(contest.groups[contest.judged])
     pulls = np.full(truth.shape, np.nan)
@@ -440,8 +441,8 @@ def _pulls_of(learned, labelled, truth):
     "Predicted - true over the calibrated error, (N, K)."
     names = learned.label_names_
     formal2 = np.nan_to_num(label_values(labelled, [f"{name}_err" for name in names])) ** 2
-    errors = np.sqrt(learned.error_inflation_ * formal2 + learned.error_floor_)
-    return (label_values(labelled, names) - truth) / errors
+    covariance = apply_error_model(learned, formal2[:, :, None] * np.eye(len(names)))
+    return (label_values(labelled, names) - truth) / np.sqrt(np.einsum("nkk->nk", covariance))
 
 
 def _against_scale(labelled, contest, names):

@@ -39,6 +39,7 @@ from stellar_lab.models import (
     read_model_file,
     read_regular,
     restored,
+    stated_errors,
     train_test_rows,
 )
 from .mwm import mwm_training_set
@@ -428,17 +429,17 @@ def _judge(model, spectra, test_size, folds, seed, progress, prepare=None):
     A dict: name of a set -> (rows, table of `infer`); the set of left-out stars comes last.
     """
     everyone = np.arange(len(spectra))
-    prepared = prepare or (lambda stars: stars)
     if folds is not None:
         numbers = fold_numbers(len(spectra), folds, seed, stars=spectra.stars["APOGEE_ID"])
         left_out = cross_label(model, spectra, numbers, progress, prepare)
-        model.fit(prepared(spectra))
+        model.fit(spectra if prepare is None else prepare(spectra))
         return model, {
             "training stars": (everyone, infer(model, spectra)),
             f"stars left out in {folds} folds": (everyone, left_out),
         }
     learned, kept = _split(len(spectra), test_size, seed)
-    model.fit(prepared(spectra[learned]))
+    training = spectra[learned]
+    model.fit(training if prepare is None else prepare(training))
     return model, {
         "training stars": (learned, infer(model, spectra[learned])),
         "test stars": (kept, infer(model, spectra[kept])),
@@ -472,11 +473,9 @@ def _formal_words(model):
 
 def _stated_errors(spectra, names):
     "The errors (N, K) that the catalogue states; None where it states none for a label."
-    try:
-        stated = spectra.label_errors(names)
-    except LabError:
-        return None
-    return stated if np.all((np.isfinite(stated) & (stated > 0)).any(axis=0)) else None
+    stated = stated_errors(spectra, names)
+    known = stated is not None and np.all((np.isfinite(stated) & (stated > 0)).any(axis=0))
+    return stated if known else None
 
 
 def _calibrated(model, kind, table, truth, stated=None):

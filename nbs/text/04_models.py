@@ -286,6 +286,13 @@ def label_values(table, names) -> np.ndarray:
     return np.column_stack([_numbers(table[column]) for column in columns])
 
 
+def stated_errors(spectra: Spectra, names) -> np.ndarray | None:
+    """The errors (N, K) of labels that the stars' catalogue states, NaN where it states none for a
+    star; None where it lacks the column of a label."""
+    columns = {f"{name}_ERR" for name in names}
+    return spectra.label_errors(names) if columns <= set(spectra.stars.colnames) else None
+
+
 def _numbers(column):
     "A column of a table as plain numbers; NaN where it is masked."
     values = getattr(column, "value", column)

@@ -142,6 +142,13 @@ def _version_notes(path, primary):
 
 
 # %%
+for name in ("mwmStar-0.6.0-114986844.fits", "mwmVisit-0.6.0-7.fits.gz", "apStar-r8-2M01.fits"):
+    print(f"{name}: {mwm_kind(name)}")
+print(*_version_notes("mwmStar-0.7.0-7.fits", {}))
+assert not _version_notes("mwmStar-0.6.0-7.fits", {})
+
+
+# %%
 #| export
 def _lower(table):
     "Columns by their names in lower case."
@@ -186,6 +193,13 @@ def _facts(columns, row, path, observatory, primary):
     facts |= {band: card(f"{band}_MAG") for band in "JHK"}
     facts |= {"RA": card("RA"), "DEC": card("DEC")}
     return facts | {"MJD": int(value("mjd", -1)), "FILE": Path(path).name}
+
+
+# %%
+row_of_one = {"obj": ["2M00000002+7417074"], "sdss_id": [114_986_844], "snr": [90.0]}
+facts = _facts(row_of_one, 0, "mwmStar-0.6.0-114986844.fits", "apo", {"RA": 0.01, "J_MAG": 11})
+assert (facts["TELESCOPE"], facts["J"], facts["MJD"]) == ("apo25m", 11, -1)
+facts
 
 
 # %%
@@ -354,6 +368,12 @@ def _empty_hdu(*which):
 def _extension(*which):
     "One extension, a copy of the empty one where there are no rows."
     return _made_hdu(*which) if which[-1] else _empty_hdu(*which[:-1]).copy()
+
+
+# %%
+nothing = _extension("APOGEE", "star", "LCO", [])
+print(f"{nothing.name}: {len(nothing.columns)} columns, {len(nothing.data)} rows")
+assert len(nothing.data) == 0 and nothing.columns["flux"].format == "0E"
 
 
 # %%

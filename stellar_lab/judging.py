@@ -21,6 +21,8 @@ from tqdm import tqdm
 from .inversion import infer
 from stellar_lab.models import (
     LabelModel,
+    beyond_base,
+    label_trend,
     label_values,
     name_list,
     number_array,
@@ -228,6 +230,10 @@ def plot_comparison(tables: dict, names, difference: bool = False, axes=None):
 _CLIP = 4  # residuals beyond this many robust standard deviations take no part
 _STARTS = ((-1, -1), (0, -6), (-6, 0))  # of the search for log inflation and log floor
 _LEAST_STARS = 10
+_PER_SLOPE = 10  # stars for each number of an error model with slopes
+_NO_FLOOR = 1e-2  # of the inflated variance: a floor below it is none, and the formal errors may
+_SHARED = 0.97  # have a noise in them that all stars share: so much of the smallest variance
+_CALM = 10.0  # how strongly slopes are drawn to zero, in stars
 
 
 def _judged(residual, formal2):
@@ -253,9 +259,44 @@ def _noise_share(logit):
     return 1 / (1 + np.exp(-logit))
 
 
-def _inflation_and_floor(residual, formal2, stated2=None):
-    """Inflation and floor of one label's variance, by maximum likelihood, and the share of the
-    catalogue's stated variance (N,) in what is seen."""
+class _Variance:
+    """Variance of one label's differences, by inflation, floor, share of the catalogue's variance
+    and slopes; its cost is the log-likelihood's, averaged over the stars."""
+
+    def __init__(self, residual2, formal2, stated2, trend):
+        self.residual2, self.formal2, self.stated2, self.trend = residual2, formal2, stated2, trend
+
+    def cost(self, p):
+        "The cost, and its slopes along the parameters."
+        growth = np.exp(self.trend @ p[3:])
+        inflated = np.exp(p[0]) * self.formal2 * growth
+        floor = np.exp(p[1]) * growth
+        share = _noise_share(p[2])
+        variance = inflated + floor + share * self.stated2
+        calm = _CALM / len(variance)
+        value = np.mean(self.residual2 / variance + np.log(variance))
+        value += _TRUST * (1 - share) + calm * np.sum(p[3:] ** 2)
+        pull = (1 - self.residual2 / variance) / variance / len(variance)
+        of_share = (pull @ self.stated2 - _TRUST) * share * (1 - share)
+        along = (pull * (inflated + floor)) @ self.trend + 2 * calm * p[3:]
+        return value, np.array([pull @ inflated, pull @ floor, of_share, *along])
+
+    def best(self):
+        "The most probable parameters, from several starts."
+        slopes = np.zeros(self.trend.shape[1])
+        bounds = [(-12, 8), (-12, 8), (-6, 6), *[(-3, 3) for _ in slopes]]
+        starts = [np.array([*start, 2, *slopes]) for start in _STARTS]
+        fits = [
+            minimize(self.cost, start, jac=True, method="L-BFGS-B", bounds=bounds)
+            for start in starts
+        ]
+        return min(fits, key=lambda fit: fit.fun).x
+
+# %% ../nbs/07_judging.ipynb #62f0a415
+def _error_model(residual, formal2, stated2=None, trend=None):
+    """Inflation and floor of one label's variance, by maximum likelihood; the share of the
+    catalogue's stated variance (N,) in what is seen; slopes along the trend (N, K); the base that
+    is taken off the formal variance (N,) first."""
     use = _judged(residual, formal2)
     unit2 = np.mean(residual[use] ** 2)
     if not 0 < unit2 < np.inf:
@@ -263,27 +304,27 @@ def _inflation_and_floor(residual, formal2, stated2=None):
             "the labels of the left-out stars are exactly the catalogue's, or beyond all numbers: "
             "give the answers of a model that has not seen these stars"
         )
-    if not np.isfinite(formal2).any():
-        return 0, unit2, 0
-    typical2 = np.median(formal2[use])
-    r2 = residual[use] ** 2 / unit2
-    f2 = formal2[use] / typical2
-    known = stated2 is not None
-    c2 = stated2[use] / unit2 if known else 0
+    columns = 0 if trend is None else trend.shape[1]
+    base = 0
+    sloped = columns and use.sum() >= _PER_SLOPE * (columns + 2)
+    along = trend[use] if sloped else np.empty((use.sum(), 0))
+    told = np.isfinite(formal2).any()  # a model that states no error has a floor alone
+    typical2 = np.median(formal2[use]) if told else 1
+    known = told and stated2 is not None
+    nothing = np.zeros(use.sum())
+    noise2 = stated2[use] / unit2 if known else nothing
+    formal2 = formal2[use] / typical2 if told else nothing
+    residual2 = residual[use] ** 2 / unit2
+    found = _Variance(residual2, formal2, noise2, along).best()
+    if told and found[1] < found[0] + np.log(_NO_FLOOR):
+        base = _SHARED * formal2.min()
+        found = _Variance(residual2, beyond_base(formal2, base), noise2, along).best()
+    inflation = np.exp(found[0]) * unit2 / typical2 if told else 0
+    share = _noise_share(found[2]) if known else 0
+    slopes = found[3:] if sloped else np.zeros(columns)
+    return inflation, np.exp(found[1]) * unit2, share, slopes, base * typical2
 
-    def cost(p):
-        share = _noise_share(p[2]) if known else 0
-        variance = np.exp(p[0]) * f2 + np.exp(p[1]) + share * c2
-        return np.mean(r2 / variance + np.log(variance)) + _TRUST * (1 - share) * known
-
-    bounds = [(-12, 8), (-12, 8), (-6, 6)][: 2 + known]
-    starts = [(*start, 2)[: 2 + known] for start in _STARTS]
-    fits = [minimize(cost, start, method="L-BFGS-B", bounds=bounds) for start in starts]
-    best = min(fits, key=lambda fit: fit.fun)
-    inflation, floor = np.exp(best.x[:2]) * unit2
-    return inflation / typical2, floor, _noise_share(best.x[2]) if known else 0
-
-# %% ../nbs/07_judging.ipynb #137719b3
+# %% ../nbs/07_judging.ipynb #17002075
 def _stated(model, catalogue_error, stars):
     "Variance (N, K) that a catalogue states; None for none. LabError for another shape."
     if catalogue_error is None:
@@ -301,7 +342,9 @@ def _stated(model, catalogue_error, stars):
     return stated.T**2
 
 
-def with_error_model(model: LabelModel, table: QTable, truth, catalogue_error=None) -> LabelModel:
+def with_error_model(
+    model: LabelModel, table: QTable, truth, catalogue_error=None, by_label: bool = True
+) -> LabelModel:
     """Learn from left-out stars how large the errors really are.
 
     Parameters
@@ -317,11 +360,15 @@ def with_error_model(model: LabelModel, table: QTable, truth, catalogue_error=No
         errors that the catalogue states for these labels. With them the model's errors are about
         the true label on the catalogue's scale; without, about a label of the catalogue, whose
         noise is then part of them
+    by_label : bool, default True
+        may errors grow with the labels, where there are ten stars for each number of the error
+        model? Not where whole groups were left out: a slope would be of the groups
 
     Returns
     -------
     LabelModel
-        a copy whose errors are calibrated: variance = inflation * formal variance + floor. From
+        a copy whose errors are calibrated: variance = (inflation * formal variance + floor) *
+        exp(slopes * scaled labels), see `apply_error_model`. From
         the same stars it knows how large chi2 may be (``fit_limit_``), and how much noise the
         catalogue has (``catalogue_noise_``, a variance for each label)
 
@@ -356,12 +403,22 @@ def with_error_model(model: LabelModel, table: QTable, truth, catalogue_error=No
         )
     formal2 = formal**2
     stated2 = _stated(model, catalogue_error, len(residual))
-    fits = [_inflation_and_floor(*parts) for parts in zip(residual.T, formal2.T, stated2)]
+    trend = None
+    if by_label and hasattr(model, "pivots_"):
+        trend = label_trend(model, label_values(table, model.label_names_))
+    fits = [_error_model(*parts, trend) for parts in zip(residual.T, formal2.T, stated2)]
+    inflation, floor, share, slopes, base = zip(*fits)
     model = copy.copy(model)
-    model.error_inflation_, model.error_floor_, share = np.array(fits).T
-    vars(model).pop("catalogue_noise_", None)
+    for learned in ("error_base_", "error_slopes_", "catalogue_noise_"):
+        vars(model).pop(learned, None)
+    model.error_inflation_ = np.array(inflation)
+    model.error_floor_ = np.array(floor)
+    if np.any(slopes):
+        model.error_slopes_ = np.array(slopes)
+    if np.any(base):
+        model.error_base_ = np.array(base)
     if catalogue_error is not None:
-        model.catalogue_noise_ = share * np.median(stated2, axis=1)
+        model.catalogue_noise_ = np.array(share) * np.median(stated2, axis=1)
     if "chi2" in table.colnames:
         fit = np.asarray(table["chi2"]) / np.maximum(np.asarray(table["n_good"]), 1)
         fit = fit[np.isfinite(fit)]

@@ -6,8 +6,8 @@
 __all__ = ['MIN_GOOD', 'train_test_rows', 'fold_numbers', 'group_numbers', 'name_list', 'label_values', 'stated_errors',
            'number_array', 'finite_flux', 'Held', 'check_held', 'all_or_nothing', 'LabelModel', 'Flag', 'flag_names',
            'count_flags', 'poor_fit_limit', 'outside_training', 'label_box', 'Answer', 'answer', 'check_spectra',
-           'apply_error_model', 'label_table', 'infer', 'plain_value', 'read_regular', 'read_model_file', 'restored',
-           'whole_model', 'check_parameters', 'single_threaded', 'in_blocks']
+           'label_trend', 'beyond_base', 'apply_error_model', 'label_table', 'infer', 'plain_value', 'read_regular',
+           'read_model_file', 'restored', 'whole_model', 'check_parameters', 'single_threaded', 'in_blocks']
 
 # %% ../nbs/04_models.ipynb #f0e41f31
 import hashlib
@@ -467,8 +467,8 @@ def _names_of_stars(spectra, labels):
 # %% ../nbs/04_models.ipynb #0f248374
 # what is learned from left-out stars, after a fit
 _OF_LEFT_OUT_STARS = (
-    *("error_inflation_", "error_floor_", "catalogue_noise_"),
-    *("fit_limit_", "refusal_"),
+    *("error_inflation_", "error_base_", "error_floor_", "error_slopes_"),
+    *("catalogue_noise_", "fit_limit_", "refusal_"),
 )
 
 
@@ -772,6 +772,8 @@ class LabelModel(_Taught, BaseEstimator):
         "training_labels_": Held("number", "NK"),
         "error_inflation_": Held("number", "K", low=0, optional=True),
         "error_floor_": Held("number", "K", low=0, optional=True),
+        "error_base_": Held("number", "K", low=0, optional=True),
+        "error_slopes_": Held("number", "KK", low=-9, high=9, optional=True),
         "catalogue_noise_": Held("number", "K", low=0, optional=True),
         "fit_limit_": Held("number", low=0, optional=True),
         "refusal_": Held("facts", optional=True),
@@ -1119,27 +1121,57 @@ def check_spectra(model: LabelModel, flux, ivar=None, any_recipe: bool = False) 
     return Spectra(grid, flux, ivar, stars)
 
 # %% ../nbs/04_models.ipynb #f6831469
-def apply_error_model(model: LabelModel, covariance: np.ndarray) -> np.ndarray:
+_REACH = 2.5  # spreads from the mean beyond which errors grow no more with a label
+
+
+def label_trend(model: LabelModel, labels: np.ndarray) -> np.ndarray:
+    """Labels (N, K) as the error model sees them: in spreads from the training stars' mean, and
+    never further from it than training stars usually are."""
+    scaled = (np.asarray(labels, dtype=float) - model.pivots_) / model.scales_
+    return np.clip(np.nan_to_num(scaled), -_REACH, _REACH)
+
+
+def beyond_base(variance: np.ndarray, base) -> np.ndarray:
+    """What a formal variance (N, K) has beyond a base (K,) that all stars share, never less than a
+    thirtieth of the base. A model that learned from noisy labels may count their noise as its own;
+    the base takes it out."""
+    return np.where(base > 0, np.maximum(variance - base, base / 30), variance)
+
+
+def apply_error_model(model: LabelModel, covariance: np.ndarray, labels=None) -> np.ndarray:
     """Formal covariance -> calibrated covariance, where the model carries an error model.
 
     Parameters
     ----------
     model : LabelModel
-        with ``error_inflation_`` and ``error_floor_`` (K,), variances, if it is calibrated
+        with ``error_inflation_`` and ``error_floor_`` (K,), variances, if it is calibrated; with
+        ``error_base_`` (K,), a variance that is taken off first, and with ``error_slopes_`` (K, K)
+        if errors depend on the labels
     covariance : (N, K, K) array
         formal
+    labels : (N, K) array, optional
+        of the stars, in their units; the mean of the training stars by default
 
     Returns
     -------
     (N, K, K) array
-        inflation times the formal covariance, plus the floor on its diagonal
+        inflation times the formal covariance, plus the floor on its diagonal; all of it times the
+        exponential of the slopes times the scaled labels
     """
     if not hasattr(model, "error_inflation_"):
         return covariance
-    inflation = np.asarray(model.error_inflation_)
-    stretch = np.outer(np.sqrt(inflation), np.sqrt(inflation))
-    stretched = np.where(stretch > 0, covariance * stretch, 0)
-    return stretched + np.diag(model.error_floor_)
+    stretch = np.sqrt(np.asarray(model.error_inflation_))[None]
+    if hasattr(model, "error_base_"):
+        variance = np.einsum("nkk->nk", covariance)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            stretch = stretch * np.sqrt(beyond_base(variance, model.error_base_) / variance)
+    both = stretch[:, :, None] * stretch[:, None, :]
+    stretched = np.where(both > 0, covariance * both, 0)
+    calibrated = stretched + np.diag(model.error_floor_)
+    if labels is None or not hasattr(model, "error_slopes_"):
+        return calibrated
+    growth = np.exp(label_trend(model, labels) @ np.transpose(model.error_slopes_) / 2)
+    return calibrated * growth[:, :, None] * growth[:, None, :]
 
 # %% ../nbs/04_models.ipynb #38694117
 MIN_GOOD = 1 - MASKED_LIMIT / len(on_band)  # the original lab drops stars with fewer good pixels
@@ -1188,7 +1220,7 @@ def label_table(model: LabelModel, found: Answer, min_good: float = MIN_GOOD) ->
         resting=found.resting & ~blind,
     )
     flags = _flags(model, found, min_good)
-    covariance = apply_error_model(model, found.covariance)
+    covariance = apply_error_model(model, found.covariance, found.labels)
     covariance = np.where(blind[:, None, None], np.nan, covariance)  # a floor alone is no error
     errors = np.sqrt(np.einsum("nkk->nk", covariance))
     table = QTable()

@@ -348,7 +348,7 @@ def _label_row(model, spectra, row):
 def _formal(model):
     "The model as if nobody had calibrated its errors."
     plain = copy.copy(model)
-    for learned in ("error_inflation_", "error_floor_"):
+    for learned in ("error_inflation_", "error_base_", "error_floor_", "error_slopes_"):
         vars(plain).pop(learned, None)
     return plain
 

@@ -640,8 +640,8 @@ def _names_of_stars(spectra, labels):
 #| export
 # what is learned from left-out stars, after a fit
 _OF_LEFT_OUT_STARS = (
-    *("error_inflation_", "error_floor_", "catalogue_noise_"),
-    *("fit_limit_", "refusal_"),
+    *("error_inflation_", "error_base_", "error_floor_", "error_slopes_"),
+    *("catalogue_noise_", "fit_limit_", "refusal_"),
 )
 
 
@@ -1013,6 +1013,8 @@ class LabelModel(_Taught, BaseEstimator):
         "training_labels_": Held("number", "NK"),
         "error_inflation_": Held("number", "K", low=0, optional=True),
         "error_floor_": Held("number", "K", low=0, optional=True),
+        "error_base_": Held("number", "K", low=0, optional=True),
+        "error_slopes_": Held("number", "KK", low=-9, high=9, optional=True),
         "catalogue_noise_": Held("number", "K", low=0, optional=True),
         "fit_limit_": Held("number", low=0, optional=True),
         "refusal_": Held("facts", optional=True),
@@ -1477,7 +1479,6 @@ with pytest.raises(LabError, match=r"must both be \(N, "):
 checked = check_spectra(model, spectra[test])
 print(f"{len(checked)} spectra of {checked.flux.shape[1]} pixels, {checked.flux.dtype}")
 
-
 # %% [markdown]
 # ## Formal and calibrated errors
 # A model's *formal* error is what follows if the model is right: from the noise that the survey states for each pixel and, in a Cannon with scatter, from the scatter that it learned for each pixel, all pixels
@@ -1486,27 +1487,57 @@ print(f"{len(checked)} spectra of {checked.flux.shape[1]} pixels, {checked.flux.
 
 # %%
 #| export
-def apply_error_model(model: LabelModel, covariance: np.ndarray) -> np.ndarray:
+_REACH = 2.5  # spreads from the mean beyond which errors grow no more with a label
+
+
+def label_trend(model: LabelModel, labels: np.ndarray) -> np.ndarray:
+    """Labels (N, K) as the error model sees them: in spreads from the training stars' mean, and
+    never further from it than training stars usually are."""
+    scaled = (np.asarray(labels, dtype=float) - model.pivots_) / model.scales_
+    return np.clip(np.nan_to_num(scaled), -_REACH, _REACH)
+
+
+def beyond_base(variance: np.ndarray, base) -> np.ndarray:
+    """What a formal variance (N, K) has beyond a base (K,) that all stars share, never less than a
+    thirtieth of the base. A model that learned from noisy labels may count their noise as its own;
+    the base takes it out."""
+    return np.where(base > 0, np.maximum(variance - base, base / 30), variance)
+
+
+def apply_error_model(model: LabelModel, covariance: np.ndarray, labels=None) -> np.ndarray:
     """Formal covariance -> calibrated covariance, where the model carries an error model.
 
     Parameters
     ----------
     model : LabelModel
-        with ``error_inflation_`` and ``error_floor_`` (K,), variances, if it is calibrated
+        with ``error_inflation_`` and ``error_floor_`` (K,), variances, if it is calibrated; with
+        ``error_base_`` (K,), a variance that is taken off first, and with ``error_slopes_`` (K, K)
+        if errors depend on the labels
     covariance : (N, K, K) array
         formal
+    labels : (N, K) array, optional
+        of the stars, in their units; the mean of the training stars by default
 
     Returns
     -------
     (N, K, K) array
-        inflation times the formal covariance, plus the floor on its diagonal
+        inflation times the formal covariance, plus the floor on its diagonal; all of it times the
+        exponential of the slopes times the scaled labels
     """
     if not hasattr(model, "error_inflation_"):
         return covariance
-    inflation = np.asarray(model.error_inflation_)
-    stretch = np.outer(np.sqrt(inflation), np.sqrt(inflation))
-    stretched = np.where(stretch > 0, covariance * stretch, 0)
-    return stretched + np.diag(model.error_floor_)
+    stretch = np.sqrt(np.asarray(model.error_inflation_))[None]
+    if hasattr(model, "error_base_"):
+        variance = np.einsum("nkk->nk", covariance)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            stretch = stretch * np.sqrt(beyond_base(variance, model.error_base_) / variance)
+    both = stretch[:, :, None] * stretch[:, None, :]
+    stretched = np.where(both > 0, covariance * both, 0)
+    calibrated = stretched + np.diag(model.error_floor_)
+    if labels is None or not hasattr(model, "error_slopes_"):
+        return calibrated
+    growth = np.exp(label_trend(model, labels) @ np.transpose(model.error_slopes_) / 2)
+    return calibrated * growth[:, :, None] * growth[:, None, :]
 
 
 # %%
@@ -1516,6 +1547,17 @@ calibrated.error_floor_ = np.array([30.0**2])
 variance = apply_error_model(calibrated, np.array([[[20.0**2]]]))
 print(f"a formal error of 20 K, doubled, with a floor of 30 K: {np.sqrt(variance[0, 0, 0]):.0f} K")
 assert variance[0, 0, 0] == 50**2
+
+# %% [markdown]
+# Errors may depend on the labels: hot or metal-poor stars have weak lines. With a slope of 0.5 in the logarithm of the variance, a star that is two spreads hotter than the mean has an error $e^{1/2}$ times as large.
+
+# %%
+calibrated.error_slopes_ = np.array([[0.5]])
+hotter = calibrated.pivots_ + np.array([[2], [50]]) * calibrated.scales_
+larger = apply_error_model(calibrated, np.full((2, 1, 1), 20.0**2), hotter)[:, 0, 0]
+print(f"two spreads hotter: {np.sqrt(larger[0]):.0f} K; fifty: {np.sqrt(larger[1]):.0f} K")
+assert np.isclose(np.sqrt(larger[0]), 50 * np.exp(0.5))
+assert np.isclose(np.sqrt(larger[1]), 50 * np.exp(0.5 * _REACH / 2))
 
 # %% [markdown]
 # ## One table for all
@@ -1576,7 +1618,7 @@ def label_table(model: LabelModel, found: Answer, min_good: float = MIN_GOOD) ->
         resting=found.resting & ~blind,
     )
     flags = _flags(model, found, min_good)
-    covariance = apply_error_model(model, found.covariance)
+    covariance = apply_error_model(model, found.covariance, found.labels)
     covariance = np.where(blind[:, None, None], np.nan, covariance)  # a floor alone is no error
     errors = np.sqrt(np.einsum("nkk->nk", covariance))
     table = QTable()

@@ -31,6 +31,8 @@ from tqdm import tqdm
 from stellar_lab.inversion import infer
 from stellar_lab.models import (
     LabelModel,
+    beyond_base,
+    label_trend,
     label_values,
     name_list,
     number_array,
@@ -331,12 +333,14 @@ assert np.all(within < 0.4)
 # %% [markdown]
 # ## Calibrated errors
 # Left-out stars tell what to add to the formal errors. For each label
-# $$ \\sigma^2_\\mathrm{calibrated} = a\\,\\sigma^2_\\mathrm{formal} + b , $$
-# with an inflation $a$ (a noisy, metal-poor star is worse off than a bright one) and a floor $b$, found by maximum likelihood: the Gaussian that makes the differences most probable. Such errors hold
-# for the labels of the catalogue that the model was trained on, whose own errors are included. Wild outliers, beyond four robust standard deviations, take no part.
+# $$ \sigma^2_\mathrm{calibrated} = (a\,\sigma^2_\mathrm{formal} + b)\; e^{\mathbf g\cdot\mathbf z} , $$
+# with an inflation $a$ (a noisy star is worse off than a bright one), a floor $b$, and slopes $\mathbf g$ along the star's own labels $\mathbf z$, which count in spreads from the mean: a hot or a metal-poor star has weak lines.
+# All are found by maximum likelihood: the Gaussian that makes the differences most probable. Such errors hold for the labels of the catalogue that the model was trained on, whose own errors are included. Wild outliers, beyond
+# four robust standard deviations, take no part. A small set of stars gets no slopes. Where the best floor is none, the formal errors may be too large rather than too small: a model that learned from noisy labels can
+# count their noise as its own. Then what all formal variances share, nearly the smallest of them, is taken off before they are inflated.
 #
 # But a catalogue errs, too, and its noise is no fault of the model. Where the catalogue states an error $c$ for each star, the difference has the variance
-# $$ a\\,\\sigma^2_\\mathrm{formal} + b + s\\,c^2, $$
+# $$ (a\,\sigma^2_\mathrm{formal} + b)\;e^{\mathbf g\cdot\mathbf z} + s\,c^2, $$
 # and the error about the *true* label is what is left without the last term. The share $s$ should be 1. It is smaller where the stated errors are larger than all the differences that we see: such a catalogue is
 # too modest.
 
@@ -345,6 +349,10 @@ assert np.all(within < 0.4)
 _CLIP = 4  # residuals beyond this many robust standard deviations take no part
 _STARTS = ((-1, -1), (0, -6), (-6, 0))  # of the search for log inflation and log floor
 _LEAST_STARS = 10
+_PER_SLOPE = 10  # stars for each number of an error model with slopes
+_NO_FLOOR = 1e-2  # of the inflated variance: a floor below it is none, and the formal errors may
+_SHARED = 0.97  # have a noise in them that all stars share: so much of the smallest variance
+_CALM = 10.0  # how strongly slopes are drawn to zero, in stars
 
 
 def _judged(residual, formal2):
@@ -370,9 +378,46 @@ def _noise_share(logit):
     return 1 / (1 + np.exp(-logit))
 
 
-def _inflation_and_floor(residual, formal2, stated2=None):
-    """Inflation and floor of one label's variance, by maximum likelihood, and the share of the
-    catalogue's stated variance (N,) in what is seen."""
+class _Variance:
+    """Variance of one label's differences, by inflation, floor, share of the catalogue's variance
+    and slopes; its cost is the log-likelihood's, averaged over the stars."""
+
+    def __init__(self, residual2, formal2, stated2, trend):
+        self.residual2, self.formal2, self.stated2, self.trend = residual2, formal2, stated2, trend
+
+    def cost(self, p):
+        "The cost, and its slopes along the parameters."
+        growth = np.exp(self.trend @ p[3:])
+        inflated = np.exp(p[0]) * self.formal2 * growth
+        floor = np.exp(p[1]) * growth
+        share = _noise_share(p[2])
+        variance = inflated + floor + share * self.stated2
+        calm = _CALM / len(variance)
+        value = np.mean(self.residual2 / variance + np.log(variance))
+        value += _TRUST * (1 - share) + calm * np.sum(p[3:] ** 2)
+        pull = (1 - self.residual2 / variance) / variance / len(variance)
+        of_share = (pull @ self.stated2 - _TRUST) * share * (1 - share)
+        along = (pull * (inflated + floor)) @ self.trend + 2 * calm * p[3:]
+        return value, np.array([pull @ inflated, pull @ floor, of_share, *along])
+
+    def best(self):
+        "The most probable parameters, from several starts."
+        slopes = np.zeros(self.trend.shape[1])
+        bounds = [(-12, 8), (-12, 8), (-6, 6), *[(-3, 3) for _ in slopes]]
+        starts = [np.array([*start, 2, *slopes]) for start in _STARTS]
+        fits = [
+            minimize(self.cost, start, jac=True, method="L-BFGS-B", bounds=bounds)
+            for start in starts
+        ]
+        return min(fits, key=lambda fit: fit.fun).x
+
+
+# %%
+#| export
+def _error_model(residual, formal2, stated2=None, trend=None):
+    """Inflation and floor of one label's variance, by maximum likelihood; the share of the
+    catalogue's stated variance (N,) in what is seen; slopes along the trend (N, K); the base that
+    is taken off the formal variance (N,) first."""
     use = _judged(residual, formal2)
     unit2 = np.mean(residual[use] ** 2)
     if not 0 < unit2 < np.inf:
@@ -380,31 +425,31 @@ def _inflation_and_floor(residual, formal2, stated2=None):
             "the labels of the left-out stars are exactly the catalogue's, or beyond all numbers: "
             "give the answers of a model that has not seen these stars"
         )
-    if not np.isfinite(formal2).any():
-        return 0, unit2, 0
-    typical2 = np.median(formal2[use])
-    r2 = residual[use] ** 2 / unit2
-    f2 = formal2[use] / typical2
-    known = stated2 is not None
-    c2 = stated2[use] / unit2 if known else 0
-
-    def cost(p):
-        share = _noise_share(p[2]) if known else 0
-        variance = np.exp(p[0]) * f2 + np.exp(p[1]) + share * c2
-        return np.mean(r2 / variance + np.log(variance)) + _TRUST * (1 - share) * known
-
-    bounds = [(-12, 8), (-12, 8), (-6, 6)][: 2 + known]
-    starts = [(*start, 2)[: 2 + known] for start in _STARTS]
-    fits = [minimize(cost, start, method="L-BFGS-B", bounds=bounds) for start in starts]
-    best = min(fits, key=lambda fit: fit.fun)
-    inflation, floor = np.exp(best.x[:2]) * unit2
-    return inflation / typical2, floor, _noise_share(best.x[2]) if known else 0
+    columns = 0 if trend is None else trend.shape[1]
+    base = 0
+    sloped = columns and use.sum() >= _PER_SLOPE * (columns + 2)
+    along = trend[use] if sloped else np.empty((use.sum(), 0))
+    told = np.isfinite(formal2).any()  # a model that states no error has a floor alone
+    typical2 = np.median(formal2[use]) if told else 1
+    known = told and stated2 is not None
+    nothing = np.zeros(use.sum())
+    noise2 = stated2[use] / unit2 if known else nothing
+    formal2 = formal2[use] / typical2 if told else nothing
+    residual2 = residual[use] ** 2 / unit2
+    found = _Variance(residual2, formal2, noise2, along).best()
+    if told and found[1] < found[0] + np.log(_NO_FLOOR):
+        base = _SHARED * formal2.min()
+        found = _Variance(residual2, beyond_base(formal2, base), noise2, along).best()
+    inflation = np.exp(found[0]) * unit2 / typical2 if told else 0
+    share = _noise_share(found[2]) if known else 0
+    slopes = found[3:] if sloped else np.zeros(columns)
+    return inflation, np.exp(found[1]) * unit2, share, slopes, base * typical2
 
 
 # %%
 stated2 = np.random.default_rng(0).uniform(0.5, 2, 1000) ** 2
 drawn = np.sqrt(4 * stated2 + 3**2) * np.random.default_rng(1).standard_normal(1000)
-inflation, floor, _ = _inflation_and_floor(drawn, stated2)
+inflation, floor, *_ = _error_model(drawn, stated2)
 print(
     f"put in: inflation 4, floor 3 squared; found {inflation:.1f} and {np.sqrt(floor):.1f} squared"
 )
@@ -416,10 +461,42 @@ assert abs(inflation * np.mean(stated2) + floor - 4 * np.mean(stated2) - 9) < 2
 # %%
 catalogue2 = np.random.default_rng(2).uniform(0.5, 3, 1000) ** 2
 seen = drawn + np.sqrt(catalogue2) * np.random.default_rng(3).standard_normal(1000)
-_, _, right = _inflation_and_floor(seen, stated2, catalogue2)
-inflation, floor, modest = _inflation_and_floor(seen, stated2, 100 * catalogue2)
+_, _, right, *_ = _error_model(seen, stated2, catalogue2)
+inflation, floor, modest, *_ = _error_model(seen, stated2, 100 * catalogue2)
 print(f"share of the stated noise: {right:.2f}; where ten times the error is stated: {modest:.3f}")
 assert right > 0.7 and modest < 0.03
+
+# %% [markdown]
+# And slopes: here the variance grows with the first of two labels, by a factor $e^{0.8}$ for each spread, and does not care about the second.
+
+# %%
+along = np.clip(np.random.default_rng(4).standard_normal((1000, 2)), -2.5, 2.5)
+sloped = drawn * np.exp(0.8 * along[:, 0] / 2)
+slopes = _error_model(sloped, stated2, trend=along)[3]
+print("slopes", slopes.round(2))
+assert np.allclose(slopes, [0.8, 0], atol=0.15)
+assert not _error_model(sloped[:30], stated2[:30], trend=along[:30])[3].any()  # too few stars
+
+# %% [markdown]
+# A model that counts the catalogue's noise of 3 as its own, beside an error that differs from star to star, must be seen through:
+
+# %%
+own2 = np.random.default_rng(5).uniform(0.5, 2, 20_000) ** 2
+differences = np.sqrt(own2 + 9) * np.random.default_rng(6).standard_normal(20_000)
+inflation, floor, _, _, base = _error_model(differences, own2 + 9, np.full(20_000, 9.0))
+found2 = inflation * beyond_base(own2 + 9, base) + floor
+print(
+    f"base {base:.1f}; mean variance about the truth {found2.mean():.2f}, put in {own2.mean():.2f}"
+)
+assert abs(found2.mean() / own2.mean() - 1) < 0.25
+assert found2[own2 > 3].mean() > 2 * found2[own2 < 1].mean()
+
+# %%
+problem = _Variance(sloped**2 / np.mean(sloped**2), stated2, catalogue2, along)
+at = np.array([-0.5, 0.3, 0.2, 0.4, -0.2])
+steps = 1e-6 * np.eye(5)
+by_differences = [(problem.cost(at + h)[0] - problem.cost(at - h)[0]) / 2e-6 for h in steps]
+assert np.allclose(problem.cost(at)[1], by_differences, atol=1e-7)
 
 
 # %%
@@ -441,7 +518,9 @@ def _stated(model, catalogue_error, stars):
     return stated.T**2
 
 
-def with_error_model(model: LabelModel, table: QTable, truth, catalogue_error=None) -> LabelModel:
+def with_error_model(
+    model: LabelModel, table: QTable, truth, catalogue_error=None, by_label: bool = True
+) -> LabelModel:
     """Learn from left-out stars how large the errors really are.
 
     Parameters
@@ -457,11 +536,15 @@ def with_error_model(model: LabelModel, table: QTable, truth, catalogue_error=No
         errors that the catalogue states for these labels. With them the model's errors are about
         the true label on the catalogue's scale; without, about a label of the catalogue, whose
         noise is then part of them
+    by_label : bool, default True
+        may errors grow with the labels, where there are ten stars for each number of the error
+        model? Not where whole groups were left out: a slope would be of the groups
 
     Returns
     -------
     LabelModel
-        a copy whose errors are calibrated: variance = inflation * formal variance + floor. From
+        a copy whose errors are calibrated: variance = (inflation * formal variance + floor) *
+        exp(slopes * scaled labels), see `apply_error_model`. From
         the same stars it knows how large chi2 may be (``fit_limit_``), and how much noise the
         catalogue has (``catalogue_noise_``, a variance for each label)
 
@@ -496,12 +579,22 @@ def with_error_model(model: LabelModel, table: QTable, truth, catalogue_error=No
         )
     formal2 = formal**2
     stated2 = _stated(model, catalogue_error, len(residual))
-    fits = [_inflation_and_floor(*parts) for parts in zip(residual.T, formal2.T, stated2)]
+    trend = None
+    if by_label and hasattr(model, "pivots_"):
+        trend = label_trend(model, label_values(table, model.label_names_))
+    fits = [_error_model(*parts, trend) for parts in zip(residual.T, formal2.T, stated2)]
+    inflation, floor, share, slopes, base = zip(*fits)
     model = copy.copy(model)
-    model.error_inflation_, model.error_floor_, share = np.array(fits).T
-    vars(model).pop("catalogue_noise_", None)
+    for learned in ("error_base_", "error_slopes_", "catalogue_noise_"):
+        vars(model).pop(learned, None)
+    model.error_inflation_ = np.array(inflation)
+    model.error_floor_ = np.array(floor)
+    if np.any(slopes):
+        model.error_slopes_ = np.array(slopes)
+    if np.any(base):
+        model.error_base_ = np.array(base)
     if catalogue_error is not None:
-        model.catalogue_noise_ = share * np.median(stated2, axis=1)
+        model.catalogue_noise_ = np.array(share) * np.median(stated2, axis=1)
     if "chi2" in table.colnames:
         fit = np.asarray(table["chi2"]) / np.maximum(np.asarray(table["n_good"]), 1)
         fit = fit[np.isfinite(fit)]
@@ -748,12 +841,13 @@ with pytest.raises(LabError, match="states no errors"):
 rng = np.random.default_rng(1)
 stated = rng.uniform(0.5, 2, size=(4000, len(names))) * model.scales_ / 100
 floor = model.scales_ / 20
+known = truth[rng.integers(len(truth), size=4000)]
 noise = np.hypot(3 * stated, floor) * rng.standard_normal(stated.shape)
 answers = QTable()
 for k, name in enumerate(names):
-    answers[name.lower()] = truth[0, k] + noise[:, k]
+    answers[name.lower()] = known[:, k] + noise[:, k]
     answers[f"{name.lower()}_err"] = stated[:, k]
-learned = with_error_model(model, answers, np.tile(truth[0], (4000, 1)))
+learned = with_error_model(model, answers, known)
 print(
     "inflation",
     learned.error_inflation_.round(1),

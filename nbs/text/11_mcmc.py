@@ -689,7 +689,7 @@ class Posterior(_Walk):
         table["minus"] = value - low
         if hasattr(self.model, "error_inflation_"):
             covariance = np.atleast_2d(np.cov(draws.T))
-            calibrated = apply_error_model(self.model, covariance[None])[0]
+            calibrated = apply_error_model(self.model, covariance[None], value[None])[0]
             table["calibrated"] = np.sqrt(np.diag(calibrated))
         if catalogue_errors is not None:
             table["catalogue"] = np.asarray(catalogue_errors, dtype=float)

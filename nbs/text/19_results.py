@@ -280,11 +280,14 @@ class Contest:
         N stars with labels
     groups : (N,) int array
         number of the group that a star is left out with; -1 for a star that only ever trains
+    strangers : bool, default False
+        is no sibling of a judged star among those that train?
     """
 
     name: str
     spectra: Spectra
     groups: np.ndarray
+    strangers: bool = False
 
     @property
     def judged(self) -> np.ndarray:
@@ -320,7 +323,7 @@ def _whole_places(spectra):
     clusters = spectra.stars.meta.get("archive") == "clusters"
     name = "clusters left out" if clusters else "fields left out"
     together = _rows_together(spectra.stars["APOGEE_ID"], groups)
-    return Contest(name, spectra[together], groups[together])
+    return Contest(name, spectra[together], groups[together], strangers=True)
 
 
 def _rows_together(stars, groups):
@@ -655,35 +658,44 @@ def _error_groups(groups):
     return np.arange(len(groups)) % 2
 
 
-def _inside(labelled, contest, names, truth, about_truth=False):
-    """Shares (2, K) of the judged stars within one and two errors.
+def _calibrated_pulls(labelled, contest, names, truth, about_truth=False):
+    """Predicted - true over the calibrated error (N, K) of the judged stars.
 
     The errors of each group are calibrated on the answers to all others, so that no star has a say
-    in its own."""
+    in its own. NaN where there are too few stars, or a model says one thing."""
     stars = contest.spectra[contest.judged]
     stated = stated_errors(stars, names) if about_truth else None
     catalogue = stars.labels(names)
     groups = _error_groups(contest.groups[contest.judged])
     pulls = np.full(truth.shape, np.nan)
     asked = SimpleNamespace(label_names_=names)
-    try:
+    asked.pivots_ = catalogue.mean(axis=0)
+    asked.scales_ = np.maximum(catalogue.std(axis=0), np.finfo(float).tiny)
+    with suppress(LabError):
         for group in np.unique(groups):
             own = groups == group
             others = None if stated is None else stated[~own]
-            learned = with_error_model(asked, labelled[~own], catalogue[~own], others)
+            taught = (labelled[~own], catalogue[~own], others, not contest.strangers)
+            learned = with_error_model(asked, *taught)
             pulls[own] = _pulls_of(learned, labelled[own], truth[own])
-    except LabError:  # too few stars, or a model that says one thing
-        return np.full((2, len(names)), np.nan)
-    known = np.isfinite(pulls).sum(axis=0)
-    return np.array([(np.abs(pulls) < sigma).sum(axis=0) / known for sigma in (1, 2)])
+    return pulls
 
 
 def _pulls_of(learned, labelled, truth):
     "Predicted - true over the calibrated error, (N, K)."
     names = learned.label_names_
+    labels = label_values(labelled, names)
     formal2 = np.nan_to_num(label_values(labelled, [f"{name}_err" for name in names])) ** 2
-    covariance = apply_error_model(learned, formal2[:, :, None] * np.eye(len(names)))
-    return (label_values(labelled, names) - truth) / np.sqrt(np.einsum("nkk->nk", covariance))
+    covariance = apply_error_model(learned, formal2[:, :, None] * np.eye(len(names)), labels)
+    return (labels - truth) / np.sqrt(np.einsum("nkk->nk", covariance))
+
+
+def _inside(pulls):
+    "Shares (2, K) of the stars within one and two errors; NaN where not all are known."
+    if np.isnan(pulls).all(axis=0).any():
+        return np.full((2, pulls.shape[1]), np.nan)
+    known = np.isfinite(pulls).sum(axis=0)
+    return np.array([(np.abs(pulls) < sigma).sum(axis=0) / known for sigma in (1, 2)])
 
 
 def _against_scale(labelled, contest, names):
@@ -693,7 +705,7 @@ def _against_scale(labelled, contest, names):
     if truth is None:
         return np.full((3, len(names)), np.nan)
     rmse = np.sqrt(np.nanmean((label_values(labelled, names) - truth) ** 2, axis=0))
-    return rmse, *_inside(labelled, contest, names, truth, about_truth=True)
+    return rmse, *_inside(_calibrated_pulls(labelled, contest, names, truth, about_truth=True))
 
 
 def _score(name, labelled, contest):
@@ -712,7 +724,8 @@ def _score(name, labelled, contest):
     table["true_bias"] = true_bias
     for key in _TIMES:
         table[key] = labelled.meta[key]
-    table["inside_1"], table["inside_2"] = _inside(labelled, contest, names, truth)
+    shares = _inside(_calibrated_pulls(labelled, contest, names, truth))
+    table["inside_1"], table["inside_2"] = shares
     on_scale = _against_scale(labelled, contest, names)
     for column, values in zip(("scale_rmse", "true_inside_1", "true_inside_2"), on_scale):
         table[column] = values

@@ -567,7 +567,7 @@ each["visit", "snr", "teff", "teff_err", "m_h", "m_h_err"]
 def _formal(model):
     "The model as if nobody had calibrated its errors."
     plain = copy.copy(model)
-    for learned in ("error_inflation_", "error_floor_"):
+    for learned in ("error_inflation_", "error_base_", "error_floor_", "error_slopes_"):
         vars(plain).pop(learned, None)
     return plain
 

@@ -28,6 +28,7 @@ from scipy.ndimage import map_coordinates
 from scipy.stats import truncnorm
 
 from stellar_lab.archives import ArchiveSummary, black_body, write_archive
+from stellar_lab.clean import apply_cuts
 from stellar_lab.emulator import GRID_LABELS, Emulator, label_matrix, usual_vmicro
 from stellar_lab.isochrones import shipped_isochrones, total_metallicity
 from stellar_lab.survey import (
@@ -53,7 +54,7 @@ from IPython.display import Markdown
 
 from stellar_lab.archives import tree_digest
 from stellar_lab.cannon import Cannon
-from stellar_lab.clean import apply_cuts, read_archive
+from stellar_lab.clean import read_archive
 from stellar_lab.survey import ARCHIVES, plot_spectrum, read_truth, real_data, use_style
 
 # %%
@@ -870,7 +871,7 @@ facts["APOGEE_ID", "FIELD", "SNR", "NVISITS", "J", "H", "K", "VERR"]
 
 # %%
 #| export
-def mock_stars(stars: int = _STARS, seed: int = 42) -> tuple:
+def mock_stars(stars: int = _STARS, seed: int = 42, snr: float = None) -> tuple:
     """A synthetic survey as it was observed, and its truth. Same seed, same arrays.
 
     Parameters
@@ -879,6 +880,9 @@ def mock_stars(stars: int = _STARS, seed: int = 42) -> tuple:
         How many, 2,723 by default.
     seed : int, optional
         Of all that is drawn.
+    snr : float, optional
+        Signal to noise of all stars; drawn by default, as a survey's. Whatever it is, stars, masks
+        and velocities stay the same.
 
     Returns
     -------
@@ -890,7 +894,8 @@ def mock_stars(stars: int = _STARS, seed: int = 42) -> tuple:
     truth = draw_population(stars, seed)
     rng = np.random.default_rng([seed, 3])
     n = len(truth)
-    snr = np.clip(_SNR_MEDIAN * np.exp(_SNR_SPREAD * rng.standard_normal(n)), *_SNR_RANGE)
+    drawn = np.clip(_SNR_MEDIAN * np.exp(_SNR_SPREAD * rng.standard_normal(n)), *_SNR_RANGE)
+    snr = drawn if snr is None else np.full(n, float(snr))
     velocity = _VELOCITY_SPREAD * rng.standard_normal(n)
     mask = _draw_mask(velocity, rng)
     flux, error = _observe(true_spectra(truth), snr, mask, rng)
@@ -908,6 +913,80 @@ def mock_stars(stars: int = _STARS, seed: int = 42) -> tuple:
 # %%
 few, few_truth = mock_stars(20, seed=1)
 few.stars["APOGEE_ID", "SNR", "VHELIO", "TEFF", "TEFF_ERR", "FE_H", "FE_H_ERR"][:4]
+
+# %%
+faint = mock_stars(20, seed=1, snr=30)[0]
+assert np.array_equal(faint.mask, few.mask) and set(faint.stars["SNR"]) == {30}
+noise_of = [np.median(some.error[3][some.mask[3] == 0]) for some in (faint, few)]
+assert np.isclose(noise_of[0] * 30, noise_of[1] * few.stars["SNR"][3], rtol=1e-3)
+
+# %% [markdown]
+# A study in memory needs no files. It wants stars to learn from, as the survey lists them, and others to judge by, whose labels are the true ones as a catalogue without noise would list them. Those are single giants: a binary has no label that is right.
+
+# %%
+#| export
+# a step to either side in each quantity in which single giants differ
+GIANT_STEPS = {"TEFF": 20.0, "LOGG": 0.05, **dict.fromkeys(GRID_LABELS[2:8], 0.02)}
+GIANT_STEPS |= {"VMICRO": 0.05, "FWHM": 0.2}
+
+
+def _unflagged(spectra):
+    "Spectra whose flagged pixels have lost their weight."
+    return spectra.replace(ivar=np.where(spectra.mask == 0, spectra.ivar, 0), mask=None)
+
+
+def learning_stars(stars: int, seed: int = 7) -> Spectra:
+    """Synthetic stars with the noisy labels of a survey's catalogue, after its cuts.
+
+    Parameters
+    ----------
+    stars : int
+        How many are drawn; some seven in ten are left.
+    seed : int, optional
+
+    Returns
+    -------
+    Spectra
+        Relative to the true continuum; flagged pixels have no weight.
+    """
+    spectra, _ = apply_cuts(mock_stars(stars, seed)[0])
+    return _unflagged(spectra)
+
+
+def judged_giants(stars: int, snr: float, seed: int = 8) -> tuple:
+    """Synthetic single giants of one brightness, whose labels are true.
+
+    Parameters
+    ----------
+    stars : int
+        How many are drawn; single giants above [Fe/H] = -1 are kept.
+    snr : float
+        Signal to noise per pixel.
+    seed : int, optional
+
+    Returns
+    -------
+    spectra : Spectra
+        N stars; their labels are what a catalogue without noise would list.
+    truth : Table
+        Their rows of `mock_stars`.
+    """
+    spectra, truth = mock_stars(stars, seed, snr)
+    table = spectra.stars.copy()
+    for name in spectra.label_names:
+        table[name] = _column(truth, name) + _column(truth, f"{name}_TREND")
+    single = ~np.isfinite(truth["RATIO"]) & (truth["LOGG"] < 3.5)
+    rows = np.flatnonzero(single & (table["FE_H"] > -1))
+    return _unflagged(spectra.replace(stars=table))[rows], truth[rows]
+
+
+# %%
+learned = learning_stars(60)
+giants, giants_truth = judged_giants(60, snr=100)
+print(f"of 60 stars each, {len(learned)} to learn from, {len(giants)} to judge by")
+assert np.isfinite(learned.labels()).all() and min(learned.stars["SNR"]) > 50
+assert max(giants_truth["LOGG"]) < 3.5 and not np.isfinite(giants_truth["RATIO"]).any()
+assert np.allclose(giants.labels(["TEFF"])[:, 0] - giants_truth["TEFF"], giants_truth["TEFF_TREND"])
 
 
 # %%

@@ -604,10 +604,10 @@ def _stated_errors(spectra, names):
     return stated if known else None
 
 
-def _calibrated(model, kind, table, truth, stated=None):
+def _calibrated(model, kind, table, truth, stated=None, by_label=True):
     "The model with calibrated errors if the left-out stars are enough, and a sentence about them."
     try:
-        calibrated = with_error_model(model, table, truth, stated)
+        calibrated = with_error_model(model, table, truth, stated, by_label)
     except LabError as error:
         note = f"the errors of new labels are {_formal_words(model)}"
         return model, f"{note}: {error}"
@@ -711,6 +711,8 @@ def _error_facts(model):
         facts[name] = {"inflation": float(inflation), "floor": float(floor)}
         if hasattr(model, "catalogue_noise_"):
             facts[name]["catalogue_noise"] = float(np.sqrt(variance))
+    for name, slopes in zip(model.label_names_, getattr(model, "error_slopes_", ())):
+        facts[name]["slopes"] = dict(zip(model.label_names_, map(float, slopes)))
     return facts
 
 
@@ -992,7 +994,8 @@ def _report(model, spectra, ledger, sets, arguments, root, path):
     kind = list(sets)[-1]
     rows, table = sets[kind]
     stated = _stated_errors(spectra[rows], names)
-    model, error_note = _calibrated(model, kind, table, truth[kind], stated)
+    alike = arguments.get("groups") is None  # with left-out groups, slopes would be of the groups
+    model, error_note = _calibrated(model, kind, table, truth[kind], stated, alike)
     facts = _facts(model, spectra, arguments, root, path)
     ids = [str(name) for name in spectra.stars["APOGEE_ID"]]
     facts["stars"] = {name: [ids[row] for row in rows] for name, (rows, _) in sets.items()}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['contestants', 'contests', 'judge', 'against_truth', 'averages', 'readable', 'records', 'contests_side_by_side',
-           'run_scoreboard']
+           'coverage_records', 'coverage_side_by_side', 'run_scoreboard']
 
 # %% ../nbs/19_results.ipynb #5e20861a
 import hashlib
@@ -33,7 +33,7 @@ from . import __version__
 from .cannon import Cannon
 from .hidden import HiddenCannon
 from .inversion import infer
-from .judging import error_table, with_error_model
+from .judging import coverage, error_table, with_error_model
 from .latents import LatentLabels
 from stellar_lab.models import (
     LabelModel,
@@ -493,6 +493,67 @@ def _score(name, labelled, contest):
         table[column].info.format = ".4g"
     return table
 
+# %% ../nbs/19_results.ipynb #e947a77b
+_FEWEST = 10  # stars of a group whose coverage says anything
+_METALLICITIES = (-1.5, -0.5)  # [M/H] or [Fe/H] between the groups
+_BRIGHTNESSES = (100, 200)  # signal-to-noise ratios between the groups
+
+
+def _classes(values, limits, name):
+    "The class of each value (N,), in words."
+    words = [f"{name} below {limits[0]:g}"]
+    words += [f"{name} {low:g} to {high:g}" for low, high in zip(limits, limits[1:])]
+    words.append(f"{name} above {limits[-1]:g}")
+    return np.array(words)[np.searchsorted(limits, values)]
+
+
+def _star_groups(contest, names):
+    "Ways to group the judged stars: name -> group of each (N,)."
+    stars = contest.spectra[contest.judged]
+    groups = {"all": np.full(len(stars), "all stars")}
+    if "SNR" in stars.stars.colnames:
+        groups["SNR"] = _classes(np.asarray(stars.stars["SNR"]), _BRIGHTNESSES, "SNR")
+    metals = [name for name in ("M_H", "FE_H") if name in names]
+    if metals:
+        values = stars.labels(metals[:1])[:, 0]
+        groups["metallicity"] = _classes(values, _METALLICITIES, LABELS[metals[0]].symbol)
+    if contest.strangers and "FIELD" in stars.stars.colnames:
+        groups["place"] = np.asarray(stars.stars["FIELD"]).astype(str)
+    return groups
+
+
+def _pulls_as_answers(pulls, names):
+    "A table for `coverage` whose errors are one, and whose truth is nought."
+    table = QTable()
+    for name, column in zip(names, pulls.T):
+        table[name.lower()] = column
+        table[f"{name.lower()}_err"] = np.ones(len(column))
+    return table
+
+
+def _coverage(name, labelled, contest):
+    "Coverage of one model's calibrated errors, a row per group of stars and label."
+    names = labelled.meta["labels"].split(",")
+    compared = {"catalogue": contest.spectra[contest.judged].labels(names)}
+    truth = _on_the_catalogues_scale(contest, names)
+    if truth is not None:
+        compared["truth"] = truth
+    tables = []
+    for about, values in compared.items():
+        pulls = _calibrated_pulls(labelled, contest, names, values, about == "truth")
+        for by, groups in _star_groups(contest, names).items():
+            answers = _pulls_as_answers(pulls, names)
+            found = coverage(answers, np.zeros_like(pulls), names, groups)
+            found = found[found["n"] >= _FEWEST]
+            found["by"] = by
+            found["about"] = about
+            tables.append(found)
+    found = vstack(tables)
+    found["product"] = contest.spectra.stars.meta.get("product", "")
+    found["contest"] = contest.name
+    found["model"] = name
+    return found["product", "contest", "model", "about", "by", *found.colnames[:6]]
+
 # %% ../nbs/19_results.ipynb #45689ae2
 def judge(models: Mapping, contest: Contest, folder=None, progress: bool = True) -> tuple:
     """RMSE, bias and scatter of every model on the same left-out stars, and what it costs.
@@ -749,6 +810,52 @@ def contests_side_by_side(table: Table) -> Table:
         cells[column] = f"{row['scaled_rmse']:.3f} ({row['ratio']:.2f})"
     return Table(list(rows.values()))
 
+# %% ../nbs/19_results.ipynb #40817087
+def coverage_records() -> dict:
+    """The recorded coverage of all models that state or were given errors.
+
+    Returns
+    -------
+    dict
+        name of the archive -> QTable, one row per product, contest, model, group of stars and
+        label: what the error is ``about``, the catalogue or the truth; ``by``, the way of grouping;
+        and the columns of `coverage`
+    """
+    found = {}
+    for archive in sorted(ARCHIVES):
+        with suppress(LabError), data_file(f"coverage_{archive}.ecsv") as path:
+            found[archive] = QTable.read(path, format="ascii.ecsv")
+    return found
+
+
+def coverage_side_by_side(table: Table, contest: str, about: str = "catalogue") -> Table:
+    """Share of the stars within one calibrated error, averaged over the labels.
+
+    Parameters
+    ----------
+    table : Table
+        one of `coverage_records`
+    contest : str
+    about : {"catalogue", "truth"}, default "catalogue"
+
+    Returns
+    -------
+    Table
+        one row per group of stars, one column per model, on the table's first product, as text
+    """
+    chosen = (table["contest"] == contest) & (table["about"] == about)
+    table = table[chosen & (table["product"] == table["product"][0])]
+    models = list(dict.fromkeys(table["model"]))
+    rows = []
+    for group in dict.fromkeys(table["group"]):
+        of_group = table[table["group"] == group]
+        row = {"stars": group, "number": int(max(of_group["n"]))}
+        for model in models:
+            shares = of_group["inside_1"][of_group["model"] == model]
+            row[model] = f"{np.mean(shares):.2f}" if len(shares) else ""
+        rows.append(row)
+    return Table(rows)
+
 # %% ../nbs/19_results.ipynb #dc43ba59
 # networks of 13.6 million weights: they come last, and learn from the first product only
 _COSTLY = ("lab network", "augmented network")
@@ -849,6 +956,22 @@ def _versions():
     return ours | {package: version(package) for package in packages}
 
 # %% ../nbs/19_results.ipynb #b5d17045
+def _write_coverage(tables, out):
+    """Write the coverage of some jobs beside the scoreboard; rows of other models are kept."""
+    path = Path(out).with_name(Path(out).name.replace("scoreboard", "coverage"))
+    if path == Path(out):
+        path = path.with_stem(f"{path.stem}_coverage")
+    fresh = vstack([tables[place] for place in sorted(tables)])
+    heads = ("product", "contest", "model")
+    done = set(fresh[heads].iterrows())
+    if path.exists():
+        old = QTable.read(path, format="ascii.ecsv")
+        others = [row not in done for row in old[heads].iterrows()]
+        fresh = vstack([fresh, old[others]])
+    fresh.sort(["product", "contest"])
+    write_table(fresh, path)
+
+# %% ../nbs/19_results.ipynb #d6e6ca82
 def run_scoreboard(
     root,
     out,
@@ -868,7 +991,8 @@ def run_scoreboard(
     root : str or Path
         of the archive
     out : str or Path
-        table to write (.ecsv), again after every model
+        table to write (.ecsv), again after every model; beside it the coverage of the errors, where
+        ``scoreboard`` in the name becomes ``coverage``
     folder : str or Path
         keeps every training
     profile : {"full", "quick"}, default "full"
@@ -902,6 +1026,7 @@ def run_scoreboard(
     facts = {"archive": record.name, "profile": profile, "seed": seed, "stars": stars}
     wanted = _chosen(jobs, models)
     scores, dates = _recorded_rows(out, facts, [job for job in jobs if job not in wanted])
+    held_errors = {}
     facts |= {"device": _device(), "remark": remark, "dates": dates}
     for done, job in enumerate(wanted, 1):
         labelled = _predictions(job.model, job.contest, folder, job.name, progress)
@@ -911,6 +1036,8 @@ def run_scoreboard(
         today = datetime.now(UTC).date().isoformat()
         table.meta = {**facts, "date": today, "versions": _versions(), "missing": missing}
         write_table(table, out)
+        held_errors[job.place] = _coverage(job.name, labelled, job.contest)
+        _write_coverage(held_errors, out)
     return table
 
 # %% ../nbs/19_results.ipynb #2003e414

@@ -43,7 +43,7 @@ from stellar_lab import __version__
 from stellar_lab.cannon import Cannon
 from stellar_lab.hidden import HiddenCannon
 from stellar_lab.inversion import infer
-from stellar_lab.judging import error_table, with_error_model
+from stellar_lab.judging import coverage, error_table, with_error_model
 from stellar_lab.latents import LatentLabels
 from stellar_lab.models import (
     LabelModel,
@@ -735,6 +735,72 @@ def _score(name, labelled, contest):
     return table
 
 
+# %% [markdown]
+# Errors can hold on average and fail for faint or for metal-poor stars. So the same pulls are counted by groups of stars, too: by signal-to-noise ratio, by metallicity, and, where whole clusters were left out, by cluster.
+
+# %%
+#| export
+_FEWEST = 10  # stars of a group whose coverage says anything
+_METALLICITIES = (-1.5, -0.5)  # [M/H] or [Fe/H] between the groups
+_BRIGHTNESSES = (100, 200)  # signal-to-noise ratios between the groups
+
+
+def _classes(values, limits, name):
+    "The class of each value (N,), in words."
+    words = [f"{name} below {limits[0]:g}"]
+    words += [f"{name} {low:g} to {high:g}" for low, high in zip(limits, limits[1:])]
+    words.append(f"{name} above {limits[-1]:g}")
+    return np.array(words)[np.searchsorted(limits, values)]
+
+
+def _star_groups(contest, names):
+    "Ways to group the judged stars: name -> group of each (N,)."
+    stars = contest.spectra[contest.judged]
+    groups = {"all": np.full(len(stars), "all stars")}
+    if "SNR" in stars.stars.colnames:
+        groups["SNR"] = _classes(np.asarray(stars.stars["SNR"]), _BRIGHTNESSES, "SNR")
+    metals = [name for name in ("M_H", "FE_H") if name in names]
+    if metals:
+        values = stars.labels(metals[:1])[:, 0]
+        groups["metallicity"] = _classes(values, _METALLICITIES, LABELS[metals[0]].symbol)
+    if contest.strangers and "FIELD" in stars.stars.colnames:
+        groups["place"] = np.asarray(stars.stars["FIELD"]).astype(str)
+    return groups
+
+
+def _pulls_as_answers(pulls, names):
+    "A table for `coverage` whose errors are one, and whose truth is nought."
+    table = QTable()
+    for name, column in zip(names, pulls.T):
+        table[name.lower()] = column
+        table[f"{name.lower()}_err"] = np.ones(len(column))
+    return table
+
+
+def _coverage(name, labelled, contest):
+    "Coverage of one model's calibrated errors, a row per group of stars and label."
+    names = labelled.meta["labels"].split(",")
+    compared = {"catalogue": contest.spectra[contest.judged].labels(names)}
+    truth = _on_the_catalogues_scale(contest, names)
+    if truth is not None:
+        compared["truth"] = truth
+    tables = []
+    for about, values in compared.items():
+        pulls = _calibrated_pulls(labelled, contest, names, values, about == "truth")
+        for by, groups in _star_groups(contest, names).items():
+            answers = _pulls_as_answers(pulls, names)
+            found = coverage(answers, np.zeros_like(pulls), names, groups)
+            found = found[found["n"] >= _FEWEST]
+            found["by"] = by
+            found["about"] = about
+            tables.append(found)
+    found = vstack(tables)
+    found["product"] = contest.spectra.stars.meta.get("product", "")
+    found["contest"] = contest.name
+    found["model"] = name
+    return found["product", "contest", "model", "about", "by", *found.colnames[:6]]
+
+
 # %%
 #| export
 def judge(models: Mapping, contest: Contest, folder=None, progress: bool = True) -> tuple:
@@ -1242,6 +1308,95 @@ if old is not None and record.name == "clusters":
         assert ratio["five folds", name] < ratio["clusters left out", name] < 1.05
     assert all(ratio["metal-rich, five folds", name] > 1 for name in networks)
 
+
+# %% [markdown]
+# ## Recorded: do the errors hold?
+# The run notes for each group of stars which share lies within one calibrated error, and within two; 0.68 and 0.95 are right.
+
+# %%
+#| export
+def coverage_records() -> dict:
+    """The recorded coverage of all models that state or were given errors.
+
+    Returns
+    -------
+    dict
+        name of the archive -> QTable, one row per product, contest, model, group of stars and
+        label: what the error is ``about``, the catalogue or the truth; ``by``, the way of grouping;
+        and the columns of `coverage`
+    """
+    found = {}
+    for archive in sorted(ARCHIVES):
+        with suppress(LabError), data_file(f"coverage_{archive}.ecsv") as path:
+            found[archive] = QTable.read(path, format="ascii.ecsv")
+    return found
+
+
+def coverage_side_by_side(table: Table, contest: str, about: str = "catalogue") -> Table:
+    """Share of the stars within one calibrated error, averaged over the labels.
+
+    Parameters
+    ----------
+    table : Table
+        one of `coverage_records`
+    contest : str
+    about : {"catalogue", "truth"}, default "catalogue"
+
+    Returns
+    -------
+    Table
+        one row per group of stars, one column per model, on the table's first product, as text
+    """
+    chosen = (table["contest"] == contest) & (table["about"] == about)
+    table = table[chosen & (table["product"] == table["product"][0])]
+    models = list(dict.fromkeys(table["model"]))
+    rows = []
+    for group in dict.fromkeys(table["group"]):
+        of_group = table[table["group"] == group]
+        row = {"stars": group, "number": int(max(of_group["n"]))}
+        for model in models:
+            shares = of_group["inside_1"][of_group["model"] == model]
+            row[model] = f"{np.mean(shares):.2f}" if len(shares) else ""
+        rows.append(row)
+    return Table(rows)
+
+
+# %%
+held_errors = coverage_records().get(record.name)
+contest = "five folds" if record.name == "clusters" else "one split"
+found = None if held_errors is None else coverage_side_by_side(held_errors, contest)
+found
+
+# %%
+if held_errors is not None and record.name == "clusters":
+    display(coverage_side_by_side(held_errors, "clusters left out"))
+
+# %%
+#| echo: false
+text = "What to see in a recorded run of the clusters stands here where there is one."
+if held_errors is not None and record.name == "clusters":
+    latents = held_errors[
+        (held_errors["model"] == "latents") & (held_errors["product"] == "apstar")
+    ]
+    by = {name: latents[latents["contest"] == name] for name in ("five folds", "clusters left out")}
+    shares = [np.mean(rows["inside_1"][rows["by"] == "all"]) for rows in by.values()]
+    apart = by["clusters left out"][by["clusters left out"]["by"] == "place"]
+    worst = min(np.mean(apart["inside_1"][apart["group"] == name]) for name in set(apart["group"]))
+    text = (
+        f"**What to see.** Of the latents' errors {shares[0]:.0%} hold in folds, and about as many "
+        "for metal-poor as for metal-rich stars. With clusters left out they hold on average, "
+        f"{shares[1]:.0%}; but the stars of one cluster err together, and of the most unusual "
+        f"cluster only {worst:.0%} lie within one error."
+    )
+Markdown(text)
+
+# %%
+if held_errors is not None:
+    for about in sorted(set(held_errors["about"])):
+        whole = held_errors[(held_errors["by"] == "all") & (held_errors["about"] == about)]
+        assert np.all((whole["inside_1"] > 0.5) & (whole["inside_1"] < 0.85))
+        assert np.all(whole["inside_2"] > whole["inside_1"])
+
 # %% [markdown]
 # The archives that are not at hand have a record, too, if their run was made. Real stars and synthetic ones differ in labels and stars, so only the ratios to the Cannon can be compared.
 
@@ -1398,6 +1553,24 @@ assert [job.name for job in jobs] == [name for name in models if name not in _CO
 
 # %%
 #| export
+def _write_coverage(tables, out):
+    """Write the coverage of some jobs beside the scoreboard; rows of other models are kept."""
+    path = Path(out).with_name(Path(out).name.replace("scoreboard", "coverage"))
+    if path == Path(out):
+        path = path.with_stem(f"{path.stem}_coverage")
+    fresh = vstack([tables[place] for place in sorted(tables)])
+    heads = ("product", "contest", "model")
+    done = set(fresh[heads].iterrows())
+    if path.exists():
+        old = QTable.read(path, format="ascii.ecsv")
+        others = [row not in done for row in old[heads].iterrows()]
+        fresh = vstack([fresh, old[others]])
+    fresh.sort(["product", "contest"])
+    write_table(fresh, path)
+
+
+# %%
+#| export
 def run_scoreboard(
     root,
     out,
@@ -1417,7 +1590,8 @@ def run_scoreboard(
     root : str or Path
         of the archive
     out : str or Path
-        table to write (.ecsv), again after every model
+        table to write (.ecsv), again after every model; beside it the coverage of the errors, where
+        ``scoreboard`` in the name becomes ``coverage``
     folder : str or Path
         keeps every training
     profile : {"full", "quick"}, default "full"
@@ -1451,6 +1625,7 @@ def run_scoreboard(
     facts = {"archive": record.name, "profile": profile, "seed": seed, "stars": stars}
     wanted = _chosen(jobs, models)
     scores, dates = _recorded_rows(out, facts, [job for job in jobs if job not in wanted])
+    held_errors = {}
     facts |= {"device": _device(), "remark": remark, "dates": dates}
     for done, job in enumerate(wanted, 1):
         labelled = _predictions(job.model, job.contest, folder, job.name, progress)
@@ -1460,6 +1635,8 @@ def run_scoreboard(
         today = datetime.now(UTC).date().isoformat()
         table.meta = {**facts, "date": today, "versions": _versions(), "missing": missing}
         write_table(table, out)
+        held_errors[job.place] = _coverage(job.name, labelled, job.contest)
+        _write_coverage(held_errors, out)
     return table
 
 

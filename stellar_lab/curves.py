@@ -10,7 +10,6 @@ __all__ = ['BRIGHTNESS', 'photon_errors', 'label_slopes', 'learning_curves', 'wi
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from .inversion import infer
 from .judging import error_table
+from .results import look_of
 from .survey import LabError, Spectra, data_file, write_table
 
 # %% ../nbs/27_curves.ipynb #d263baff
@@ -216,11 +216,6 @@ def recorded_curves() -> QTable:
         return QTable.read(path, format="ascii.ecsv")
 
 # %% ../nbs/27_curves.ipynb #d23dec9f
-# colour and marker of each model in turn
-_LOOKS = (("C0", "o"), ("C5", "o"), ("C1", "s"), ("C2", "D"), ("C8", "*"), ("C3", "^"))
-_LOOKS += (("C4", "v"), ("0.1", "P"))
-
-
 def _means(table, over, model):
     "Values of a column, and the scaled RMSE of a model averaged over the labels at each."
     rows = table[table["model"] == model]
@@ -250,9 +245,9 @@ def plot_curves(table: QTable, stars: int = None, snr: float = 100):
     fig, axes = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True)
     panels = {"stars": table[table["snr"] == snr], "snr": table[table["stars"] == stars]}
     for ax, (over, rows) in zip(axes, panels.items()):
-        for model, (color, marker) in zip(dict.fromkeys(table["model"]), cycle(_LOOKS)):
+        for model in dict.fromkeys(table["model"]):
             values, errors = _means(rows, over, model)
-            ax.plot(values, errors, f"{marker}-", color=color, ms=5, lw=1.1, label=model)
+            ax.plot(values, errors, ms=5, lw=1.1, label=model, **look_of(model))
         values = np.unique(rows[over])
         limit = [np.mean(rows["photons"][rows[over] == value]) for value in values]
         ax.plot(values, limit, "k--", lw=1.2, label="photon limit")

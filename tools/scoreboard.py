@@ -35,8 +35,8 @@ def arguments():
     )
     add(
         "--models",
-        type=comma_separated,
-        help='such as "latents,hidden labels"; by default all. The table keeps its other models',
+        nargs="+",
+        help='such as latents "hidden labels"; by default all. The table keeps its other models',
     )
     add("--cache", type=Path, default=ROOT / "data" / "archives" / "scoreboard")
     add("--out", type=Path, help="by default data/scoreboard_<name of the archive>.ecsv")

@@ -28,7 +28,6 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1115,11 +1114,35 @@ assert np.all(by_chance["scaled_rmse"] > 0.95)
 
 # %%
 #| export
-# colour and marker of each model in turn
-_LOOKS = (
-    *(("C0", "o"), ("C5", "o"), ("C1", "s"), ("C6", "s"), ("C2", "D")),
-    *(("C8", "*"), ("C3", "^"), ("C4", "v"), ("0.1", "P")),
-)
+_LOOKS = {  # colour and marker of each model, the same in all figures
+    "Cannon, four labels": ("C5", "o"),
+    "Cannon, linear": ("C5", "o"),
+    "Cannon": ("C0", "o"),
+    "hidden, four labels": ("C6", "s"),
+    "hidden labels": ("C1", "s"),
+    "ridge regression": ("C2", "D"),
+    "latents": ("C9", "*"),
+    "lab network": ("C3", "^"),
+    "augmented network": ("C4", "v"),
+    "error-aware network": ("0.1", "P"),
+}
+
+
+def look_of(model: str) -> dict:
+    """How a model of the scoreboard is drawn.
+
+    Parameters
+    ----------
+    model : str
+        its name; grey dots for one that is not of the scoreboard
+
+    Returns
+    -------
+    dict
+        colour and marker, for `Axes.plot`
+    """
+    color, marker = _LOOKS.get(model, ("0.5", "."))
+    return {"color": color, "marker": marker}
 
 
 def _panels(count):
@@ -1158,11 +1181,11 @@ def _plot_residual_trends(labelled: Mapping, contest: Contest, bins: int = 8):
         middle = [np.median(truth[part]) for part in parts]
         ax.axhline(0, color="0.5", lw=0.8)
         ax.set(xlabel=label.axis)
-        for (name, table), (color, marker) in zip(labelled.items(), cycle(_LOOKS)):
+        for name, table in labelled.items():
             if label.name.lower() in table.colnames:
                 residual = label_values(table, [label.name])[:, 0] - truth
                 medians = [np.nanmedian(residual[part]) for part in parts]
-                (lines[name],) = ax.plot(middle, medians, f"{marker}-", color=color, ms=4, lw=1.1)
+                (lines[name],) = ax.plot(middle, medians, ms=4, lw=1.1, **look_of(name))
     for ax in axes[:, 0]:
         ax.set_ylabel("predicted - catalogue")
     shown = [name for name in labelled if name in lines]
@@ -1752,15 +1775,14 @@ def _plot_scores(tables: Mapping):
     size = (5 * len(tables), 3.6)
     fig, axes = plt.subplots(1, len(tables), figsize=size, sharey=True, squeeze=False)
     models = dict.fromkeys(str(name) for table in tables.values() for name in table["model"])
-    looks = dict(zip(models, cycle(_LOOKS)))
     lines = {}
     for ax, (title, table) in zip(axes[0], tables.items(), strict=True):
         labels = list(dict.fromkeys(table["label"]))
-        for k, (name, (color, marker)) in enumerate(looks.items()):
+        for k, name in enumerate(models):
             errors = table[table["model"] == name]
-            shift = 0.7 * (k / (len(looks) - 1) - 0.5) if len(looks) > 1 else 0
+            shift = 0.7 * (k / (len(models) - 1) - 0.5) if len(models) > 1 else 0
             at = [labels.index(label) + shift for label in errors["label"]]
-            (lines[name],) = ax.plot(at, errors["scaled_rmse"], marker, color=color, ms=6)
+            (lines[name],) = ax.plot(at, errors["scaled_rmse"], ls="", ms=6, **look_of(name))
         ax.set(title=title, xticks=range(len(labels)))
         ax.set_xticklabels([record.symbol for record in label_records(labels)])
     # after all panels are drawn: they share the axis

@@ -11,6 +11,7 @@ import numpy as np
 import scipy.optimize
 
 from stellar_lab.cannon import Cannon, Vectorizer
+from stellar_lab.hidden import HiddenCannon
 from stellar_lab.inversion import infer
 from stellar_lab.survey import wavelength
 
@@ -18,6 +19,9 @@ LABELS = 5
 TRAINING = 1000  # stars to train on
 STARS = 2000  # stars to label
 LIMIT = 4  # allowed times of the bare product
+HIDDEN = 40  # hidden labels
+HIDDEN_TRAINING = 40  # allowed times of the plain Cannon's training, with scatter
+HIDDEN_LABELLING = 5  # allowed times of its labelling
 # How much of the original lab's own loops is run; their time is then scaled up.
 LOOP_PIXELS = 8
 LOOP_STARS = 4
@@ -110,6 +114,15 @@ def main():
             "inversion with scatter": lambda: infer(with_scatter, scattered, ivar),
         },
     )
+    hidden = HiddenCannon(hidden=HIDDEN)
+    learned = []  # the last fit
+    with_hidden = best_times(
+        2,
+        {
+            "training": lambda: learned.append(hidden.fit(*train_scattered)),
+            "inversion": lambda: infer(learned[-1], scattered, ivar),
+        },
+    )
     slow_training = lab_training(*train)
     slow_star = lab_inversion(model, flux, ivar)
 
@@ -131,6 +144,9 @@ def main():
         f"{slow_training / seconds:.0f} times ours",
     )
     row("Cannon(scatter=True).fit", scatter, "s", f"{scatter / product:5.2f} times, several rounds")
+    hidden_training = with_hidden["training"] / scatter
+    remark = f"{hidden_training:5.2f} times the line above   (at most {HIDDEN_TRAINING})"
+    row(f"HiddenCannon(hidden={HIDDEN}).fit", with_hidden["training"], "s", remark)
 
     product = times["bare float32 product"] / STARS * 1e3
     seconds = times["inversion"] / STARS * 1e3
@@ -149,10 +165,15 @@ def main():
         f"{slow_star / seconds:.0f} times ours",
     )
     row("infer, a scatter in each weight", scatter, unit, f"{scatter / product:5.2f} times")
-    largest = max(train_ratio, ratio)
-    if largest > LIMIT:
-        print(f"\nabove the limit of {LIMIT}: is the machine busy with something else?")
-    return int(largest > LIMIT)
+    seconds = with_hidden["inversion"] / STARS * 1e3
+    hidden_labelling = seconds / scatter
+    remark = f"{hidden_labelling:5.2f} times the line above   (at most {HIDDEN_LABELLING})"
+    row(f"infer, {HIDDEN} hidden labels", seconds, unit, remark)
+    beyond = max(train_ratio, ratio) > LIMIT
+    beyond |= hidden_training > HIDDEN_TRAINING or hidden_labelling > HIDDEN_LABELLING
+    if beyond:
+        print("\nabove a limit: is the machine busy with something else?")
+    return int(beyond)
 
 
 if __name__ == "__main__":

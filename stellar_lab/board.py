@@ -143,16 +143,16 @@ def judge_predictions(predictions: Table, held: Sequence) -> QTable:
     ----------
     predictions : Table
         ``apogee_id``, labels in lower case, and if there are any their ``_err``, ``flags`` and the
-        name of the ``contest``
+        name of the ``contest``; in rows of the contest ``garbage`` also the ``fault``
     held : sequence of Contest
         from `published_folds`
 
     Returns
     -------
     QTable
-        one row per contest and label: the columns of `error_table`; ``missing``, judged stars
-        without a prediction; ``refused``, the share with a flag; ``inside_1`` and ``inside_2``, the
-        shares within one and two stated errors
+        one row per contest and label, or fault of the garbage: the columns of `error_table`;
+        ``missing``, judged stars without a prediction; ``refused``, the share with a flag;
+        ``inside_1`` and ``inside_2``, the shares within one and two stated errors
 
     Raises
     ------
@@ -160,6 +160,11 @@ def judge_predictions(predictions: Table, held: Sequence) -> QTable:
         for stars that are unknown or predicted twice, and where no label is predicted
     """
     tables = []
+    if _column(predictions, "fault") is not None:
+        chosen = np.asarray(_column(predictions, "contest")).astype(str) == _GARBAGE
+        if chosen.any():
+            tables.append(_score_garbage(predictions[chosen], held))
+        predictions = predictions[~chosen]
     for contest in held:
         some = _of_contest(predictions, contest)
         if not len(some):
@@ -176,6 +181,40 @@ def judge_predictions(predictions: Table, held: Sequence) -> QTable:
         choice = ", ".join(repr(contest.name) for contest in held)
         raise LabError(f"the predictions are for none of the contests {choice}")
     return vstack(tables, metadata_conflicts="silent")
+
+
+_GARBAGE = "garbage"  # name of the contest
+_GARBAGE_STARS = 50  # of each fault
+
+
+def _garbage_stars(held):
+    "The good stars that the garbage is made from."
+    stars = held[0].spectra
+    return stars[np.linspace(0, len(stars) - 1, min(_GARBAGE_STARS, len(stars))).astype(int)]
+
+
+def _score_garbage(predictions, held):
+    "Share refused of each fault; a spectrum without a row is missing, not refused."
+    flags = _column(predictions, "flags")
+    if flags is None:
+        raise LabError("the predictions of garbage have no column flags: what was refused?")
+    faults = np.asarray(_column(predictions, "fault")).astype(str)
+    unknown = sorted(set(faults) - set(FAULTS))
+    if unknown:
+        raise LabError(f"unknown fault {str(unknown[0])!r}: choose from {', '.join(FAULTS)}")
+    stars = {str(name) for name in _garbage_stars(held).stars["APOGEE_ID"]}
+    names = np.array([str(name).strip() for name in _column(predictions, "apogee_id")])
+    rows = []
+    for fault in FAULTS:
+        of_fault = faults == fault
+        if len(set(names[of_fault])) < of_fault.sum() or set(names[of_fault]) - stars:
+            raise LabError(f"garbage, {fault}: stars that are predicted twice or do not belong")
+        refused = np.mean(np.asarray(flags)[of_fault] != 0) if of_fault.any() else np.nan
+        rows.append((_GARBAGE, fault, of_fault.sum(), len(stars) - of_fault.sum(), refused))
+    table = QTable(rows=rows, names=["contest", "label", "n", "missing", "refused"])
+    for column in ("rmse", "scaled_rmse", "mae", "bias", "robust", "inside_1", "inside_2"):
+        table[column] = np.nan
+    return table
 
 
 def _score(answers, contest, names):
@@ -238,9 +277,6 @@ def write_garbage(spectra: Spectra, path):
         fits.HDUList(hdus).writeto(temporary)
 
 # %% ../nbs/23_board.ipynb #7d171436
-_GARBAGE_STARS = 50  # of each fault
-
-
 def write_contest(root, folder, product: str = None, progress: bool = False) -> list:
     """Write the folds and the garbage of an archive.
 
@@ -267,7 +303,5 @@ def write_contest(root, folder, product: str = None, progress: bool = False) -> 
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(paths[0]) as temporary:
         folds.write(temporary, format="ascii.csv")
-    stars = held[0].spectra
-    rows = np.linspace(0, len(stars) - 1, min(_GARBAGE_STARS, len(stars))).astype(int)
-    write_garbage(garbage(stars[rows]), paths[1])
+    write_garbage(garbage(_garbage_stars(held)), paths[1])
     return paths

@@ -187,16 +187,16 @@ def judge_predictions(predictions: Table, held: Sequence) -> QTable:
     ----------
     predictions : Table
         ``apogee_id``, labels in lower case, and if there are any their ``_err``, ``flags`` and the
-        name of the ``contest``
+        name of the ``contest``; in rows of the contest ``garbage`` also the ``fault``
     held : sequence of Contest
         from `published_folds`
 
     Returns
     -------
     QTable
-        one row per contest and label: the columns of `error_table`; ``missing``, judged stars
-        without a prediction; ``refused``, the share with a flag; ``inside_1`` and ``inside_2``, the
-        shares within one and two stated errors
+        one row per contest and label, or fault of the garbage: the columns of `error_table`;
+        ``missing``, judged stars without a prediction; ``refused``, the share with a flag;
+        ``inside_1`` and ``inside_2``, the shares within one and two stated errors
 
     Raises
     ------
@@ -204,6 +204,11 @@ def judge_predictions(predictions: Table, held: Sequence) -> QTable:
         for stars that are unknown or predicted twice, and where no label is predicted
     """
     tables = []
+    if _column(predictions, "fault") is not None:
+        chosen = np.asarray(_column(predictions, "contest")).astype(str) == _GARBAGE
+        if chosen.any():
+            tables.append(_score_garbage(predictions[chosen], held))
+        predictions = predictions[~chosen]
     for contest in held:
         some = _of_contest(predictions, contest)
         if not len(some):
@@ -220,6 +225,40 @@ def judge_predictions(predictions: Table, held: Sequence) -> QTable:
         choice = ", ".join(repr(contest.name) for contest in held)
         raise LabError(f"the predictions are for none of the contests {choice}")
     return vstack(tables, metadata_conflicts="silent")
+
+
+_GARBAGE = "garbage"  # name of the contest
+_GARBAGE_STARS = 50  # of each fault
+
+
+def _garbage_stars(held):
+    "The good stars that the garbage is made from."
+    stars = held[0].spectra
+    return stars[np.linspace(0, len(stars) - 1, min(_GARBAGE_STARS, len(stars))).astype(int)]
+
+
+def _score_garbage(predictions, held):
+    "Share refused of each fault; a spectrum without a row is missing, not refused."
+    flags = _column(predictions, "flags")
+    if flags is None:
+        raise LabError("the predictions of garbage have no column flags: what was refused?")
+    faults = np.asarray(_column(predictions, "fault")).astype(str)
+    unknown = sorted(set(faults) - set(FAULTS))
+    if unknown:
+        raise LabError(f"unknown fault {str(unknown[0])!r}: choose from {', '.join(FAULTS)}")
+    stars = {str(name) for name in _garbage_stars(held).stars["APOGEE_ID"]}
+    names = np.array([str(name).strip() for name in _column(predictions, "apogee_id")])
+    rows = []
+    for fault in FAULTS:
+        of_fault = faults == fault
+        if len(set(names[of_fault])) < of_fault.sum() or set(names[of_fault]) - stars:
+            raise LabError(f"garbage, {fault}: stars that are predicted twice or do not belong")
+        refused = np.mean(np.asarray(flags)[of_fault] != 0) if of_fault.any() else np.nan
+        rows.append((_GARBAGE, fault, of_fault.sum(), len(stars) - of_fault.sum(), refused))
+    table = QTable(rows=rows, names=["contest", "label", "n", "missing", "refused"])
+    for column in ("rmse", "scaled_rmse", "mae", "bias", "robust", "inside_1", "inside_2"):
+        table[column] = np.nan
+    return table
 
 
 def _score(answers, contest, names):
@@ -362,11 +401,35 @@ with tempfile.TemporaryDirectory() as folder:
         assert sorted(set(hdus["STARS"].data["fault"])) == sorted(FAULTS)
 
 # %% [markdown]
+# The file comes back as a contest of its own, `garbage`: a row for each star and fault, with the flags. A model without [a guard](18_refusal.ipynb) lets most of it pass. Here ridge regression reads it, with the flags that any model has.
+
+# %%
+stars = _garbage_stars(held)
+spoilt = garbage(stars)
+answer = infer(RidgeLabels().fit(held[0].spectra), spoilt)
+back = Table({"apogee_id": answer["apogee_id"], "flags": answer["flags"]})
+back["fault"] = np.asarray(spoilt.stars["FAULT"]).astype(str)
+back["contest"] = "garbage"
+refused = judge_predictions(back, held)
+refused["contest", "label", "n", "missing", "refused"]
+
+# %%
+assert list(refused["label"]) == list(FAULTS) and not refused["missing"].any()
+assert 0 < np.mean(refused["refused"]) < 1
+honest = back.copy()
+honest["flags"] = 1
+both = judge_predictions(vstack([honest[1:], mine]), held)
+assert np.all(both["refused"][: len(FAULTS)] == 1) and both["missing"][0] == 1
+assert np.isclose(both["rmse"][len(FAULTS)], plain)
+honest["fault"][0] = "a comet"
+with pytest.raises(LabError, match="unknown fault 'a comet'"):
+    judge_predictions(honest, held)
+
+# %% [markdown]
 # Last, one function writes what a guest needs: the folds and the garbage. `stellar-lab judge ROOT --write FOLDER` calls it, and `stellar-lab judge ROOT PREDICTIONS.csv` scores what comes back.
 
 # %%
 #| export
-_GARBAGE_STARS = 50  # of each fault
 
 
 def write_contest(root, folder, product: str = None, progress: bool = False) -> list:
@@ -395,9 +458,7 @@ def write_contest(root, folder, product: str = None, progress: bool = False) -> 
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(paths[0]) as temporary:
         folds.write(temporary, format="ascii.csv")
-    stars = held[0].spectra
-    rows = np.linspace(0, len(stars) - 1, min(_GARBAGE_STARS, len(stars))).astype(int)
-    write_garbage(garbage(stars[rows]), paths[1])
+    write_garbage(garbage(_garbage_stars(held)), paths[1])
     return paths
 
 

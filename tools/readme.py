@@ -206,8 +206,26 @@ def board(archive, table):
         "Scaled RMSE averaged over the labels and, in brackets, its ratio to the Cannon's on the "
         f"same labels, in all contests{where}:"
     )
-    parts += [markdown(contests_side_by_side(table)), _provenance(archive, table.meta)]
-    return "\n\n".join(parts)
+    parts += [markdown(contests_side_by_side(table)), *_coverage(archive)]
+    return "\n\n".join([*parts, _provenance(archive, table.meta)])
+
+
+def _coverage(archive):
+    """How often errors hold, in the contests of an archive, on its first product."""
+    from stellar_lab.results import coverage_records, coverage_side_by_side
+
+    table = coverage_records().get(archive)
+    if table is None:
+        return []
+    parts = [
+        "Share of the stars within one calibrated error, averaged over the labels; 0.68 is right. "
+        "Groups of ten stars and more; models whose run kept its answers:"
+    ]
+    for contest in dict.fromkeys(table["contest"]):
+        for about in dict.fromkeys(table["about"][table["contest"] == contest]):
+            parts.append(f"*{contest}, about the {about}*")
+            parts.append(markdown(coverage_side_by_side(table, contest, about)))
+    return parts
 
 
 def _first_contest(table):

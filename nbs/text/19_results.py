@@ -1355,6 +1355,19 @@ def coverage_records() -> dict:
     return found
 
 
+def _in_order(table):
+    "Groups of stars: all, then from low to high, then places by name."
+    ways = ("all", "SNR", "metallicity", "place")
+    groups = dict(zip(table["group"], table["by"]))
+
+    def rank(group):
+        words = ("below", "to", "above")
+        place = [number for number, word in enumerate(words) if f" {word} " in group]
+        return ways.index(groups[group]), place, group
+
+    return sorted(groups, key=rank)
+
+
 def coverage_side_by_side(table: Table, contest: str, about: str = "catalogue") -> Table:
     """Share of the stars within one calibrated error, averaged over the labels.
 
@@ -1372,9 +1385,9 @@ def coverage_side_by_side(table: Table, contest: str, about: str = "catalogue") 
     """
     chosen = (table["contest"] == contest) & (table["about"] == about)
     table = table[chosen & (table["product"] == table["product"][0])]
-    models = list(dict.fromkeys(table["model"]))
+    models = [name for name in _LOOKS if name in set(table["model"])]
     rows = []
-    for group in dict.fromkeys(table["group"]):
+    for group in _in_order(table):
         of_group = table[table["group"] == group]
         row = {"stars": group, "number": int(max(of_group["n"]))}
         for model in models:
@@ -1588,7 +1601,7 @@ def _write_coverage(tables, out):
         old = QTable.read(path, format="ascii.ecsv")
         others = [row not in done for row in old[heads].iterrows()]
         fresh = vstack([fresh, old[others]])
-    fresh.sort(["product", "contest"])
+    fresh.sort(["product", "contest"], kind="stable")
     write_table(fresh, path)
 
 

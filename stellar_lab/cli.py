@@ -825,7 +825,7 @@ def _lacks_memory():
     allowed, _ = resource.getrlimit(resource.RLIMIT_AS)
     return allowed not in (resource.RLIM_INFINITY, -1) and allowed < _LEAST_MEMORY
 
-
+# %% ../nbs/H_cli.ipynb #3caf4c50
 def _run(options):
     "Run a command; whatever goes wrong becomes one line."
     try:

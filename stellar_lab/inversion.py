@@ -97,7 +97,7 @@ def pixel_weights(ivar: np.ndarray, scatter2: np.ndarray) -> np.ndarray:
         weight[:, unknown] = 0
     return weight
 
-
+# %% ../nbs/06_inversion.ipynb #236caf45
 @dataclass
 class _Basis:
     "A model as the products want it: unfitted pixels have coefficients 0 and a scatter of NaN."

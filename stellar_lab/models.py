@@ -116,7 +116,7 @@ def fold_numbers(n: int, folds: int = 5, seed: int = 0, stars: Sequence = None) 
     )
     return numbers[first][star]
 
-
+# %% ../nbs/04_models.ipynb #11c42ec1
 def group_numbers(groups: Sequence, most: int = 5, what: str = "group") -> np.ndarray:
     """The set in which each row's group is left out, where whole groups stay together.
 
@@ -1605,7 +1605,7 @@ def _write_model(model, path):
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         asdf.AsdfFile(tree).write_to(file)  # by its path, asdf would make a temporary of its own
 
-
+# %% ../nbs/04_models.ipynb #a6be09ef
 def _read_model(cls, path):
     "The model in a file, which must be of this class."
     tree = read_model_file(path)
@@ -1644,7 +1644,7 @@ def restored(cls, tree: dict):
         )
     return model
 
-# %% ../nbs/04_models.ipynb #6459b4da
+# %% ../nbs/04_models.ipynb #049fadbf
 @contextmanager
 def whole_model(file, kind: str):
     """Whatever goes wrong while a model is put together from a file becomes one sentence.
@@ -1700,7 +1700,7 @@ def check_parameters(cls, parameters: dict, file):
                 f"{file} has {value!r:.50} as the parameter {name}: train the model again"
             )
 
-
+# %% ../nbs/04_models.ipynb #80cc1dc2
 def _guard(tree, file):
     """The guard within a model, as the front door knows it: its room stands above this one, and is
     entered only where a file holds a guard."""

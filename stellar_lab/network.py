@@ -422,50 +422,6 @@ class _Trainable(_Training, LabelReader):
 # %% ../nbs/14_network.ipynb #c934a68d
 _NETWORK_FORMAT = 1
 _MEMBER = "stellar_lab.json"  # the part of the file that is ours
-
-
-def network_facts(path) -> dict:
-    """What a file of a network says of itself, without building it.
-
-    Parameters
-    ----------
-    path : str or Path
-        .keras file
-
-    Returns
-    -------
-    dict
-        ``stellar_lab_model`` (name of the class), ``versions``, ``parameters``, ``learned``
-
-    Raises
-    ------
-    LabError
-        where there is no such file, or it is no network of this version
-    """
-    try:
-        with _opened(path) as file:
-            tree = json.loads(file.read(_MEMBER))
-        if not isinstance(tree, dict):
-            raise WrongFile("it says nothing of itself")
-    except FileNotFoundError as error:
-        raise LabError(f"there is no network at {path}: train one and save it there") from error
-    except Exception as error:  # whatever a foreign or damaged file brings about
-        raise LabError(
-            f"{path} is not a network of stellar_lab ({said_of(error)}): train the network again"
-        ) from error
-    version = tree.get("format_version")
-    if type(version) is not int or version != _NETWORK_FORMAT:
-        raise LabError(
-            f"{path} has the format {version!r:.50}; this version reads format {_NETWORK_FORMAT}: "
-            "train the network again"
-        )
-    with whole_model(path, "network"):
-        check_held(tree, _FACTS)
-        if not all(isinstance(v, str) for v in tree["versions"].values()):
-            raise WrongFile("it does not say by which versions it was made")
-    return tree
-
-
 _FACTS = {
     "stellar_lab_model": Held("text"),
     "module": Held("text"),
@@ -519,6 +475,48 @@ def _from_json(value):
     return value
 
 # %% ../nbs/14_network.ipynb #006fede9
+def network_facts(path) -> dict:
+    """What a file of a network says of itself, without building it.
+
+    Parameters
+    ----------
+    path : str or Path
+        .keras file
+
+    Returns
+    -------
+    dict
+        ``stellar_lab_model`` (name of the class), ``versions``, ``parameters``, ``learned``
+
+    Raises
+    ------
+    LabError
+        where there is no such file, or it is no network of this version
+    """
+    try:
+        with _opened(path) as file:
+            tree = json.loads(file.read(_MEMBER))
+        if not isinstance(tree, dict):
+            raise WrongFile("it says nothing of itself")
+    except FileNotFoundError as error:
+        raise LabError(f"there is no network at {path}: train one and save it there") from error
+    except Exception as error:  # whatever a foreign or damaged file brings about
+        raise LabError(
+            f"{path} is not a network of stellar_lab ({said_of(error)}): train the network again"
+        ) from error
+    version = tree.get("format_version")
+    if type(version) is not int or version != _NETWORK_FORMAT:
+        raise LabError(
+            f"{path} has the format {version!r:.50}; this version reads format {_NETWORK_FORMAT}: "
+            "train the network again"
+        )
+    with whole_model(path, "network"):
+        check_held(tree, _FACTS)
+        if not all(isinstance(v, str) for v in tree["versions"].values()):
+            raise WrongFile("it does not say by which versions it was made")
+    return tree
+
+# %% ../nbs/14_network.ipynb #c53c9a27
 def _facts(model):
     "What the file says of a network beside Keras' own part."
     keras_models = ("keras_", "core_", "net_")
@@ -554,7 +552,7 @@ def _network_class(tree, path):
     named.sort(key=lambda kind: kind.__module__ == tree["module"])  # last: of the module named
     return named[-1]
 
-
+# %% ../nbs/14_network.ipynb #1ebaff6c
 def _rebuilt(kind, tree, path):
     "The network again, from what its file says and what Keras reads."
     with whole_model(path, kind.__name__):

@@ -629,7 +629,7 @@ class _PhysicsFile(_PhysicsFacts):
             _check_parts(model)
         return model
 
-
+# %% ../nbs/E_physics.ipynb #d2ca475f
 def _check_parts(model):
     "ValueError where the parts of a physics model from a file do not go together."
     if model.cannon_.label_names_ != PHYSICS_LABELS:

@@ -169,7 +169,7 @@ def _check_differ(labels, names):
         if np.ptp(values) == 0:
             raise LabError(f"{name} is {values[0]:g} in all training stars: leave it out")
 
-
+# %% ../nbs/13_readers.ipynb #25a31d0f
 class RidgeLabels(LabelReader):
     """Ridge regression from flux to labels: the best that a linear map can do, in a second.
 

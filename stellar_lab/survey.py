@@ -826,7 +826,7 @@ def archive_record(root) -> Archive:
         )
     return ARCHIVES[name]
 
-
+# %% ../nbs/00_survey.ipynb #08bbd0ae
 def archive_sums(root) -> dict:
     """The checksums that an archive has of its files.
 

@@ -1179,6 +1179,20 @@ def archive_record(root) -> Archive:
     return ARCHIVES[name]
 
 
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    (Path(folder) / ARCHIVE_FILE).write_text('{"archive": "mock"}')
+    print(archive_record(folder).title)
+    (Path(folder) / ARCHIVE_FILE).write_text('{"archive": "andromeda"}')
+    with pytest.raises(LabError, match="names the archive 'andromeda'"):
+        archive_record(folder)
+
+
+# %% [markdown]
+# An archive may also know the checksums of its files. So a file that was changed on the way is found out, long after it came.
+
+# %%
+#| export
 def archive_sums(root) -> dict:
     """The checksums that an archive has of its files.
 

@@ -182,6 +182,23 @@ def fold_numbers(n: int, folds: int = 5, seed: int = 0, stars: Sequence = None) 
     return numbers[first][star]
 
 
+# %%
+numbers = fold_numbers(11, folds=3)
+twice = fold_numbers(11, folds=3, stars=[*"abcdefghij", "a"])
+print(f"folds {numbers}, and with the first star seen twice {twice}")
+assert np.ptp(np.bincount(numbers)) <= 1
+assert twice[10] == twice[0] and np.array_equal(twice[:10], numbers[:10])
+with pytest.raises(LabError, match="2 folds of 1 stars"):
+    fold_numbers(1, folds=2)
+with pytest.raises(LabError, match="2 names of stars for 3 rows"):
+    fold_numbers(3, folds=2, stars="ab")
+
+
+# %% [markdown]
+# Stars of a cluster are alike in more than their labels. A harder question leaves out a whole group at a time, such as all stars of a field.
+
+# %%
+#| export
 def group_numbers(groups: Sequence, most: int = 5, what: str = "group") -> np.ndarray:
     """The set in which each row's group is left out, where whole groups stay together.
 
@@ -223,15 +240,10 @@ def group_numbers(groups: Sequence, most: int = 5, what: str = "group") -> np.nd
 
 
 # %%
-numbers = fold_numbers(11, folds=3)
-twice = fold_numbers(11, folds=3, stars=[*"abcdefghij", "a"])
-print(f"folds {numbers}, and with the first star seen twice {twice}")
-assert np.ptp(np.bincount(numbers)) <= 1
-assert twice[10] == twice[0] and np.array_equal(twice[:10], numbers[:10])
-with pytest.raises(LabError, match="2 folds of 1 stars"):
-    fold_numbers(1, folds=2)
-with pytest.raises(LabError, match="2 names of stars for 3 rows"):
-    fold_numbers(3, folds=2, stars="ab")
+fields = np.array(["M13", "M67", "M13", "M92", "M67"])
+numbers = group_numbers(fields, most=2)
+print(dict(zip(fields.tolist(), numbers.tolist())))
+assert all(len(set(numbers[fields == field])) == 1 for field in fields)
 
 
 # %% [markdown]
@@ -861,8 +873,9 @@ for message, wrong in {
     r"pivots_ has the shape \(3,\) instead of \(K\), K = 2": np.ones(3),
     "1 of 2 numbers in pivots_ are not finite": np.array([1, np.inf]),
 }.items():
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as problem:
         check_held({"label_names_": ["TEFF", "LOGG"], "pivots_": wrong}, entries)
+    print(problem.value)
 
 # %% [markdown]
 # What is right by itself can be wrong together: wavelengths that do not increase, names of labels that would share a column, a recipe that no spectrum could follow.
@@ -946,8 +959,9 @@ for message, wrong in {
     "no number of one of its 40 pixels": {"pixels": [3, 40]},
     "the entries step, pixels, degree, run, tolerance, colour": {"colour": "red"},
 }.items():
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as problem:
         _check_metadata({"recipe": [step | wrong]}, 40)
+    print(problem.value)
 
 # %% [markdown]
 # ## The model
@@ -989,6 +1003,25 @@ def all_or_nothing(fit):
             raise
 
     return fit_or_restore
+
+
+# %% [markdown]
+# A toy that learns, and fails half the time:
+
+# %%
+class Forgetful:
+    @all_or_nothing
+    def fit(self, number):
+        self.number_ = number
+        np.linalg.inv(np.full((2, 2), number))  # has no inverse
+
+
+toy = Forgetful()
+toy.number_ = "what it knew"
+with pytest.raises(LabError, match="no solution in double precision"):
+    toy.fit(1.0)
+print(toy.number_)
+assert toy.number_ == "what it knew"
 
 
 # %%
@@ -2089,6 +2122,15 @@ def read_model_file(path) -> dict:
     return found
 
 
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "later.asdf"
+    asdf.AsdfFile({"stellar_lab_model": "Oracle", "format_version": 99}).write_to(path)
+    with pytest.raises(LabError, match="in format 99; this version reads") as problem:
+        read_model_file(path)
+    print(str(problem.value).replace(str(path), "<file>"))
+
+
 # %% [markdown]
 # What a model has learned are its attributes whose name ends with an underscore. So writing and reading need no list of them; a subclass only says which ones it cannot do without.
 
@@ -2136,6 +2178,16 @@ def _write_model(model, path):
         asdf.AsdfFile(tree).write_to(file)  # by its path, asdf would make a temporary of its own
 
 
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    _write_model(model, Path(folder) / "nearest.asdf")
+    tree = read_model_file(Path(folder) / "nearest.asdf")
+print(tree["stellar_lab_model"], "with", ", ".join(name for name in tree if name.endswith("_")))
+assert np.array_equal(tree["flux_"], model.flux_)
+
+
+# %%
+#| export
 def _read_model(cls, path):
     "The model in a file, which must be of this class."
     tree = read_model_file(path)
@@ -2233,6 +2285,14 @@ def check_parameters(cls, parameters: dict, file):
             )
 
 
+# %%
+with pytest.raises(LabError, match="nearest.asdf has the parameters depth") as problem:
+    check_parameters(NearestStar, {"depth": 3}, "nearest.asdf")
+print(problem.value)
+
+
+# %%
+#| export
 def _guard(tree, file):
     """The guard within a model, as the front door knows it: its room stands above this one, and is
     entered only where a file holds a guard."""

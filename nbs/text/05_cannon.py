@@ -695,63 +695,11 @@ asked.training_labels_ = labels[:1]
 with pytest.raises(LabError, match="1 training stars cannot determine 2 terms in 2 labels"):
     _vectorizer_of(asked)
 
-
 # %% [markdown]
-# Then `fit`: take the stars, write out the terms, fit all pixels.
+# Not every set of stars can teach. What makes no sense is named before any pixel is fitted.
 
 # %%
 #| export
-class _Learning(_Drawing):
-    "Stars with known labels -> coefficients."
-
-    @all_or_nothing
-    def fit(self, labels, flux=None, ivar=None, label_names=None, wavelength=None) -> "Cannon":
-        """Learn the spectrum from stars with known labels.
-
-        Parameters
-        ----------
-        labels : (N, K) array, DataFrame, Table or Spectra
-            physical units; a table's columns name the labels; a `Spectra` holds everything
-        flux : (N, P) array, optional
-            relative to the continuum
-        ivar : (N, P) array, optional
-            inverse variance, 0 where unusable; all 1 by default
-        label_names : sequence of str, optional
-            K names, in any case
-        wavelength : (P,) array, optional
-            Angstrom, vacuum
-
-        Returns
-        -------
-        Cannon
-            itself
-
-        Raises
-        ------
-        LabError
-            where shapes do not fit, a label is missing, a usable pixel holds no number, or there
-            are too few stars for the terms
-        """
-        flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
-        self.vectorizer_ = _vectorizer_of(self)
-        design = self.vectorizer_(self.scale(self.training_labels_))
-        _check_rank(design)
-        _check_alike(self.scale(self.training_labels_), self.label_names_)
-        _check_weights(ivar)
-        terms = len(self.vectorizer_)
-        min_stars = 2 * terms if self.min_stars is None else self.min_stars
-        if self.min_stars is None:
-            _check_stars(len(flux), (ivar > 0).sum(axis=0).max(), min_stars)
-        try:
-            learned = self._learn_pixels(flux, ivar, design, min_stars)
-        except np.linalg.LinAlgError as error:
-            raise LabError(_odd_star(self)) from error
-        self.theta_, self.scatter_, n_good, chi2 = learned
-        self.training_chi2_ = chi2 / np.maximum(n_good, 1)
-        self.training_digest_ = self._digest(n_good, chi2)
-        return self
-
-
 _LEAST_OWN = 0.01  # of a label's spread that the other labels must not explain
 
 
@@ -824,6 +772,75 @@ def _check_rank(design):
             f"{len(design)} training stars determine only {rank} of {design.shape[1]} terms: "
             "take more stars, a lower order or fewer labels"
         )
+
+
+# %%
+same = np.random.default_rng(0).normal(size=(50, 1)) @ np.ones((1, 2))
+for check, arguments in {
+    _check_rank: [Vectorizer.of_order("ab", 1)(same)],
+    _check_alike: [same + 1e-6 * np.random.default_rng(1).normal(size=same.shape), "ab"],
+    _check_stars: [50, 20, 30],
+    _check_weights: [np.array([[1e20], [1.0], [1.0]])],
+}.items():
+    with pytest.raises(LabError) as problem:
+        check(*arguments)
+    print(problem.value)
+
+
+# %% [markdown]
+# Then `fit`: take the stars, write out the terms, fit all pixels.
+
+# %%
+#| export
+class _Learning(_Drawing):
+    "Stars with known labels -> coefficients."
+
+    @all_or_nothing
+    def fit(self, labels, flux=None, ivar=None, label_names=None, wavelength=None) -> "Cannon":
+        """Learn the spectrum from stars with known labels.
+
+        Parameters
+        ----------
+        labels : (N, K) array, DataFrame, Table or Spectra
+            physical units; a table's columns name the labels; a `Spectra` holds everything
+        flux : (N, P) array, optional
+            relative to the continuum
+        ivar : (N, P) array, optional
+            inverse variance, 0 where unusable; all 1 by default
+        label_names : sequence of str, optional
+            K names, in any case
+        wavelength : (P,) array, optional
+            Angstrom, vacuum
+
+        Returns
+        -------
+        Cannon
+            itself
+
+        Raises
+        ------
+        LabError
+            where shapes do not fit, a label is missing, a usable pixel holds no number, or there
+            are too few stars for the terms
+        """
+        flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
+        self.vectorizer_ = _vectorizer_of(self)
+        design = self.vectorizer_(self.scale(self.training_labels_))
+        _check_rank(design)
+        _check_alike(self.scale(self.training_labels_), self.label_names_)
+        _check_weights(ivar)
+        terms = len(self.vectorizer_)
+        min_stars = 2 * terms if self.min_stars is None else self.min_stars
+        if self.min_stars is None:
+            _check_stars(len(flux), (ivar > 0).sum(axis=0).max(), min_stars)
+        try:
+            learned = self._learn_pixels(flux, ivar, design, min_stars)
+        except np.linalg.LinAlgError as error:
+            raise LabError(_odd_star(self)) from error
+        self.theta_, self.scatter_, n_good, chi2 = learned
+        self.training_chi2_ = chi2 / np.maximum(n_good, 1)
+        self.training_digest_ = self._digest(n_good, chi2)
+        return self
 
 
 # %%

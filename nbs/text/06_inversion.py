@@ -153,6 +153,17 @@ def pixel_weights(ivar: np.ndarray, scatter2: np.ndarray) -> np.ndarray:
     return weight
 
 
+# %%
+weights = pixel_weights(np.array([[100.0, 0, 100, 100]]), np.array([0, 0.01, 0.01, np.nan]))
+print("weights", weights)
+assert np.allclose(weights, [[100, 0, 50, 0]])
+
+
+# %% [markdown]
+# The model in the form that the products want:
+
+# %%
+#| export
 @dataclass
 class _Basis:
     "A model as the products want it: unfitted pixels have coefficients 0 and a scatter of NaN."
@@ -175,11 +186,6 @@ class _Basis:
         scatter2 = np.where(model.usable_, model.scatter_**2, np.nan).astype(dtype)
         return cls(reference, theta, hidden, rows, rows[i] * rows[j], scatter2)
 
-
-# %%
-weights = pixel_weights(np.array([[100.0, 0, 100, 100]]), np.array([0, 0.01, 0.01, np.nan]))
-print("weights", weights)
-assert np.allclose(weights, [[100, 0, 50, 0]])
 
 # %% [markdown]
 # A later chapter meets stars with [labels that nobody told](16_hidden.ipynb). Their directions stand below the coefficients, and they are eliminated at once, so that all that follows sees
@@ -473,6 +479,11 @@ def _search(model, stats, box, max_steps):
         steps[doubtful] += more
     return labels, steps
 
+
+# %%
+found, steps = _search(model, stats, box, 50)
+print(f"{len(_starts(model))} starts to choose from; steps of each star: {steps}")
+assert np.allclose(found[2], path[-1][0], atol=0.05)
 
 # %% [markdown]
 # ## The last step is exact

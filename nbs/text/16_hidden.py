@@ -40,6 +40,7 @@ from stellar_lab.survey import LabError
 #| hide
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
@@ -50,7 +51,7 @@ from stellar_lab.inversion import statistics
 from stellar_lab.judging import error_table
 from stellar_lab.models import train_test_rows
 from stellar_lab.normalize import training_set
-from stellar_lab.survey import archive_record, archive_root, label_record, use_style
+from stellar_lab.survey import Spectra, archive_record, archive_root, label_record, use_style
 
 # %% [markdown]
 # ## A world of one label and one secret
@@ -479,6 +480,22 @@ class _Hidden(Cannon):
 
 
 # %% [markdown]
+# Put together by hand on the toy, the direction that we know in it:
+
+# %%
+by_hand = _Hidden(order=1, scatter=True).fit(label, flux, ivar, ["SHOWN"])
+by_hand.hidden_ = -darker
+toys = Spectra(np.arange(float(P)), flux, ivar, Table({"APOGEE_ID": [str(n) for n in range(N)]}))
+seen = by_hand.values(toys, label)[:, 0]
+drawn = by_hand.best_spectra(toys, label)
+print(
+    f"hidden labels: correlation with the true secret {np.corrcoef(seen, secret[:, 0])[0, 1]:.3f}"
+)
+print(f"rms left by the labels {np.std(flux - by_hand.predict(label)):.4f}", end=", ")
+print(f"and by the star's own best spectrum {np.std(flux - drawn):.4f}")
+assert np.std(flux - drawn) < 1.1 * error
+
+# %% [markdown]
 # How many hidden labels are there? The stars say it: a third of them is left out, and the number that labels them best is taken. Few stars bear few hidden labels, and few left-out stars say little: where there are few, each third is
 # left out in turn.
 
@@ -521,6 +538,11 @@ def _chosen_number(model, flux, ivar):
         if error[number] > _WORSE * min(error.values()):
             break  # more would not help these stars
     return min(error, key=error.get)
+
+
+# %%
+thirty = SimpleNamespace(training_labels_=label[:30])
+print("hidden labels that thirty stars bear:", _chosen_number(thirty, flux[:30], ivar[:30]))
 
 
 # %%

@@ -935,6 +935,11 @@ class _PhysicsFile(_PhysicsFacts):
         return model
 
 
+# %% [markdown]
+# The parts of a file may each be right and not go together:
+
+# %%
+#| export
 def _check_parts(model):
     "ValueError where the parts of a physics model from a file do not go together."
     if model.cannon_.label_names_ != PHYSICS_LABELS:

@@ -822,6 +822,7 @@ def _request(
 
 # %%
 numbers = {"order": 1, "scatter": False, "test_size": 0.33, "folds": 3, "seed": 42}
+numbers["refusal"] = False  # a guard takes longest, and comes below
 request = _request(archive_root(), ["teff", "m_h"], None, None, None, **numbers)
 print(request)
 assert request["labels"] == ["TEFF", "M_H"] and request["test_size"] is None

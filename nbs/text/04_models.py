@@ -1556,7 +1556,7 @@ assert variance[0, 0, 0] == 50**2
 
 # %%
 #| export
-MIN_GOOD = 1 - MASKED_LIMIT / len(on_band)  # the original lab drops stars with fewer good pixels
+_MIN_GOOD = 1 - MASKED_LIMIT / len(on_band)  # the original lab drops stars with fewer good pixels
 
 
 def _flags(model, found, min_good):
@@ -1580,12 +1580,12 @@ def _flags(model, found, min_good):
 
 # %%
 dark = found.n_good * np.array([1, 0])
-print(flag_names(_flags(model, replace(found, n_good=dark), MIN_GOOD)))
+print(flag_names(_flags(model, replace(found, n_good=dark), _MIN_GOOD)))
 
 
 # %%
 #| export
-def label_table(model: LabelModel, found: Answer, min_good: float = MIN_GOOD) -> QTable:
+def label_table(model: LabelModel, found: Answer, min_good: float = _MIN_GOOD) -> QTable:
     """The table of an answer: labels with units and errors, and flags, by the same rules for all.
 
     Parameters
@@ -1685,7 +1685,7 @@ def infer(
     model: LabelModel,
     flux,
     ivar: np.ndarray = None,
-    min_good: float = MIN_GOOD,
+    min_good: float = _MIN_GOOD,
     max_steps: int = 60,
     any_recipe: bool = False,
 ) -> QTable:

@@ -1011,7 +1011,7 @@ spectra
 
 # %%
 #| export
-def plot_labels(labels, names, axes=None, **histogram):
+def _plot_labels(labels, names, axes=None, **histogram):
     """Histograms of labels, one panel each.
 
     Parameters
@@ -1043,8 +1043,8 @@ def plot_labels(labels, names, axes=None, **histogram):
 
 # %%
 model = Cannon(scatter=True, labels=names).fit(spectra[train])
-plot_labels(spectra[train].labels(names), names)
-axes = plot_labels(model.scale(spectra[train].labels(names)), names, color="C1")
+_plot_labels(spectra[train].labels(names), names)
+axes = _plot_labels(model.scale(spectra[train].labels(names)), names, color="C1")
 for ax, name in zip(axes, names):
     ax.set_xlabel(f"scaled {LABELS[name].symbol}")
 
@@ -1343,7 +1343,7 @@ _NAIVE_RUN = 100  # pixels
 _NAIVE_QUANTILE = 0.9
 
 
-def naive_normalize(spectra: Spectra) -> Spectra:
+def _naive_normalize(spectra: Spectra) -> Spectra:
     """Divide each chip by a parabola through the upper edge of the flux.
 
     Parameters
@@ -1398,7 +1398,7 @@ def _upper_edge(flux, chip):
 raw, _ = apply_cuts(read_archive(archive_root(), product="apstar", progress=False)[0])
 fig, axes = plt.subplots(2, 1, figsize=(9, 3.6), sharex=True)
 for ax, stars, title in zip(
-    axes, (raw, naive_normalize(raw)), ("raw", "after the naive continuum")
+    axes, (raw, _naive_normalize(raw)), ("raw", "after the naive continuum")
 ):
     plot_spectrum(wavelength, stars.flux[3], stars.ivar[3], ax=ax, title=title)
     ax.set_ylabel("flux")
@@ -1432,7 +1432,7 @@ def find_continuum_pixels(
     -------
     (P,) bool array
     """
-    model = Cannon(scatter=True, labels=labels).fit(naive_normalize(spectra))
+    model = Cannon(scatter=True, labels=labels).fit(_naive_normalize(spectra))
     linear = model.vectorizer_.exponents.sum(axis=1) == 1
     slope = np.abs(model.theta_[:, linear])
     near = np.abs(model.theta_[:, 0] - 1) < baseline
@@ -1506,7 +1506,7 @@ rng = np.random.default_rng(4)
 lines = 1 - 0.3 * (rng.random(len(wavelength)) < 0.2)
 x = (wavelength - 16000) / 900
 bent = (lines * (5 + x - 0.5 * x**2) * np.array([[1], [1000]])).astype("f4")
-flat = naive_normalize(raw[:2].replace(flux=bent, ivar=np.ones_like(bent), mask=None)).flux
+flat = _naive_normalize(raw[:2].replace(flux=bent, ivar=np.ones_like(bent), mask=None)).flux
 assert np.ptp(flat[0, lines == 1]) < 0.02 and abs(flat[0, lines == 1].mean() - 1) < 0.02
 assert np.allclose(flat[0], flat[1], rtol=1e-5)
 

@@ -885,7 +885,7 @@ With --debug an error shows where in the program it came up.
 """
 
 
-def make_parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     "The parser of all commands."
     parser = argparse.ArgumentParser(
         "stellar-lab",
@@ -912,7 +912,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 # %%
-options = make_parser().parse_args(["train", "stars", "--model", "m.asdf", "--labels", "teff,m_h"])
+options = _make_parser().parse_args(["train", "stars", "--model", "m.asdf", "--labels", "teff,m_h"])
 print(options.run.__name__, options.labels, options.order, options.row)
 
 # %% [markdown]
@@ -1050,7 +1050,7 @@ def _run(options):
 
 def _main(words):
     "Understand the words and run the command that they name."
-    parser = make_parser()
+    parser = _make_parser()
     try:
         options = parser.parse_args(words)
     except SystemExit as stop:  # --help, --version, and words that argparse does not take

@@ -1121,8 +1121,8 @@ plot_trace(lab_run);
 judged_run = _diagnose(lab_run.chain, names)
 Markdown(
     "**What to see.** The walkers set out at the mean, fall into the valley and then fill it. "
-    f"Shaded are the {length['burn_in']:,} steps thrown away; judged by the autocorrelation time of "
-    f"{judged_run.tau.max():.0f} steps, {judged_run.burn_in} would do. What is left is worth "
+    f"Shaded are the {length['burn_in']:,} steps thrown away; judged by the autocorrelation time "
+    f"of {judged_run.tau.max():.0f} steps, {judged_run.burn_in} would do. What is left is worth "
     f"{lab_run.diagnosis.ess.min():.0f} independent draws."
 )
 

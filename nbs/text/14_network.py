@@ -1220,7 +1220,7 @@ train, test = train_test_rows(len(spectra))
 truth = spectra[test].labels(names)
 
 # %%
-steps = {"flux as it is": 50, "flux centred": 200}
+steps = {"flux as it is": 30, "flux centred": 120}
 networks = {}
 for name, number in steps.items():
     epochs = LAB_EPOCHS if profile() == "full" else epochs_within(number, len(train))

@@ -396,7 +396,7 @@ class PlainHalf(LabNetwork):
     widths = NoisyHalf.widths
 
 
-epochs = LAB_EPOCHS if full else epochs_within(200, round(0.8 * len(train)))
+epochs = LAB_EPOCHS if full else epochs_within(120, round(0.8 * len(train)))
 augmented = (AugmentedNetwork if full else NoisyHalf)(labels=names, epochs=epochs)
 augmented.fit(spectra[train], progress=False)
 epochs = augmented.best_epoch_ + 1
@@ -486,7 +486,7 @@ class Spiky(Narrow):
 # %%
 odd = (spectra.flux > 1.1) | (spectra.flux < 0)
 ones = spectra.replace(flux=np.where(odd, np.float32(1), spectra.flux))
-common = {"labels": names, "epochs": epochs_within(600 if full else 200, len(train), most=60)}
+common = {"labels": names, "epochs": epochs_within(600 if full else 120, len(train), most=60)}
 tries = {
     "as it is": (Narrow(**common), spectra),
     "linear distance": (LinearDistance(**common), spectra),
@@ -1115,7 +1115,7 @@ def two_kinds(n, seed):
 
 
 labels, flux, ivar, *_ = two_kinds(1500, 0)
-sure = ErrorAwareNetwork(epochs=25, members=4, width=64, components=8, lost=0, seed=1)
+sure = ErrorAwareNetwork(epochs=18, members=4, width=64, components=8, lost=0, seed=1)
 sure.fit(labels, flux, ivar, ["M_H"], progress=False)
 _, flux, ivar, error_of_star, signal = two_kinds(2000, 1)
 answers = infer(sure, flux, ivar)
@@ -1134,7 +1134,7 @@ assert np.std(answers["m_h"].value - signal) < 0.15
 # [the Cannon's](07_judging.ipynb).
 
 # %%
-paced = {"labels": names, "epochs": 100 if full else epochs_within(600, len(train), most=100)}
+paced = {"labels": names, "epochs": 100 if full else epochs_within(400, len(train), most=100)}
 aware = ErrorAwareNetwork(**paced)
 aware.fit(spectra[train], validation=spectra[test], progress=False)
 table = infer(aware, spectra[test])

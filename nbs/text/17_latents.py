@@ -801,10 +801,10 @@ class _WithGaps(_InTwoViews):
 class Gossip(_WithGaps):
     "What others say of a star."
 
-    labels = None
+    labels = names[:1]
 
     def fit(self, spectra):
-        flux, ivar = self._begin(spectra, None, None, names[:1], None)
+        flux, ivar = self._begin(spectra, None, None, None, None)
         values, covariance = self._learn_places(flux, ivar, 10)
         self._learn(values, covariance, np.ones((len(flux), 1)), progress=False)
         return self

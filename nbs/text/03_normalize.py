@@ -1183,9 +1183,11 @@ distance_text() if known is not None else None
 
 # %% [markdown]
 # **What to see** on the archive of real stars. In bright stars the two curves agree. The noisier the star, the lower is ours, by the part of a
-# pixel's noise given above. Our rule goes through the middle of the noise. The survey's goes along its upper side, as any rule does that drops
-# low pixels more readily than high ones to escape the lines. In the most metal-rich giants (the yellow dots on top) lines are everywhere, no
-# pixel shows noise alone, and our curve is the higher one. So the known curve is not the truth
+# pixel's noise given above. In the most metal-rich giants (the yellow dots on top) our curve is the higher one.
+#
+# Our rule goes through the middle of the noise. The survey's goes along its upper side, as any rule does that drops
+# low pixels more readily than high ones to escape the lines. In metal-rich giants lines are everywhere, and no
+# pixel shows noise alone. So the known curve is not the truth
 # but the survey's convention ([García Pérez et al. 2016](https://doi.org/10.3847/0004-6256/151/6/144)), and ours is another.
 #
 # The shape is off alike in metal-poor and metal-rich stars; the green chip with its few pixels is the worst. A part of it is the parabola's,

@@ -1482,11 +1482,10 @@ shift = [
     for pixels in (found, theirs)
 ]
 Markdown(
-    f"**What to see.** {(found & theirs).sum()} of our {found.sum()} pixels are among the list's "
-    f"{theirs.sum()}; {chance:.0f} would be by chance. "
-    f"One standard deviation of a label moves ours by {shift[0]:.4f} (rms), the list's by "
-    f"{shift[1]:.4f}: it was found on other stars, "
-    "mostly of solar metallicity. What either costs in labels is measured on [real "
+    f"**What to see.** {(found & theirs).sum()} of our {found.sum()} pixels are in the list, too; "
+    f"{chance:.0f} would be by chance. "
+    f"A label moves ours {shift[1] / shift[0]:.1f} times less than the list's, which was found on "
+    "other stars, mostly of solar metallicity. What either costs in labels is measured on [real "
     "giants](08_giants.ipynb)."
 )
 

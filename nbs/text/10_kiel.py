@@ -631,10 +631,9 @@ if in_folds:
     p_value = wilcoxon(pooled["predicted"], pooled["catalogue"]).pvalue
     text = (
         "**What to see.** The line does judge: shuffled labels are several times further from "
-        "it. Predicted labels are as near to theory as the catalogue's they learned from, even a "
-        f"little nearer, for {closer:.0%} of the stars (a paired Wilcoxon test: p = "
-        f"{p_value:.1g}). A model averages over many stars and sheds part of the noise of their "
-        "labels. The α elements are no detail."
+        f"it. Predicted labels are a little nearer to theory than the catalogue's, for {closer:.0%} "
+        f"of the stars (a paired Wilcoxon test: p = {p_value:.1g}). A model averages over many "
+        "stars and sheds part of the noise of their labels. The α elements are no detail."
     )
 Markdown(text)
 
@@ -686,10 +685,9 @@ if in_folds:
     offsets = distances["sideways [K]"]
     text = (
         "**What to see.** From the poorest cluster to the richest the lines march to the right "
-        "and the stars with them. What is left is systematic: in "
-        f"{np.count_nonzero(offsets < 0)} of {len(distances)} clusters the stars are cooler than "
-        "the line at their own gravity (column *sideways*), and two versions of MIST differ by as "
-        "much. So this offset judges the theory as much as our labels."
+        f"and the stars with them. In {np.count_nonzero(offsets < 0)} of {len(distances)} clusters "
+        "the stars are cooler than the line at their gravity (column *sideways*). Two versions of "
+        "MIST differ by as much, so this offset judges the theory as much as our labels."
     )
 Markdown(text)
 

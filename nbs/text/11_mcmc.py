@@ -390,8 +390,7 @@ ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5));
 
 # %% [markdown]
 # **What to see.** A short chain has a short memory: each walker's own mean is taken away, and with it whatever is slower than the chain. Right of the
-# grey line the chain is more than fifty times as long as $\tau$, and the estimate levels off. So a $\tau$ may only be believed from a chain of 50
-# $\tau$ or more.
+# grey line the chain is longer than 50 $\tau$, and the estimate levels off. Only there may it be believed.
 
 # %%
 trusted = lengths >= 50 * np.array(estimates)
@@ -1210,8 +1209,8 @@ Markdown(
     "**What to see.** The posterior is nearly a Gaussian, and labels hang together, most of all "
     f"{LABELS[names[i]].symbol} and {LABELS[names[j]].symbol} with a correlation of "
     f"{corr[i, j]:+.2f}. Its errors are {ratio.min():.0f} to {ratio.max():.0f} times smaller than "
-    "the catalogue's. The original lab noted that too, and that the model is taken as exact. We "
-    "come back to it below, when we know that it is not the sampler's fault."
+    "the catalogue's, for the model is taken as exact. The original lab noted that, too. We "
+    "come back to it below."
 )
 
 # %% [markdown]

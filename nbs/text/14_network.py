@@ -1269,10 +1269,10 @@ raw = networks["flux as it is"].history_
 centred = network.history_
 Markdown(
     "**What to see.** Solid: training stars, dashed: test stars, grey: a network that answers the "
-    f"mean. Fed with flux as it is, the network starts at a loss of {raw['loss'][0]:.0f}; with the "
-    f"flux centred at {centred['loss'][0]:.2f}. At the end the training stars' loss is "
-    f"{centred['loss'][-1]:.3f} and the test stars' {centred['val_loss'][-1]:.3f}: with more "
-    "weights than stars, one can learn the stars by heart."
+    f"mean. With flux as it is the loss starts at {raw['loss'][0]:.0f}, with the flux centred at "
+    f"{centred['loss'][0]:.2f}. It ends at {centred['loss'][-1]:.3f} for the training stars, at "
+    f"{centred['val_loss'][-1]:.3f} for the test stars: with more weights than stars, one can "
+    "learn the stars by heart."
 )
 
 # %%

@@ -533,12 +533,11 @@ Table(
 # %%
 #| echo: false
 Markdown(
-    f"**What to see.** The nonlinear network, which the original lab saw stuck at a loss of 1, "
+    "**What to see.** The nonlinear network, which the original lab saw stuck, "
     f"ends at {final_loss['nonlinear, flux as it is']:.2f} on the flux as it is, at "
     f"{final_loss['nonlinear, centred']:.2f} on centred flux, and with weights as large at the "
     "start as rectified units need them it beats the linear one. Nonlinearity was not the "
-    f"obstacle. Only {np.mean(odd & (spectra.ivar > 0)):.3%} of the pixels are good and yet odd "
-    "(below 0 or above 1.1)."
+    f"obstacle. Only {np.mean(odd & (spectra.ivar > 0)):.3%} of the good pixels are odd."
 )
 
 # %%
@@ -1235,10 +1234,10 @@ Table({"model": list(broken), **columns})
 rise = {name: errors["30 % bad"] / errors["as they are"] for name, errors in broken.items()}
 Markdown(
     "**What to see.** Scaled RMSE. With 30 % of the pixels known to be bad, the error-aware "
-    f"network's is {rise['error-aware']:.2f} times what it was, also when it never lost more than "
-    f"15 % in training (last row). The plain network's, with means filled in, is "
-    f"{rise['plain network']:.2f} times what it was. The last column is what the errors are for. "
-    "No model survives that."
+    f"network's is {rise['error-aware']:.2f} times what it was, also when it lost at most 15 % in "
+    f"training (last row). The plain network's, with means filled in, rises "
+    f"{rise['plain network']:.2f} times. The last column, which no model survives, is what errors "
+    "are for."
 )
 
 # %%

@@ -90,7 +90,7 @@ assert together.min() > 0.5 and np.abs(correlation[1::3, 2::3]).max() < 0.4
 # %% [markdown]
 # **What to see.** Every third pixel goes with every other third pixel. This is no noise of single pixels: it is one number per star, seen twenty times.
 #
-# The plain Cannon counts twenty pixels that say the same as twenty independent witnesses. So its errors are too small:
+# The plain Cannon counts twenty pixels that say the same as twenty independent measurements. So its errors are too small:
 
 # %%
 table = infer(plain, flux, ivar, min_good=0)
@@ -328,7 +328,7 @@ def learn_directions(
 
 
 # %% [markdown]
-# Twelve rounds on the toy, and beside them the angle between the direction found and the true one:
+# One, three and twelve rounds on the toy, and the angle between the direction found and the true one:
 
 # %%
 start = np.nan_to_num(plain.theta_), plain.scatter_**2

@@ -991,8 +991,7 @@ Table(
 
 # %% [markdown]
 # **What to see.** Above, magnesium's lines have wings in the dwarf. Below, the band of carbon monoxide is deeper in the giant: the dwarf's denser gas has more negative
-# hydrogen ions, which take the light before CO can, and less gas lies above the surface that we see. Strong CO with narrow lines means a giant; so giants were known
-# before there were computers.
+# hydrogen ions, which take the light before CO can. Strong CO with narrow lines means a giant; so giants were known before there were computers.
 #
 # Within the dwarfs, more gravity must deepen magnesium's wings, and hydrogen must grow with temperature, as in giants.
 

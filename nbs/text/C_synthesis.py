@@ -749,9 +749,8 @@ Table(
 Markdown(
     f"**What to see.** Alone, the line is {older:.1%} deep with the older profile and "
     f"{convolved:.1%} with the convolved one: gravities from the older one cannot be right. "
-    "In the core the short cut is much better than the product; further out, where we trust the "
-    "product, strong lines are off a little. The stars of the calibration were computed in the "
-    "same way, so part of that is in the lines."
+    "In the core the short cut is much better than the product. Further out strong lines are off "
+    "a little; the lines were calibrated in the same way, so part of that is in them."
 )
 
 # %%
@@ -2061,10 +2060,9 @@ brackett_11 = np.abs(SURVEY_WAVELENGTH - 16811) < 8
 deeper = -np.nanmedian(giants_pixels["MEDIAN"][brackett_11])
 Markdown(
     f"**What to see.** {len(inside)} of {len(giants)} giants lie in the domain; the others are "
-    "metal-poorer, or at the edges of ASPCAP's labels. The rms grows as the lines do, with "
-    "metallicity and towards cool stars. In the median over stars "
-    f"{np.mean(np.abs(giants_pixels['MEDIAN'][shown]) < 0.02):.0%} of the pixels agree to 2 %. "
-    f"Around hydrogen's line at 16,811 Å ASPCAP is {deeper:.1%} deeper."
+    "metal-poorer, or at the edges of ASPCAP's labels. The rms grows as the lines do. In the "
+    f"median over stars {np.mean(np.abs(giants_pixels['MEDIAN'][shown]) < 0.02):.0%} of the pixels "
+    f"agree to 2 %. Around a line of hydrogen ASPCAP is {deeper:.1%} deeper."
 )
 
 # %%

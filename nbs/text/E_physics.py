@@ -1924,9 +1924,8 @@ gain = {n: mean["synthetic, then real", n] / mean["real", n] - 1 for n in ("all"
 Markdown(
     f"**What to see.** RMSE (bias) of {tuning.meta['stars']} giants, each left out once. Synthetic "
     f"stars first change the scaled RMSE by {gain['all']:+.0%} with all real stars, and by "
-    f"{gain['40']:+.0%} with 40. Synthetic stars alone do badly: most stars of this archive are "
-    "poorer in metals than the emulator's domain. A network that is trained longer on real stars "
-    "does better than the one here."
+    f"{gain['40']:+.0%} with 40. Synthetic stars alone do badly: most stars here are poorer in "
+    "metals than the emulator's domain. A longer training on real stars does better."
 )
 
 # %%

@@ -631,9 +631,9 @@ if in_folds:
     p_value = wilcoxon(pooled["predicted"], pooled["catalogue"]).pvalue
     text = (
         "**What to see.** The line does judge: shuffled labels are several times further from "
-        f"it. Predicted labels are a little nearer to theory than the catalogue's, for {closer:.0%} "
-        f"of the stars (a paired Wilcoxon test: p = {p_value:.1g}). A model averages over many "
-        "stars and sheds part of the noise of their labels. The α elements are no detail."
+        "it. Predicted labels are a little nearer to theory than the catalogue's, for "
+        f"{closer:.0%} of the stars (a paired Wilcoxon test: p = {p_value:.1g}). A model averages "
+        "over many stars and sheds part of the noise of their labels. The α elements are no detail."
     )
 Markdown(text)
 

@@ -396,7 +396,7 @@ class PlainHalf(LabNetwork):
     widths = NoisyHalf.widths
 
 
-epochs = LAB_EPOCHS if full else epochs_within(120, round(0.8 * len(train)))
+epochs = LAB_EPOCHS if full else epochs_within(200, round(0.8 * len(train)))
 augmented = (AugmentedNetwork if full else NoisyHalf)(labels=names, epochs=epochs)
 augmented.fit(spectra[train], progress=False)
 epochs = augmented.best_epoch_ + 1

@@ -268,7 +268,8 @@ def _nearest_correlation(found):
 # %% ../nbs/17_latents.ipynb #c7ad8b5c
 def _make_again(model):
     "Views and processes of a model that was read from its file."
-    latents, scaled = model.latents_, model.latent_labels_
+    latents = model.latents_
+    scaled = model.latent_labels_
     by_line = _View.along(model.line_, model.line_constant_)
     model._views = [_View.plain(latents, scaled), by_line]
     model._processes = []

@@ -1448,7 +1448,8 @@ class _Arrays:
         return [self.of(part) for part in value] if isinstance(value, list) else value
 
     def _array(self, note):
-        source, shape = note.get("source"), note.get("shape")
+        source = note.get("source")
+        shape = note.get("shape")
         known = {"source", "shape", "datatype", "byteorder", "offset", "strides"}
         inside = type(source) is int and 0 <= source < len(self.blocks)
         if not inside or note.keys() - known:
@@ -1549,7 +1550,8 @@ def read_model_file(path) -> dict:
         raise LabError(
             f"{path} is not a model of stellar_lab ({said_of(error)}): train the model again"
         ) from error
-    kind, version = tree.get("stellar_lab_model"), tree.get("format_version")
+    kind = tree.get("stellar_lab_model")
+    version = tree.get("format_version")
     versions = tree.setdefault("versions", {})
     if not isinstance(versions, dict) or not all(isinstance(v, str) for v in versions.values()):
         raise LabError(f"{path} does not say by which versions it was made: train the model again")

@@ -289,7 +289,8 @@ assert two.derivative(np.array([[2.0, 3.0]]))[0].T.tolist() == [
 ]
 
 odd = Vectorizer.of_terms("abc", ["a^4", "a*c^2", "b", "b^3*c"])
-at, step = np.random.default_rng(0).normal(size=(5, 3)), 1e-5
+at = np.random.default_rng(0).normal(size=(5, 3))
+step = 1e-5
 slopes = np.stack(
     [(odd(at + step * e) - odd(at - step * e)) / (2 * step) for e in np.eye(3)], axis=-1
 )

@@ -782,13 +782,16 @@ class _Experts(keras.layers.Layer):
         self.n_labels = n_labels
 
     def build(self, shape):
-        M, R, W = self.members, shape[-1], self.width
+        members = self.members
+        width = self.width
         out = 2 * self.n_labels
-        self._add("hidden", (M, R, W), stddev=1)
-        self._add("hidden_bias", (M, 1, W), stddev=0.5)
-        self._add("head", (M, W, out), stddev=0.3 * W**-0.5)
-        self.head_bias = self.add_weight(shape=(M, 1, out), initializer="zeros", name="head_bias")
-        self.line = self.add_weight(shape=(M, R, self.n_labels), initializer="zeros", name="line")
+        self._add("hidden", (members, shape[-1], width), stddev=1)
+        self._add("hidden_bias", (members, 1, width), stddev=0.5)
+        self._add("head", (members, width, out), stddev=0.3 * width**-0.5)
+        zeros = {"initializer": "zeros"}
+        self.head_bias = self.add_weight(shape=(members, 1, out), name="head_bias", **zeros)
+        line = (members, shape[-1], self.n_labels)
+        self.line = self.add_weight(shape=line, name="line", **zeros)
 
     def _add(self, name, shape, stddev):
         drawn = keras.initializers.RandomNormal(stddev=stddev)

@@ -511,7 +511,8 @@ _MANY_STARS = 300  # of so many a third is asked, not each third
 
 def _missed(model, number, flux, ivar, rows):
     "Scaled errors of some stars, by a model with so many hidden labels that has not seen them."
-    labels, names = model.training_labels_, model.label_names_
+    labels = model.training_labels_
+    names = model.label_names_
     one = clone(model).set_params(hidden=number)
     one._rounds = _CHOICE_ROUNDS
     one.fit(labels[~rows], flux[~rows], ivar[~rows], names)

@@ -483,7 +483,8 @@ assert np.linalg.eigvalsh(mended)[0] > 0 and np.allclose(np.diag(mended), 1)
 #| export
 def _make_again(model):
     "Views and processes of a model that was read from its file."
-    latents, scaled = model.latents_, model.latent_labels_
+    latents = model.latents_
+    scaled = model.latent_labels_
     by_line = _View.along(model.line_, model.line_constant_)
     model._views = [_View.plain(latents, scaled), by_line]
     model._processes = []

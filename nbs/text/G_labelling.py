@@ -1443,7 +1443,9 @@ def write_spectra(model, table, path, row: int = None):
         raise LabError(f"{len(table)} spectra are too many for one file: label in parts")
     check_target(path, (".fits",), "spectra")
     images = {"FLUX": [], "IVAR": [], "MODEL": [], "RESIDUAL": []}
-    names, files, further = [], [], []
+    names = []
+    files = []
+    further = []  # tables of stars on other grids
     for file, there, star, labels in best_fits(model, table, row):
         made = there.predict(label_values(labels, model.label_names_))
         if len(star.wavelength) != len(on_band):

@@ -1192,7 +1192,7 @@ with tempfile.TemporaryDirectory() as folder:
 # An archive may also know the checksums of its files. So a file that was changed on the way is found out, long after it came.
 
 # %%
-#| export
+#| exporti
 def archive_sums(root) -> dict:
     """The checksums that an archive has of its files.
 

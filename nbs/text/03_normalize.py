@@ -1496,7 +1496,7 @@ ledger
 # note lies in the spectra's `stars.meta["recipe"]`, a model keeps it, and `as_trained` repeats it, step by step, on any new star.
 
 # %%
-#| export
+#| exporti
 def continuum_steps(meta: dict) -> list:
     """The divisions by a pseudo-continuum that spectra went through.
 
@@ -1527,7 +1527,7 @@ assert step["pixels"] == np.flatnonzero(own_pixels).tolist()
 # star is compared with the typical star of the model. A model that learned from the survey's own normalization never saw raw light; its raw spectra follow the usual rule.
 
 # %%
-#| export
+#| exporti
 _DARK = 0.05  # share of the typical light, as in `clean.read_archive`
 
 

@@ -198,7 +198,7 @@ with pytest.raises(LabError, match="2 names of stars for 3 rows"):
 # Stars of a cluster are alike in more than their labels. A harder question leaves out a whole group at a time, such as all stars of a field.
 
 # %%
-#| export
+#| exporti
 def group_numbers(groups: Sequence, most: int = 5, what: str = "group") -> np.ndarray:
     """The set in which each row's group is left out, where whole groups stay together.
 
@@ -319,7 +319,7 @@ with pytest.raises(LabError, match="no column logg: it has teff, teff_err"):
 
 
 # %%
-#| export
+#| exporti
 def number_array(values, name: str, kinds: str = "fiu") -> np.ndarray:
     """Values as an array of numbers.
 
@@ -549,7 +549,7 @@ def _first_star(pixels):
 
 
 # %%
-#| export
+#| exporti
 def finite_flux(flux: np.ndarray, ivar: np.ndarray, first: int = 0) -> np.ndarray:
     """Flux that can be multiplied.
 
@@ -726,7 +726,7 @@ for grid in (np.arange(5.0), [3.0, 2, 1], [1.0, 2, np.inf]):
 # name, of which kind, in which shape. Shapes are written in letters, P for the pixels, N for the training stars, K for the labels; a letter means the same number everywhere in the file.
 
 # %%
-#| export
+#| exporti
 @dataclass(frozen=True)
 class Held:
     """What a model's file must hold under a name.
@@ -799,7 +799,7 @@ print(lengths)
 
 
 # %%
-#| export
+#| exporti
 def _check_entry(name, value, held, lengths):
     "ValueError where a value is not what a file must hold under a name."
     if held.several:
@@ -969,7 +969,7 @@ for message, wrong in {
 # everywhere in scikit-learn. How it is written to a file comes [below](#a-file-without-a-pickle).
 
 # %%
-#| export
+#| exporti
 _NO_SOLUTION = (
     "these stars have no solution in double precision: look for a star that is far from all others,"
     " and for pixels with far too small errors or far too large flux"
@@ -1206,7 +1206,7 @@ flag_names([0, 5, 16])
 # nearest one, in scaled labels, is compared with what the training stars have among themselves. A search, where a model has one, may go a little beyond the training stars, but not out of a *box* around them.
 
 # %%
-#| export
+#| exporti
 _POOR_FIT_FACTOR = 1.5  # the limit of chi2 per pixel is this times …
 _POOR_FIT_QUANTILE = 0.99  # … this quantile of the training stars
 
@@ -1440,7 +1440,7 @@ print(refused.value)
 
 
 # %%
-#| export
+#| exporti
 def _as_float32(values):
     "Numbers of 32 bits; what is too large for them stays a number."
     with np.errstate(over="ignore"):
@@ -1518,7 +1518,7 @@ print(f"{len(checked)} spectra of {checked.flux.shape[1]} pixels, {checked.flux.
 # ([the chapter on judging](07_judging.ipynb) learns it); then each variance becomes $a\,\sigma^2 + b$, an inflation and a floor for each label. Such errors are *calibrated*.
 
 # %%
-#| export
+#| exporti
 def apply_error_model(model: LabelModel, covariance: np.ndarray) -> np.ndarray:
     """Formal covariance -> calibrated covariance, where the model carries an error model.
 
@@ -1804,7 +1804,7 @@ with pytest.raises(LabError, match="star 0 has a usable pixel without a finite f
 # by hand is as wrong as one that a disk changed.
 
 # %%
-#| export
+#| exporti
 _FORMAT_VERSION = 1
 _MOST_TEXT = 1 << 22  # bytes of a file's text; a model's has some thousand
 _DEEPEST = 32  # lists in lists
@@ -1842,7 +1842,7 @@ with pytest.raises(LabError, match="giants.asdf has no entry theta_: train the m
 
 
 # %%
-#| export
+#| exporti
 def read_regular(path, most: int = None, first: int = -1) -> bytes:
     """The bytes of a file that is one: no folder, pipe, device or socket.
 
@@ -2076,7 +2076,7 @@ for other in ({"a": np.arange(3)}, {"b": [1, 1, None, "x"]}, {"c": 0}):
 
 
 # %%
-#| export
+#| exporti
 def read_model_file(path) -> dict:
     """What a model's file holds, arrays and all.
 
@@ -2189,7 +2189,7 @@ assert np.array_equal(tree["flux_"], model.flux_)
 
 
 # %%
-#| export
+#| exporti
 def _read_model(cls, path):
     "The model in a file, which must be of this class."
     tree = read_model_file(path)
@@ -2230,7 +2230,7 @@ def restored(cls, tree: dict):
 
 
 # %%
-#| export
+#| exporti
 @contextmanager
 def whole_model(file, kind: str):
     """Whatever goes wrong while a model is put together from a file becomes one sentence.
@@ -2362,7 +2362,7 @@ assert (
 # two threads ask for it and overlap, the first to come sets it, and only the last to go takes it back.
 
 # %%
-#| export
+#| exporti
 class _OneThread:
     "BLAS keeps to one thread from the first entry to the last exit, from whatever thread."
 
@@ -2414,7 +2414,7 @@ assert during == 1 and blas_threads() == before
 
 
 # %%
-#| export
+#| exporti
 def in_blocks(work, size: int, block: int = 520) -> list:
     """Run `work` on blocks of rows, in as many threads as there are cores.
 

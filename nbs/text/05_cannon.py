@@ -328,7 +328,7 @@ print("largest error of a slope:", np.abs(odd.derivative(at) - slopes).max().rou
 # A symmetric matrix holds each number twice. `pair_index` names the entries that differ: the two terms of each pair, and for each entry of the whole matrix its place among the pairs.
 
 # %%
-#| export
+#| exporti
 def pair_index(T: int) -> tuple:
     """The distinct products of two of `T` terms.
 

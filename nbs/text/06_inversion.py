@@ -127,7 +127,7 @@ class Statistics:
 # A pixel's weight is the inverse of its whole variance, the survey's and the model's own scatter. Where the model could not be fitted, the weight is zero.
 
 # %%
-#| export
+#| exporti
 def pixel_weights(ivar: np.ndarray, scatter2: np.ndarray) -> np.ndarray:
     """1 / (sigma^2 + s^2): 0 where ivar is 0 and where the model has no coefficients.
 
@@ -357,7 +357,7 @@ assert not free[0, 1] and step[0, 1] == 0
 
 
 # %%
-#| export
+#| exporti
 def descend(model: Cannon, stats: Statistics, start, box: tuple, max_steps: int) -> tuple:
     """Levenberg-Marquardt for all stars at once.
 

@@ -224,7 +224,7 @@ table
 # $$ C = W\operatorname{diag}(\sigma^2)\,W^\mathsf T . $$
 
 # %%
-#| export
+#| exporti
 def photon_covariance(weights: np.ndarray, ivar: np.ndarray) -> np.ndarray:
     """What photon noise does to labels that are a linear map of the flux: W diag(1 / ivar) W^T.
 

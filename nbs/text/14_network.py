@@ -733,7 +733,7 @@ assert _from_json(_to_json(np.float32([1, 2]))).dtype == "f4"
 
 
 # %%
-#| export
+#| exporti
 def network_facts(path) -> dict:
     """What a file of a network says of itself, without building it.
 

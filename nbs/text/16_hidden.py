@@ -108,7 +108,7 @@ assert pull.std() > 1.15
 # The $1$ in $M$ is what we know before we look: a hidden label of 5 is unlikely. For all stars at once this is two matrix products and one inversion of small matrices.
 
 # %%
-#| export
+#| exporti
 _PASS = 256  # stars to a product
 
 
@@ -258,7 +258,7 @@ assert np.abs(found[:, 2] + darker[0]).max() < 5 * error / np.sqrt(N)
 # shrinking all hidden labels would change nothing, so after each round we stretch until the hidden labels have a variance of one.
 
 # %%
-#| export
+#| exporti
 def _first_guess(residual, hidden):
     "The directions (q, P) in which residuals (N, P) vary most."
     values, vectors = np.linalg.eigh((residual @ residual.T).astype(float))
@@ -359,7 +359,7 @@ assert np.median(np.sqrt(scatter2)) < error / 3  # what looked like scatter is e
 # The model keeps its directions as `hidden_`, and [the inversion](06_inversion.ipynb) eliminates them.
 
 # %%
-#| export
+#| exporti
 _ROUNDS = 12
 
 

@@ -299,7 +299,7 @@ with pytest.raises(LabError, match="no domain 'hamsters' of synthetic stars: cho
 # has a place in the unit cube: `unit_labels` says where it is, `labels_from_unit` goes back. Whoever draws random stars, or fits one, works in the cube.
 
 # %%
-#| export
+#| exporti
 def label_matrix(labels) -> np.ndarray:
     """Labels as an array in the order of GRID_LABELS.
 
@@ -344,7 +344,7 @@ with pytest.raises(LabError, match="the label LOGG, MG_FE is missing"):
 
 
 # %%
-#| export
+#| exporti
 def labels_from_unit(unit: np.ndarray, domain="giants") -> np.ndarray:
     """Labels from places in the domain; the inverse of `unit_labels`.
 

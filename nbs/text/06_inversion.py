@@ -562,6 +562,13 @@ def _finish(model, basis, labels, stats, flux, ivar, box):
     return labels, chi2, hessian, resting
 
 
+# %%
+basis = _Basis.of(model, np.float32)
+exact, _, _, resting = _finish(model, basis, found, stats, three.flux, three.ivar, box)
+print(f"the last step moves the scaled labels by {np.abs(exact - found).max():.0e} at most")
+assert resting.all() and np.abs(exact - found).max() < 0.01
+
+
 # %% [markdown]
 # ## From spectra to labels
 # The three steps in a row, for a block of stars: sufficient statistics, search, last step. The formal covariance is the inverse of half of $\chi^2$'s second derivative.

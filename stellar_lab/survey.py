@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['full_wavelength', 'on_band', 'wavelength', 'PIXMASK', 'LABELS', 'PRODUCTS', 'RELEASES', 'ARCHIVES', 'LabError',
            'WrongFile', 'said_of', 'air_to_vacuum', 'chip_slices', 'label_records', 'label_record', 'archive_record',
-           'archive_root', 'real_data', 'profile', 'read_truth', 'true_labels', 'data_file', 'atomic_path',
-           'write_table', 'Spectra', 'use_style', 'plot_spectrum']
+           'archive_root', 'real_data', 'profile', 'read_truth', 'true_labels', 'write_table', 'Spectra', 'use_style',
+           'plot_spectrum']
 
 # %% ../nbs/00_survey.ipynb #95364aa8
 import errno

@@ -1424,7 +1424,7 @@ labels
 # The package's data are opened through `importlib.resources`, so a clone, an editable install and a wheel find the same ones.
 
 # %%
-#| export
+#| exporti
 def data_file(name: str):
     """A file that the package brings.
 
@@ -1711,7 +1711,7 @@ print(refusal.value)
 
 
 # %%
-#| export
+#| exporti
 @contextmanager
 def atomic_path(path):
     """A temporary path to write to, in the folder of `path`.

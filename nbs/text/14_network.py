@@ -1183,7 +1183,7 @@ print(f"{blank.net_.count_params():,} weights, of which {7214 * 5 + 5:,} would d
 # epoch with more stars has more steps, so fewer epochs are needed.
 
 # %%
-#| export
+#| exporti
 def epochs_within(steps: int, stars: int, most: int = LAB_EPOCHS, batch_size: int = 32) -> int:
     """The epochs that hold so many steps, the last one whole.
 

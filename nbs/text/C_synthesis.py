@@ -319,7 +319,7 @@ tiny
 # holds thousands of its results, and `atmosnet` (Nidever and Ting) interpolates between them with a small network per quantity, which we evaluate with numpy.
 
 # %%
-#| export
+#| exporti
 _ATMOSPHERE_COLUMNS = ("rhox", "temperature", "pressure", "electrons", "opacity")
 
 
@@ -922,7 +922,7 @@ print(f"a tilted continuum is found again to {np.abs(ratio * truth - tilted).max
 # Of 36,504 lines of the list most are too weak to matter. And each star needs its labels on the grid's names.
 
 # %%
-#| export
+#| exporti
 _MIN_DEPTH = 0.001
 
 
@@ -1267,7 +1267,7 @@ print("tested on", ", ".join(sorted(tested)))
 
 
 # %%
-#| export
+#| exporti
 def make_check(lines: Table, net: dict, spectra: Spectra, example, out, facts: dict):
     """Write what the chapter shows of PySME and ASPCAP.
 
@@ -1458,7 +1458,7 @@ assert np.abs(common).max() > 0.04  # and some features are not explained
 # [domain](B_emulator.ipynb), and the grid can grow while it is used.
 
 # %%
-#| export
+#| exporti
 def grid_design(models: int, seed: int = 20131, domain="giants") -> Table:
     """Quasi-random labels: every beginning of the list covers the whole domain.
 
@@ -1637,7 +1637,7 @@ failures[0][-13:]
 
 
 # %%
-#| export
+#| exporti
 @cache
 def _synthesizer(lines, net):
     "The synthesizer of calibrated lines and atmospheres in these files, one per process."

@@ -232,7 +232,7 @@ assert np.std(parabola - proper) < 5e-4 and np.abs(parabola - proper).max() < 0.
 # Their labels are quasi-random points of the emulator's domain. Two habits of nature are kept: magnesium and silicon follow the other alpha elements roughly, and microturbulence follows gravity. A model that never sees what does not exist need not bend around it.
 
 # %%
-#| export
+#| exporti
 def draw_stars(n: int, seed: int = 1) -> np.ndarray:
     """Labels of quasi-random stars of the emulator's domain.
 

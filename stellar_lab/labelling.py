@@ -300,7 +300,7 @@ def _add_facts(table, spectra, wild=0):
     table["strange_pixels"] = np.full(len(table), strange + wild, np.int32)
     table["verified"] = np.full(len(table), verified, bool)
 
-
+# %% ../nbs/G_labelling.ipynb #7bddc699
 def _label_elsewhere(model, path, kind):
     "The table of one file of a kind in `_ELSEWHERE`."
     rule = model.metadata_.get("mask_rule") if kind == "apvisit" else None
@@ -335,7 +335,7 @@ def _label_own(model, job):
     table.meta |= {"product": job.product, "row": None}
     return table, problems
 
-
+# %% ../nbs/G_labelling.ipynb #d8804d65
 def _give_all_velocities(tables):
     "Columns of velocity in all tables, empty where none was measured, if one has them."
     if any("velocity" in table.colnames for table in tables):
@@ -433,6 +433,37 @@ class _Parts:
     def remove(self):
         shutil.rmtree(self.folder, ignore_errors=True)
 
+# %% ../nbs/G_labelling.ipynb #1684b7fa
+class _Progress:
+    "A bar (True), a line a minute on the error output (``lines``), or nothing."
+
+    def __init__(self, total, how):
+        self.total = total
+        self.lines = how == "lines"
+        shown = how is True
+        self.bar = tqdm(total=total, desc="labelling", unit="star", disable=not shown, leave=False)
+        self.done = self.failed = 0
+        self.began = self.said = time.monotonic()
+
+    def update(self, number, failed):
+        self.done += number
+        self.failed += failed
+        self.bar.update(number)
+        now = time.monotonic()
+        if self.lines and now - self.said >= _MINUTE:
+            self.said = now
+            left = (now - self.began) / max(self.done, 1) * (self.total - self.done) / 60
+            with suppress(OSError, ValueError):
+                print(
+                    f"labelling: {self.done} of {self.total} stars, {self.failed} without labels, "
+                    f"about {left:.0f} minutes left",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+
+_MINUTE = 60  # seconds from line to line
+
 # %% ../nbs/G_labelling.ipynb #de6cedf0
 _worker = {}  # the model of a worker process
 
@@ -480,37 +511,6 @@ def _in_processes(jobs, workers, model, name):
             pool.shutdown(wait=True, cancel_futures=True)
 
 # %% ../nbs/G_labelling.ipynb #5bc07845
-class _Progress:
-    "A bar (True), a line a minute on the error output (``lines``), or nothing."
-
-    def __init__(self, total, how):
-        self.total = total
-        self.lines = how == "lines"
-        shown = how is True
-        self.bar = tqdm(total=total, desc="labelling", unit="star", disable=not shown, leave=False)
-        self.done = self.failed = 0
-        self.began = self.said = time.monotonic()
-
-    def update(self, number, failed):
-        self.done += number
-        self.failed += failed
-        self.bar.update(number)
-        now = time.monotonic()
-        if self.lines and now - self.said >= _MINUTE:
-            self.said = now
-            left = (now - self.began) / max(self.done, 1) * (self.total - self.done) / 60
-            with suppress(OSError, ValueError):
-                print(
-                    f"labelling: {self.done} of {self.total} stars, {self.failed} without labels, "
-                    f"about {left:.0f} minutes left",
-                    file=sys.stderr,
-                    flush=True,
-                )
-
-
-_MINUTE = 60  # seconds from line to line
-
-
 def _label_files(model, jobs, workers=1, parts=None, progress=False, name=""):
     "One table of all files that give labels (None if none does), and the problems of the others."
     results = {}
@@ -1056,7 +1056,9 @@ def write_spectra(model, table, path, row: int = None):
         raise LabError(f"{len(table)} spectra are too many for one file: label in parts")
     check_target(path, (".fits",), "spectra")
     images = {"FLUX": [], "IVAR": [], "MODEL": [], "RESIDUAL": []}
-    names, files, further = [], [], []
+    names = []
+    files = []
+    further = []  # tables of stars on other grids
     for file, there, star, labels in best_fits(model, table, row):
         made = there.predict(label_values(labels, model.label_names_))
         if len(star.wavelength) != len(on_band):

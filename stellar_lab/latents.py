@@ -265,10 +265,11 @@ def _nearest_correlation(found):
     size = np.sqrt(np.diag(found))
     return found / np.outer(size, size)
 
-
+# %% ../nbs/17_latents.ipynb #c7ad8b5c
 def _make_again(model):
     "Views and processes of a model that was read from its file."
-    latents, scaled = model.latents_, model.latent_labels_
+    latents = model.latents_
+    scaled = model.latent_labels_
     by_line = _View.along(model.line_, model.line_constant_)
     model._views = [_View.plain(latents, scaled), by_line]
     model._processes = []
@@ -367,7 +368,7 @@ def _process_rows(stars):
     "Rows of the training stars that the processes learn from."
     return np.unique(np.linspace(0, stars - 1, _MOST_STARS).astype(int))
 
-
+# %% ../nbs/17_latents.ipynb #3161835a
 class _InTwoViews(_Compressed):
     "Processes on latents: learned, kept and asked."
 
@@ -521,7 +522,7 @@ class _WithGaps(_InTwoViews):
             told = self.pivots_[k] + self.scales_[k] * np.mean(seen, axis=0)
             self.training_labels_[gap, k] = told
 
-# %% ../nbs/17_latents.ipynb #4f98f26c
+# %% ../nbs/17_latents.ipynb #30cf2be0
 _STARS_EACH = 3  # training stars per latent, at least
 _LEAST_STARS = 10  # training stars of a process, at least
 
@@ -551,7 +552,7 @@ def _check_labels(labels, names):
         if np.ptp(values) == 0:
             raise LabError(f"{name} is {values[0]:g} in all training stars: leave it out")
 
-
+# %% ../nbs/17_latents.ipynb #e7117cca
 class LatentLabels(_WithGaps):
     """Labels by a Gaussian process on the latents of a spectrum.
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MASKED_LIMIT', 'lab_continuum_pixels', 'read_continuum_pixels', 'ContinuumFit', 'continuum', 'normalize',
-           'count_mask_bits', 'drop_masked', 'training_set', 'continuum_steps', 'check_grid', 'as_trained']
+           'count_mask_bits', 'drop_masked', 'training_set', 'as_trained']
 
 # %% ../nbs/03_normalize.ipynb #25f32df2
 import os
@@ -13,6 +13,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -226,14 +227,8 @@ def _check(degree, run, tolerance, min_pixels):
 def _on_grid(continuum_pixels, grid):
     "The continuum pixels as flags on `grid`; by default the 529."
     if continuum_pixels is None:
-        position = _position(grid)
-        pixel = np.rint(position).astype(int)
-        if np.abs(position - pixel).max(initial=0) > 0.01:
-            raise LabError(
-                "the 529 continuum pixels are those of the survey's grid, and these spectra have "
-                "another: give continuum_pixels"
-            )
-        return np.isin(pixel, on_band[lab_continuum_pixels()])
+        grid = np.asarray(grid)
+        return _lab_pixels_on(grid.tobytes(), grid.dtype.str)
     continuum_pixels = np.asarray(continuum_pixels)
     if continuum_pixels.shape != grid.shape or continuum_pixels.dtype != bool:
         raise LabError(
@@ -242,6 +237,21 @@ def _on_grid(continuum_pixels, grid):
             "the spectra"
         )
     return continuum_pixels
+
+
+@lru_cache(maxsize=8)
+def _lab_pixels_on(grid, dtype):
+    "The 529 as flags on a grid, given as bytes: each block of stars asks, and few grids there are."
+    position = _position(np.frombuffer(grid, dtype))
+    pixel = np.rint(position).astype(int)
+    if np.abs(position - pixel).max(initial=0) > 0.01:
+        raise LabError(
+            "the 529 continuum pixels are those of the survey's grid, and these spectra have "
+            "another: give continuum_pixels"
+        )
+    flags = np.isin(pixel, on_band[lab_continuum_pixels()])
+    flags.setflags(write=False)
+    return flags
 
 # %% ../nbs/03_normalize.ipynb #d493d8ae
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['full_wavelength', 'on_band', 'wavelength', 'PIXMASK', 'LABELS', 'PRODUCTS', 'RELEASES', 'ARCHIVES', 'LabError',
            'WrongFile', 'said_of', 'air_to_vacuum', 'chip_slices', 'label_records', 'label_record', 'archive_record',
-           'archive_sums', 'known_sums', 'archive_root', 'real_data', 'profile', 'read_truth', 'true_labels',
-           'data_file', 'atomic_path', 'write_table', 'Spectra', 'use_style', 'plot_spectrum']
+           'archive_root', 'real_data', 'profile', 'read_truth', 'true_labels', 'write_table', 'Spectra', 'use_style',
+           'plot_spectrum']
 
 # %% ../nbs/00_survey.ipynb #95364aa8
 import errno
@@ -826,7 +826,7 @@ def archive_record(root) -> Archive:
         )
     return ARCHIVES[name]
 
-
+# %% ../nbs/00_survey.ipynb #08bbd0ae
 def archive_sums(root) -> dict:
     """The checksums that an archive has of its files.
 

@@ -16,11 +16,11 @@ from stellar_lab.augmentation import (
     ErrorAwareNetwork,
     _draw_chances,
     _feature_axes,
+    _jitter_scale,
     _Local,
     _Mixture,
+    _noisy_copies,
     _noisy_stream,
-    jitter_scale,
-    noisy_copies,
 )
 from stellar_lab.inversion import infer
 from stellar_lab.judging import cross_label
@@ -41,11 +41,11 @@ def test_the_jitter_is_the_error_or_that_of_a_bad_pixel(errors):
     errors = np.array([errors])
     expected = np.where(errors > 0.1, _BAD_JITTER, errors)
     close = np.abs(errors - 0.1) < 1e-6  # rounding decides there
-    assert np.allclose(jitter_scale(errors**-2)[~close], expected[~close], rtol=1e-6)
+    assert np.allclose(_jitter_scale(errors**-2)[~close], expected[~close], rtol=1e-6)
     assert np.allclose(
-        np.asarray(jitter_scale(tf.constant(errors**-2)))[~close], expected[~close], rtol=1e-6
+        np.asarray(_jitter_scale(tf.constant(errors**-2)))[~close], expected[~close], rtol=1e-6
     )
-    assert np.all(jitter_scale(np.zeros((1, 3))) == np.float32(_BAD_JITTER))
+    assert np.all(_jitter_scale(np.zeros((1, 3))) == np.float32(_BAD_JITTER))
 
 
 def test_a_precise_star_is_drawn_more_often_and_copies_follow_the_seed():
@@ -56,8 +56,8 @@ def test_a_precise_star_is_drawn_more_often_and_copies_follow_the_seed():
     )
     flux = np.ones((2, 2000), "f4")
     before = flux.copy()
-    rows, copies = noisy_copies(flux, ivar, 40, seed=1)
-    again, other = noisy_copies(flux, ivar, 40, seed=1), noisy_copies(flux, ivar, 40, seed=2)
+    rows, copies = _noisy_copies(flux, ivar, 40, seed=1)
+    again, other = _noisy_copies(flux, ivar, 40, seed=1), _noisy_copies(flux, ivar, 40, seed=2)
     assert (
         np.array_equal(copies, again[1])
         and not np.array_equal(copies, other[1])

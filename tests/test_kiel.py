@@ -8,12 +8,12 @@ from hypothesis import strategies as st
 
 from stellar_lab.isochrones import isochrone
 from stellar_lab.kiel import (
-    BRANCHES,
+    _BRANCHES,
+    _metallicity_label,
+    _shift_length,
     giant_distance,
     kiel_diagrams,
-    metallicity_label,
     plot_kiel,
-    shift_length,
 )
 from stellar_lab.survey import LABELS, LabError
 
@@ -28,7 +28,7 @@ METALS = st.floats(-2.5, 0.5)
 @given(age=AGES, feh=METALS, share=st.floats(0, 1), seed=st.integers(0, 99))
 def test_a_point_on_the_line_has_no_distance(age, feh, share, seed):
     line = isochrone(age, feh)
-    first, last = BRANCHES[seed % 2]
+    first, last = _BRANCHES[seed % 2]
     row = int(np.random.default_rng(seed).integers(first, last))
     a, b = (line[line["EEP"] == eep][0] for eep in (row, row + 1))
     away = giant_distance(
@@ -49,7 +49,7 @@ def test_distance_is_a_distance(teff, logg, step):
     ]
     assert abs(here - there) <= np.sqrt(2) * abs(step) + 1e-9
     on = np.any(
-        [(line["EEP"] >= first) & (line["EEP"] <= last) for first, last in BRANCHES], axis=0
+        [(line["EEP"] >= first) & (line["EEP"] <= last) for first, last in _BRANCHES], axis=0
     )
     assert (
         here
@@ -119,11 +119,11 @@ def test_shuffled_labels_are_worse():
 
 def test_metallicity_label_and_colours():
     assert (
-        metallicity_label(["TEFF", "LOGG", "FE_H", "MG_FE"]) == "FE_H"
-        and metallicity_label(("M_H", "TEFF")) == "M_H"
+        _metallicity_label(["TEFF", "LOGG", "FE_H", "MG_FE"]) == "FE_H"
+        and _metallicity_label(("M_H", "TEFF")) == "M_H"
     )
     with pytest.raises(LabError, match="labels are TEFF, LOGG: FE_H or M_H is needed"):
-        metallicity_label(["TEFF", "LOGG"])
+        _metallicity_label(["TEFF", "LOGG"])
     stars = np.array([[4500.0, 2.5, -0.2], [4000, 1.2, 0.1]])
     assert plot_kiel(stars).collections[-1].get_clim() == (-0.8, 0.5)
     assert plot_kiel(stars, "M_H").collections[-1].get_clim() == LABELS["M_H"].plot_range
@@ -148,6 +148,6 @@ def test_diagrams_count_outliers_and_strangers():
     assert "2 outliers of 40" in shifts.get_title()
     for ax in (left, right):
         assert (ax.get_xlim(), ax.get_ylim()) == ((6000, 3000), (6, -0.5)) and len(ax.lines) == 2
-    assert np.nanmax(shift_length(predicted, catalogue)) > 20 and np.isnan(
-        shift_length(predicted, catalogue)[8]
+    assert np.nanmax(_shift_length(predicted, catalogue)) > 20 and np.isnan(
+        _shift_length(predicted, catalogue)[8]
     )

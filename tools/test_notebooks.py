@@ -32,6 +32,9 @@ LOADED_ONCE = (
     "scipy.optimize",
     "sklearn.base",
     "sklearn.decomposition",
+    "sklearn.mixture",
+    "asdf",
+    "seaborn",
     "pytest",
 )
 

@@ -1179,6 +1179,20 @@ def archive_record(root) -> Archive:
     return ARCHIVES[name]
 
 
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    (Path(folder) / ARCHIVE_FILE).write_text('{"archive": "mock"}')
+    print(archive_record(folder).title)
+    (Path(folder) / ARCHIVE_FILE).write_text('{"archive": "andromeda"}')
+    with pytest.raises(LabError, match="names the archive 'andromeda'"):
+        archive_record(folder)
+
+
+# %% [markdown]
+# An archive may also know the checksums of its files. So a file that was changed on the way is found out, long after it came.
+
+# %%
+#| exporti
 def archive_sums(root) -> dict:
     """The checksums that an archive has of its files.
 
@@ -1410,7 +1424,7 @@ labels
 # The package's data are opened through `importlib.resources`, so a clone, an editable install and a wheel find the same ones.
 
 # %%
-#| export
+#| exporti
 def data_file(name: str):
     """A file that the package brings.
 
@@ -1697,7 +1711,7 @@ print(refusal.value)
 
 
 # %%
-#| export
+#| exporti
 @contextmanager
 def atomic_path(path):
     """A temporary path to write to, in the folder of `path`.

@@ -182,6 +182,23 @@ def fold_numbers(n: int, folds: int = 5, seed: int = 0, stars: Sequence = None) 
     return numbers[first][star]
 
 
+# %%
+numbers = fold_numbers(11, folds=3)
+twice = fold_numbers(11, folds=3, stars=[*"abcdefghij", "a"])
+print(f"folds {numbers}, and with the first star seen twice {twice}")
+assert np.ptp(np.bincount(numbers)) <= 1
+assert twice[10] == twice[0] and np.array_equal(twice[:10], numbers[:10])
+with pytest.raises(LabError, match="2 folds of 1 stars"):
+    fold_numbers(1, folds=2)
+with pytest.raises(LabError, match="2 names of stars for 3 rows"):
+    fold_numbers(3, folds=2, stars="ab")
+
+
+# %% [markdown]
+# Stars of a cluster are alike in more than their labels. A harder question leaves out a whole group at a time, such as all stars of a field.
+
+# %%
+#| exporti
 def group_numbers(groups: Sequence, most: int = 5, what: str = "group") -> np.ndarray:
     """The set in which each row's group is left out, where whole groups stay together.
 
@@ -223,15 +240,10 @@ def group_numbers(groups: Sequence, most: int = 5, what: str = "group") -> np.nd
 
 
 # %%
-numbers = fold_numbers(11, folds=3)
-twice = fold_numbers(11, folds=3, stars=[*"abcdefghij", "a"])
-print(f"folds {numbers}, and with the first star seen twice {twice}")
-assert np.ptp(np.bincount(numbers)) <= 1
-assert twice[10] == twice[0] and np.array_equal(twice[:10], numbers[:10])
-with pytest.raises(LabError, match="2 folds of 1 stars"):
-    fold_numbers(1, folds=2)
-with pytest.raises(LabError, match="2 names of stars for 3 rows"):
-    fold_numbers(3, folds=2, stars="ab")
+fields = np.array(["M13", "M67", "M13", "M92", "M67"])
+numbers = group_numbers(fields, most=2)
+print(dict(zip(fields.tolist(), numbers.tolist())))
+assert all(len(set(numbers[fields == field])) == 1 for field in fields)
 
 
 # %% [markdown]
@@ -307,7 +319,7 @@ with pytest.raises(LabError, match="no column logg: it has teff, teff_err"):
 
 
 # %%
-#| export
+#| exporti
 def number_array(values, name: str, kinds: str = "fiu") -> np.ndarray:
     """Values as an array of numbers.
 
@@ -537,7 +549,7 @@ def _first_star(pixels):
 
 
 # %%
-#| export
+#| exporti
 def finite_flux(flux: np.ndarray, ivar: np.ndarray, first: int = 0) -> np.ndarray:
     """Flux that can be multiplied.
 
@@ -714,7 +726,7 @@ for grid in (np.arange(5.0), [3.0, 2, 1], [1.0, 2, np.inf]):
 # name, of which kind, in which shape. Shapes are written in letters, P for the pixels, N for the training stars, K for the labels; a letter means the same number everywhere in the file.
 
 # %%
-#| export
+#| exporti
 @dataclass(frozen=True)
 class Held:
     """What a model's file must hold under a name.
@@ -787,7 +799,7 @@ print(lengths)
 
 
 # %%
-#| export
+#| exporti
 def _check_entry(name, value, held, lengths):
     "ValueError where a value is not what a file must hold under a name."
     if held.several:
@@ -861,8 +873,9 @@ for message, wrong in {
     r"pivots_ has the shape \(3,\) instead of \(K\), K = 2": np.ones(3),
     "1 of 2 numbers in pivots_ are not finite": np.array([1, np.inf]),
 }.items():
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as problem:
         check_held({"label_names_": ["TEFF", "LOGG"], "pivots_": wrong}, entries)
+    print(problem.value)
 
 # %% [markdown]
 # What is right by itself can be wrong together: wavelengths that do not increase, names of labels that would share a column, a recipe that no spectrum could follow.
@@ -946,8 +959,9 @@ for message, wrong in {
     "no number of one of its 40 pixels": {"pixels": [3, 40]},
     "the entries step, pixels, degree, run, tolerance, colour": {"colour": "red"},
 }.items():
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as problem:
         _check_metadata({"recipe": [step | wrong]}, 40)
+    print(problem.value)
 
 # %% [markdown]
 # ## The model
@@ -955,7 +969,7 @@ for message, wrong in {
 # everywhere in scikit-learn. How it is written to a file comes [below](#a-file-without-a-pickle).
 
 # %%
-#| export
+#| exporti
 _NO_SOLUTION = (
     "these stars have no solution in double precision: look for a star that is far from all others,"
     " and for pixels with far too small errors or far too large flux"
@@ -989,6 +1003,25 @@ def all_or_nothing(fit):
             raise
 
     return fit_or_restore
+
+
+# %% [markdown]
+# A toy that learns, and fails half the time:
+
+# %%
+class Forgetful:
+    @all_or_nothing
+    def fit(self, number):
+        self.number_ = number
+        np.linalg.inv(np.full((2, 2), number))  # has no inverse
+
+
+toy = Forgetful()
+toy.number_ = "what it knew"
+with pytest.raises(LabError, match="no solution in double precision"):
+    toy.fit(1.0)
+print(toy.number_)
+assert toy.number_ == "what it knew"
 
 
 # %%
@@ -1175,7 +1208,7 @@ flag_names([0, 5, 16])
 # nearest one, in scaled labels, is compared with what the training stars have among themselves. A search, where a model has one, may go a little beyond the training stars, but not out of a *box* around them.
 
 # %%
-#| export
+#| exporti
 _POOR_FIT_FACTOR = 1.5  # the limit of chi2 per pixel is this times …
 _POOR_FIT_QUANTILE = 0.99  # … this quantile of the training stars
 
@@ -1409,7 +1442,7 @@ print(refused.value)
 
 
 # %%
-#| export
+#| exporti
 def _as_float32(values):
     "Numbers of 32 bits; what is too large for them stays a number."
     with np.errstate(over="ignore"):
@@ -1486,7 +1519,7 @@ print(f"{len(checked)} spectra of {checked.flux.shape[1]} pixels, {checked.flux.
 # ([the chapter on judging](07_judging.ipynb) learns it); then each variance becomes $a\,\sigma^2 + b$, an inflation and a floor for each label. Such errors are *calibrated*.
 
 # %%
-#| export
+#| exporti
 _REACH = 2.5  # spreads from the mean beyond which errors grow no more with a label
 
 
@@ -1565,7 +1598,7 @@ assert np.isclose(np.sqrt(larger[1]), 50 * np.exp(0.5 * _REACH / 2))
 
 # %%
 #| export
-MIN_GOOD = 1 - MASKED_LIMIT / len(on_band)  # the original lab drops stars with fewer good pixels
+_MIN_GOOD = 1 - MASKED_LIMIT / len(on_band)  # the original lab drops stars with fewer good pixels
 
 
 def _flags(model, found, min_good):
@@ -1589,12 +1622,12 @@ def _flags(model, found, min_good):
 
 # %%
 dark = found.n_good * np.array([1, 0])
-print(flag_names(_flags(model, replace(found, n_good=dark), MIN_GOOD)))
+print(flag_names(_flags(model, replace(found, n_good=dark), _MIN_GOOD)))
 
 
 # %%
 #| export
-def label_table(model: LabelModel, found: Answer, min_good: float = MIN_GOOD) -> QTable:
+def label_table(model: LabelModel, found: Answer, min_good: float = _MIN_GOOD) -> QTable:
     """The table of an answer: labels with units and errors, and flags, by the same rules for all.
 
     Parameters
@@ -1694,7 +1727,7 @@ def infer(
     model: LabelModel,
     flux,
     ivar: np.ndarray = None,
-    min_good: float = MIN_GOOD,
+    min_good: float = _MIN_GOOD,
     max_steps: int = 60,
     any_recipe: bool = False,
 ) -> QTable:
@@ -1813,7 +1846,7 @@ with pytest.raises(LabError, match="star 0 has a usable pixel without a finite f
 # by hand is as wrong as one that a disk changed.
 
 # %%
-#| export
+#| exporti
 _FORMAT_VERSION = 1
 _MOST_TEXT = 1 << 22  # bytes of a file's text; a model's has some thousand
 _DEEPEST = 32  # lists in lists
@@ -1851,7 +1884,7 @@ with pytest.raises(LabError, match="giants.asdf has no entry theta_: train the m
 
 
 # %%
-#| export
+#| exporti
 def read_regular(path, most: int = None, first: int = -1) -> bytes:
     """The bytes of a file that is one: no folder, pipe, device or socket.
 
@@ -1988,7 +2021,8 @@ class _Arrays:
         return [self.of(part) for part in value] if isinstance(value, list) else value
 
     def _array(self, note):
-        source, shape = note.get("source"), note.get("shape")
+        source = note.get("source")
+        shape = note.get("shape")
         known = {"source", "shape", "datatype", "byteorder", "offset", "strides"}
         inside = type(source) is int and 0 <= source < len(self.blocks)
         if not inside or note.keys() - known:
@@ -2084,7 +2118,7 @@ for other in ({"a": np.arange(3)}, {"b": [1, 1, None, "x"]}, {"c": 0}):
 
 
 # %%
-#| export
+#| exporti
 def read_model_file(path) -> dict:
     """What a model's file holds, arrays and all.
 
@@ -2116,7 +2150,8 @@ def read_model_file(path) -> dict:
         raise LabError(
             f"{path} is not a model of stellar_lab ({said_of(error)}): train the model again"
         ) from error
-    kind, version = tree.get("stellar_lab_model"), tree.get("format_version")
+    kind = tree.get("stellar_lab_model")
+    version = tree.get("format_version")
     versions = tree.setdefault("versions", {})
     if not isinstance(versions, dict) or not all(isinstance(v, str) for v in versions.values()):
         raise LabError(f"{path} does not say by which versions it was made: train the model again")
@@ -2129,6 +2164,15 @@ def read_model_file(path) -> dict:
     found = _Tree(tree, file=str(path))
     found.fingerprint = _fingerprint(tree)
     return found
+
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    path = Path(folder) / "later.asdf"
+    asdf.AsdfFile({"stellar_lab_model": "Oracle", "format_version": 99}).write_to(path)
+    with pytest.raises(LabError, match="in format 99; this version reads") as problem:
+        read_model_file(path)
+    print(str(problem.value).replace(str(path), "<file>"))
 
 
 # %% [markdown]
@@ -2178,6 +2222,16 @@ def _write_model(model, path):
         asdf.AsdfFile(tree).write_to(file)  # by its path, asdf would make a temporary of its own
 
 
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    _write_model(model, Path(folder) / "nearest.asdf")
+    tree = read_model_file(Path(folder) / "nearest.asdf")
+print(tree["stellar_lab_model"], "with", ", ".join(name for name in tree if name.endswith("_")))
+assert np.array_equal(tree["flux_"], model.flux_)
+
+
+# %%
+#| exporti
 def _read_model(cls, path):
     "The model in a file, which must be of this class."
     tree = read_model_file(path)
@@ -2218,7 +2272,7 @@ def restored(cls, tree: dict):
 
 
 # %%
-#| export
+#| exporti
 @contextmanager
 def whole_model(file, kind: str):
     """Whatever goes wrong while a model is put together from a file becomes one sentence.
@@ -2275,6 +2329,14 @@ def check_parameters(cls, parameters: dict, file):
             )
 
 
+# %%
+with pytest.raises(LabError, match="nearest.asdf has the parameters depth") as problem:
+    check_parameters(NearestStar, {"depth": 3}, "nearest.asdf")
+print(problem.value)
+
+
+# %%
+#| export
 def _guard(tree, file):
     """The guard within a model, as the front door knows it: its room stands above this one, and is
     entered only where a file holds a guard."""
@@ -2342,7 +2404,7 @@ assert (
 # two threads ask for it and overlap, the first to come sets it, and only the last to go takes it back.
 
 # %%
-#| export
+#| exporti
 class _OneThread:
     "BLAS keeps to one thread from the first entry to the last exit, from whatever thread."
 
@@ -2394,7 +2456,7 @@ assert during == 1 and blas_threads() == before
 
 
 # %%
-#| export
+#| exporti
 def in_blocks(work, size: int, block: int = 520) -> list:
     """Run `work` on blocks of rows, in as many threads as there are cores.
 

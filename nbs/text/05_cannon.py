@@ -289,7 +289,8 @@ assert two.derivative(np.array([[2.0, 3.0]]))[0].T.tolist() == [
 ]
 
 odd = Vectorizer.of_terms("abc", ["a^4", "a*c^2", "b", "b^3*c"])
-at, step = np.random.default_rng(0).normal(size=(5, 3)), 1e-5
+at = np.random.default_rng(0).normal(size=(5, 3))
+step = 1e-5
 slopes = np.stack(
     [(odd(at + step * e) - odd(at - step * e)) / (2 * step) for e in np.eye(3)], axis=-1
 )
@@ -327,7 +328,7 @@ print("largest error of a slope:", np.abs(odd.derivative(at) - slopes).max().rou
 # A symmetric matrix holds each number twice. `pair_index` names the entries that differ: the two terms of each pair, and for each entry of the whole matrix its place among the pairs.
 
 # %%
-#| export
+#| exporti
 def pair_index(T: int) -> tuple:
     """The distinct products of two of `T` terms.
 
@@ -695,63 +696,11 @@ asked.training_labels_ = labels[:1]
 with pytest.raises(LabError, match="1 training stars cannot determine 2 terms in 2 labels"):
     _vectorizer_of(asked)
 
-
 # %% [markdown]
-# Then `fit`: take the stars, write out the terms, fit all pixels.
+# Not every set of stars can teach. What makes no sense is named before any pixel is fitted.
 
 # %%
 #| export
-class _Learning(_Drawing):
-    "Stars with known labels -> coefficients."
-
-    @all_or_nothing
-    def fit(self, labels, flux=None, ivar=None, label_names=None, wavelength=None) -> "Cannon":
-        """Learn the spectrum from stars with known labels.
-
-        Parameters
-        ----------
-        labels : (N, K) array, DataFrame, Table or Spectra
-            physical units; a table's columns name the labels; a `Spectra` holds everything
-        flux : (N, P) array, optional
-            relative to the continuum
-        ivar : (N, P) array, optional
-            inverse variance, 0 where unusable; all 1 by default
-        label_names : sequence of str, optional
-            K names, in any case
-        wavelength : (P,) array, optional
-            Angstrom, vacuum
-
-        Returns
-        -------
-        Cannon
-            itself
-
-        Raises
-        ------
-        LabError
-            where shapes do not fit, a label is missing, a usable pixel holds no number, or there
-            are too few stars for the terms
-        """
-        flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
-        self.vectorizer_ = _vectorizer_of(self)
-        design = self.vectorizer_(self.scale(self.training_labels_))
-        _check_rank(design)
-        _check_alike(self.scale(self.training_labels_), self.label_names_)
-        _check_weights(ivar)
-        terms = len(self.vectorizer_)
-        min_stars = 2 * terms if self.min_stars is None else self.min_stars
-        if self.min_stars is None:
-            _check_stars(len(flux), (ivar > 0).sum(axis=0).max(), min_stars)
-        try:
-            learned = self._learn_pixels(flux, ivar, design, min_stars)
-        except np.linalg.LinAlgError as error:
-            raise LabError(_odd_star(self)) from error
-        self.theta_, self.scatter_, n_good, chi2 = learned
-        self.training_chi2_ = chi2 / np.maximum(n_good, 1)
-        self.training_digest_ = self._digest(n_good, chi2)
-        return self
-
-
 _LEAST_OWN = 0.01  # of a label's spread that the other labels must not explain
 
 
@@ -824,6 +773,75 @@ def _check_rank(design):
             f"{len(design)} training stars determine only {rank} of {design.shape[1]} terms: "
             "take more stars, a lower order or fewer labels"
         )
+
+
+# %%
+same = np.random.default_rng(0).normal(size=(50, 1)) @ np.ones((1, 2))
+for check, arguments in {
+    _check_rank: [Vectorizer.of_order("ab", 1)(same)],
+    _check_alike: [same + 1e-6 * np.random.default_rng(1).normal(size=same.shape), "ab"],
+    _check_stars: [50, 20, 30],
+    _check_weights: [np.array([[1e20], [1.0], [1.0]])],
+}.items():
+    with pytest.raises(LabError) as problem:
+        check(*arguments)
+    print(problem.value)
+
+
+# %% [markdown]
+# Then `fit`: take the stars, write out the terms, fit all pixels.
+
+# %%
+#| export
+class _Learning(_Drawing):
+    "Stars with known labels -> coefficients."
+
+    @all_or_nothing
+    def fit(self, labels, flux=None, ivar=None, label_names=None, wavelength=None) -> "Cannon":
+        """Learn the spectrum from stars with known labels.
+
+        Parameters
+        ----------
+        labels : (N, K) array, DataFrame, Table or Spectra
+            physical units; a table's columns name the labels; a `Spectra` holds everything
+        flux : (N, P) array, optional
+            relative to the continuum
+        ivar : (N, P) array, optional
+            inverse variance, 0 where unusable; all 1 by default
+        label_names : sequence of str, optional
+            K names, in any case
+        wavelength : (P,) array, optional
+            Angstrom, vacuum
+
+        Returns
+        -------
+        Cannon
+            itself
+
+        Raises
+        ------
+        LabError
+            where shapes do not fit, a label is missing, a usable pixel holds no number, or there
+            are too few stars for the terms
+        """
+        flux, ivar = self._begin(labels, flux, ivar, label_names, wavelength)
+        self.vectorizer_ = _vectorizer_of(self)
+        design = self.vectorizer_(self.scale(self.training_labels_))
+        _check_rank(design)
+        _check_alike(self.scale(self.training_labels_), self.label_names_)
+        _check_weights(ivar)
+        terms = len(self.vectorizer_)
+        min_stars = 2 * terms if self.min_stars is None else self.min_stars
+        if self.min_stars is None:
+            _check_stars(len(flux), (ivar > 0).sum(axis=0).max(), min_stars)
+        try:
+            learned = self._learn_pixels(flux, ivar, design, min_stars)
+        except np.linalg.LinAlgError as error:
+            raise LabError(_odd_star(self)) from error
+        self.theta_, self.scatter_, n_good, chi2 = learned
+        self.training_chi2_ = chi2 / np.maximum(n_good, 1)
+        self.training_digest_ = self._digest(n_good, chi2)
+        return self
 
 
 # %%
@@ -994,7 +1012,7 @@ spectra
 
 # %%
 #| export
-def plot_labels(labels, names, axes=None, **histogram):
+def _plot_labels(labels, names, axes=None, **histogram):
     """Histograms of labels, one panel each.
 
     Parameters
@@ -1026,8 +1044,8 @@ def plot_labels(labels, names, axes=None, **histogram):
 
 # %%
 model = Cannon(scatter=True, labels=names).fit(spectra[train])
-plot_labels(spectra[train].labels(names), names)
-axes = plot_labels(model.scale(spectra[train].labels(names)), names, color="C1")
+_plot_labels(spectra[train].labels(names), names)
+axes = _plot_labels(model.scale(spectra[train].labels(names)), names, color="C1")
 for ax, name in zip(axes, names):
     ax.set_xlabel(f"scaled {LABELS[name].symbol}")
 
@@ -1326,7 +1344,7 @@ _NAIVE_RUN = 100  # pixels
 _NAIVE_QUANTILE = 0.9
 
 
-def naive_normalize(spectra: Spectra) -> Spectra:
+def _naive_normalize(spectra: Spectra) -> Spectra:
     """Divide each chip by a parabola through the upper edge of the flux.
 
     Parameters
@@ -1381,7 +1399,7 @@ def _upper_edge(flux, chip):
 raw, _ = apply_cuts(read_archive(archive_root(), product="apstar", progress=False)[0])
 fig, axes = plt.subplots(2, 1, figsize=(9, 3.6), sharex=True)
 for ax, stars, title in zip(
-    axes, (raw, naive_normalize(raw)), ("raw", "after the naive continuum")
+    axes, (raw, _naive_normalize(raw)), ("raw", "after the naive continuum")
 ):
     plot_spectrum(wavelength, stars.flux[3], stars.ivar[3], ax=ax, title=title)
     ax.set_ylabel("flux")
@@ -1415,7 +1433,7 @@ def find_continuum_pixels(
     -------
     (P,) bool array
     """
-    model = Cannon(scatter=True, labels=labels).fit(naive_normalize(spectra))
+    model = Cannon(scatter=True, labels=labels).fit(_naive_normalize(spectra))
     linear = model.vectorizer_.exponents.sum(axis=1) == 1
     slope = np.abs(model.theta_[:, linear])
     near = np.abs(model.theta_[:, 0] - 1) < baseline
@@ -1465,11 +1483,10 @@ shift = [
     for pixels in (found, theirs)
 ]
 Markdown(
-    f"**What to see.** {(found & theirs).sum()} of our {found.sum()} pixels are among the list's "
-    f"{theirs.sum()}; {chance:.0f} would be by chance. "
-    f"One standard deviation of a label moves ours by {shift[0]:.4f} (rms), the list's by "
-    f"{shift[1]:.4f}: it was found on other stars, "
-    "mostly of solar metallicity. What either costs in labels is measured on [real "
+    f"**What to see.** {(found & theirs).sum()} of our {found.sum()} pixels are in the list, too; "
+    f"{chance:.0f} would be by chance. "
+    f"A label moves ours {shift[1] / shift[0]:.1f} times less than the list's, which was found on "
+    "other stars, mostly of solar metallicity. What either costs in labels is measured on [real "
     "giants](08_giants.ipynb)."
 )
 
@@ -1489,7 +1506,7 @@ rng = np.random.default_rng(4)
 lines = 1 - 0.3 * (rng.random(len(wavelength)) < 0.2)
 x = (wavelength - 16000) / 900
 bent = (lines * (5 + x - 0.5 * x**2) * np.array([[1], [1000]])).astype("f4")
-flat = naive_normalize(raw[:2].replace(flux=bent, ivar=np.ones_like(bent), mask=None)).flux
+flat = _naive_normalize(raw[:2].replace(flux=bent, ivar=np.ones_like(bent), mask=None)).flux
 assert np.ptp(flat[0, lines == 1]) < 0.02 and abs(flat[0, lines == 1].mean() - 1) < 0.02
 assert np.allclose(flat[0], flat[1], rtol=1e-5)
 

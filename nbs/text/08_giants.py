@@ -291,7 +291,6 @@ if results:
     members = np.array(giants.stars["CLUSTER"])
     metallicity = giants.labels(["M_H"])[:, 0]
     by_cluster = left_out_clusters("four", FOUR)
-    by_cluster_six = left_out_clusters("six", names)
 by_cluster if results else "clusters need the embedded archive of real stars"
 
 # %%

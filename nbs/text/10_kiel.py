@@ -57,7 +57,7 @@ _COLOR_RANGES = {"FE_H": (-0.8, 0.5)}  # of the original lab; other labels: thei
 _FLASH = (604, 631)  # EEPs between which a star falls from the tip of the branch to the clump
 
 
-def metallicity_label(names: Sequence) -> str:
+def _metallicity_label(names: Sequence) -> str:
     """The label that colours the diagram.
 
     Parameters
@@ -92,7 +92,7 @@ def _color_range(metallicity, chosen):
 
 
 # %%
-assert metallicity_label(["TEFF", "LOGG", "M_H"]) == "M_H"
+assert _metallicity_label(["TEFF", "LOGG", "M_H"]) == "M_H"
 _color_range("FE_H", None), _color_range("M_H", None)
 
 
@@ -186,7 +186,7 @@ def plot_kiel(
 # %%
 record = archive_record(archive_root())
 names = list(record.labels)
-metal = metallicity_label(names)
+metal = _metallicity_label(names)
 spectra, ledger = training_set(archive_root(), progress=False)
 train, test = train_test_rows(len(spectra))
 table = infer(Cannon(scatter=True, labels=names).fit(spectra[train]), spectra[test])
@@ -212,7 +212,7 @@ _SCALE = (100.0, 0.2)  # K, dex: one unit of distance in the diagram
 _OUTLIER = 3.0  # a star that moves by more than this many units is an outlier
 
 
-def shift_length(predicted: np.ndarray, catalogue: np.ndarray) -> np.ndarray:
+def _shift_length(predicted: np.ndarray, catalogue: np.ndarray) -> np.ndarray:
     """How far apart two sets of labels put each star in the diagram.
 
     Parameters
@@ -230,16 +230,16 @@ def shift_length(predicted: np.ndarray, catalogue: np.ndarray) -> np.ndarray:
 
 
 # %%
-shift = shift_length(predicted, catalogue)
+shift = _shift_length(predicted, catalogue)
 print(f"median {np.median(shift):.2f} units, {np.count_nonzero(shift > _OUTLIER)} outliers")
 assert np.mean(shift > _OUTLIER) < 0.05
-assert shift_length(catalogue, catalogue).max() == 0
-assert np.isclose(shift_length(catalogue + np.array([100, 0, 0]), catalogue), 1).all()
+assert _shift_length(catalogue, catalogue).max() == 0
+assert np.isclose(_shift_length(catalogue + np.array([100, 0, 0]), catalogue), 1).all()
 
 
 # %%
 #| export
-def plot_shifts(
+def _plot_shifts(
     predicted: np.ndarray,
     catalogue: np.ndarray,
     metallicity: str = "FE_H",
@@ -268,7 +268,7 @@ def plot_shifts(
     colors = {"clim": ax.collections[-1].get_clim(), "cmap": "viridis"}
     in_data_units = {"angles": "xy", "scale_units": "xy", "scale": 1}
     ax.quiver(teff, logg, d_teff, d_logg, metals, width=0.003, zorder=3, **colors, **in_data_units)
-    far = shift_length(predicted, catalogue) > _OUTLIER
+    far = _shift_length(predicted, catalogue) > _OUTLIER
     circle = {"facecolors": "none", "edgecolors": "crimson", "linewidths": 1.2}
     ax.scatter(teff[far], logg[far], s=45, zorder=4, **circle)
     ax.set_title(f"predicted → catalogue: {far.sum()} outliers of {len(teff)}")
@@ -276,7 +276,7 @@ def plot_shifts(
 
 
 # %%
-plot_shifts(predicted, catalogue, metal);
+_plot_shifts(predicted, catalogue, metal);
 
 
 # %% [markdown]
@@ -320,7 +320,7 @@ def kiel_diagrams(
         plot_kiel(labels, metallicity, isochrones, limits, color_range, ax)
         off = _off_the_axes(labels, limits)
         ax.set_title(f"{name} labels" + (f", {off} off the axes" if off else ""))
-    plot_shifts(predicted, catalogue, metallicity, isochrones, color_range, axes[2])
+    _plot_shifts(predicted, catalogue, metallicity, isochrones, color_range, axes[2])
     axis = label_records(metallicity)[0].axis
     fig.colorbar(axes[1].collections[-1], ax=axes, label=axis, pad=0.01)
     return fig
@@ -386,14 +386,14 @@ plt.close(fig)
 # %%
 #| export
 # EEPs of giants, both ends included: turn-off to tip; clump to the end of the early AGB.
-BRANCHES = ((454, _FLASH[0]), (_FLASH[1], 807))
+_BRANCHES = ((454, _FLASH[0]), (_FLASH[1], 807))
 
 
 def _giant_pieces(line):
     "The straight pieces of an isochrone's giants: start and step (S, 2) in units, EEP (S,)."
     points = np.column_stack([line["TEFF"].to_value(u.K), line["LOGG"].to_value(u.dex)]) / _SCALE
     starts, ends, eep = [], [], []
-    for first, last in BRANCHES:
+    for first, last in _BRANCHES:
         rows = np.flatnonzero((line["EEP"] >= first) & (line["EEP"] <= last))
         starts.append(points[rows[:-1]])
         ends.append(points[rows[1:]])
@@ -404,7 +404,7 @@ def _giant_pieces(line):
         high = max(line["EEP"], default="-")
         raise LabError(
             f"the isochrone has no giants: it reaches from EEP {low} to {high}, "
-            f"giants from {BRANCHES[0][0]}"
+            f"giants from {_BRANCHES[0][0]}"
         )
     return start, np.concatenate(ends) - start, np.concatenate(eep)
 
@@ -507,7 +507,7 @@ cooler
 def slow_distance(teff, logg, line, steps=600):
     "Distances by brute force."
     spread = []
-    for first, last in BRANCHES:
+    for first, last in _BRANCHES:
         rows = line[(line["EEP"] >= first) & (line["EEP"] <= last)]
         at = np.linspace(0, len(rows) - 1, steps * len(rows))
         columns = [rows[name].value for name in ("TEFF", "LOGG")]
@@ -631,10 +631,9 @@ if in_folds:
     p_value = wilcoxon(pooled["predicted"], pooled["catalogue"]).pvalue
     text = (
         "**What to see.** The line does judge: shuffled labels are several times further from "
-        "it. Predicted labels are as near to theory as the catalogue's they learned from, even a "
-        f"little nearer, for {closer:.0%} of the stars (a paired Wilcoxon test: p = "
-        f"{p_value:.1g}). A model averages over many stars and sheds part of the noise of their "
-        "labels. The α elements are no detail."
+        "it. Predicted labels are a little nearer to theory than the catalogue's, for "
+        f"{closer:.0%} of the stars (a paired Wilcoxon test: p = {p_value:.1g}). A model averages "
+        "over many stars and sheds part of the noise of their labels. The α elements are no detail."
     )
 Markdown(text)
 
@@ -657,7 +656,7 @@ def plot_cluster(ax, row):
     "One cluster's diagram."
     line = isochrone(row["age [Gyr]"], row["[M/H]"])
     ax.plot(line["TEFF"], line["LOGG"], color="0.75", lw=0.6)
-    for first, last in BRANCHES:
+    for first, last in _BRANCHES:
         branch = line[(line["EEP"] >= first) & (line["EEP"] <= last)]
         ax.plot(branch["TEFF"], branch["LOGG"], color="k", lw=0.9)
     inside = members == row["cluster"]
@@ -686,10 +685,9 @@ if in_folds:
     offsets = distances["sideways [K]"]
     text = (
         "**What to see.** From the poorest cluster to the richest the lines march to the right "
-        "and the stars with them. What is left is systematic: in "
-        f"{np.count_nonzero(offsets < 0)} of {len(distances)} clusters the stars are cooler than "
-        "the line at their own gravity (column *sideways*), and two versions of MIST differ by as "
-        "much. So this offset judges the theory as much as our labels."
+        f"and the stars with them. In {np.count_nonzero(offsets < 0)} of {len(distances)} clusters "
+        "the stars are cooler than the line at their gravity (column *sideways*). Two versions of "
+        "MIST differ by as much, so this offset judges the theory as much as our labels."
     )
 Markdown(text)
 

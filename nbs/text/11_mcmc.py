@@ -390,8 +390,7 @@ ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5));
 
 # %% [markdown]
 # **What to see.** A short chain has a short memory: each walker's own mean is taken away, and with it whatever is slower than the chain. Right of the
-# grey line the chain is more than fifty times as long as $\tau$, and the estimate levels off. So a $\tau$ may only be believed from a chain of 50
-# $\tau$ or more.
+# grey line the chain is longer than 50 $\tau$, and the estimate levels off. Only there may it be believed.
 
 # %%
 trusted = lengths >= 50 * np.array(estimates)
@@ -1063,12 +1062,13 @@ def sample(
 
 # %% [markdown]
 # ## The run of the original lab
-# 16 walkers from the mean labels, 15,000 steps, 8,000 of them thrown away.
+# 16 walkers from the mean labels, 15,000 steps, 8,000 of them thrown away. The quick profile keeps as many steps, and throws away 3,000: the walkers have arrived by then.
 
 # %%
-lab_run = sample(
-    model, star, walkers=16, ensembles=1, steps=15_000, burn_in=8000, start="mean", progress=False
-)
+length = {"steps": 15_000, "burn_in": 8_000}
+if profile() == "quick":
+    length = {"steps": 10_000, "burn_in": 3_000}
+lab_run = sample(model, star, walkers=16, ensembles=1, start="mean", progress=False, **length)
 lab_run
 
 
@@ -1120,8 +1120,8 @@ plot_trace(lab_run);
 judged_run = _diagnose(lab_run.chain, names)
 Markdown(
     "**What to see.** The walkers set out at the mean, fall into the valley and then fill it. "
-    "Shaded are the 8,000 steps of the original lab; judged by the autocorrelation time of "
-    f"{judged_run.tau.max():.0f} steps, {judged_run.burn_in} would do. What is left is worth "
+    f"Shaded are the {length['burn_in']:,} steps thrown away; judged by the autocorrelation time "
+    f"of {judged_run.tau.max():.0f} steps, {judged_run.burn_in} would do. What is left is worth "
     f"{lab_run.diagnosis.ess.min():.0f} independent draws."
 )
 
@@ -1209,8 +1209,8 @@ Markdown(
     "**What to see.** The posterior is nearly a Gaussian, and labels hang together, most of all "
     f"{LABELS[names[i]].symbol} and {LABELS[names[j]].symbol} with a correlation of "
     f"{corr[i, j]:+.2f}. Its errors are {ratio.min():.0f} to {ratio.max():.0f} times smaller than "
-    "the catalogue's. The original lab noted that too, and that the model is taken as exact. We "
-    "come back to it below, when we know that it is not the sampler's fault."
+    "the catalogue's, for the model is taken as exact. The original lab noted that, too. We "
+    "come back to it below."
 )
 
 # %% [markdown]

@@ -1094,8 +1094,8 @@ bump = np.nanmax(metal_film.flux)
 branch_bump = np.nanmax(film(model, metallicity, FROM, TO, 30, others="branch").flux)
 Markdown(
     "**What to see.** The named lines deepen, and so do hundreds without a name. At the end the "
-    f"flux climbs to {bump:.2f} in places, which no absorption does. The model has seen hardly any "
-    "stars that are so metal-rich and average in all else, so the polynomial leans on few. Where "
+    f"flux climbs to {bump:.2f} in places, which no absorption does: hardly any star taught the "
+    "model that is so metal-rich and average in all else. Where "
     f"the other labels follow the branch, the highest flux is {branch_bump:.2f}."
 )
 

@@ -224,7 +224,7 @@ table
 # $$ C = W\operatorname{diag}(\sigma^2)\,W^\mathsf T . $$
 
 # %%
-#| export
+#| exporti
 def photon_covariance(weights: np.ndarray, ivar: np.ndarray) -> np.ndarray:
     """What photon noise does to labels that are a linear map of the flux: W diag(1 / ivar) W^T.
 
@@ -287,6 +287,18 @@ def _check_differ(labels, names):
             raise LabError(f"{name} is {values[0]:g} in all training stars: leave it out")
 
 
+# %%
+for check, arguments in {
+    _checked_penalties: [[1.0, -1.0]],
+    _check_differ: [np.ones((5, 1)), ["M_H"]],
+}.items():
+    with pytest.raises(LabError) as problem:
+        check(*arguments)
+    print(problem.value)
+
+
+# %%
+#| export
 class RidgeLabels(LabelReader):
     """Ridge regression from flux to labels: the best that a linear map can do, in a second.
 

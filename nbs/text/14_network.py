@@ -55,6 +55,7 @@ from stellar_lab.survey import LabError, Spectra, WrongFile, atomic_path, requir
 # %%
 #| hide
 import tempfile
+from copy import copy
 
 import matplotlib.pyplot as plt
 import pytest
@@ -673,50 +674,6 @@ assert first.read(flux, ivar).shape == (300, 3)
 #| export
 _NETWORK_FORMAT = 1
 _MEMBER = "stellar_lab.json"  # the part of the file that is ours
-
-
-def network_facts(path) -> dict:
-    """What a file of a network says of itself, without building it.
-
-    Parameters
-    ----------
-    path : str or Path
-        .keras file
-
-    Returns
-    -------
-    dict
-        ``stellar_lab_model`` (name of the class), ``versions``, ``parameters``, ``learned``
-
-    Raises
-    ------
-    LabError
-        where there is no such file, or it is no network of this version
-    """
-    try:
-        with _opened(path) as file:
-            tree = json.loads(file.read(_MEMBER))
-        if not isinstance(tree, dict):
-            raise WrongFile("it says nothing of itself")
-    except FileNotFoundError as error:
-        raise LabError(f"there is no network at {path}: train one and save it there") from error
-    except Exception as error:  # whatever a foreign or damaged file brings about
-        raise LabError(
-            f"{path} is not a network of stellar_lab ({said_of(error)}): train the network again"
-        ) from error
-    version = tree.get("format_version")
-    if type(version) is not int or version != _NETWORK_FORMAT:
-        raise LabError(
-            f"{path} has the format {version!r:.50}; this version reads format {_NETWORK_FORMAT}: "
-            "train the network again"
-        )
-    with whole_model(path, "network"):
-        check_held(tree, _FACTS)
-        if not all(isinstance(v, str) for v in tree["versions"].values()):
-            raise WrongFile("it does not say by which versions it was made")
-    return tree
-
-
 _FACTS = {
     "stellar_lab_model": Held("text"),
     "module": Held("text"),
@@ -771,13 +728,61 @@ def _from_json(value):
 
 
 # %%
+print(_to_json(np.float32([1, 2])))
+assert _from_json(_to_json(np.float32([1, 2]))).dtype == "f4"
+
+
+# %%
+#| exporti
+def network_facts(path) -> dict:
+    """What a file of a network says of itself, without building it.
+
+    Parameters
+    ----------
+    path : str or Path
+        .keras file
+
+    Returns
+    -------
+    dict
+        ``stellar_lab_model`` (name of the class), ``versions``, ``parameters``, ``learned``
+
+    Raises
+    ------
+    LabError
+        where there is no such file, or it is no network of this version
+    """
+    try:
+        with _opened(path) as file:
+            tree = json.loads(file.read(_MEMBER))
+        if not isinstance(tree, dict):
+            raise WrongFile("it says nothing of itself")
+    except FileNotFoundError as error:
+        raise LabError(f"there is no network at {path}: train one and save it there") from error
+    except Exception as error:  # whatever a foreign or damaged file brings about
+        raise LabError(
+            f"{path} is not a network of stellar_lab ({said_of(error)}): train the network again"
+        ) from error
+    version = tree.get("format_version")
+    if type(version) is not int or version != _NETWORK_FORMAT:
+        raise LabError(
+            f"{path} has the format {version!r:.50}; this version reads format {_NETWORK_FORMAT}: "
+            "train the network again"
+        )
+    with whole_model(path, "network"):
+        check_held(tree, _FACTS)
+        if not all(isinstance(v, str) for v in tree["versions"].values()):
+            raise WrongFile("it does not say by which versions it was made")
+    return tree
+
+
+# %%
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "notes.keras"
     path.write_text("not a network")
     with pytest.raises(LabError, match="notes.keras is not a network of stellar_lab") as refused:
         network_facts(path)
-print(_to_json(np.float32([1, 2])))
-assert _from_json(_to_json(np.float32([1, 2]))).dtype == "f4"
+print(str(refused.value).replace(str(path), "notes.keras"))
 
 
 # %%
@@ -818,6 +823,14 @@ def _network_class(tree, path):
     return named[-1]
 
 
+# %%
+facts = _facts(first)
+print(facts["stellar_lab_model"], "learned", ", ".join(facts["learned"]))
+assert not {"keras_", "core_", "net_"} & set(facts["learned"])
+
+
+# %%
+#| export
 def _rebuilt(kind, tree, path):
     "The network again, from what its file says and what Keras reads."
     with whole_model(path, kind.__name__):
@@ -864,9 +877,12 @@ def _try_out(model):
 
 
 # %%
-facts = _facts(first)
-print(facts["stellar_lab_model"], "learned", ", ".join(facts["learned"]))
-assert not {"keras_", "core_", "net_"} & set(facts["learned"])
+_try_out(first)
+shorter = copy(first)
+shorter.label_names_ = ("A",)
+with pytest.raises(ValueError, match="do not say 1 labels") as problem:
+    _try_out(shorter)
+print(problem.value)
 
 
 # %%
@@ -943,6 +959,8 @@ with tempfile.TemporaryDirectory() as folder:
     again = Kept.load(path)
 print("the file says:", facts["stellar_lab_model"], "for", ", ".join(again.label_names_))
 assert np.array_equal(again.read(flux, ivar), kept.read(flux, ivar))
+with pytest.raises(LabError, match="oracle.keras holds a 'Oracle', which is not known here"):
+    _network_class({"stellar_lab_model": "Oracle", "module": "delphi"}, "oracle.keras")
 
 
 # %% [markdown]
@@ -1165,7 +1183,7 @@ print(f"{blank.net_.count_params():,} weights, of which {7214 * 5 + 5:,} would d
 # epoch with more stars has more steps, so fewer epochs are needed.
 
 # %%
-#| export
+#| exporti
 def epochs_within(steps: int, stars: int, most: int = LAB_EPOCHS, batch_size: int = 32) -> int:
     """The epochs that hold so many steps, the last one whole.
 
@@ -1202,7 +1220,7 @@ train, test = train_test_rows(len(spectra))
 truth = spectra[test].labels(names)
 
 # %%
-steps = {"flux as it is": 50, "flux centred": 200}
+steps = {"flux as it is": 30, "flux centred": 120}
 networks = {}
 for name, number in steps.items():
     epochs = LAB_EPOCHS if profile() == "full" else epochs_within(number, len(train))
@@ -1251,10 +1269,10 @@ raw = networks["flux as it is"].history_
 centred = network.history_
 Markdown(
     "**What to see.** Solid: training stars, dashed: test stars, grey: a network that answers the "
-    f"mean. Fed with flux as it is, the network starts at a loss of {raw['loss'][0]:.0f}; with the "
-    f"flux centred at {centred['loss'][0]:.2f}. At the end the training stars' loss is "
-    f"{centred['loss'][-1]:.3f} and the test stars' {centred['val_loss'][-1]:.3f}: with more "
-    "weights than stars, one can learn the stars by heart."
+    f"mean. With flux as it is the loss starts at {raw['loss'][0]:.0f}, with the flux centred at "
+    f"{centred['loss'][0]:.2f}. It ends at {centred['loss'][-1]:.3f} for the training stars, at "
+    f"{centred['val_loss'][-1]:.3f} for the test stars: with more weights than stars, one can "
+    "learn the stars by heart."
 )
 
 # %%

@@ -40,6 +40,7 @@ from stellar_lab.survey import LabError
 #| hide
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
@@ -50,7 +51,7 @@ from stellar_lab.inversion import statistics
 from stellar_lab.judging import error_table
 from stellar_lab.models import train_test_rows
 from stellar_lab.normalize import training_set
-from stellar_lab.survey import archive_record, archive_root, label_record, use_style
+from stellar_lab.survey import Spectra, archive_record, archive_root, label_record, use_style
 
 # %% [markdown]
 # ## A world of one label and one secret
@@ -89,7 +90,7 @@ assert together.min() > 0.5 and np.abs(correlation[1::3, 2::3]).max() < 0.4
 # %% [markdown]
 # **What to see.** Every third pixel goes with every other third pixel. This is no noise of single pixels: it is one number per star, seen twenty times.
 #
-# The plain Cannon counts twenty pixels that say the same as twenty independent witnesses. So its errors are too small:
+# The plain Cannon counts twenty pixels that say the same as twenty independent measurements. So its errors are too small:
 
 # %%
 table = infer(plain, flux, ivar, min_good=0)
@@ -107,7 +108,7 @@ assert pull.std() > 1.15
 # The $1$ in $M$ is what we know before we look: a hidden label of 5 is unlikely. For all stars at once this is two matrix products and one inversion of small matrices.
 
 # %%
-#| export
+#| exporti
 _PASS = 256  # stars to a product
 
 
@@ -257,7 +258,7 @@ assert np.abs(found[:, 2] + darker[0]).max() < 5 * error / np.sqrt(N)
 # shrinking all hidden labels would change nothing, so after each round we stretch until the hidden labels have a variance of one.
 
 # %%
-#| export
+#| exporti
 def _first_guess(residual, hidden):
     "The directions (q, P) in which residuals (N, P) vary most."
     values, vectors = np.linalg.eigh((residual @ residual.T).astype(float))
@@ -327,7 +328,7 @@ def learn_directions(
 
 
 # %% [markdown]
-# Twelve rounds on the toy, and beside them the angle between the direction found and the true one:
+# One, three and twelve rounds on the toy, and the angle between the direction found and the true one:
 
 # %%
 start = np.nan_to_num(plain.theta_), plain.scatter_**2
@@ -358,7 +359,7 @@ assert np.median(np.sqrt(scatter2)) < error / 3  # what looked like scatter is e
 # The model keeps its directions as `hidden_`, and [the inversion](06_inversion.ipynb) eliminates them.
 
 # %%
-#| export
+#| exporti
 _ROUNDS = 12
 
 
@@ -479,6 +480,22 @@ class _Hidden(Cannon):
 
 
 # %% [markdown]
+# Put together by hand on the toy, the direction that we know in it:
+
+# %%
+by_hand = _Hidden(order=1, scatter=True).fit(label, flux, ivar, ["SHOWN"])
+by_hand.hidden_ = -darker
+toys = Spectra(np.arange(float(P)), flux, ivar, Table({"APOGEE_ID": [str(n) for n in range(N)]}))
+seen = by_hand.values(toys, label)[:, 0]
+drawn = by_hand.best_spectra(toys, label)
+print(
+    f"hidden labels: correlation with the true secret {np.corrcoef(seen, secret[:, 0])[0, 1]:.3f}"
+)
+print(f"rms left by the labels {np.std(flux - by_hand.predict(label)):.4f}", end=", ")
+print(f"and by the star's own best spectrum {np.std(flux - drawn):.4f}")
+assert np.std(flux - drawn) < 1.1 * error
+
+# %% [markdown]
 # How many hidden labels are there? The stars say it: a third of them is left out, and the number that labels them best is taken. Few stars bear few hidden labels, and few left-out stars say little: where there are few, each third is
 # left out in turn.
 
@@ -494,7 +511,8 @@ _MANY_STARS = 300  # of so many a third is asked, not each third
 
 def _missed(model, number, flux, ivar, rows):
     "Scaled errors of some stars, by a model with so many hidden labels that has not seen them."
-    labels, names = model.training_labels_, model.label_names_
+    labels = model.training_labels_
+    names = model.label_names_
     one = clone(model).set_params(hidden=number)
     one._rounds = _CHOICE_ROUNDS
     one.fit(labels[~rows], flux[~rows], ivar[~rows], names)
@@ -521,6 +539,11 @@ def _chosen_number(model, flux, ivar):
         if error[number] > _WORSE * min(error.values()):
             break  # more would not help these stars
     return min(error, key=error.get)
+
+
+# %%
+thirty = SimpleNamespace(training_labels_=label[:30])
+print("hidden labels that thirty stars bear:", _chosen_number(thirty, flux[:30], ivar[:30]))
 
 
 # %%

@@ -469,9 +469,22 @@ def _nearest_correlation(found):
     return found / np.outer(size, size)
 
 
+# %%
+impossible = np.array([[1, 0.9, -0.9], [0.9, 1, 0.9], [-0.9, 0.9, 1]])
+mended = _nearest_correlation(impossible)
+print(mended.round(2))
+assert np.linalg.eigvalsh(mended)[0] > 0 and np.allclose(np.diag(mended), 1)
+
+
+# %% [markdown]
+# A model that is read from a file makes its processes again, from the latents and settings that the file holds.
+
+# %%
+#| export
 def _make_again(model):
     "Views and processes of a model that was read from its file."
-    latents, scaled = model.latents_, model.latent_labels_
+    latents = model.latents_
+    scaled = model.latent_labels_
     by_line = _View.along(model.line_, model.line_constant_)
     model._views = [_View.plain(latents, scaled), by_line]
     model._processes = []
@@ -607,6 +620,12 @@ def _process_rows(stars):
     return np.unique(np.linspace(0, stars - 1, _MOST_STARS).astype(int))
 
 
+# %%
+print({stars: len(_process_rows(stars)) for stars in (300, 4_000, 100_000)})
+
+
+# %%
+#| export
 class _InTwoViews(_Compressed):
     "Processes on latents: learned, kept and asked."
 
@@ -776,6 +795,31 @@ class _WithGaps(_InTwoViews):
             self.training_labels_[gap, k] = told
 
 
+# %% [markdown]
+# A first trial, with one label and ten latents, and none of the checks:
+
+# %%
+class Gossip(_WithGaps):
+    "What others say of a star."
+
+    labels = names[:1]
+
+    def fit(self, spectra):
+        flux, ivar = self._begin(spectra, None, None, None, None)
+        values, covariance = self._learn_places(flux, ivar, 10)
+        self._learn(values, covariance, np.ones((len(flux), 1)), progress=False)
+        return self
+
+
+gossip = Gossip().fit(few)
+said = gossip.opinions(few)[0][:, 0]
+known = few.labels(names[:1])[:, 0]
+print(f"{names[0]}: others say what the catalogue says, to {np.std(said - known):.0f}")
+assert np.corrcoef(said, known)[0, 1] > 0.8
+
+# %% [markdown]
+# What makes no sense is refused before it costs time.
+
 # %%
 #| export
 _STARS_EACH = 3  # training stars per latent, at least
@@ -808,6 +852,16 @@ def _check_labels(labels, names):
             raise LabError(f"{name} is {values[0]:g} in all training stars: leave it out")
 
 
+# %%
+with pytest.raises(LabError, match="9 training stars are too few") as problem:
+    _check_labels(np.ones((9, 1)), ["TEFF"])
+print(problem.value)
+with pytest.raises(LabError, match="is 1 in all training stars"):
+    _check_labels(np.ones((50, 1)), ["M_H"])
+
+
+# %%
+#| export
 class LatentLabels(_WithGaps):
     """Labels by a Gaussian process on the latents of a spectrum.
 

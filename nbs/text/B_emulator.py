@@ -299,7 +299,7 @@ with pytest.raises(LabError, match="no domain 'hamsters' of synthetic stars: cho
 # has a place in the unit cube: `unit_labels` says where it is, `labels_from_unit` goes back. Whoever draws random stars, or fits one, works in the cube.
 
 # %%
-#| export
+#| exporti
 def label_matrix(labels) -> np.ndarray:
     """Labels as an array in the order of GRID_LABELS.
 
@@ -344,7 +344,7 @@ with pytest.raises(LabError, match="the label LOGG, MG_FE is missing"):
 
 
 # %%
-#| export
+#| exporti
 def labels_from_unit(unit: np.ndarray, domain="giants") -> np.ndarray:
     """Labels from places in the domain; the inverse of `unit_labels`.
 
@@ -991,8 +991,7 @@ Table(
 
 # %% [markdown]
 # **What to see.** Above, magnesium's lines have wings in the dwarf. Below, the band of carbon monoxide is deeper in the giant: the dwarf's denser gas has more negative
-# hydrogen ions, which take the light before CO can, and less gas lies above the surface that we see. Strong CO with narrow lines means a giant; so giants were known
-# before there were computers.
+# hydrogen ions, which take the light before CO can. Strong CO with narrow lines means a giant; so giants were known before there were computers.
 #
 # Within the dwarfs, more gravity must deepen magnesium's wings, and hydrogen must grow with temperature, as in giants.
 

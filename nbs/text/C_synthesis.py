@@ -319,7 +319,7 @@ tiny
 # holds thousands of its results, and `atmosnet` (Nidever and Ting) interpolates between them with a small network per quantity, which we evaluate with numpy.
 
 # %%
-#| export
+#| exporti
 _ATMOSPHERE_COLUMNS = ("rhox", "temperature", "pressure", "electrons", "opacity")
 
 
@@ -749,9 +749,8 @@ Table(
 Markdown(
     f"**What to see.** Alone, the line is {older:.1%} deep with the older profile and "
     f"{convolved:.1%} with the convolved one: gravities from the older one cannot be right. "
-    "In the core the short cut is much better than the product; further out, where we trust the "
-    "product, strong lines are off a little. The stars of the calibration were computed in the "
-    "same way, so part of that is in the lines."
+    "In the core the short cut is much better than the product. Further out strong lines are off "
+    "a little; the lines were calibrated in the same way, so part of that is in them."
 )
 
 # %%
@@ -923,7 +922,7 @@ print(f"a tilted continuum is found again to {np.abs(ratio * truth - tilted).max
 # Of 36,504 lines of the list most are too weak to matter. And each star needs its labels on the grid's names.
 
 # %%
-#| export
+#| exporti
 _MIN_DEPTH = 0.001
 
 
@@ -1268,7 +1267,7 @@ print("tested on", ", ".join(sorted(tested)))
 
 
 # %%
-#| export
+#| exporti
 def make_check(lines: Table, net: dict, spectra: Spectra, example, out, facts: dict):
     """Write what the chapter shows of PySME and ASPCAP.
 
@@ -1459,7 +1458,7 @@ assert np.abs(common).max() > 0.04  # and some features are not explained
 # [domain](B_emulator.ipynb), and the grid can grow while it is used.
 
 # %%
-#| export
+#| exporti
 def grid_design(models: int, seed: int = 20131, domain="giants") -> Table:
     """Quasi-random labels: every beginning of the list covers the whole domain.
 
@@ -1638,7 +1637,7 @@ failures[0][-13:]
 
 
 # %%
-#| export
+#| exporti
 @cache
 def _synthesizer(lines, net):
     "The synthesizer of calibrated lines and atmospheres in these files, one per process."
@@ -2061,10 +2060,9 @@ brackett_11 = np.abs(SURVEY_WAVELENGTH - 16811) < 8
 deeper = -np.nanmedian(giants_pixels["MEDIAN"][brackett_11])
 Markdown(
     f"**What to see.** {len(inside)} of {len(giants)} giants lie in the domain; the others are "
-    "metal-poorer, or at the edges of ASPCAP's labels. The rms grows as the lines do, with "
-    "metallicity and towards cool stars. In the median over stars "
-    f"{np.mean(np.abs(giants_pixels['MEDIAN'][shown]) < 0.02):.0%} of the pixels agree to 2 %. "
-    f"Around hydrogen's line at 16,811 Å ASPCAP is {deeper:.1%} deeper."
+    "metal-poorer, or at the edges of ASPCAP's labels. The rms grows as the lines do. In the "
+    f"median over stars {np.mean(np.abs(giants_pixels['MEDIAN'][shown]) < 0.02):.0%} of the pixels "
+    f"agree to 2 %. Around a line of hydrogen ASPCAP is {deeper:.1%} deeper."
 )
 
 # %%

@@ -326,7 +326,7 @@ print(again)
 # numbers, the fields.
 
 # %%
-#| export
+#| exporti
 def _as_path(path, what):
     "A `Path`; LabError for what is no path."
     if not isinstance(path, (str, os.PathLike)):
@@ -824,6 +824,7 @@ def _request(
 
 # %%
 numbers = {"order": 1, "scatter": False, "test_size": 0.33, "folds": 3, "seed": 42}
+numbers["refusal"] = False  # a guard takes longest, and comes below
 request = _request(archive_root(), ["teff", "m_h"], None, None, None, **numbers)
 print(request)
 assert request["labels"] == ["TEFF", "M_H"] and request["test_size"] is None
@@ -902,7 +903,7 @@ with pytest.raises(LabError, match="no column 'CLUSTER' to group them by"):
 # fast, and the mean of four.
 
 # %%
-#| export
+#| exporti
 _DWARFS = {  # name -> (TEFF, LOGG) of synthetic dwarfs whose mean it is, and their rotation [km/s]
     "cool dwarf": ([(4200, 4.7)], 5.0),
     "fast dwarf": ([(4700, 4.6)], 30.0),
@@ -1016,7 +1017,7 @@ assert small.model.errors_ == "calibrated" and small.facts["flagged"] == count_f
 # The last step writes both files, the model and next to it its record. Then the four steps in a row are a training.
 
 # %%
-#| export
+#| exporti
 def _write(report, path):
     """The model to `path`, and its record to the same name with .json: both or neither.
 

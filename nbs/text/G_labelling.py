@@ -82,7 +82,9 @@ from stellar_lab.visits import is_visit, read_visit
 
 # %%
 #| hide
+import io
 import tempfile
+from contextlib import redirect_stderr
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -260,7 +262,8 @@ def find_spectra(paths, product: str = None) -> list:
 # %%
 scratch = tempfile.TemporaryDirectory()
 here = Path(scratch.name)
-report = train(archive_root(), here / "giants.asdf", scatter=True, progress=False)
+labels = ["teff", "logg", "m_h"]
+report = train(archive_root(), here / "giants.asdf", labels, scatter=True, progress=False)
 model = report.model
 known = report.facts["stars"]["test stars"]
 night = here / "night"
@@ -327,8 +330,9 @@ def _check_row(row, files):
 
 
 # %%
-with pytest.raises(LabError, match="the model learned from apstar files, but"):
+with pytest.raises(LabError, match="the model learned from apstar files, but") as problem:
     _check_products(model, find_spectra(night, "aspcapstar"), any_product=False)
+print(str(problem.value).replace(f"{here}/", ""))
 few = archive_record(archive_root()).fields[:6]
 other_row, _ = training_set(archive_root(), fields=few, row=0, progress=False)
 assert _row_of(model) is None and _row_of(Cannon(order=1).fit(other_row)) == 0
@@ -388,6 +392,18 @@ def _add_facts(table, spectra, wild=0):
     table["verified"] = np.full(len(table), verified, bool)
 
 
+# %%
+three = tuple(path for path, kind in found if kind == "apstar")[:3]
+table, problems = _label_batch(model, _Job("apstar", three, None, False))
+print(len(table), "stars labelled, and", *(f"{p.reason}" for p in problems))
+table["apogee_id", "teff", "teff_err", "snr", "field"]
+
+
+# %% [markdown]
+# Files that are not the archive's go another way: [single visits](21_visits.ipynb), [SDSS-V's files](22_mwm.ipynb), [spectra of one's own](20_spectrum.ipynb).
+
+# %%
+#| export
 def _label_elsewhere(model, path, kind):
     "The table of one file of a kind in `_ELSEWHERE`."
     rule = model.metadata_.get("mask_rule") if kind == "apvisit" else None
@@ -423,6 +439,18 @@ def _label_own(model, job):
     return table, problems
 
 
+# %%
+(here / "note.csv").write_text("no star")
+table, problems = _label_own(model, _Job("own", (str(here / "note.csv"),), None, False))
+print(table, *(problem.reason.replace(f"{here}/", "") for problem in problems))
+assert table is None and len(problems) == 1
+
+
+# %% [markdown]
+# A strange spectrum must not take the others with it. Where a batch fails, each half is tried by itself, down to the file that is the cause.
+
+# %%
+#| export
 def _give_all_velocities(tables):
     "Columns of velocity in all tables, empty where none was measured, if one has them."
     if any("velocity" in table.colnames for table in tables):
@@ -551,6 +579,52 @@ assert parts.find(place) is None
 parts.remove()
 assert not parts.folder.exists()
 
+
+# %% [markdown]
+# ## How long will it take?
+# Who waits wants to know: a bar in a terminal, a line a minute in a log.
+
+# %%
+#| export
+class _Progress:
+    "A bar (True), a line a minute on the error output (``lines``), or nothing."
+
+    def __init__(self, total, how):
+        self.total = total
+        self.lines = how == "lines"
+        shown = how is True
+        self.bar = tqdm(total=total, desc="labelling", unit="star", disable=not shown, leave=False)
+        self.done = self.failed = 0
+        self.began = self.said = time.monotonic()
+
+    def update(self, number, failed):
+        self.done += number
+        self.failed += failed
+        self.bar.update(number)
+        now = time.monotonic()
+        if self.lines and now - self.said >= _MINUTE:
+            self.said = now
+            left = (now - self.began) / max(self.done, 1) * (self.total - self.done) / 60
+            with suppress(OSError, ValueError):
+                print(
+                    f"labelling: {self.done} of {self.total} stars, {self.failed} without labels, "
+                    f"about {left:.0f} minutes left",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+
+_MINUTE = 60  # seconds from line to line
+
+# %%
+bar = _Progress(10_000, "lines")
+bar.said -= 600  # as if ten minutes had passed
+bar.began -= 600
+with redirect_stderr(io.StringIO()) as said:
+    bar.update(2_500, 3)
+print(said.getvalue())
+assert "about 30 minutes left" in said.getvalue()
+
 # %% [markdown]
 # ## Several processes
 # Reading a file is work for the processor, and Python does one thing at a time in a process. With `workers` several processes take a batch each. A batch gives the same numbers in any of them, so the table does not
@@ -605,41 +679,10 @@ def _in_processes(jobs, workers, model, name):
 
 
 # %% [markdown]
-# Who waits wants to know for how long: a bar in a terminal, a line a minute in a log.
+# All jobs together, in one process or in several, and one table of what they give:
 
 # %%
 #| export
-class _Progress:
-    "A bar (True), a line a minute on the error output (``lines``), or nothing."
-
-    def __init__(self, total, how):
-        self.total = total
-        self.lines = how == "lines"
-        shown = how is True
-        self.bar = tqdm(total=total, desc="labelling", unit="star", disable=not shown, leave=False)
-        self.done = self.failed = 0
-        self.began = self.said = time.monotonic()
-
-    def update(self, number, failed):
-        self.done += number
-        self.failed += failed
-        self.bar.update(number)
-        now = time.monotonic()
-        if self.lines and now - self.said >= _MINUTE:
-            self.said = now
-            left = (now - self.began) / max(self.done, 1) * (self.total - self.done) / 60
-            with suppress(OSError, ValueError):
-                print(
-                    f"labelling: {self.done} of {self.total} stars, {self.failed} without labels, "
-                    f"about {left:.0f} minutes left",
-                    file=sys.stderr,
-                    flush=True,
-                )
-
-
-_MINUTE = 60  # seconds from line to line
-
-
 def _label_files(model, jobs, workers=1, parts=None, progress=False, name=""):
     "One table of all files that give labels (None if none does), and the problems of the others."
     results = {}
@@ -1351,6 +1394,13 @@ def best_fits(model, table, row: int = None):
 
 
 # %%
+for file, there, star, labels in best_fits(model, summary.table[:2]):
+    left = (star.flux - there.predict(label_values(labels, model.label_names_)))[star.ivar > 0]
+    print(f"{Path(file).name}: {np.nanstd(left):.3f} of the continuum is left")
+    assert np.nanstd(left) < 0.1
+
+
+# %%
 #| export
 def _grid_header():
     "The header of an image on the survey's grid, as apStar files have it."
@@ -1393,7 +1443,9 @@ def write_spectra(model, table, path, row: int = None):
         raise LabError(f"{len(table)} spectra are too many for one file: label in parts")
     check_target(path, (".fits",), "spectra")
     images = {"FLUX": [], "IVAR": [], "MODEL": [], "RESIDUAL": []}
-    names, files, further = [], [], []
+    names = []
+    files = []
+    further = []  # tables of stars on other grids
     for file, there, star, labels in best_fits(model, table, row):
         made = there.predict(label_values(labels, model.label_names_))
         if len(star.wavelength) != len(on_band):

@@ -331,7 +331,8 @@ def test_a_whole_run(tmp_path, monkeypatch):
         return spectra, None
 
     def write(table, path):
-        seen.append(list(table.meta["missing"]))
+        if "missing" in table.meta:  # the scoreboard, not the coverage beside it
+            seen.append(list(table.meta["missing"]))
         QTable(table).write(path, overwrite=True, format="ascii.ecsv")
 
     monkeypatch.setattr(results, "training_set", training_set)
@@ -358,6 +359,10 @@ def test_a_whole_run(tmp_path, monkeypatch):
 
     table = run(only=["five folds", "fields left out"])
     heads = ["product", "contest", "model"]
+    held = QTable.read(tmp_path / "board_coverage.ecsv")
+    assert set(held[heads].iterrows()) == set(table[heads].iterrows())
+    whole = held[held["by"] == "all"]
+    assert len(whole) == len(table) and np.all(whole["inside_2"] >= whole["inside_1"])
     assert list(dict.fromkeys(table[heads].iterrows())) == [
         ("apstar", "five folds", "lab network"),
         ("apstar", "five folds", "Cannon"),

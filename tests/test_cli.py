@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -477,3 +478,32 @@ def test_too_little_memory_is_said_before_anything(model):
     command = f"ulimit -v 500000; {script} report --model {model}"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("stellar-lab: not enough memory: allow")
+
+
+def test_a_machine_without_semaphores_brings_no_remark_of_a_library(model):
+    "joblib warns while it is imported; it works in one process then, as we ask it to anyway."
+    program = (
+        "import sys, _multiprocessing\n"
+        "def broken(*_, **__):\n    raise OSError(28, 'No space left on device')\n"
+        "_multiprocessing.SemLock = broken\n"
+        "from stellar_lab.cli import main\n"
+        "code = main(['report', '--model', sys.argv[1]])\n"
+        "import joblib\n"
+        "assert joblib._multiprocessing_helpers.mp is None\n"
+        "sys.exit(code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, model], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "a Cannon" in done.stdout
+
+
+def test_other_warnings_are_shown(run, monkeypatch):
+    def warns(*_):
+        warnings.warn("joblib will operate in serial mode", UserWarning, stacklevel=1)
+        warnings.warn("something else", UserWarning, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(cli, "_main", warns)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    assert [str(one.message) for one in caught] == ["something else"]

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import fault_bench
 import faults
 from fault_bench import OUTCOMES, Bench, Found, Process, judge_row, judge_words, told
-from fault_kinds import KINDS, Kind
-from faults import campaign, failures, is_failure, keep, lines, read_record
+from fault_kinds import Kind
+from faults import KINDS, campaign, failures, is_failure, keep, lines, read_record
 
 
 @pytest.fixture(scope="module")

@@ -215,11 +215,11 @@ def _unknown(value):
     return str(value).strip() in ("", "nan")
 
 
-def judge_row(row, expected):
+def judge_row(row, expected, facts=FACTS):
     "The row of a damaged star, compared with that of the undamaged one."
     if not _same(row["apogee_id"], expected["apogee_id"]):
         return Found("wrong", f"{row['apogee_id']} instead of {expected['apogee_id']}")
-    for name in FACTS:
+    for name in facts:
         if not _same(row[name], expected[name]) and not _unknown(row[name]):
             return Found("wrong", f"{name} {row[name]} instead of {expected[name]}")
     columns = [*LABELS, *(f"{name}_err" for name in LABELS), "covariance", "n_good"]
@@ -366,6 +366,15 @@ class Process:
                 self.process.communicate()
                 raise Hang from None
         return self.process.returncode, out.decode(errors="replace"), err.decode(errors="replace")
+
+    def catches(self, number):
+        "Whether the process has asked to be told of a signal, and has not ended."
+        try:
+            status = Path(f"/proc/{self.process.pid}/status").read_text()
+        except OSError:
+            return False
+        caught = re.search(r"SigCgt:\s*(\w+)", status)
+        return bool(caught) and bool(int(caught[1], 16) >> (number - 1) & 1)
 
     def left_behind(self, patience=10):
         "Processes of the session that still run after a while."

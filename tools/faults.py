@@ -6,10 +6,10 @@ faults.py --seed 7       other places and bits
 faults.py --part star    the kinds of one part; --kind "cut short" of one name
 faults.py --said FILE    keeps what was said of each fault; stopped, it goes on with the same FILE
 
-Each kind of fault is a line of `KINDS` in fault_kinds.py: what it damages, how, and how often.
-What became of a fault is told by a judge of fault_bench.py, which compares with the undisturbed
-result. The last column of the table says which kinds nobody could see: a valid number in place of
-another."""
+Each kind of fault is a line of fault_kinds.py or fault_others.py: what it damages, how, and how
+often. What became of a fault is told by a judge of fault_bench.py, which compares with the
+undisturbed result. The last column of the table says which kinds nobody could see: a valid number
+in place of another."""
 
 import argparse
 import json
@@ -35,9 +35,11 @@ from fault_bench import (
     recorded_warnings,
     told,
 )
-from fault_kinds import KINDS
+from fault_kinds import KINDS as USUAL
+from fault_others import OTHERS
 from stellar_lab.survey import LabError
 
+KINDS = (*USUAL, *OTHERS)
 RECORD = Path(__file__).resolve().parents[1] / "data" / "faults.ecsv"
 PROCESSES = ("kill", "resources")  # parts whose faults have deadlines of their own
 # in which order the whole campaign goes: what is worth most for its time comes first

@@ -528,15 +528,15 @@ _STRANGE_FLUX = 1e4  # in units of the star's median flux
 _STRANGE_ERROR = 1e-3  # in units of the star's median error
 
 
-def _strange_pixels(flux, ivar, product) -> np.ndarray:
+def strange_pixels(flux, ivar, max_flux=np.inf) -> np.ndarray:
     """Pixels whose numbers no star and no detector can give.
 
     Parameters
     ----------
     flux, ivar : ndarray
         (P,) of one star; ivar 0 where a pixel is unusable anyway.
-    product : Product
-        Says which flux no star has.
+    max_flux : float, optional
+        No star has more, in the unit of the flux.
 
     Returns
     -------
@@ -545,7 +545,7 @@ def _strange_pixels(flux, ivar, product) -> np.ndarray:
     """
     usable = ivar > 0
     size = np.abs(np.asarray(flux, np.float64))
-    strange = usable & (size > product.max_flux)
+    strange = usable & (size > max_flux)
     usable &= ~strange
     if usable.any():
         sizes = size[usable]
@@ -569,8 +569,8 @@ flux = np.full(100, 50.0, "f4")
 ivar = np.full(100, 1.0, "f4")
 flux[[3, 4]] = (1e36, -3e38)
 ivar[[4, 7]] = (0, 1e24)  # an error of 1e-12
-assert not _strange_pixels(flux[10:], ivar[10:], PRODUCTS["apstar"]).any()
-np.flatnonzero(_strange_pixels(flux, ivar, PRODUCTS["apstar"]))
+assert not strange_pixels(flux[10:], ivar[10:], PRODUCTS["apstar"].max_flux).any()
+np.flatnonzero(strange_pixels(flux, ivar, PRODUCTS["apstar"].max_flux))
 
 # %% [markdown]
 # What a file is called says what it is and whose it is. The original lab's mystery star has lost its name: then the HDUs have to say what it is, for the
@@ -680,7 +680,11 @@ class _Fact(NamedTuple):
 
     def read(self, header):
         "Its value in a header."
-        value = next((header[key] for key in self.keys if key in header), self.missing)
+        return self.checked(next((header[key] for key in self.keys if key in header), None))
+
+    def checked(self, value):
+        "A value, if a star can have it."
+        value = self.missing if value is None else value
         try:
             if isinstance(self.missing, str):
                 return str(value).strip()
@@ -702,6 +706,30 @@ _FACTS = (
     _Fact("RA", ("RA",), np.nan, 0, 360),
     _Fact("DEC", ("DEC",), np.nan, -90, 90),
 )
+
+
+def star_fact(column, value):
+    """A fact of a star as a file states it, if any star can have it.
+
+    Parameters
+    ----------
+    column : str
+        SNR, RA, DEC, NVISITS, J, H, K or another column of the stars that comes from a header.
+    value : object
+        Whatever stands in the file; None for nothing.
+
+    Returns
+    -------
+    float, int or str
+        In the column's type; what stands for no value (NaN, -1, "") where no star can have it.
+    """
+    (fact,) = (fact for fact in _FACTS if fact.column == column)
+    return fact.checked(value)
+
+
+# %%
+print([star_fact("DEC", value) for value in (41.3, 1e300, "north", None)])
+assert star_fact("DEC", 41.3) == 41.3 and np.isnan(star_fact("DEC", 1e300))
 
 # %%
 header = fits.Header(
@@ -1295,6 +1323,7 @@ with fits.open(example) as hdus:
 
 # %%
 #| export
+_SEVEN_BITS = "damaged: each byte lost its first bit, as when sent as text; fetch it again"
 _TINY = 1e-18  # the square of a smaller error is no number of single precision
 
 
@@ -1325,12 +1354,13 @@ def _read_star(path, product, row, sha256="") -> _Star:
         mask = None if product.mask is None else _pixels(hdus[product.mask], row).astype(np.int32)
         facts = {fact.column: fact.read(header) for fact in _FACTS}
     if content.isascii() and flux.any():  # numbers of so many pixels use all eight bits
-        raise _Wrong("damaged: each byte lost its first bit, as when sent as text; fetch it again")
+        raise _Wrong(_SEVEN_BITS)
     facts["FILE"] = os.path.basename(path)
     match = FILE_NAME.fullmatch(facts["FILE"])
     facts["APOGEE_ID"] = match["id"] if match else facts["APOGEE_ID"] or Path(path).stem
     ivar = inverse_variance(flux, error, product)
-    strange = _strange_pixels(flux, ivar, product) | ((error > 0) & (error < _TINY))
+    strange = strange_pixels(flux, ivar, product.max_flux)
+    strange |= (error > 0) & (error < _TINY)
     facts["STRANGE_PIXELS"] = int(strange.sum())
     facts["VERIFIED"] = verified
     if strange.any():
@@ -1416,6 +1446,7 @@ def _reason(path, error, wanted="apStar or aspcapStar files"):
     kind = _kind_of_fits(path)
     is_wanted = "allStar" in kind and "allStar" in wanted
     is_wanted |= kind.startswith("a spectrum") and "apStar" in wanted
+    is_wanted |= kind.startswith("an apVisit file") and "apVisit" in wanted
     if kind and not is_wanted:
         return f"{kind}: give {wanted}"
     return _in_words(error)
@@ -1466,6 +1497,64 @@ def _try_star(path, sha256="", product=None, row=None) -> _Star | Problem:
 assert isinstance(_try_star(example, product=PRODUCTS["apstar"]), _Star)
 for path in (example.parent, os.devnull):
     print(_try_star(path, product=PRODUCTS["apstar"]).reason)
+
+
+# %% [markdown]
+# Other rooms read other files of a star: visits, the files of SDSS-V, spectra of one's own. They get the same look at the evidence.
+
+# %%
+#| export
+@contextmanager
+def checked_hdus(path, wanted="spectra"):
+    """The HDUs of a FITS file of one star, of whatever kind, whose bytes are all there and fit all
+    checksums that anybody noted.
+
+    Parameters
+    ----------
+    path : path
+        Of a file, packed or not.
+    wanted : str, optional
+        What should be given in place of a file of a known other kind.
+
+    Yields
+    ------
+    hdus : HDUList
+        Open until the block ends.
+    verified : bool
+        Whether a checksum was there to compare with.
+
+    Raises
+    ------
+    LabError
+        Where the file is damaged, or none; or where the block stumbles over what it holds.
+    """
+    try:
+        if what_stands_at(path):
+            raise _Wrong("not a file")
+        content, places, verified = _checked_content(path, *known_sums([path]))
+        _check_eight_bits(content, places)
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore", AstropyWarning)  # said by the reason
+            with fits.open(BytesIO(content)) as hdus:
+                yield hdus, verified
+    except LabError:
+        raise
+    except Exception as error:  # a damaged file can make any layer below raise anything
+        raise LabError(f"{Path(path).name}: {_reason(path, error, wanted)}") from error
+
+
+def _check_eight_bits(content, places):
+    "Raise _Wrong if no byte uses its first bit, although there are numbers."
+    numbers = any(content[place.data : place.data + place.size].strip(b"\0") for place in places)
+    if numbers and b"XTENSION= 'TABLE" not in content and content.isascii():
+        raise _Wrong(_SEVEN_BITS)
+
+
+# %%
+with checked_hdus(example) as (hdus, verified):
+    print(f"{len(hdus)} HDUs of {hdus[0].header['OBJID']}; compared with a checksum: {verified}")
+with pytest.raises(LabError, match="not a file"), checked_hdus(example.parent):
+    pass
 
 
 # %% [markdown]

@@ -199,6 +199,7 @@ def _sharpness(resolution, fwhm, wavelength, size):
     return np.interp(np.arange(size), np.flatnonzero(good), each[good])
 
 # %% ../nbs/20_spectrum.ipynb #7bf7af19
+@np.errstate(all="ignore")  # what a file holds may be any number
 def from_arrays(
     wavelength,
     flux,
@@ -380,6 +381,7 @@ def _find_columns(names):
     return found
 
 # %% ../nbs/20_spectrum.ipynb #f6d65ed5
+@np.errstate(all="ignore")  # what a file holds may be any number
 def from_table(table, **options) -> Spectra:
     """A spectrum of one star, from a table.
 

@@ -296,6 +296,7 @@ with pytest.raises(LabError, match="give one of them"):
 
 # %%
 #| export
+@np.errstate(all="ignore")  # what a file holds may be any number
 def from_arrays(
     wavelength,
     flux,
@@ -524,6 +525,7 @@ assert _split_name("lambda_air") == ("lambda", None, True)
 
 # %%
 #| export
+@np.errstate(all="ignore")  # what a file holds may be any number
 def from_table(table, **options) -> Spectra:
     """A spectrum of one star, from a table.
 

@@ -15,6 +15,7 @@ from astropy.table import Table
 
 from fault_bench import FACTS, FOREIGN, LABELS, Found, judge_model, judge_row, told
 from fault_kinds import (
+    FORGED,
     VALID,
     VALUES,
     Kind,
@@ -411,6 +412,19 @@ def network_bytes(change):
     return fault
 
 
+def network_forged(bench, rng):
+    "The same, in a file whose fingerprint fits."
+    network_file(bench)
+    from stellar_lab import network
+
+    fingerprint = network._fingerprint
+    network._fingerprint = lambda file, tree: tree.get("fingerprint")
+    try:
+        return network_entry(bench, rng)
+    finally:
+        network._fingerprint = fingerprint
+
+
 def network_entry(bench, rng):
     "An entry of what a network's file says of it missing, or another."
     source = network_file(bench)
@@ -501,5 +515,6 @@ OTHERS = (
     Kind("output", "of other commands", other_output, 6, 80),
     Kind("network", "a bit", network_bytes(flip), 0, 40),
     Kind("network", "bytes", network_bytes(any_of(cut, overwrite, zeros, missing, noise)), 0, 40),
-    Kind("network", "entries", network_entry, 0, 80, "a valid file that says less of itself"),
+    Kind("network", "entries", network_entry, 0, 60),
+    Kind("network", "entries, forged", network_forged, 0, 120, FORGED),
 )

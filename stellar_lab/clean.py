@@ -445,11 +445,20 @@ def product_of(path) -> str | None:
     if what_stands_at(path):
         return None
     try:
-        _check_sane(path)
-        with fits.open(path, lazy_load_hdus=True) as hdus:
+        with _glance(path) as hdus:
             return _product_of_hdus(hdus)
     except Exception:  # whatever a damaged file makes astropy raise
         return None
+
+
+@contextmanager
+def _glance(path):
+    "The HDUs of a file of which nothing is known yet; astropy's remarks on it stay unsaid."
+    _check_sane(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AstropyWarning)
+        with fits.open(path) as hdus:
+            yield hdus
 
 
 def _product_of_hdus(hdus):
@@ -1021,8 +1030,7 @@ def _read_star(path, product, row, sha256="") -> _Star:
 def _kind_of_fits(path):
     "What a FITS file is, in words, if it is well known; empty if not."
     try:
-        _check_sane(path)
-        with fits.open(path) as hdus:
+        with _glance(path) as hdus:
             second = hdus[1]
             names = [hdu.name for hdu in hdus[1:3]]
             columns = set() if second.is_image else {name.upper() for name in second.columns.names}

@@ -370,6 +370,11 @@ def _split_name(name):
     return base, _SUFFIXES.get(said, None), air
 
 
+def _shown(names):
+    "Names of columns for a message, whatever a damaged file holds in their place."
+    return ", ".join(name if name.isprintable() else ascii(name) for name in names)
+
+
 def _find_columns(names):
     "Role -> (name of the column, unit, air) in a table with these columns."
     found = {}
@@ -406,7 +411,7 @@ def from_table(table, **options) -> Spectra:
     if not {"wavelength", "flux"} <= roles.keys():
         lacking = " and ".join(sorted({"wavelength", "flux"} - roles.keys()))
         raise LabError(
-            f"the table has no column of {lacking}: it has {', '.join(table.colnames)}; "
+            f"the table has no column of {lacking}: it has {_shown(table.colnames)}; "
             "call them wavelength, flux and error (or ivar)"
         )
     if not roles.keys() & {"error", "ivar"}:
@@ -437,7 +442,7 @@ def _column(column):
     try:
         return np.ravel(np.ma.filled(np.ma.asarray(values, dtype=float), np.nan))
     except (TypeError, ValueError) as error:
-        raise LabError(f"the column {column.info.name} holds something else than numbers") from error
+        raise LabError(f"the column {_shown([column.info.name])} holds something else than numbers") from error
 
 
 def _known_unit(unit):
@@ -745,12 +750,15 @@ def _sampling(grid, new, fwhm, average=False):
     """The `_Sampling` of a model's grid at other wavelengths (Q,), blurred by `fwhm` (Q,) Angstrom.
 
     With `average`, pixels wider than the grid's take in all that they cover."""
-    rows, columns, values = [], [], []
+    rows, columns = [np.zeros(0, int)], [np.zeros(0, int)]
+    values = [np.zeros(0)]
     inside = np.zeros(len(new), bool)
     dense = np.ones(len(new))
     blur = np.zeros(len(new))
     for piece in _pieces(grid):
         part = np.log(grid[piece])
+        if len(part) < 2:
+            continue  # a lone pixel, between which nothing lies
         step = np.median(np.diff(part))
         here = np.flatnonzero((new >= grid[piece][0]) & (new <= grid[piece][-1]))
         place = np.interp(np.log(new[here]), part, np.arange(len(part)))

@@ -130,7 +130,7 @@ def read_predictions(path) -> Table:
     """
     other = what_stands_at(path)
     if other:
-        raise LabError(f"{path} is {other}, not a file: give a table of predictions")
+        raise LabError(f"{path} is no table of predictions (it is {other}, not a file)")
     try:
         table = Table.read(path, format="ascii.csv") if _is_csv(path) else Table.read(path)
         if not len(table):

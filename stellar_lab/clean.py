@@ -1150,7 +1150,8 @@ def checked_hdus(path, wanted="spectra"):
     except LabError:
         raise
     except Exception as error:  # a damaged file can make any layer below raise anything
-        raise LabError(f"{Path(path).name}: {_reason(path, error, wanted)}") from error
+        said = f"{Path(path).name}" if os.path.exists(path) else f"cannot read {path}"
+        raise LabError(f"{said}: {_reason(path, error, wanted)}") from error
 
 
 def _check_eight_bits(content, places):

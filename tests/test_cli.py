@@ -507,3 +507,28 @@ def test_other_warnings_are_shown(run, monkeypatch):
         warnings.simplefilter("always")
         run()
     assert [str(one.message) for one in caught] == ["something else"]
+
+
+def test_no_command_writes_over_a_file_of_another_kind(run, root, model, good_files, tmp_path):
+    star = good_files[0][3]
+    (tmp_path / "my.csv").write_text("wavelength,flux,error\n16000,1,0.1\n")
+    (tmp_path / "p.csv").write_text("apogee_id,teff\n2M,4500\n")
+    (tmp_path / "folds.csv").write_text("my,notes\n")
+    for name in ("t.fits", "t.png", "t.ecsv"):
+        (tmp_path / name).write_text("my only copy")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for words in (
+        ["repeats", star, "--model", model, "--out", tmp_path / "t.fits"],
+        ["check", tmp_path / "my.csv", "--model", model, "--plot", tmp_path / "t.png"],
+        ["check", tmp_path / "my.csv", "--model", model, "--plot", tmp_path / "my.csv"],
+        ["judge", root, tmp_path / "p.csv", "--out", tmp_path / "t.ecsv"],
+        ["judge", root, "--write", tmp_path],
+        [
+            *("label", star, "--model", model, "--out", tmp_path / "l.fits"),
+            *("--spectra", tmp_path / "t.fits"),
+        ],
+    ):
+        code, _, err = run(*words)
+        assert code == 2 and err.count("\n") == 1, words
+        assert "another kind" in err or "its extension must be" in err, err
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -29,7 +29,6 @@ from pathlib import Path
 import astropy.units as u
 import numpy as np
 from astropy.io import ascii as text_tables
-from astropy.io import fits
 from astropy.table import QTable, Table
 from scipy.ndimage import gaussian_filter1d
 from scipy.sparse import csr_array
@@ -588,7 +587,8 @@ def _column(column):
     try:
         return np.ravel(np.ma.filled(np.ma.asarray(values, dtype=float), np.nan))
     except (TypeError, ValueError) as error:
-        raise LabError(f"the column {_shown([column.info.name])} holds something else than numbers") from error
+        named = _shown([column.info.name])
+        raise LabError(f"the column {named} holds no numbers") from error
 
 
 def _known_unit(unit):

@@ -523,7 +523,7 @@ def weigh_mask(spectra: Spectra, rule: MaskRule = GENTLE) -> Spectra:
 # extremes of real spectra are 52 and 0.4. Pixels beyond these limits lose their weight, and the table of stars counts them (`STRANGE_PIXELS`).
 
 # %%
-#| export
+#| exporti
 _STRANGE_FLUX = 1e4  # in units of the star's median flux
 _STRANGE_ERROR = 1e-3  # in units of the star's median error
 
@@ -674,7 +674,7 @@ _combined_row("apStar-dr17-2M17335483-2753043.fits", {})
 # Header facts go into the stars table under the names that the survey's catalogue uses for them.
 
 # %%
-#| export
+#| exporti
 _MISSING = -9000.0  # the survey writes -9999 or -9999.99 for "no value"; so do we read all below
 
 
@@ -1511,7 +1511,7 @@ for path in (example.parent, os.devnull):
 # Other rooms read other files of a star: visits, the files of SDSS-V, spectra of one's own. They get the same look at the evidence.
 
 # %%
-#| export
+#| exporti
 @contextmanager
 def checked_hdus(path, wanted="spectra"):
     """The HDUs of a FITS file of one star, of whatever kind, whose bytes are all there and fit all

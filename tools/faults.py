@@ -1,6 +1,6 @@
 """A campaign of faults: what is damaged, and what became of it.
 
-faults.py                all of it, some half an hour of one processor, into data/faults.ecsv, too
+faults.py                all of it, some 25 minutes of one processor, into data/faults.ecsv, too
 faults.py --quick        some 300 faults, part of `make test`
 faults.py --seed 7       other places and bits
 faults.py --part star    the kinds of one part; --kind "cut short" of one name

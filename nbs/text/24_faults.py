@@ -297,7 +297,7 @@ assert -signal.SIGKILL == -9
 # %% [markdown]
 # ## The whole campaign
 # `make faults` does the same in earnest. It knows some 150 kinds of faults, each with its own judge: stars, spectra of visits, of SDSS-V and of one's own, catalogues, models, networks, records, servers, numbers, outputs, kills,
-# and resources that run short. It tries each many times, at places that a seed decides, and takes some half an hour of one processor; with `--said FILE` it keeps what was said of each fault, and a campaign that was stopped
+# and resources that run short. It tries each many times, at places that a seed decides, and takes some 25 minutes of one processor; with `--said FILE` it keeps what was said of each fault, and a campaign that was stopped
 # goes on there. A quick part, a few faults of most kinds, runs with the tests (`python tools/faults.py --quick`). The table below is the record of what was tried.
 
 # %%

@@ -18,7 +18,15 @@ from .models import label_values, number_array
 from .normalize import training_set
 from .refusal import FAULTS, spoiled
 from .results import contests
-from .survey import LabError, Spectra, atomic_path, safe_output
+from stellar_lab.survey import (
+    LabError,
+    Spectra,
+    WrongFile,
+    atomic_path,
+    safe_output,
+    said_of,
+    what_stands_at,
+)
 
 # %% ../nbs/23_board.ipynb #260131e7
 def published_folds(
@@ -120,16 +128,18 @@ def read_predictions(path) -> Table:
     LabError
         where there is no file, or no table in it
     """
+    other = what_stands_at(path)
+    if other:
+        raise LabError(f"{path} is no table of predictions (it is {other}, not a file)")
     try:
         table = Table.read(path, format="ascii.csv") if _is_csv(path) else Table.read(path)
         if not len(table):
-            raise ValueError("it has no rows")
+            raise WrongFile("it has no rows")
         return table
     except FileNotFoundError as error:
         raise LabError(f"there is no file {path}") from error
     except Exception as error:  # a file can hold anything
-        said = next(iter(str(error).splitlines()), "it is empty")
-        raise LabError(f"{path} is no table of predictions ({said})") from error
+        raise LabError(f"{path} is no table of predictions ({said_of(error)})") from error
 
 
 def _is_csv(path):
@@ -299,7 +309,7 @@ def write_contest(root, folder, product: str = None, progress: bool = False) -> 
     folder = Path(folder)
     paths = [folder / "folds.csv", folder / "garbage.fits"]
     for path in paths:
-        safe_output(path, [root])
+        safe_output(path, [root], [b"apogee_id"])
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(paths[0]) as temporary:
         folds.write(temporary, format="ascii.csv")

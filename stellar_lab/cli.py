@@ -451,8 +451,10 @@ def _write_fits(options, table):
 
 
 def _run_label(options):
-    from stellar_lab.labelling import label
+    from stellar_lab.labelling import check_spectra_target, label
 
+    if options.spectra:
+        check_spectra_target(options.spectra, [options.model, *options.paths])
     summary = label(
         options.model,
         options.paths,
@@ -521,12 +523,18 @@ Example:
 """
 
 
+_PICTURES = (".png", ".pdf", ".svg")
+
+
 def _run_check(options):
     from stellar_lab.spectrum import check_star, plot_check, read_spectrum
     from stellar_lab.survey import atomic_path
-    from stellar_lab.training import load_model
+    from stellar_lab.training import check_target, load_model
     from stellar_lab.visits import is_visit, read_visit
 
+    if options.plot:
+        inputs = [options.file, options.model]
+        check_target(options.plot, _PICTURES, "the picture", inputs, [b"matplotlib"])
     model = load_model(options.model)
     said = {"velocity": options.velocity, "resolution": options.resolution, "unit": options.unit}
     said = {name: value for name, value in said.items() if value is not None}
@@ -580,11 +588,15 @@ Example:
 
 
 def _run_repeats(options):
-    from stellar_lab.survey import write_table
-    from stellar_lab.training import load_model
+    from stellar_lab.survey import TABLE_FORMATS, write_table
+    from stellar_lab.training import check_target, load_model
     from stellar_lab.visits import find_visits, repeats
 
-    found = repeats(load_model(options.model), find_visits(options.paths)[: options.limit])
+    files = find_visits(options.paths)[: options.limit]
+    if options.out:
+        inputs = [options.model, *files]
+        check_target(options.out, tuple(TABLE_FORMATS), "a table", inputs, [b"formal_"])
+    found = repeats(load_model(options.model), files)
     print(found)
     if options.out:
         write_table(found.visits, options.out)
@@ -632,10 +644,14 @@ def _run_judge(options):
         read_predictions,
         write_contest,
     )
-    from stellar_lab.survey import LabError, write_table
+    from stellar_lab.survey import TABLE_FORMATS, LabError, write_table
+    from stellar_lab.training import check_target
 
     if options.write is None and options.predictions is None:
         raise LabError("nothing to do: give a table of predictions, or --write FOLDER")
+    if options.out:
+        inputs = [options.predictions] if options.predictions else []
+        check_target(options.out, tuple(TABLE_FORMATS), "the scores", inputs, [b"inside_1"])
     if options.write is not None:
         for path in write_contest(options.root, options.write, options.product):
             _print(f"wrote {path}")

@@ -564,7 +564,11 @@ def _rebuilt(kind, tree, path):
         for name, value in learned.items():
             if not name.endswith("_") or hasattr(kind, name):
                 raise WrongFile(f"it has the entry {name}")
-            setattr(model, name, value)
+            held = LabelReader._entries.get(name)
+            if value is not None or held is None or not held.optional:
+                setattr(model, name, value)  # nothing in place of an entry: nobody has learned it
+        if not hasattr(model, "wavelength_"):
+            model.wavelength_ = None  # it may be unknown
         model.label_names_ = tuple(model.label_names_)
         model._check_restored()
     try:

@@ -1063,7 +1063,7 @@ def _check_target(path):
         )
 
 # %% ../nbs/00_survey.ipynb #600f5bde
-def safe_output(path, inputs=()) -> Path:
+def safe_output(path, inputs=(), marks=()) -> Path:
     """Check that writing a file would replace nothing of the user's.
 
     Parameters
@@ -1072,6 +1072,9 @@ def safe_output(path, inputs=()) -> Path:
         The output.
     inputs : iterable of path
         Files that are read: spectra, models, catalogues. Those that do not exist do not count.
+    marks : sequence of bytes, optional
+        What each file of the kind that is written holds, in small letters (capital ones count as
+        such): a file without it is somebody else's.
 
     Returns
     -------
@@ -1082,7 +1085,7 @@ def safe_output(path, inputs=()) -> Path:
     ------
     LabError
         If the output is one of the inputs (under any name), bears a name that an archive keeps for
-        its own files, is a link, read-only or no file.
+        its own files, is a link, read-only or no file, or is a file of another kind.
     """
     path = Path(path)
     _check_target(path)
@@ -1094,7 +1097,20 @@ def safe_output(path, inputs=()) -> Path:
         raise LabError(
             f"{path} is the name of an archive's own file: give another name for the output"
         )
+    _check_marks(path, marks)
     return path
+
+
+def _check_marks(path, marks):
+    "LabError if a file that is not empty lacks what files of ours hold."
+    if not marks or not path.exists() or not path.stat().st_size:
+        return
+    content = path.read_bytes().lower()
+    if not all(mark in content for mark in marks):
+        raise LabError(
+            f"{path} is a file of another kind than what would be written: give another name for "
+            "the output, or remove that file"
+        )
 
 
 def _identity(path):

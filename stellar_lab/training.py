@@ -257,7 +257,7 @@ def _as_path(path, what):
     return Path(path)
 
 
-def check_target(path, suffixes, what: str, inputs=()) -> Path:
+def check_target(path, suffixes, what: str, inputs=(), marks=()) -> Path:
     """A file can be written at `path`, its extension is a right one, and nothing is lost by it.
 
     Parameters
@@ -270,6 +270,8 @@ def check_target(path, suffixes, what: str, inputs=()) -> Path:
         goes there, for the message
     inputs : sequence of paths, default ()
         files that are read, and must not be replaced
+    marks : sequence of bytes, default ()
+        what a file that may be replaced holds
 
     Returns
     -------
@@ -293,7 +295,7 @@ def check_target(path, suffixes, what: str, inputs=()) -> Path:
         raise LabError(
             f"cannot write to {path.parent}: {error.strerror}; choose another folder"
         ) from error
-    return safe_output(path, inputs)
+    return safe_output(path, inputs, marks)
 
 
 _HEAD = 1_000_000  # bytes of a model's file that name it

@@ -20,8 +20,10 @@ from stellar_lab.clean import (
     STRICT,
     MaskRule,
     Problem,
+    checked_hdus,
     product_of,
     read_stars,
+    star_fact,
     weigh_mask,
 )
 from .inversion import infer
@@ -46,29 +48,28 @@ def is_visit(path) -> bool:
     """Whether a file is an apVisit file: its first extensions are three chips of 4,096 pixels, or
     of 2,048 for a visit whose exposures were not shifted by half a pixel."""
     try:
-        with fits.open(path, lazy_load_hdus=True) as hdus:
-            shape = hdus[1].shape
-            right = shape in (_SHAPE, _UNDITHERED)
-            return right and all(hdus[k].is_image and hdus[k].shape == shape for k in (1, 2, 3, 4))
+        with checked_hdus(path) as (hdus, _):
+            return _is_visit(hdus)
     except Exception:  # whatever a damaged file makes astropy raise
         return False
 
 
+def _is_visit(hdus):
+    "Whether the HDUs of a file are those of a visit."
+    shape = hdus[1].shape
+    right = shape in (_SHAPE, _UNDITHERED)
+    return right and all(hdus[k].is_image and hdus[k].shape == shape for k in (1, 2, 3, 4))
+
+
 def _of_visit(path):
-    "Header and arrays (flux, error, mask, wavelength) of a visit; LabError for another file."
-    try:
-        with fits.open(path) as hdus:
-            if not is_visit(path):
-                raise LabError(f"{path} is no apVisit file: that has arrays of 3 x 4,096 pixels")
-            arrays = [np.array(hdus[k].data, float) for k in (1, 2)]
-            arrays += [np.array(hdus[3].data, np.int64), np.array(hdus[4].data, float)]
-            return hdus[0].header, arrays
-    except OSError as error:
-        raise LabError(f"cannot read {path}: {error.strerror or error}") from error
-    except (TypeError, ValueError) as error:  # LabError is a ValueError, too
-        if isinstance(error, LabError):
-            raise
-        raise LabError(f"{path} is damaged ({error}): fetch it again") from error
+    """Header, arrays (flux, error, mask, wavelength), and whether there was a checksum, of a visit;
+    LabError for another file."""
+    with checked_hdus(path, "apVisit files") as (hdus, verified):
+        if not _is_visit(hdus):
+            raise LabError(f"{path} is no apVisit file: that has arrays of 3 x 4,096 pixels")
+        arrays = [np.array(hdus[k].data, float) for k in (1, 2)]
+        arrays += [np.array(hdus[3].data, np.int64), np.array(hdus[4].data, float)]
+        return hdus[0].header.copy(), arrays, verified
 
 # %% ../nbs/21_visits.ipynb #1d5dfa36
 def _header_velocity(header):
@@ -80,18 +81,24 @@ def _header_velocity(header):
 
 
 def _difference(first, second):
-    return None if first is None or second is None else first - second
+    numbers = all(isinstance(value, (int, float)) for value in (first, second))
+    return first - second if numbers else None
+
+
+def _number(header, key, missing):
+    "The number of a card, in the type of what stands for none."
+    value = header.get(key, missing)
+    kinds = (int,) if isinstance(missing, int) else (int, float)
+    right = isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < 1e6
+    return type(missing)(value) if right else missing
 
 
 def _lsf_widths(path, angstrom):
     "FWHM (3, 4096) of each pixel [Angstrom], from the coefficients in a visit's HDU 10."
-    try:
-        with fits.open(path) as hdus:
-            chips = np.array(hdus[10].data, float)
-    except (IndexError, TypeError, ValueError) as error:
-        raise LabError(
-            f"{Path(path).name} has no coefficients of its line-spread function"
-        ) from error
+    with checked_hdus(path, "apVisit files") as (hdus, _):
+        if len(hdus) <= 10 or not hdus[10].is_image or hdus[10].data is None:
+            raise LabError(f"{Path(path).name} has no coefficients of its line-spread function")
+        chips = np.array(hdus[10].data, float)
     if chips.ndim != 2 or len(chips) != 3:
         raise LabError(f"{Path(path).name} has no line-spread function for each chip")
     widths = [lsf_fwhm(chip, np.arange(angstrom.shape[1])) for chip in chips]
@@ -124,7 +131,7 @@ def read_visit(path, velocity=None, rule: MaskRule = GENTLE, lsf: bool = False) 
     LabError
         where the file is damaged or another
     """
-    header, (flux, error, mask, angstrom) = _of_visit(path)
+    header, (flux, error, mask, angstrom), verified = _of_visit(path)
     if velocity is None:
         velocity = _header_velocity(header)
     with np.errstate(invalid="ignore"):
@@ -135,10 +142,11 @@ def read_visit(path, velocity=None, rule: MaskRule = GENTLE, lsf: bool = False) 
     how = {"unit": "AA", "velocity": velocity, "name": name, "fwhm": widths}
     visit = from_arrays(angstrom, flux, error, **how)
     facts = {"FILE": Path(path).name, "TELESCOPE": str(header.get("TELESCOP", "")).strip()}
-    facts |= {"RA": header.get("RA", np.nan), "DEC": header.get("DEC", np.nan)}
-    facts |= {"MJD": header.get("MJD5", -1), "BC": header.get("BC", np.nan)}
+    facts |= {name: star_fact(name, header.get(name)) for name in ("RA", "DEC")}
+    facts |= {"MJD": _number(header, "MJD5", -1), "BC": _number(header, "BC", np.nan)}
     for column, value in facts.items():
         visit.stars[column] = [value]
+    visit.stars["VERIFIED"] = [verified]
     visit.stars.meta["product"] = "apvisit"
     return visit
 
@@ -286,7 +294,7 @@ def combine(visits) -> Spectra:
 # %% ../nbs/21_visits.ipynb #9edb16a7
 def _rows_of(path):
     "How many rows of single visits an apStar file has; 0 for a star that was seen once."
-    with fits.open(path) as hdus:
+    with checked_hdus(path, "apStar files") as (hdus, _):
         shape = hdus[1].shape
     return max(shape[0] - 2, 0) if len(shape) == 2 else 0
 

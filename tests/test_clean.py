@@ -1504,3 +1504,17 @@ def test_the_checksum_of_a_catalogue_counts(tmp_path):
     path.write_bytes(content)
     with pytest.raises(LabError, match="HDU 1 does not fit its checksum; fetch it again"):
         read_catalogue(path)
+
+
+def test_counting_finds_the_same_strange_pixels_as_the_median():
+    rng = np.random.default_rng(1)
+    for power in (0, 2, 3, 3.9, 4, 4.1, 5, 30):
+        flux = rng.uniform(0.5, 1.5, 101)
+        ivar = rng.uniform(0.5, 1.5, 101)
+        flux[7] = 10**power
+        ivar[9] = 10 ** (1.5 * power)
+        level = np.median(flux[ivar > 0])
+        wanted = (flux > 1e4 * level) | (ivar > np.median(ivar) * 1e6)
+        assert np.array_equal(clean.strange_pixels(flux, ivar), wanted), power
+    assert not clean.strange_pixels(np.zeros(5), np.ones(5)).any()
+    assert not clean.strange_pixels(np.zeros(0), np.zeros(0)).any()

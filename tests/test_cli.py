@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from importlib import import_module
 from pathlib import Path
 
@@ -479,3 +480,57 @@ def test_too_little_memory_is_said_before_anything(model):
     command = f"ulimit -v 500000; {script} report --model {model}"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.startswith("stellar-lab: not enough memory: allow")
+
+
+def test_a_machine_without_semaphores_brings_no_remark_of_a_library(model):
+    "joblib warns while it is imported; it works in one process then, as we ask it to anyway."
+    program = (
+        "import sys, _multiprocessing\n"
+        "def broken(*_, **__):\n    raise OSError(28, 'No space left on device')\n"
+        "_multiprocessing.SemLock = broken\n"
+        "from stellar_lab.cli import main\n"
+        "code = main(['report', '--model', sys.argv[1]])\n"
+        "import joblib\n"
+        "assert joblib._multiprocessing_helpers.mp is None\n"
+        "sys.exit(code)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, model], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "a Cannon" in done.stdout
+
+
+def test_other_warnings_are_shown(run, monkeypatch):
+    def warns(*_):
+        warnings.warn("joblib will operate in serial mode", UserWarning, stacklevel=1)
+        warnings.warn("something else", UserWarning, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(cli, "_main", warns)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    assert [str(one.message) for one in caught] == ["something else"]
+
+
+def test_no_command_writes_over_a_file_of_another_kind(run, root, model, good_files, tmp_path):
+    star = good_files[0][3]
+    (tmp_path / "my.csv").write_text("wavelength,flux,error\n16000,1,0.1\n")
+    (tmp_path / "p.csv").write_text("apogee_id,teff\n2M,4500\n")
+    (tmp_path / "folds.csv").write_text("my,notes\n")
+    for name in ("t.fits", "t.png", "t.ecsv"):
+        (tmp_path / name).write_text("my only copy")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for words in (
+        ["repeats", star, "--model", model, "--out", tmp_path / "t.fits"],
+        ["check", tmp_path / "my.csv", "--model", model, "--plot", tmp_path / "t.png"],
+        ["check", tmp_path / "my.csv", "--model", model, "--plot", tmp_path / "my.csv"],
+        ["judge", root, tmp_path / "p.csv", "--out", tmp_path / "t.ecsv"],
+        ["judge", root, "--write", tmp_path],
+        [
+            *("label", star, "--model", model, "--out", tmp_path / "l.fits"),
+            *("--spectra", tmp_path / "t.fits"),
+        ],
+    ):
+        code, _, err = run(*words)
+        assert code == 2 and err.count("\n") == 1, words
+        assert "another kind" in err or "its extension must be" in err, err
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -3,6 +3,7 @@
 import random
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -15,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import fault_bench
 import faults
 from fault_bench import OUTCOMES, Bench, Found, Process, judge_row, judge_words, told
-from fault_kinds import KINDS, Kind
-from faults import campaign, failures, is_failure, keep, lines, read_record
+from fault_kinds import Kind
+from faults import KINDS, campaign, failures, is_failure, keep, lines, read_record
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +174,38 @@ def test_the_record_is_that_of_these_kinds():
         assert 0 < row[0] == sum(row[1:-1]) and row[-1] == kind.unseen, name
         for outcome, number in zip(OUTCOMES, row[1:-1]):
             assert not (number and is_failure(kind, outcome)), (name, outcome)
+
+
+def test_a_campaign_goes_on_where_it_was_stopped(bench, tmp_path):
+    tries = []
+
+    def fault(bench, rng):
+        tries.append(1)
+        if len(tries) == 3:
+            raise KeyboardInterrupt
+        return Found("harmless", "said\nin lines")
+
+    kind = Kind("test", "test", fault, 1, 4)
+    said = tmp_path / "said"
+    with pytest.raises(KeyboardInterrupt):
+        campaign(bench, False, 1, [kind], journal=faults.Journal(said, 1))
+    with open(said, "a") as file:
+        file.write('{"seed": 1, "part": "te')  # torn
+    kept = []
+    journal = faults.Journal(said, 1)
+    found = campaign(bench, False, 1, [kind], journal=journal, finished=kept.append)
+    assert len(tries) == 5 and found[kind] == Counter(harmless=4) and kept == [found]
+    assert faults.Journal(said, 1).known(kind, 3) == Found("harmless", "said\nin lines")
+    assert faults.Journal(said, 2).known(kind, 3) is None
+
+
+def test_who_works_is_given_time_and_who_waits_is_not():
+    begun = time.process_time()
+    with fault_bench.deadline(0.3):
+        while time.process_time() - begun < 0.15:
+            pass
+    with pytest.raises(fault_bench.Hang), fault_bench.deadline(0.2):
+        time.sleep(30)
+    with pytest.raises(fault_bench.Hang), fault_bench.deadline(0.2):
+        while True:
+            pass

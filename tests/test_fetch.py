@@ -11,6 +11,7 @@ import socket
 import struct
 import threading
 import time
+import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache
@@ -22,6 +23,7 @@ from urllib.parse import urljoin
 import numpy as np
 import pytest
 from astropy.io import fits
+from astropy.utils.exceptions import AstropyWarning
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -1419,3 +1421,16 @@ def test_a_page_is_read_in_linear_time(scrap):
     _parse_index([scrap + "x" * (8 << 20)], BASE)
     _parse_index([scrap * (1 << 18)], BASE)
     assert time.process_time() - begun < 6
+
+
+def test_odd_files_bring_no_warnings_of_a_library(server, home):
+    "What the summary says of a file is enough."
+    usual = (server / STAR).read_bytes()
+    odd = usual.replace(b"NAXIS1  =                 2000", b"naxis1  =                 2000", 1)
+    put(server, STAR, odd + b"x" * 100)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with serve(server) as url:
+            fetch(home, url, fields=["4230"], progress=False)
+            fetch(home.with_name("other"), str(server), fields=["4230"], progress=False)
+    assert not [one for one in caught if issubclass(one.category, AstropyWarning)]

@@ -538,3 +538,14 @@ def test_numbers_of_half_precision_are_checked_in_silence(kept, tmp_path):
     with warnings.catch_warnings(), pytest.raises(LabError, match="was changed since it was writ"):
         warnings.simplefilter("error")
         load_model(path)
+
+
+def test_nothing_in_place_of_what_left_out_stars_teach_is_not_learned(tmp_path):
+    model = Cannon(order=1).fit(make_spectra())
+    names = ("error_inflation_", "error_floor_", "catalogue_noise_", "fit_limit_", "refusal_")
+    for name in names:
+        setattr(model, name, None)
+    model.save(tmp_path / "model.asdf")
+    again = load_model(tmp_path / "model.asdf")
+    assert not any(hasattr(again, name) for name in names) and again.errors_ == "formal"
+    assert len(infer(again, make_spectra(), any_recipe=True))

@@ -17,8 +17,9 @@ def star(good_files):
     return good_files[1][[3]]
 
 
-def written(hdus, path):
-    hdus.writeto(path, overwrite=True)
+def written(hdus, path, checksum=True):
+    "The file, with checksums that fit what the test has changed."
+    hdus.writeto(path, overwrite=True, checksum=checksum)
     return path
 
 
@@ -73,14 +74,14 @@ def test_a_file_cut_short(star, tmp_path):
 
 
 def test_another_grid(star, tmp_path):
-    hdus = made_mwm(apo=star)
+    hdus = made_mwm(apo=star, sdss_id=1)
     hdus["APOGEE/APO"].data["wavelength"] += 1
     with pytest.raises(LabError, match="another wavelength grid"):
         read_mwm(written(hdus, tmp_path / "mwmStar-0.6.0-1.fits"))
 
 
 def test_bad_values_have_no_weight(star, tmp_path):
-    hdus = made_mwm(apo=star)
+    hdus = made_mwm(apo=star, sdss_id=1)
     hdus["APOGEE/APO"].data["flux"][0, 4000] = np.nan
     hdus["APOGEE/APO"].data["ivar"][0, 4001] = np.inf
     hdus["APOGEE/APO"].data["ivar"][0, 4002] = -1
@@ -118,11 +119,41 @@ def test_learning(star, tmp_path):
 
 
 def test_label_takes_them(model, star, run, tmp_path):
-    good = written(made_mwm(star, star), tmp_path / "mwmStar-0.6.0-1.fits")
+    good = written(made_mwm(star, star, sdss_id=1), tmp_path / "mwmStar-0.6.0-1.fits")
     three = star[[0, 0, 0]]
-    visits = written(made_mwm(three, visits=True), tmp_path / "mwmVisit-0.6.0-1.fits")
-    boss = written(made_mwm(boss=True), tmp_path / "mwmStar-0.6.0-2.fits")
+    visits = made_mwm(three, sdss_id=1, visits=True)
+    visits = written(visits, tmp_path / "mwmVisit-0.6.0-1.fits")
+    boss = written(made_mwm(boss=True, sdss_id=2), tmp_path / "mwmStar-0.6.0-2.fits")
     words = ("label", "--model", model, good, visits, boss, "--out", tmp_path / "l.fits")
     code, out, err = run(*words)
     assert code == 1 and "optical spectra" in err and "2 of 3" in out
     assert len(Table.read(tmp_path / "l.fits")) == 4
+
+
+def test_a_changed_bit_is_told_by_the_checksum_of_the_file(star, tmp_path):
+    path = written(made_mwm(apo=star), tmp_path / "any.fits")
+    assert read_mwm(path).stars["VERIFIED"].all()
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(LabError, match="does not fit its checksum"):
+        read_mwm(path)
+
+
+def test_another_star_than_the_name_says(star, tmp_path):
+    path = written(made_mwm(apo=star, sdss_id=7), tmp_path / "mwmStar-0.6.0-8.fits")
+    with pytest.raises(LabError, match="holds another star: its table says 7, its name 8"):
+        read_mwm(path)
+
+
+def test_numbers_that_no_star_has_are_counted(star, tmp_path):
+    hdus = made_mwm(apo=star)
+    table = next(hdu for hdu in hdus[1:] if hdu.header["NAXIS2"])
+    table.data["flux"][..., 4000] = 1e30
+    hdus[0].header["DEC"] = 1e300
+    for hdu in hdus:
+        for key in ("CHECKSUM", "DATASUM"):
+            hdu.header.remove(key, ignore_missing=True)
+    found = read_mwm(written(hdus, tmp_path / "any.fits", checksum=False))
+    assert found.stars["STRANGE_PIXELS"][0] == 1 and np.isnan(found.stars["DEC"][0])
+    assert not found.stars["VERIFIED"][0] and np.abs(found.flux).max() < 1e6

@@ -1,5 +1,7 @@
 "A spectrum of one's own: what readers take and refuse, and that the model meets it."
 
+import os
+
 import astropy.units as u
 import numpy as np
 import pytest
@@ -360,3 +362,50 @@ def test_the_width_of_apogees_profile():
     assert np.isclose(
         lsf_fwhm(binned, [100])[0], np.hypot(4.71, 2 / np.sqrt(12) * 2.355), rtol=0.02
     )
+
+
+def test_a_number_that_no_star_has_is_counted(star):
+    grid, flux, ivar = star
+    usual = own(star)
+    assert usual.stars["STRANGE_PIXELS"][0] == 0
+    flux = flux.copy()
+    place = np.flatnonzero(ivar > 0)[3000]
+    flux[place] = 1e30
+    strange = from_arrays(grid, flux, ivar=ivar, unit="AA")
+    assert strange.stars["STRANGE_PIXELS"][0] == 1 and np.abs(strange.flux).max() < 100
+    ivar = np.where(np.arange(len(ivar)) % 3, ivar, 1e-30)  # many odd ones are no few odd ones
+    assert from_arrays(grid, star[1], ivar=ivar, unit="AA").stars["STRANGE_PIXELS"][0] == 0
+
+
+def test_a_pipe_is_no_spectrum(tmp_path):
+    os.mkfifo(tmp_path / "my.csv")
+    with pytest.raises(LabError, match="a named pipe, not a file"):
+        read_spectrum(tmp_path / "my.csv")
+
+
+def test_lone_pixels_do_not_matter(star):
+    "A pixel far from all others has no neighbours to interpolate between."
+    grid = np.concatenate([[15_200.0], np.linspace(15_300, 16_900, 5000)])
+    flux, weight = interpolate(grid, np.ones(5001), np.ones(5001), np.array([15_200.0, 16_000.0]))
+    assert flux[1] == pytest.approx(1) and weight[0] == 0 < weight[1]
+
+
+def test_names_of_columns_are_made_harmless(tmp_path):
+    (tmp_path / "my.csv").write_text("\x1b[2J,b\n1,2\n3,4\n")
+    with pytest.raises(LabError) as refused:
+        read_spectrum(tmp_path / "my.csv")
+    assert "\x1b" not in str(refused.value)
+
+
+def test_checksums_of_own_files_are_looked_at(star, tmp_path):
+    grid, flux, ivar = star
+    good = ivar > 0
+    table = Table({"wavelength": grid[good], "flux": flux[good], "error": ivar[good] ** -0.5})
+    path = tmp_path / "my.fits"
+    fits.HDUList([fits.PrimaryHDU(), fits.BinTableHDU(table)]).writeto(path, checksum=True)
+    assert read_spectrum(path).stars["VERIFIED"][0]
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(LabError, match="does not fit its checksum"):
+        read_spectrum(path)

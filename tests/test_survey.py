@@ -235,6 +235,8 @@ def test_output_on_what_is_no_plain_file(tmp_path):
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full: free some space"),
         (OSError("Not enough space on disk: requested 9"), "the disk is full: free some space"),
         (RuntimeError("No space left on device"), "the disk is full: free some space"),
+        (RuntimeError("[Errno 28] cannot flush"), "the disk is full: free some space"),
+        (OSError("Unable to open file ([Errno 30] by a library)"), "the disk is read-only"),
         (OSError(errno.EROFS, "Read-only file system"), "the disk is read-only"),
         (PermissionError(errno.EACCES, "Permission denied"), "permission denied: choose another"),
     ],
@@ -243,6 +245,14 @@ def test_a_disk_says_in_words_what_is_wrong(tmp_path, trouble, words):
     with pytest.raises(LabError, match=rf"cannot write .*labels.fits: {words}"):
         with atomic_path(tmp_path / "labels.fits") as temporary:
             temporary.write_text("half")
+            raise trouble
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("trouble", [RuntimeError("[Errno 9999] odd"), RuntimeError("odd")])
+def test_what_is_no_trouble_of_a_disk_stays_what_it_is(tmp_path, trouble):
+    with pytest.raises(RuntimeError, match="odd"):
+        with atomic_path(tmp_path / "labels.fits"):
             raise trouble
     assert not list(tmp_path.iterdir())
 

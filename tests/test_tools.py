@@ -507,3 +507,35 @@ def test_a_folder_that_is_no_environment_is_not_removed(tmp_path):
         and "no virtual environment" in refused.stderr
         and (tmp_path / "thesis.tex").exists()
     )
+
+
+@pytest.mark.parametrize("place", ["stars", "fetched/stars"])
+def test_an_archive_that_is_a_link_is_not_written_over(monkeypatch, tmp_path, place):
+    "A link is not removed, so nothing may be written or stamped in its place."
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "allStar.fits").write_text("kept")
+    archives = tmp_path / "archives"
+    (archives / place).parent.mkdir(parents=True)
+    (archives / place).symlink_to(elsewhere)
+    (archives / "stars.made").write_text("an older one")
+    monkeypatch.setattr(lab, "ROOT", tmp_path)
+    monkeypatch.setattr(lab, "ARCHIVES", archives)
+    monkeypatch.setattr(lab, "recipe", lambda name: "a newer one")
+    monkeypatch.setattr(lab, "COMMAND", "true")
+    with pytest.raises(SystemExit, match="stars is a symbolic link to .*elsewhere: remove"):
+        lab.write_archive("stars")
+    assert (archives / "stars.made").read_text() == "an older one"
+    assert (elsewhere / "allStar.fits").read_text() == "kept" and (archives / place).is_symlink()
+
+
+def test_an_archive_that_cannot_be_removed_is_not_stamped(monkeypatch, tmp_path):
+    (tmp_path / "stars").mkdir()
+    monkeypatch.setattr(lab, "ROOT", tmp_path)
+    monkeypatch.setattr(lab, "ARCHIVES", tmp_path)
+    monkeypatch.setattr(lab, "recipe", lambda name: "a newer one")
+    monkeypatch.setattr(lab, "COMMAND", "true")
+    monkeypatch.setattr(lab.shutil, "rmtree", lambda *_, **__: None)
+    with pytest.raises(SystemExit, match="could not remove .*stars"):
+        lab.write_archive("stars")
+    assert not (tmp_path / "stars.made").exists()

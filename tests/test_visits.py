@@ -1,5 +1,7 @@
 "Visits: files that are none, rules of masks, and repeats."
 
+import os
+
 import numpy as np
 import pytest
 from astropy.io import fits
@@ -190,3 +192,29 @@ def test_the_combination_has_the_labels_of_its_star(cannon, paths, good_files):
     flux = np.interp(GRID, GRID[good], star.flux[0][good])[None].astype("f4")  # what was observed
     known = infer(cannon, star.replace(flux=flux, ivar=np.full_like(flux, 1e4)))[0]
     assert abs(found["teff"] - known["teff"]) < 3 * known["teff_err"]
+
+
+def test_a_pipe_is_no_visit(tmp_path):
+    path = tmp_path / "apVisit-r8-1-1-1.fits"
+    os.mkfifo(path)
+    assert not is_visit(path)
+    with pytest.raises(LabError, match="not a file"):
+        read_visit(path)
+
+
+def test_checksums_and_facts_of_a_visit_are_looked_at(paths, tmp_path):
+    path = tmp_path / paths[0].name
+    with fits.open(paths[0]) as hdus:
+        hdus[0].header["RA"] = "x" * 60
+        hdus[0].header["MJD5"] = 2**62
+        hdus[0].header["VHELIO"] = "fast"
+        hdus[1].data[1, 2000] = 1e30
+        hdus.writeto(path, checksum=True)
+    visit = read_visit(path)
+    assert visit.stars["VERIFIED"][0] and visit.stars["STRANGE_PIXELS"][0] == 1
+    assert np.isnan(visit.stars["RA"][0]) and visit.stars["MJD"][0] == -1
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(LabError, match="does not fit its checksum"):
+        read_visit(path)

@@ -275,7 +275,8 @@ def hdus_of(change):
         star = chosen(rng, bench)
         path = bench.place() / star.name
         with fits.open(star) as hdus:
-            kept = change(rng, list(hdus))
+            with np.errstate(all="ignore"):
+                kept = change(rng, list(hdus))
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 fits.HDUList(kept).writeto(path, output_verify="ignore")
@@ -974,9 +975,8 @@ class _Rude(ArchiveHandler):
         self._answer(page(None, b""), Content_Type="text/html")
 
     def _gives_another_star(self, body):
-        folder = Path(self.translate_path(self.path)).parent.parent
-        others = [path for path in sorted(folder.rglob("apStar-*")) if path.read_bytes() != body]
-        self._answer(others[0].read_bytes())
+        stars = sorted(Path(self.directory).rglob("apStar-*"))
+        self._answer(next(other for star in stars if (other := star.read_bytes()) != body))
 
     def _is_busy(self, body):
         self._answer(b"", 503, Retry_After="1")
@@ -1110,17 +1110,17 @@ def output(bench, rng):
     outs += [place / "m.json", root / ARCHIVE_FILE, place / "thesis.fits" / "t.fits"]
     targets = [root / "archive.asdf", place / "settings.asdf", place / "thesis.asdf", star]
     targets += [place / "thesis.fits", place / "folder.fits"]
-    before = _regular(place)
+    before = regular_files(place)
     if rng.random() < 0.7:
         broken = place / "broken.fits"
         broken.write_bytes(b"")  # so that the list of failed files is asked for
-        before = _regular(place)
+        before = regular_files(place)
         words = ["label", "--model", model, star, broken, "--out", rng.choice(outs)]
     else:
         names = ",".join(LABELS)
         words = ["train", root, "--labels", names, "--scatter", "--model", rng.choice(targets)]
     said = in_process(*words)
-    after = _regular(place)
+    after = regular_files(place)
     lost = [name for name, content in before.items() if after.get(name) != content]
     # what nobody knows as a model or a table of labels may be the user's
     if lost:
@@ -1128,7 +1128,7 @@ def output(bench, rng):
     return said or Found("harmless")
 
 
-def _regular(place):
+def regular_files(place):
     return {
         str(path.relative_to(place)): path.read_bytes()
         for path in place.rglob("*")
@@ -1176,11 +1176,12 @@ def killed(what, number):
         words, out = _words(bench, what, place)
         process = Process(*words)
         time.sleep(rng.uniform(0.1, 1.05) * seconds)
+        begun = process.catches(number)
         process.process.send_signal(number)
         code, said, err = process.end()
         if process.left_behind():
             return Found("hang", "processes stay behind")
-        if number != signal.SIGKILL:
+        if begun:  # before that nobody could answer
             wrong = judge_words(code, said, err)
             if wrong is not None and wrong.outcome == "traceback":
                 return wrong

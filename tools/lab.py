@@ -85,10 +85,19 @@ def write_archive(name):
         say(f"== archive: {root.relative_to(ROOT)} is there")
         return root
     say(f"== archive: writing {root.relative_to(ROOT)}")
-    stamp.unlink(missing_ok=True)
     # A copy of the old one is no longer a copy of this one.
-    for old in (root, ARCHIVES / "fetched" / name):
+    old_ones = (root, ARCHIVES / "fetched" / name)
+    for old in old_ones:
+        if old.is_symlink():
+            raise SystemExit(
+                f"{old} is a symbolic link to {os.readlink(old)}: remove the link, or write the "
+                "archive there"
+            )
+    stamp.unlink(missing_ok=True)
+    for old in old_ones:
         shutil.rmtree(old, ignore_errors=True)
+        if old.exists():
+            raise SystemExit(f"could not remove {old}, which an archive is to replace")
     ARCHIVES.mkdir(parents=True, exist_ok=True)
     if subprocess.run([COMMAND, "archive", name, str(root)]).returncode:
         raise SystemExit(f"could not write the archive {name}: see above")

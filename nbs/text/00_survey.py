@@ -1520,7 +1520,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 # %%
 #| exporti
-def safe_output(path, inputs=()) -> Path:
+def safe_output(path, inputs=(), marks=()) -> Path:
     """Check that writing a file would replace nothing of the user's.
 
     Parameters
@@ -1529,6 +1529,9 @@ def safe_output(path, inputs=()) -> Path:
         The output.
     inputs : iterable of path
         Files that are read: spectra, models, catalogues. Those that do not exist do not count.
+    marks : sequence of bytes, optional
+        What each file of the kind that is written holds, in small letters (capital ones count as
+        such): a file without it is somebody else's.
 
     Returns
     -------
@@ -1539,7 +1542,7 @@ def safe_output(path, inputs=()) -> Path:
     ------
     LabError
         If the output is one of the inputs (under any name), bears a name that an archive keeps for
-        its own files, is a link, read-only or no file.
+        its own files, is a link, read-only or no file, or is a file of another kind.
     """
     path = Path(path)
     _check_target(path)
@@ -1551,7 +1554,20 @@ def safe_output(path, inputs=()) -> Path:
         raise LabError(
             f"{path} is the name of an archive's own file: give another name for the output"
         )
+    _check_marks(path, marks)
     return path
+
+
+def _check_marks(path, marks):
+    "LabError if a file that is not empty lacks what files of ours hold."
+    if not marks or not path.exists() or not path.stat().st_size:
+        return
+    content = path.read_bytes().lower()
+    if not all(mark in content for mark in marks):
+        raise LabError(
+            f"{path} is a file of another kind than what would be written: give another name for "
+            "the output, or remove that file"
+        )
 
 
 def _identity(path):
@@ -1584,6 +1600,9 @@ with tempfile.TemporaryDirectory() as folder:
             safe_output(Path(folder) / name, inputs=[Path(folder) / "star.fits"])
         print(str(refusal.value).replace(folder, "…"))
     assert safe_output(Path(folder) / "labels.fits").name == "labels.fits"
+    (Path(folder) / "notes.csv").write_text("my only copy")
+    with pytest.raises(LabError, match="a file of another kind"):
+        safe_output(Path(folder) / "notes.csv", marks=[b"apogee_id"])
 
 
 # %% [markdown]

@@ -32,7 +32,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from glob import escape, glob
 from io import BytesIO
 from pathlib import Path, PurePosixPath
@@ -523,20 +523,20 @@ def weigh_mask(spectra: Spectra, rule: MaskRule = GENTLE) -> Spectra:
 # extremes of real spectra are 52 and 0.4. Pixels beyond these limits lose their weight, and the table of stars counts them (`STRANGE_PIXELS`).
 
 # %%
-#| export
+#| exporti
 _STRANGE_FLUX = 1e4  # in units of the star's median flux
 _STRANGE_ERROR = 1e-3  # in units of the star's median error
 
 
-def _strange_pixels(flux, ivar, product) -> np.ndarray:
+def strange_pixels(flux, ivar, max_flux=np.inf) -> np.ndarray:
     """Pixels whose numbers no star and no detector can give.
 
     Parameters
     ----------
     flux, ivar : ndarray
         (P,) of one star; ivar 0 where a pixel is unusable anyway.
-    product : Product
-        Says which flux no star has.
+    max_flux : float, optional
+        No star has more, in the unit of the flux.
 
     Returns
     -------
@@ -545,14 +545,23 @@ def _strange_pixels(flux, ivar, product) -> np.ndarray:
     """
     usable = ivar > 0
     size = np.abs(np.asarray(flux, np.float64))
-    strange = usable & (size > product.max_flux)
+    strange = usable & (size > max_flux)
     usable &= ~strange
     if usable.any():
-        level = np.median(size[usable])
-        limit = _STRANGE_FLUX * level if level > 0 else np.inf
+        sizes = size[usable]
         weights = ivar[usable].astype(np.float64)
+        if _are_alike(sizes, _STRANGE_FLUX) and _are_alike(weights, _STRANGE_ERROR**-2):
+            return strange  # as nearly always
+        level = np.median(sizes)
+        limit = _STRANGE_FLUX * level if level > 0 else np.inf
         strange |= usable & ((size > limit) | (ivar > np.median(weights) / _STRANGE_ERROR**2))
     return strange
+
+
+def _are_alike(values, times):
+    "Whether no value is so many times the median; found by counting, which is faster."
+    high = values >= 2 * values.max() / times
+    return 2 * np.count_nonzero(high) > len(values) + 1
 
 
 # %%
@@ -560,8 +569,8 @@ flux = np.full(100, 50.0, "f4")
 ivar = np.full(100, 1.0, "f4")
 flux[[3, 4]] = (1e36, -3e38)
 ivar[[4, 7]] = (0, 1e24)  # an error of 1e-12
-assert not _strange_pixels(flux[10:], ivar[10:], PRODUCTS["apstar"]).any()
-np.flatnonzero(_strange_pixels(flux, ivar, PRODUCTS["apstar"]))
+assert not strange_pixels(flux[10:], ivar[10:], PRODUCTS["apstar"].max_flux).any()
+np.flatnonzero(strange_pixels(flux, ivar, PRODUCTS["apstar"].max_flux))
 
 # %% [markdown]
 # What a file is called says what it is and whose it is. The original lab's mystery star has lost its name: then the HDUs have to say what it is, for the
@@ -601,11 +610,20 @@ def product_of(path) -> str | None:
     if what_stands_at(path):
         return None
     try:
-        _check_sane(path)
-        with fits.open(path, lazy_load_hdus=True) as hdus:
+        with _glance(path) as hdus:
             return _product_of_hdus(hdus)
     except Exception:  # whatever a damaged file makes astropy raise
         return None
+
+
+@contextmanager
+def _glance(path):
+    "The HDUs of a file of which nothing is known yet; astropy's remarks on it stay unsaid."
+    _check_sane(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AstropyWarning)
+        with fits.open(path) as hdus:
+            yield hdus
 
 
 def _product_of_hdus(hdus):
@@ -637,7 +655,7 @@ product_of(example)
 #| export
 def _combined_row(path, header):
     "The row in which a file's release keeps the combination; the usual one for unknown releases."
-    match = FILE_NAME.fullmatch(Path(path).name)
+    match = FILE_NAME.fullmatch(os.path.basename(path))
     visit = re.fullmatch(r"a[ps]Visit-([^-]+)-.*", str(header.get("SFILE1", "")).strip())
     for reduction in (match and match["reduction"], visit and visit[1]):
         for release in RELEASES.values():
@@ -656,7 +674,7 @@ _combined_row("apStar-dr17-2M17335483-2753043.fits", {})
 # Header facts go into the stars table under the names that the survey's catalogue uses for them.
 
 # %%
-#| export
+#| exporti
 _MISSING = -9000.0  # the survey writes -9999 or -9999.99 for "no value"; so do we read all below
 
 
@@ -671,7 +689,11 @@ class _Fact(NamedTuple):
 
     def read(self, header):
         "Its value in a header."
-        value = next((header[key] for key in self.keys if key in header), self.missing)
+        return self.checked(next((header[key] for key in self.keys if key in header), None))
+
+    def checked(self, value):
+        "A value, if a star can have it."
+        value = self.missing if value is None else value
         try:
             if isinstance(self.missing, str):
                 return str(value).strip()
@@ -693,6 +715,30 @@ _FACTS = (
     _Fact("RA", ("RA",), np.nan, 0, 360),
     _Fact("DEC", ("DEC",), np.nan, -90, 90),
 )
+
+
+def star_fact(column, value):
+    """A fact of a star as a file states it, if any star can have it.
+
+    Parameters
+    ----------
+    column : str
+        SNR, RA, DEC, NVISITS, J, H, K or another column of the stars that comes from a header.
+    value : object
+        Whatever stands in the file; None for nothing.
+
+    Returns
+    -------
+    float, int or str
+        In the column's type; what stands for no value (NaN, -1, "") where no star can have it.
+    """
+    (fact,) = (fact for fact in _FACTS if fact.column == column)
+    return fact.checked(value)
+
+
+# %%
+print([star_fact("DEC", value) for value in (41.3, 1e300, "north", None)])
+assert star_fact("DEC", 41.3) == 41.3 and np.isnan(star_fact("DEC", 1e300))
 
 # %%
 header = fits.Header(
@@ -848,6 +894,7 @@ def _chain(content):
 _MOST = 999  # axes of an array, or columns of a table
 
 
+@lru_cache(maxsize=256)  # the stars of an archive have the same headers but for the first
 def _data_size(header, number):
     "Bytes of an HDU's data, by section 4.4 of the FITS standard."
 
@@ -1047,7 +1094,7 @@ def _check_cards(header, number):
 
 def _check_star(path, header):
     "Raise _Wrong if the header names another star than the file, or the spectrum is not at rest."
-    match = FILE_NAME.fullmatch(Path(path).name)
+    match = FILE_NAME.fullmatch(os.path.basename(path))
     named = str(header.get("OBJID", header.get("OBJ", ""))).strip()
     if match and not same_star(named, match["id"]):
         raise _Wrong(f"holds another star: its header says {named}, its name {match['id']}")
@@ -1127,6 +1174,7 @@ class _PlainHeader:
         return usual if card is None else self._value(card)
 
     @staticmethod
+    @lru_cache(maxsize=4096)  # most cards are the same in all files
     def _value(card):
         "What stands in a card."
         number = _NUMBER.fullmatch(card, 10) if card[8:10] == b"= " else None
@@ -1138,7 +1186,15 @@ class _PlainHeader:
 
 
 # %%
-cards = _PlainHeader(
+#| export
+@lru_cache(maxsize=256)  # the stars of an archive have the same headers but for the first
+def _plain_header(data):
+    "The cards of a header; nobody changes them, so that files may share them."
+    return _PlainHeader(data)
+
+
+# %%
+cards = _plain_header(
     b"SNR     =                123.5 / good".ljust(80) + b"OBJID   = 'Castor  '".ljust(80)
 )
 print(cards["SNR"], cards["OBJID"], cards.get("VRAD"))
@@ -1156,7 +1212,7 @@ class _PlainHdu:
             stop = content.find(_HEADER_END, stop + 1)
         if stop < 0:
             raise _NotPlain
-        self.header = _PlainHeader(content[start:stop])
+        self.header = _plain_header(content[start:stop])
         head = self.header
         right = isinstance(head.get("XTENSION"), str)
         if first:
@@ -1276,6 +1332,7 @@ with fits.open(example) as hdus:
 
 # %%
 #| export
+_SEVEN_BITS = "damaged: each byte lost its first bit, as when sent as text; fetch it again"
 _TINY = 1e-18  # the square of a smaller error is no number of single precision
 
 
@@ -1306,12 +1363,13 @@ def _read_star(path, product, row, sha256="") -> _Star:
         mask = None if product.mask is None else _pixels(hdus[product.mask], row).astype(np.int32)
         facts = {fact.column: fact.read(header) for fact in _FACTS}
     if content.isascii() and flux.any():  # numbers of so many pixels use all eight bits
-        raise _Wrong("damaged: each byte lost its first bit, as when sent as text; fetch it again")
-    match = FILE_NAME.fullmatch(Path(path).name)
+        raise _Wrong(_SEVEN_BITS)
+    facts["FILE"] = os.path.basename(path)
+    match = FILE_NAME.fullmatch(facts["FILE"])
     facts["APOGEE_ID"] = match["id"] if match else facts["APOGEE_ID"] or Path(path).stem
-    facts["FILE"] = Path(path).name
     ivar = inverse_variance(flux, error, product)
-    strange = _strange_pixels(flux, ivar, product) | ((error > 0) & (error < _TINY))
+    strange = strange_pixels(flux, ivar, product.max_flux)
+    strange |= (error > 0) & (error < _TINY)
     facts["STRANGE_PIXELS"] = int(strange.sum())
     facts["VERIFIED"] = verified
     if strange.any():
@@ -1338,8 +1396,7 @@ seen.facts
 def _kind_of_fits(path):
     "What a FITS file is, in words, if it is well known; empty if not."
     try:
-        _check_sane(path)
-        with fits.open(path) as hdus:
+        with _glance(path) as hdus:
             second = hdus[1]
             names = [hdu.name for hdu in hdus[1:3]]
             columns = set() if second.is_image else {name.upper() for name in second.columns.names}
@@ -1397,6 +1454,7 @@ def _reason(path, error, wanted="apStar or aspcapStar files"):
     kind = _kind_of_fits(path)
     is_wanted = "allStar" in kind and "allStar" in wanted
     is_wanted |= kind.startswith("a spectrum") and "apStar" in wanted
+    is_wanted |= kind.startswith("an apVisit file") and "apVisit" in wanted
     if kind and not is_wanted:
         return f"{kind}: give {wanted}"
     return _in_words(error)
@@ -1447,6 +1505,65 @@ def _try_star(path, sha256="", product=None, row=None) -> _Star | Problem:
 assert isinstance(_try_star(example, product=PRODUCTS["apstar"]), _Star)
 for path in (example.parent, os.devnull):
     print(_try_star(path, product=PRODUCTS["apstar"]).reason)
+
+
+# %% [markdown]
+# Other rooms read other files of a star: visits, the files of SDSS-V, spectra of one's own. They get the same look at the evidence.
+
+# %%
+#| exporti
+@contextmanager
+def checked_hdus(path, wanted="spectra"):
+    """The HDUs of a FITS file of one star, of whatever kind, whose bytes are all there and fit all
+    checksums that anybody noted.
+
+    Parameters
+    ----------
+    path : path
+        Of a file, packed or not.
+    wanted : str, optional
+        What should be given in place of a file of a known other kind.
+
+    Yields
+    ------
+    hdus : HDUList
+        Open until the block ends.
+    verified : bool
+        Whether a checksum was there to compare with.
+
+    Raises
+    ------
+    LabError
+        Where the file is damaged, or none; or where the block stumbles over what it holds.
+    """
+    try:
+        if what_stands_at(path):
+            raise _Wrong("not a file")
+        content, places, verified = _checked_content(path, *known_sums([path]))
+        _check_eight_bits(content, places)
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore", AstropyWarning)  # said by the reason
+            with fits.open(BytesIO(content)) as hdus:
+                yield hdus, verified
+    except LabError:
+        raise
+    except Exception as error:  # a damaged file can make any layer below raise anything
+        said = f"{Path(path).name}" if os.path.exists(path) else f"cannot read {path}"
+        raise LabError(f"{said}: {_reason(path, error, wanted)}") from error
+
+
+def _check_eight_bits(content, places):
+    "Raise _Wrong if no byte uses its first bit, although there are numbers."
+    numbers = any(content[place.data : place.data + place.size].strip(b"\0") for place in places)
+    if numbers and b"XTENSION= 'TABLE" not in content and content.isascii():
+        raise _Wrong(_SEVEN_BITS)
+
+
+# %%
+with checked_hdus(example) as (hdus, verified):
+    print(f"{len(hdus)} HDUs of {hdus[0].header['OBJID']}; compared with a checksum: {verified}")
+with pytest.raises(LabError, match="not a file"), checked_hdus(example.parent):
+    pass
 
 
 # %% [markdown]

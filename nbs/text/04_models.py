@@ -2360,6 +2360,8 @@ def _model_of(cls, tree):
             if name.endswith("_"):
                 if name not in entries and hasattr(cls, name):
                     raise WrongFile(f"it has the entry {name}")
+                if value is None and name in _OF_LEFT_OUT_STARS:
+                    continue  # as if the file did not name it: nobody has learned it
                 setattr(model, name, _guard(value, file) if name == "refusal_" else value)
         if not hasattr(model, "wavelength_"):
             model.wavelength_ = None  # it may be unknown

@@ -23,20 +23,19 @@ import copy
 import math
 import re
 import warnings
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import astropy.units as u
 import numpy as np
 from astropy.io import ascii as text_tables
-from astropy.io import fits
 from astropy.table import QTable, Table
 from scipy.ndimage import gaussian_filter1d
 from scipy.sparse import csr_array
 from sklearn.utils.validation import check_is_fitted
 
 from stellar_lab.cannon import Cannon
+from stellar_lab.clean import checked_hdus, strange_pixels
 from stellar_lab.inversion import infer
 from stellar_lab.models import Flag, LabelModel
 from stellar_lab.normalize import as_trained, continuum, continuum_steps, normalize
@@ -46,6 +45,8 @@ from stellar_lab.survey import (
     air_to_vacuum,
     chip_slices,
     plot_spectrum,
+    said_of,
+    what_stands_at,
 )
 from stellar_lab.survey import wavelength as SURVEY_GRID
 
@@ -294,6 +295,7 @@ with pytest.raises(LabError, match="give one of them"):
 
 # %%
 #| export
+@np.errstate(all="ignore")  # what a file holds may be any number
 def from_arrays(
     wavelength,
     flux,
@@ -364,8 +366,22 @@ def from_arrays(
         angstrom = air_to_vacuum(angstrom)
     order = _order(angstrom)
     order = order[_in_range(angstrom[order], _BEYOND)]
+    strange = _strange(flux[order], ivar[order])
+    flux[order] = np.where(strange, 0, flux[order])
+    ivar[order] = np.where(strange, 0, ivar[order])
     sharp = sharp if np.ndim(sharp) == 0 else sharp[order]
-    return _as_spectra(angstrom[order], flux[order], ivar[order], velocity, sharp, name, notes)
+    star = _as_spectra(angstrom[order], flux[order], ivar[order], velocity, sharp, name, notes)
+    star.stars["STRANGE_PIXELS"] = [int(strange.sum())]
+    return star
+
+
+_FEW = 0.1  # of the pixels; where more are odd, it is the usual ones that mean nothing
+
+
+def _strange(flux, ivar):
+    "Pixels (P,) bool that hold what no star and no detector can give; few, or none."
+    strange = strange_pixels(flux, ivar)
+    return strange & (strange.sum() <= _FEW * np.count_nonzero(ivar > 0))
 
 
 # %%
@@ -487,6 +503,11 @@ def _split_name(name):
     return base, _SUFFIXES.get(said, None), air
 
 
+def _shown(names):
+    "Names of columns for a message, whatever a damaged file holds in their place."
+    return ", ".join(name if name.isprintable() else ascii(name) for name in names)
+
+
 def _find_columns(names):
     "Role -> (name of the column, unit, air) in a table with these columns."
     found = {}
@@ -508,6 +529,7 @@ assert _split_name("lambda_air") == ("lambda", None, True)
 
 # %%
 #| export
+@np.errstate(all="ignore")  # what a file holds may be any number
 def from_table(table, **options) -> Spectra:
     """A spectrum of one star, from a table.
 
@@ -532,7 +554,7 @@ def from_table(table, **options) -> Spectra:
     if not {"wavelength", "flux"} <= roles.keys():
         lacking = " and ".join(sorted({"wavelength", "flux"} - roles.keys()))
         raise LabError(
-            f"the table has no column of {lacking}: it has {', '.join(table.colnames)}; "
+            f"the table has no column of {lacking}: it has {_shown(table.colnames)}; "
             "call them wavelength, flux and error (or ivar)"
         )
     if not roles.keys() & {"error", "ivar"}:
@@ -565,7 +587,8 @@ def _column(column):
     try:
         return np.ravel(np.ma.filled(np.ma.asarray(values, dtype=float), np.nan))
     except (TypeError, ValueError) as error:
-        raise LabError(f"the column {column.info.name} holds no numbers ({error})") from error
+        named = _shown([column.info.name])
+        raise LabError(f"the column {named} holds no numbers") from error
 
 
 def _known_unit(unit):
@@ -616,7 +639,7 @@ def _comments(path):
 
 
 def _read_text(path):
-    "Table and options of a text file; LabError where it is none."
+    "Table and options of a text file, which has no checksum; LabError where it is none."
     try:
         table = text_tables.read(path)
     except Exception as error:  # whatever the guessing of formats comes to
@@ -629,7 +652,7 @@ def _read_text(path):
         nameless = all(re.fullmatch(r"col\d+", name) for name in names)
         if nameless and len(names) in (2, 3):
             table.rename_columns(names, ("wavelength", "flux", "error")[: len(names)])
-    return table, _comments(path)
+    return table, _comments(path), False
 
 
 # %%
@@ -657,20 +680,20 @@ def _of_image(hdus, path):
 
 
 def _read_fits(path):
-    "Table and options of a FITS file; LabError where it holds no spectrum."
-    with fits.open(path) as hdus:
+    "Table, options and whether a checksum fits, of a FITS file; LabError for no spectrum."
+    with checked_hdus(path) as (hdus, verified):
+        options = _of_header(hdus[0].header)
         for hdu in hdus[1:]:
             names = [] if hdu.is_image else hdu.columns.names
             if {"wavelength", "flux"} <= _find_columns(names).keys():
-                return Table.read(hdus, hdu=hdus.index_of(hdu)), _of_header(hdus[0].header)
+                return Table.read(hdus, hdu=hdus.index_of(hdu)), options, verified
         table = _of_image(hdus, path)
-        options = _of_header(hdus[0].header)
     if table is None:
         raise LabError(
             f"{path} holds no spectrum that we know: give a table with columns wavelength, flux "
             "and error, or an image of one axis with CRVAL1 and CDELT1"
         )
-    return table, options
+    return table, options, verified
 
 
 def _of_header(header):
@@ -686,8 +709,10 @@ def _read_numpy(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: np.squeeze(file[name]) for name in file.files}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise LabError(f"{path} cannot be read: {error}; is it cut short?") from error
+    except Exception as error:  # whatever a damaged file comes to
+        raise LabError(
+            f"{path} is damaged: what is packed in it cannot be read; is it cut short?"
+        ) from error
     columns = {name: array for name, array in arrays.items() if array.ndim == 1}
     sizes = {len(array) for array in columns.values()}
     if len(sizes) != 1:
@@ -699,7 +724,7 @@ def _read_numpy(path):
     table = Table(columns)
     if "wavelength" not in _find_columns(columns) and sizes == {len(SURVEY_GRID)}:
         table["wavelength"] = SURVEY_GRID
-    return table, {}
+    return table, {}, True  # an archive of zip has a checksum for each array
 
 
 def is_text(path) -> bool:
@@ -722,7 +747,7 @@ def holds_spectrum(path) -> bool:
     if is_text(path) or Path(path).suffix.lower() == ".npz":
         return True
     try:
-        with fits.open(path, lazy_load_hdus=True) as hdus:
+        with checked_hdus(path) as (hdus, _):
             if any(hdu.name == "COADD" for hdu in hdus[1:]):  # an optical spectrum of the survey
                 return False
             tables = [hdu.columns.names for hdu in hdus[1:] if not hdu.is_image]
@@ -761,6 +786,9 @@ def read_spectrum(path, **options) -> Spectra:
     >>> star = read_spectrum("my.csv", velocity=-12.3, resolution=11_000)  # doctest: +SKIP
     """
     path = Path(path)
+    other = what_stands_at(path)
+    if other:
+        raise LabError(f"{path} is {other}, not a file: give a spectrum")
     try:
         with open(path, "rb") as file:
             start = file.read(80)
@@ -772,14 +800,14 @@ def read_spectrum(path, **options) -> Spectra:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd units of other people's columns
-            if start.startswith(b"PK"):
-                table, noted = _read_numpy(path)
-            else:
-                table, noted = _read_fits(path) if packed else _read_text(path)
+            read = _read_fits if packed else _read_text
+            read = _read_numpy if start.startswith(b"PK") else read
+            table, noted, verified = read(path)
     except (OSError, EOFError) as error:
-        raise LabError(f"{path} cannot be read: {error}; is it cut short?") from error
+        raise LabError(f"{path} cannot be read ({said_of(error)}); is it cut short?") from error
     spectra = _named(path, table, {"name": path.stem} | noted | options)
     spectra.stars["FILE"] = [path.name]
+    spectra.stars["VERIFIED"] = [verified]
     return spectra
 
 
@@ -981,12 +1009,15 @@ def _sampling(grid, new, fwhm, average=False):
     """The `_Sampling` of a model's grid at other wavelengths (Q,), blurred by `fwhm` (Q,) Angstrom.
 
     With `average`, pixels wider than the grid's take in all that they cover."""
-    rows, columns, values = [], [], []
+    rows, columns = [np.zeros(0, int)], [np.zeros(0, int)]
+    values = [np.zeros(0)]
     inside = np.zeros(len(new), bool)
     dense = np.ones(len(new))
     blur = np.zeros(len(new))
     for piece in _pieces(grid):
         part = np.log(grid[piece])
+        if len(part) < 2:
+            continue  # a lone pixel, between which nothing lies
         step = np.median(np.diff(part))
         here = np.flatnonzero((new >= grid[piece][0]) & (new <= grid[piece][-1]))
         place = np.interp(np.log(new[here]), part, np.arange(len(part)))

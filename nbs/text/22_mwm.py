@@ -38,10 +38,13 @@ from astropy.table import Table, vstack
 from stellar_lab.clean import (
     Ledger,
     apply_cuts,
+    checked_hdus,
     dark_pixels,
     find_catalogue,
     find_files,
     inverse_variance,
+    star_fact,
+    strange_pixels,
 )
 from stellar_lab.normalize import drop_masked, normalize, weigh_by
 from stellar_lab.survey import (
@@ -99,7 +102,7 @@ def mwm_kind(path) -> str | None:
     if match:
         return f"mwm{match['kind'].lower()}"
     try:
-        with fits.open(path, lazy_load_hdus=True) as hdus:
+        with checked_hdus(path) as (hdus, _):
             tables = [hdu for hdu in hdus[1:] if hdu.name.upper().startswith(("APOGEE/", "BOSS/"))]
             if not tables:
                 return None
@@ -109,25 +112,18 @@ def mwm_kind(path) -> str | None:
         return None
 
 
-def _tables(path):
-    "Observatory -> its APOGEE table with rows, what else the file holds, and its first header."
+def _tables(hdus):
+    "Observatory -> its APOGEE table with rows, and its header; what else the file holds."
     found = {}
     others = []
-    try:
-        with fits.open(path) as hdus:
-            primary = hdus[0].header.copy()
-            for hdu in hdus[1:]:
-                instrument, _, observatory = hdu.name.upper().partition("/")
-                rows = 0 if hdu.is_image else hdu.header["NAXIS2"]
-                if instrument == "APOGEE" and rows:
-                    found[observatory.lower()] = (Table(hdu.data), hdu.header.copy())
-                elif rows:
-                    others.append(hdu.name)
-    except OSError as error:
-        raise LabError(f"cannot read {path}: {error.strerror or error}") from error
-    except (TypeError, ValueError, KeyError) as error:
-        raise LabError(f"{path} is damaged ({error}): fetch it again") from error
-    return found, others, primary
+    for hdu in hdus[1:]:
+        instrument, _, observatory = hdu.name.upper().partition("/")
+        rows = 0 if hdu.is_image else hdu.header["NAXIS2"]
+        if instrument == "APOGEE" and rows:
+            found[observatory.lower()] = (Table(hdu.data), hdu.header)
+        elif rows:
+            others.append(hdu.name)
+    return found, others
 
 
 def _version_notes(path, primary):
@@ -180,18 +176,20 @@ def _facts(columns, row, path, observatory, primary):
         found = columns[name][row] if name in columns else missing
         return found.strip() if isinstance(found, str) else found
 
-    def card(key):
-        number = primary.get(key)
-        return float(number) if isinstance(number, (int, float)) else np.nan
-
     telescope = str(value("telescope", "")) or {"apo": "apo25m", "lco": "lco25m"}[observatory]
     sdss_id = int(value("sdss_id", primary.get("SDSS_ID", -1)))
+    match = _NAME.fullmatch(Path(path).name)
+    if match and sdss_id not in (-1, int(match["sdss_id"])):
+        raise LabError(
+            f"{Path(path).name} holds another star: its table says {sdss_id}, its name "
+            f"{match['sdss_id']}"
+        )
     name = str(value("obj", "")) or str(sdss_id)
     facts = {"APOGEE_ID": name, "SDSS_ID": sdss_id, "TELESCOPE": telescope, "FIELD": ""}
-    facts |= {"LOCATION_ID": -1, "SNR": float(value("snr", np.nan))}
-    facts |= {"NVISITS": int(value("n_visits", -1))}
-    facts |= {band: card(f"{band}_MAG") for band in "JHK"}
-    facts |= {"RA": card("RA"), "DEC": card("DEC")}
+    facts |= {"LOCATION_ID": -1, "SNR": star_fact("SNR", value("snr", None))}
+    facts |= {"NVISITS": star_fact("NVISITS", value("n_visits", None))}
+    facts |= {band: star_fact(band, primary.get(f"{band}_MAG")) for band in "JHK"}
+    facts |= {name: star_fact(name, primary.get(name)) for name in ("RA", "DEC")}
     return facts | {"MJD": int(value("mjd", -1)), "FILE": Path(path).name}
 
 
@@ -217,6 +215,12 @@ def _spectra_of(columns, header, path, observatory, primary):
         flags = np.atleast_2d(np.asarray(columns["pixel_flags"], float))[:, on_band]
         mask = np.nan_to_num(flags, nan=1).astype(np.int64).astype(np.int32)  # 1: a bad pixel
     facts = [_facts(columns, row, path, observatory, primary) for row in range(len(flux))]
+    rules = PRODUCTS["apstar"]
+    strange = [strange_pixels(*star, rules.max_flux) for star in zip(flux, ivar)]
+    ivar = np.where(strange, np.float32(0), ivar)
+    flux = np.where(strange, 0, flux)
+    for fact, pixels in zip(facts, strange):
+        fact["STRANGE_PIXELS"] = int(pixels.sum())
     stars = Table({name: [fact[name] for fact in facts] for name in facts[0]})
     stars.meta = {"product": "apstar", "normalized": False, "row": None, "level": 1.0}
     stars.meta["notes"] = _version_notes(path, primary)
@@ -247,7 +251,16 @@ def read_mwm(path, observatory: str = None) -> Spectra:
     LabError
         where there is no APOGEE spectrum, or the table is of another version
     """
-    found, others, primary = _tables(path)
+    with checked_hdus(path, "mwmStar or mwmVisit files") as (hdus, verified):
+        spectra = _read_tables(hdus, path, observatory)
+    spectra.stars["VERIFIED"] = verified
+    return spectra
+
+
+def _read_tables(hdus, path, observatory):
+    "`Spectra` of a file's HDUs."
+    found, others = _tables(hdus)
+    primary = hdus[0].header
     if not found:
         if others:
             raise LabError(

@@ -26,7 +26,15 @@ from stellar_lab.models import label_values, number_array
 from stellar_lab.normalize import training_set
 from stellar_lab.refusal import FAULTS, spoiled
 from stellar_lab.results import contests
-from stellar_lab.survey import LabError, Spectra, atomic_path, safe_output
+from stellar_lab.survey import (
+    LabError,
+    Spectra,
+    WrongFile,
+    atomic_path,
+    safe_output,
+    said_of,
+    what_stands_at,
+)
 
 # %%
 #| hide
@@ -159,16 +167,18 @@ def read_predictions(path) -> Table:
     LabError
         where there is no file, or no table in it
     """
+    other = what_stands_at(path)
+    if other:
+        raise LabError(f"{path} is no table of predictions (it is {other}, not a file)")
     try:
         table = Table.read(path, format="ascii.csv") if _is_csv(path) else Table.read(path)
         if not len(table):
-            raise ValueError("it has no rows")
+            raise WrongFile("it has no rows")
         return table
     except FileNotFoundError as error:
         raise LabError(f"there is no file {path}") from error
     except Exception as error:  # a file can hold anything
-        said = next(iter(str(error).splitlines()), "it is empty")
-        raise LabError(f"{path} is no table of predictions ({said})") from error
+        raise LabError(f"{path} is no table of predictions ({said_of(error)})") from error
 
 
 def _is_csv(path):
@@ -454,7 +464,7 @@ def write_contest(root, folder, product: str = None, progress: bool = False) -> 
     folder = Path(folder)
     paths = [folder / "folds.csv", folder / "garbage.fits"]
     for path in paths:
-        safe_output(path, [root])
+        safe_output(path, [root], [b"apogee_id"])
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_path(paths[0]) as temporary:
         folds.write(temporary, format="ascii.csv")

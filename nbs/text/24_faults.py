@@ -296,8 +296,9 @@ assert -signal.SIGKILL == -9
 
 # %% [markdown]
 # ## The whole campaign
-# `make faults` does the same in earnest. It knows some hundred kinds of faults, each with its own judge: stars, catalogues, models, records, servers, numbers, outputs, kills, and resources that run short. The whole campaign tries each
-# many times, at places that a seed decides. The table below is the record of its quick part, a few faults of each kind but kills and most resources, which also runs with the tests: `python tools/faults.py --quick --record`.
+# `make faults` does the same in earnest. It knows some 150 kinds of faults, each with its own judge: stars, spectra of visits, of SDSS-V and of one's own, catalogues, models, networks, records, servers, numbers, outputs, kills,
+# and resources that run short. It tries each many times, at places that a seed decides, and takes some 25 minutes of one processor; with `--said FILE` it keeps what was said of each fault, and a campaign that was stopped
+# goes on there. A quick part, a few faults of most kinds, runs with the tests (`python tools/faults.py --quick`). The table below is the record of what was tried.
 
 # %%
 with data_file("faults.ecsv") as path:

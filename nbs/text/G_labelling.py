@@ -75,6 +75,7 @@ from stellar_lab.survey import (
     on_band,
     plain_text,
     require,
+    safe_output,
     write_table,
 )
 from stellar_lab.training import believable, check_target, load_model
@@ -409,8 +410,9 @@ def _label_elsewhere(model, path, kind):
     rule = model.metadata_.get("mask_rule") if kind == "apvisit" else None
     spectra = _ELSEWHERE[kind](path, **({"rule": MaskRule.parse(rule)} if rule else {}))
     if kind.startswith("mwm"):  # on the survey's pixels, at rest
-        table = infer(model, as_trained(model, spectra), any_recipe=True)
-        _add_facts(table, spectra)
+        treated, wild = believable(as_trained(model, spectra))
+        table = infer(model, treated, any_recipe=True)
+        _add_facts(table, spectra, wild)
         notes = spectra.stars.meta.get("notes", [])
         table.meta["said"] = [f"{Path(path).name}: {note}" for note in notes]
         return table
@@ -1422,6 +1424,24 @@ def _own_table(number, name, star, made):
     return hdu
 
 
+def check_spectra_target(path, inputs=()):
+    """Spectra can be written to a path, and replace nothing but spectra that were written before.
+
+    Parameters
+    ----------
+    path : str or Path
+        .fits file
+    inputs : sequence of paths
+        files that are read
+
+    Raises
+    ------
+    LabError
+        where they cannot
+    """
+    check_target(path, (".fits",), "spectra", inputs, [b"residual"])
+
+
 def write_spectra(model, table, path, row: int = None):
     """Write the best-fitting spectrum of each star and what it leaves, as FITS.
 
@@ -1441,7 +1461,7 @@ def write_spectra(model, table, path, row: int = None):
     """
     if len(table) > _MOST_SPECTRA:
         raise LabError(f"{len(table)} spectra are too many for one file: label in parts")
-    check_target(path, (".fits",), "spectra")
+    check_spectra_target(path, [path for path in map(str, table["file"])])
     images = {"FLUX": [], "IVAR": [], "MODEL": [], "RESIDUAL": []}
     names = []
     files = []
@@ -1503,6 +1523,7 @@ def plot_stars(model, table, folder, row: int = None) -> list:
         for number in range(len(star)):
             stem = Path(file).name.split(".fits")[0]
             written.append(folder / f"{stem}{f'-{number + 1}' if len(star) > 1 else ''}.png")
+            safe_output(written[-1], [file], [b"matplotlib"])
             axes = plot_fit(there, star, number, label_values(labels[[number]], model.label_names_))
             with atomic_path(written[-1]) as temporary:
                 axes[0].figure.savefig(temporary)

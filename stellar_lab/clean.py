@@ -356,7 +356,8 @@ def weigh_mask(spectra: Spectra, rule: MaskRule = GENTLE) -> Spectra:
     -------
     Spectra
         with an empty mask, so that `normalize` and `as_trained` take nothing more, and the rule in
-        ``stars.meta["mask_rule"]``
+        ``stars.meta["mask_rule"]``; where errors were raised, the column DOUBTFUL says of which
+        pixels
 
     Raises
     ------
@@ -370,6 +371,9 @@ def weigh_mask(spectra: Spectra, rule: MaskRule = GENTLE) -> Spectra:
     factor = rule.factors(spectra.mask)
     stars = spectra.stars.copy(copy_data=False)
     stars.meta["mask_rule"] = str(rule)
+    raised = (factor > 1) & np.isfinite(factor)
+    if raised.any():
+        stars["DOUBTFUL"] = raised
     ivar = (spectra.ivar / factor**2).astype(np.float32)
     return spectra.replace(ivar=ivar, mask=np.zeros_like(spectra.mask), stars=stars)
 

@@ -128,11 +128,13 @@ def read_visit(path, velocity=None, rule: MaskRule = GENTLE, lsf: bool = False) 
     if velocity is None:
         velocity = _header_velocity(header)
     with np.errstate(invalid="ignore"):
-        error = np.where(error < 1e10, error, 0) * rule.factors(mask)
+        factors = rule.factors(mask)
+        error = np.where(error < 1e10, error, 0) * factors
     name = str(header.get("OBJID", Path(path).stem)).strip()
     velocity = None if velocity == "measure" else velocity
     widths = _lsf_widths(path, angstrom).ravel() if lsf else None
     how = {"unit": "AA", "velocity": velocity, "name": name, "fwhm": widths}
+    how |= {"doubtful": factors > 1}
     visit = from_arrays(angstrom, flux, error, **how)
     facts = {"FILE": Path(path).name, "TELESCOPE": str(header.get("TELESCOP", "")).strip()}
     facts |= {"RA": header.get("RA", np.nan), "DEC": header.get("DEC", np.nan)}
@@ -160,7 +162,7 @@ def _detector():
 
 
 def made_visit(
-    grid, flux, error, velocity, bc=0.0, name="star", mjd=58_000, seed=0
+    grid, flux, error, velocity, bc=0.0, name="star", mjd=58_000, seed=0, good=None
 ) -> fits.HDUList:
     """An apVisit file of a star whose spectrum is known.
 
@@ -172,6 +174,8 @@ def made_visit(
         of the noise of the visit's pixels, in the unit of the flux
     velocity, bc : float
         of the star in the frame of the observatory, barycentric correction [km/s]
+    good : (P,) bool array, optional
+        where the spectrum is known; elsewhere the visit's pixels are flagged as bad
 
     Returns
     -------
@@ -180,7 +184,8 @@ def made_visit(
     angstrom = _detector()
     rest = angstrom / (1 + velocity / LIGHT)
     order = np.argsort(rest, axis=None)
-    sharp, weight = interpolate(grid, flux, np.ones(len(grid)), rest.ravel()[order])
+    weight = np.ones(len(grid)) if good is None else np.asarray(good, float)
+    sharp, weight = interpolate(grid, flux, weight, rest.ravel()[order])
     seen = np.zeros(rest.size)
     known = np.zeros(rest.size, bool)
     seen[order] = sharp

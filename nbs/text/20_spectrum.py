@@ -301,6 +301,7 @@ def from_arrays(
     ivar=None,
     *,
     mask=None,
+    doubtful=None,
     unit=None,
     air: bool = False,
     velocity: float = None,
@@ -320,6 +321,8 @@ def from_arrays(
         1-sigma error, or inverse variance; one of them. NaN, 0 and negative mark unusable pixels
     mask : (P,) bool array, optional
         True where a pixel is unusable
+    doubtful : (P,) bool array, optional
+        True where a pixel counts for the labels, but a model's guard should not look at it
     unit : str or Unit, optional
         of the wavelengths; guessed from the numbers by default
     air : bool, default False
@@ -365,7 +368,11 @@ def from_arrays(
     order = _order(angstrom)
     order = order[_in_range(angstrom[order], _BEYOND)]
     sharp = sharp if np.ndim(sharp) == 0 else sharp[order]
-    return _as_spectra(angstrom[order], flux[order], ivar[order], velocity, sharp, name, notes)
+    star = _as_spectra(angstrom[order], flux[order], ivar[order], velocity, sharp, name, notes)
+    if doubtful is None:
+        return star
+    doubt = _plain(doubtful, "doubtful", len(angstrom))[order]
+    return star.replace(mask=(doubt != 0).astype(np.int32)[None])
 
 
 # %%
@@ -1724,7 +1731,7 @@ def _read_once(model, spectra, resolution):
 
 # %% [markdown]
 # A model may have [a guard](18_refusal.ipynb), which says when no star like the training stars explains a spectrum. It knows its own pixels alone. So for the guard, and for nothing else, the
-# star is interpolated onto these pixels, with the smaller of two weights: that of a pixel by itself and the effective one. It then asks its usual questions. One answer gains a meaning: a
+# star is interpolated onto these pixels, with the smaller of two weights: that of a pixel by itself and the effective one. It then asks its usual questions, of pixels beyond doubt. One answer gains a meaning: a
 # *velocity* that is left over says that the velocity that was given is wrong. Lines that are blurred on purpose would all be called broadened, so there it stays silent, and a note says so.
 
 # %%
@@ -1746,7 +1753,14 @@ def _guarded(model, spectra, resolution, table, notes):
             raise LabError("it sees too few of its pixels")
         flux = np.where(weight > 0, flux, 0).astype(np.float32)[None]
         star = Spectra(model.wavelength_, flux, weight.astype(np.float32)[None], spectra.stars)
-        seen = guard.examine(as_trained(model, _raw(star)), table.copy())
+        star = as_trained(model, _raw(star))
+        if spectra.mask is not None:
+            clean = np.where(spectra.mask[0] == 0, spectra.ivar[0], 0)
+            doubtful = weight > 0
+            if clean.any():
+                doubtful &= interpolate(*parts[:2], clean, parts[3])[1] == 0
+            star.stars["DOUBTFUL"] = doubtful[None]
+        seen = guard.examine(star, table.copy())
     except LabError as error:
         notes.append(f"the guard did not look: {error}")
         return

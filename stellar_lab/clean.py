@@ -984,11 +984,14 @@ def _kind_of_fits(path):
     try:
         _check_sane(path)
         with fits.open(path) as hdus:
+            if len(hdus) == 1:
+                return _other_fits(path, hdus[0])
             second = hdus[1]
             names = [hdu.name for hdu in hdus[1:3]]
             columns = set() if second.is_image else {name.upper() for name in second.columns.names}
             product = _product_of_hdus(hdus) if len(hdus) > 3 else None
             shape = second.shape if second.is_image else None
+            other = _other_fits(path, second)
     except Exception:  # whatever a damaged file makes astropy raise
         return ""
     if names[:1] == ["COADD"]:
@@ -997,7 +1000,17 @@ def _kind_of_fits(path):
         return "an apVisit file, a single visit on the detectors' own pixels"
     if "APOGEE_ID" in columns:
         return _kind_of_table(columns)
-    return f"a spectrum, an {product} file" if product else ""
+    return f"a spectrum, an {product} file" if product else other
+
+
+def _other_fits(path, hdu):
+    "What an HDU holds, in words, if the file's name does not say that it is a star."
+    if FILE_NAME.fullmatch(Path(path).name):
+        return ""
+    if hdu.is_image:
+        return f"an image of {' x '.join(map(str, hdu.shape))} pixels" if hdu.shape else ""
+    names = hdu.columns.names
+    return f"a table of {', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
 
 
 def _kind_of_table(columns):
@@ -1027,9 +1040,8 @@ def _reason(path, error, wanted="apStar or aspcapStar files"):
     if start.startswith(_POINTER):
         return "a pointer of Git LFS, not the file itself: fetch it with 'git lfs pull'"
     if any(map(start.startswith, _PACKINGS)):
-        if isinstance(error, _Wrong):
-            return str(error)
-        if problem := _packing_problem(path):
+        problem = "" if isinstance(error, _Wrong) else _packing_problem(path)
+        if problem:
             return problem
     elif not start.startswith(b"SIMPLE") and not start.startswith(_ZIPPED):
         return f"not a FITS file: it begins with {start[:20].decode('latin-1')!r}"

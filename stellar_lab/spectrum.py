@@ -274,8 +274,9 @@ def from_arrays(
     sharp = _sharpness(resolution, fwhm, wavelength, len(angstrom))
     if air:
         angstrom = air_to_vacuum(angstrom)
+    with np.errstate(invalid="ignore"):  # what lies elsewhere, such as 0 for a missing chip
+        angstrom = np.where(_in_range(angstrom, _BEYOND), angstrom, np.nan)
     order = _order(angstrom)
-    order = order[_in_range(angstrom[order], _BEYOND)]
     sharp = sharp if np.ndim(sharp) == 0 else sharp[order]
     star = _as_spectra(angstrom[order], flux[order], ivar[order], velocity, sharp, name, notes)
     if doubtful is None:
@@ -627,7 +628,7 @@ def _read_text(path):
     if start.startswith("# MIST"):
         raise LabError(f"{path} holds isochrones (MIST), no spectrum")
     if start.lower().startswith(("<!doctype html", "<html")):
-        raise LabError(f"{path} is a page of the web, no spectrum: was the download refused?")
+        raise LabError(f"{path} is no table of text but a page of the web: was the download refused?")
     try:
         if start.startswith("# %ECSV"):
             return Table.read(text.split("\n"), format="ascii.ecsv"), {}
@@ -1594,6 +1595,16 @@ def _guarded(model, spectra, resolution, table, notes):
 
 
 _LEAST_SEEN = 0.5  # share of the model's pixels that the guard must see
+_FAR_OFF = 10.0  # km/s between a velocity that was given and where the lines stand
+
+
+def _velocity_note(model, spectra, resolution, told):
+    "A sentence, in a list, where lines stand far from the velocity that was given."
+    with suppress(LabError):
+        off = measure_velocity(model, spectra, resolution)
+        if abs(off) > _FAR_OFF:
+            return [f"lines stand at {told + off:.0f} km/s, not at the {told:.1f} that was given"]
+    return []
 
 # %% ../nbs/20_spectrum.ipynb #78e3a6dd
 def label_star(
@@ -1653,6 +1664,8 @@ def label_star(
             if abs(step) < 0.3 * error:
                 break
     _guarded(model, _at_rest(spectra, shift), resolution, table, notes)
+    if told is not None and velocity is None and isinstance(model, Cannon):
+        notes += _velocity_note(model, spectra, resolution, told)
     if measured:
         notes.append(f"velocity measured: {shift:.2f} +- {error:.2f} km/s in the frame of the file")
     table["velocity"] = [shift + (told or 0.0)] * u.km / u.s

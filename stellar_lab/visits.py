@@ -42,14 +42,16 @@ _SHAPE = (3, 4096)
 _UNDITHERED = (3, 2048)
 
 
-def is_visit(path) -> bool:
+def is_visit(path, whole: bool = True) -> bool:
     """Whether a file is an apVisit file: its first extensions are three chips of 4,096 pixels, or
-    of 2,048 for a visit whose exposures were not shifted by half a pixel."""
+    of 2,048 for a visit whose exposures were not shifted by half a pixel. With `whole` False the
+    flux alone will do."""
     try:
         with fits.open(path, lazy_load_hdus=True) as hdus:
             shape = hdus[1].shape
             right = shape in (_SHAPE, _UNDITHERED)
-            return right and all(hdus[k].is_image and hdus[k].shape == shape for k in (1, 2, 3, 4))
+            needed = (1, 2, 3, 4) if whole else (1,)
+            return right and all(hdus[k].is_image and hdus[k].shape == shape for k in needed)
     except Exception:  # whatever a damaged file makes astropy raise
         return False
 
@@ -59,7 +61,7 @@ def _of_visit(path):
     try:
         with fits.open(path) as hdus:
             if not is_visit(path):
-                raise LabError(f"{path} is no apVisit file: that has arrays of 3 x 4,096 pixels")
+                raise LabError(f"{path} is no apVisit file: {_no_visit(hdus)}")
             arrays = [np.array(hdus[k].data, float) for k in (1, 2)]
             arrays += [np.array(hdus[3].data, np.int64), np.array(hdus[4].data, float)]
             return hdus[0].header, arrays
@@ -70,17 +72,31 @@ def _of_visit(path):
             raise
         raise LabError(f"{path} is damaged ({error}): fetch it again") from error
 
+
+def _no_visit(hdus):
+    "What a file lacks that an apVisit file has."
+    if len(hdus) > 1 and hdus[1].shape in (_SHAPE, _UNDITHERED):
+        return "it has the pixels, but error, mask and wavelength must follow in HDUs 2 to 4"
+    return "that has arrays of 3 x 4,096 pixels"
+
 # %% ../nbs/21_visits.ipynb #1d5dfa36
 def _header_velocity(header):
-    "VRAD, else VHELIO - BC; None where the header has neither."
-    for value in (header.get("VRAD"), _difference(header.get("VHELIO"), header.get("BC"))):
-        if isinstance(value, (int, float)) and np.isfinite(value) and abs(value) < 2_000:
+    """VRAD, else VHELIO - BC; None where the header has neither, or the survey found none and wrote
+    0 or a number that no star has."""
+    numbers = {key: _number_of(header.get(key)) for key in ("VRAD", "VHELIO", "BC")}
+    for value in (numbers["VRAD"], numbers["VHELIO"] - numbers["BC"]):
+        if np.isfinite(value) and 0 < abs(value) < 2_000:
             return float(value)
     return None
 
 
-def _difference(first, second):
-    return None if first is None or second is None else first - second
+def _number_of(value):
+    "A card's value as a number; NaN for text, nothing or what stands for nothing."
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return np.nan
+    return number if abs(number) < 9_000 else np.nan
 
 
 def _lsf_widths(path, angstrom):
@@ -133,7 +149,8 @@ def read_visit(path, velocity=None, rule: MaskRule = GENTLE, lsf: bool = False) 
     name = str(header.get("OBJID", Path(path).stem)).strip()
     velocity = None if velocity == "measure" else velocity
     widths = _lsf_widths(path, angstrom).ravel() if lsf else None
-    how = {"unit": "AA", "velocity": velocity, "name": name, "fwhm": widths}
+    unit = "AA" if np.nanmedian(angstrom) > 1_000 else None  # guessed where it is no Angstrom
+    how = {"unit": unit, "velocity": velocity, "name": name, "fwhm": widths}
     how |= {"doubtful": factors > 1}
     visit = from_arrays(angstrom, flux, error, **how)
     facts = {"FILE": Path(path).name, "TELESCOPE": str(header.get("TELESCOP", "")).strip()}

@@ -209,8 +209,8 @@ def _kind_of_file(path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of astropy, about files that are none of FITS
         kind = product_of(path) or mwm_kind(path)
-        for name, is_of in (("apvisit", is_visit), ("own", holds_spectrum)):
-            kind = name if not kind and is_of(path) else kind
+        kind = kind or ("apvisit" if is_visit(path, whole=False) else None)
+        kind = kind or ("own" if holds_spectrum(path) else None)
     return kind or ""
 
 

@@ -463,7 +463,12 @@ def _combined_row(path, header):
         for release in RELEASES.values():
             if reduction in release.reductions:
                 return release.row
+        if reduction and _OF_SDSS5.fullmatch(reduction):
+            return RELEASES["dr17"].row
     return Release.row
+
+
+_OF_SDSS5 = re.compile(r"daily|\d+\.\d+(\.\d+)?")  # reductions of SDSS-V, which follow DR17
 
 # %% ../nbs/02_clean.ipynb #37cfe201
 _MISSING = -9000.0  # the survey writes -9999 or -9999.99 for "no value"; so do we read all below

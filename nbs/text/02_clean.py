@@ -647,10 +647,15 @@ def _combined_row(path, header):
         for release in RELEASES.values():
             if reduction in release.reductions:
                 return release.row
+        if reduction and _OF_SDSS5.fullmatch(reduction):
+            return RELEASES["dr17"].row
     return Release.row
 
 
+_OF_SDSS5 = re.compile(r"daily|\d+\.\d+(\.\d+)?")  # reductions of SDSS-V, which follow DR17
+
 # %%
+assert _combined_row("apStar-1.2-apo25m-2M05560393-0133549.fits", {}) == 0  # of SDSS-V
 visits = {"SFILE1": "apVisit-dr17-5815-56396-212.fits"}
 assert _combined_row("apStar-r8-2M21334193-0048169.fits", visits) == 1
 assert _combined_row("mystery.fits", visits) == 0 and _combined_row("mystery.fits", {}) == 1

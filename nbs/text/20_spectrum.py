@@ -408,6 +408,8 @@ def _as_spectra(angstrom, flux, ivar, velocity, resolution, name, notes):
 # %%
 tiny = from_arrays(np.linspace(1.70, 1.52, 900), np.full(900, 1e-19), error=1e-21)
 assert np.isfinite(tiny.ivar).all() and np.isclose(tiny.stars["SNR"][0], 100)
+same = Spectra.from_arrays(np.linspace(1.70, 1.52, 900), np.full(900, 1e-19), error=1e-21)
+assert np.array_equal(same.flux, tiny.flux)  # the class knows the way, too
 tiny
 
 # %% [markdown]

@@ -1051,7 +1051,7 @@ def _reason(path, error, wanted="apStar or aspcapStar files"):
     elif not start.startswith(b"SIMPLE") and not start.startswith(_ZIPPED):
         return f"not a FITS file: it begins with {start[:20].decode('latin-1')!r}"
     kind = _kind_of_fits(path)
-    is_wanted = "allStar" in kind and "allStar" in wanted
+    is_wanted = ("allStar" in kind or kind.startswith("a table of")) and "allStar" in wanted
     is_wanted |= kind.startswith("a spectrum") and "apStar" in wanted
     if kind and not is_wanted:
         return f"{kind}: give {wanted}"
@@ -1553,7 +1553,7 @@ def _columns_of(path):
             known = {name.upper(): name for name in columns.names}
             rows = hdus[1].header["NAXIS2"]
     kind = _kind_of_table(set(known)) if "APOGEE_ID" in known else _kind_of_fits(path)
-    if kind and "allStar" not in kind:
+    if kind and "allStar" not in kind and not kind.startswith("a table of"):
         raise LabError(f"{path} is {kind}: give the allStar table, one row per star")
     if "APOGEE_ID" not in known or not rows:
         lacks = "no rows" if not rows else "no column APOGEE_ID"

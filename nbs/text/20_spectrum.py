@@ -784,7 +784,7 @@ _SEPARATORS = (";", "\t", "|", ",")
 def _lines_of(text):
     "Lines that are no comments, decimal points for commas, and what separates their columns."
     lines = [line for line in text.split("\n") if line.strip() and line.lstrip()[0] not in "#%!"]
-    few = lines[-200:] or [""]
+    few = (lines[2:] or lines or [""])[-200:]
     found = (mark for mark in _SEPARATORS if np.median([line.count(mark) for line in few]) >= 1)
     mark = next(found, None)
     fields = [field.strip() for line in few for field in line.split(mark)]
@@ -827,7 +827,9 @@ def _read_text(path):
     if start.startswith("# MIST"):
         raise LabError(f"{path} holds isochrones (MIST), no spectrum")
     if start.lower().startswith(("<!doctype html", "<html")):
-        raise LabError(f"{path} is no table of text but a page of the web: was the download refused?")
+        raise LabError(
+            f"{path} is no table of text but a page of the web: was the download refused?"
+        )
     try:
         if start.startswith("# %ECSV"):
             return Table.read(text.split("\n"), format="ascii.ecsv"), {}

@@ -316,7 +316,14 @@ _COLUMNS = {
         run2d:A mjd:J fieldid:J catalogid:K n_exp:J exptime:E telescope:A snr:E in_stack:L
         flux:P ivar:P wresl:P pixel_flags:P continuum:P nmf_rchi2:E nmf_flags:J {_DATES}""",
 }
-_MISSING = {"A26": "", "K": -1, "J": -1, "E": np.nan, "A": "", "L": False}  # what astra writes for nothing
+_MISSING = {
+    "A26": "",
+    "K": -1,
+    "J": -1,
+    "E": np.nan,
+    "A": "",
+    "L": False,
+}  # what astra writes for nothing
 _WHEN = "astra's, as far as it can be told"  # in place of the date of a checksum
 _GRIDS = {"APOGEE": (LOG10_START, LOG10_STEP, N_PIXELS), "BOSS": (3.5523, 1e-4, 4648)}
 

@@ -236,6 +236,22 @@ def _limits(value):
     return np.array([q.factor * np.quantile(v, q.quantile) for q, v in zip(asked, known.T)])
 
 # %% ../nbs/18_refusal.ipynb #7fb5bfa6
+_CLEAN_SHARE = 0.5  # of a chip's pixels, or the guard does not look at the chip
+
+
+def _beyond_doubt(guard, spectra):
+    "Inverse variance (N, P) for the guard: 0 where a pixel's error was raised by a rule for masks."
+    if "DOUBTFUL" not in spectra.stars.colnames or guard.metadata_.get("mask_rule"):
+        return spectra.ivar
+    doubtful = np.asarray(spectra.stars["DOUBTFUL"], bool)
+    ivar = np.where(doubtful, np.float32(0), spectra.ivar)
+    for chip in _chips(guard):
+        seen = np.count_nonzero(spectra.ivar[:, chip], axis=1)
+        poor = np.count_nonzero(ivar[:, chip], axis=1) < _CLEAN_SHARE * seen
+        ivar[poor, chip] = 0
+    return ivar
+
+# %% ../nbs/18_refusal.ipynb #523da073
 class _Asking(_Quick):
     "A guard that can be asked."
 
@@ -259,7 +275,7 @@ class _Asking(_Quick):
             0 where none is known. NaN where a star has no labels
         """
         check_is_fitted(self, "limits_")
-        return _ask(self, self.lights_, spectra.flux, spectra.ivar)
+        return _ask(self, self.lights_, spectra.flux, _beyond_doubt(self, spectra))
 
     def examine(self, spectra, table: QTable) -> QTable:
         """Add what was found, and its flags, to a table of labels.

@@ -44,21 +44,23 @@ _SHAPE = (3, 4096)
 _UNDITHERED = (3, 2048)
 
 
-def is_visit(path) -> bool:
+def is_visit(path, whole: bool = True) -> bool:
     """Whether a file is an apVisit file: its first extensions are three chips of 4,096 pixels, or
-    of 2,048 for a visit whose exposures were not shifted by half a pixel."""
+    of 2,048 for a visit whose exposures were not shifted by half a pixel. With `whole` False the
+    flux alone will do."""
     try:
         with checked_hdus(path) as (hdus, _):
-            return _is_visit(hdus)
+            return _is_visit(hdus, whole)
     except Exception:  # whatever a damaged file makes astropy raise
         return False
 
 
-def _is_visit(hdus):
+def _is_visit(hdus, whole=True):
     "Whether the HDUs of a file are those of a visit."
     shape = hdus[1].shape
     right = shape in (_SHAPE, _UNDITHERED)
-    return right and all(hdus[k].is_image and hdus[k].shape == shape for k in (1, 2, 3, 4))
+    needed = (1, 2, 3, 4) if whole else (1,)
+    return right and all(hdus[k].is_image and hdus[k].shape == shape for k in needed)
 
 
 def _of_visit(path):
@@ -66,23 +68,27 @@ def _of_visit(path):
     LabError for another file."""
     with checked_hdus(path, "apVisit files") as (hdus, verified):
         if not _is_visit(hdus):
-            raise LabError(f"{path} is no apVisit file: that has arrays of 3 x 4,096 pixels")
+            raise LabError(f"{path} is no apVisit file: {_no_visit(hdus)}")
         arrays = [np.array(hdus[k].data, float) for k in (1, 2)]
         arrays += [np.array(hdus[3].data, np.int64), np.array(hdus[4].data, float)]
         return hdus[0].header.copy(), arrays, verified
 
+
+def _no_visit(hdus):
+    "What a file lacks that an apVisit file has."
+    if len(hdus) > 1 and hdus[1].shape in (_SHAPE, _UNDITHERED):
+        return "it has the pixels, but error, mask and wavelength must follow in HDUs 2 to 4"
+    return "that has arrays of 3 x 4,096 pixels"
+
 # %% ../nbs/21_visits.ipynb #1d5dfa36
 def _header_velocity(header):
-    "VRAD, else VHELIO - BC; None where the header has neither."
-    for value in (header.get("VRAD"), _difference(header.get("VHELIO"), header.get("BC"))):
-        if isinstance(value, (int, float)) and np.isfinite(value) and abs(value) < 2_000:
+    """VRAD, else VHELIO - BC; None where the header has neither, or the survey found none and wrote
+    0 or a number that no star has."""
+    numbers = {key: _number_of(header.get(key)) for key in ("VRAD", "VHELIO", "BC")}
+    for value in (numbers["VRAD"], numbers["VHELIO"] - numbers["BC"]):
+        if np.isfinite(value) and 0 < abs(value) < 2_000:
             return float(value)
     return None
-
-
-def _difference(first, second):
-    numbers = all(isinstance(value, (int, float)) for value in (first, second))
-    return first - second if numbers else None
 
 
 def _number(header, key, missing):
@@ -91,6 +97,15 @@ def _number(header, key, missing):
     kinds = (int,) if isinstance(missing, int) else (int, float)
     right = isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < 1e6
     return type(missing)(value) if right else missing
+
+
+def _number_of(value):
+    "A card's value as a number; NaN for text, nothing or what stands for nothing."
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return np.nan
+    return number if abs(number) < 9_000 else np.nan
 
 
 def _lsf_widths(path, angstrom):
@@ -135,11 +150,14 @@ def read_visit(path, velocity=None, rule: MaskRule = GENTLE, lsf: bool = False) 
     if velocity is None:
         velocity = _header_velocity(header)
     with np.errstate(invalid="ignore"):
-        error = np.where(error < 1e10, error, 0) * rule.factors(mask)
+        factors = rule.factors(mask)
+        error = np.where(error < 1e10, error, 0) * factors
     name = str(header.get("OBJID", Path(path).stem)).strip()
     velocity = None if velocity == "measure" else velocity
     widths = _lsf_widths(path, angstrom).ravel() if lsf else None
-    how = {"unit": "AA", "velocity": velocity, "name": name, "fwhm": widths}
+    unit = "AA" if np.nanmedian(angstrom) > 1_000 else None  # guessed where it is no Angstrom
+    how = {"unit": unit, "velocity": velocity, "name": name, "fwhm": widths}
+    how |= {"doubtful": factors > 1}
     visit = from_arrays(angstrom, flux, error, **how)
     facts = {"FILE": Path(path).name, "TELESCOPE": str(header.get("TELESCOP", "")).strip()}
     facts |= {name: star_fact(name, header.get(name)) for name in ("RA", "DEC")}
@@ -168,7 +186,7 @@ def _detector():
 
 
 def made_visit(
-    grid, flux, error, velocity, bc=0.0, name="star", mjd=58_000, seed=0
+    grid, flux, error, velocity, bc=0.0, name="star", mjd=58_000, seed=0, good=None
 ) -> fits.HDUList:
     """An apVisit file of a star whose spectrum is known.
 
@@ -180,6 +198,8 @@ def made_visit(
         of the noise of the visit's pixels, in the unit of the flux
     velocity, bc : float
         of the star in the frame of the observatory, barycentric correction [km/s]
+    good : (P,) bool array, optional
+        where the spectrum is known; elsewhere the visit's pixels are flagged as bad
 
     Returns
     -------
@@ -188,7 +208,8 @@ def made_visit(
     angstrom = _detector()
     rest = angstrom / (1 + velocity / LIGHT)
     order = np.argsort(rest, axis=None)
-    sharp, weight = interpolate(grid, flux, np.ones(len(grid)), rest.ravel()[order])
+    weight = np.ones(len(grid)) if good is None else np.asarray(good, float)
+    sharp, weight = interpolate(grid, flux, weight, rest.ravel()[order])
     seen = np.zeros(rest.size)
     known = np.zeros(rest.size, bool)
     seen[order] = sharp

@@ -6,10 +6,10 @@ from astropy.io import fits
 from astropy.table import Table
 
 from stellar_lab.archives import real_stars, write_sdssv
-from stellar_lab.clean import find_files
+from stellar_lab.clean import find_files, product_of, read_files
 from stellar_lab.fetch import fetch, read_sdss_ids, serve
 from stellar_lab.labelling import find_spectra
-from stellar_lab.mwm import read_astra
+from stellar_lab.mwm import read_astra, read_mwm
 from stellar_lab.survey import RELEASES, LabError, on_band, sha256_of
 from stellar_lab.training import load_model, train
 
@@ -66,7 +66,7 @@ def test_every_column_by_plain_astropy(paths):
         assert np.allclose(ratio, stars.flux[row][good] * np.sqrt(stars.ivar[row][good]), rtol=1e-4)
         assert np.array_equal(data["pixel_flags"][0][on_band] == 0, good)
         scalars = set(names) - set(pixels)
-        assert len(scalars) == 39 and all(data[name].shape == (1,) for name in scalars)
+        assert len(scalars) == 41 and all(data[name].shape == (1,) for name in scalars)
         empty = hdus["APOGEE/LCO"]
         assert empty.columns.names == names and empty.columns["flux"].format == "0E"
 
@@ -74,8 +74,64 @@ def test_every_column_by_plain_astropy(paths):
 def test_specutils_reads_them(paths):
     specutils = pytest.importorskip("specutils")
     reader = getattr(specutils, "Spectrum", None) or specutils.Spectrum1D
-    found = reader.read(of_kind(paths, ["APOGEE/APO"]), format="SDSS-V mwm", hdu=3)
+    path = of_kind(paths, ["APOGEE/APO"])
+    found = reader.read(path, format="SDSS-V mwm", hdu=3)
     assert found.flux.shape[-1] == 8575
+    ours = read_mwm(path)
+    assert np.allclose(np.ravel(found.flux.value)[on_band], ours.flux[0])
+    assert np.allclose(np.ravel(found.spectral_axis.value)[on_band], ours.wavelength, rtol=1e-6)
+    lists = specutils.SpectrumList.read(path, format="SDSS-V mwm")
+    assert len(lists) == 1
+
+
+def apstar_of_sdss5(folder, spectra, visits):
+    """An apStar file as the reduction of SDSS-V writes it: one combination for a single visit, two
+    and the visits for more; VRAD and BC beside VHELIO; names with the telescope."""
+    rows = 1 if visits == 1 else visits + 2
+    full = {name: np.zeros((rows, 8575), "f4") for name in ("flux", "error", "mask")}
+    full["flux"][:, on_band] = spectra.flux
+    full["error"][:] = 1e10
+    good = spectra.ivar[0] > 0
+    full["error"][:, on_band[good]] = spectra.ivar[0][good] ** -0.5
+    full["mask"][:, on_band[~good]] = 1
+    if rows > 1:  # as in DR17 the second row is another combination, without flags
+        full["mask"][1] = 0
+        full["flux"][1] *= 1.1
+    header = fits.Header({"APRED": "1.2", "V_APRED": "1.2", "NVISITS": visits, "SURVEY": "SDSS-V"})
+    header.update({"OBJID": "2M05560393-0133549", "TELESCOP": "apo25m", "VHELIO": 1.0})
+    card = {"CRVAL1": 4.179, "CDELT1": 6e-6, "CRPIX1": 1, "CTYPE1": "LOG-LINEAR", "DC-FLAG": 1}
+    hdus = [fits.PrimaryHDU(header=header)]
+    units = ("Flux (10^-17 erg/s/cm^2/Ang)", "Err (10^-17 erg/s/cm^2/Ang)", "Pixel Mask")
+    for values, unit in zip((full["flux"], full["error"], full["mask"].astype("i2")), units):
+        hdus.append(fits.ImageHDU(values, fits.Header(card | {"BUNIT": unit})))
+    hdus += [fits.ImageHDU(np.zeros((rows, 8575), "f4")) for _ in range(6)]
+    hdus.append(fits.BinTableHDU(Table({"JD": [2459000.0]})))
+    path = folder / "apStar-1.2-apo25m-2M05560393-0133549.fits"
+    fits.HDUList(hdus).writeto(path)
+    return path
+
+
+@pytest.mark.parametrize("visits", [1, 2, 3])
+def test_apstar_files_of_sdss5(visits, tmp_path):
+    spectra = real_stars()[[5]]
+    path = apstar_of_sdss5(tmp_path, spectra, visits)
+    found, problems = read_files([path], progress=False)
+    assert not problems and product_of(path) == "apstar"
+    good = found.mask[0] == 0
+    assert np.array_equal(good, spectra.ivar[0] > 0)
+    assert np.allclose(found.flux[0][good], spectra.flux[0][good], rtol=1e-5)
+    assert np.allclose(found.ivar[0][good], spectra.ivar[0][good], rtol=1e-4)
+    if visits > 1 and (specutils := _specutils()):
+        seen = specutils.Spectrum.read(path, format="SDSS-V apStar", idx=0)
+        assert np.allclose(seen.flux.value[on_band], spectra.flux[0], rtol=1e-5)
+
+
+def _specutils():
+    try:
+        import specutils
+    except ImportError:
+        return None
+    return specutils
 
 
 def test_the_catalogue_by_plain_astropy(tree, paths):

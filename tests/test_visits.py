@@ -7,12 +7,18 @@ import pytest
 from astropy.io import fits
 from astropy.table import Table
 
+from stellar_lab.archives import real_stars
 from stellar_lab.cannon import Cannon
 from stellar_lab.clean import MASK_RULES, read_files
 from stellar_lab.inversion import infer
+from stellar_lab.labelling import read_star
+from stellar_lab.models import Flag
 from stellar_lab.normalize import as_trained
-from stellar_lab.survey import PIXMASK, LabError
+from stellar_lab.refusal import Refusal
+from stellar_lab.spectrum import label_star
+from stellar_lab.survey import PIXMASK, LabError, chip_slices, real_data
 from stellar_lab.survey import wavelength as GRID
+from stellar_lab.training import dwarf_lights
 from stellar_lab.visits import (
     GENTLE,
     STRICT,
@@ -218,3 +224,160 @@ def test_checksums_and_facts_of_a_visit_are_looked_at(paths, tmp_path):
     path.write_bytes(data)
     with pytest.raises(LabError, match="does not fit its checksum"):
         read_visit(path)
+
+
+def changed(path, target, change):
+    "A copy of a visit with something changed."
+    with fits.open(path) as hdus:
+        copies = fits.HDUList([hdu.copy() for hdu in hdus])
+        (change(copies) or copies).writeto(target)
+    return target
+
+
+def without(*keys):
+    def change(hdus):
+        for key in keys:
+            del hdus[0].header[key]
+
+    return change
+
+
+def set_cards(**cards):
+    def change(hdus):
+        hdus[0].header.update(cards)
+
+    return change
+
+
+def on_arrays(*functions):
+    "Functions for flux, error, mask and wavelength; None leaves them."
+
+    def change(hdus):
+        for number, function in enumerate(functions, 1):
+            if function is not None:
+                hdus[number].data = np.ascontiguousarray(function(hdus[number].data))
+
+    return change
+
+
+def first_chip(value):
+    def function(array):
+        array = array.copy()
+        array[2] = value
+        return array
+
+    return function
+
+
+HEADERS = {
+    "no VRAD": (without("VRAD"), 80.0),
+    "no BC": (without("VRAD", "BC"), None),
+    "no velocity": (without("VRAD", "VHELIO", "BC"), None),
+    "none found": (set_cards(VRAD=0.0, VHELIO=0.0), None),
+    "a placeholder": (set_cards(VRAD=999999.0, VHELIO="NaN"), None),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_of_other_reductions(name, paths, cannon, tmp_path):
+    change, velocity = HEADERS[name]
+    star = read_visit(changed(paths[2], tmp_path / "apVisit-r3-1-2-3.fits", change))
+    found = star.stars["VELOCITY"][0]
+    assert np.isnan(found) if velocity is None else np.isclose(found, velocity)
+    if velocity is None:
+        measured = label_star(cannon, star).table["velocity"][0].value
+        assert abs(measured - 80) < 1.5
+
+
+ARRAYS = {
+    "other order of chips": on_arrays(*[lambda a: a[::-1]] * 4),
+    "increasing": on_arrays(*[lambda a: a[::-1, ::-1]] * 4),
+    "five HDUs": lambda hdus: fits.HDUList(hdus[:5]),
+    "double precision": on_arrays(*[lambda a: a.astype("f8")] * 2, lambda a: a.astype("i4")),
+    "in micron": on_arrays(None, None, None, lambda a: a / 1e4),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_arrays_of_other_reductions(name, paths, tmp_path):
+    usual = read_visit(paths[0])
+    star = read_visit(changed(paths[0], tmp_path / "apVisit-r3-1-2-3.fits", ARRAYS[name]))
+    assert np.allclose(star.wavelength, usual.wavelength, rtol=1e-12)
+    assert np.array_equal(star.flux, usual.flux) and np.array_equal(star.ivar, usual.ivar)
+
+
+MISSING = {
+    "dead": on_arrays(first_chip(0), first_chip(1e10), first_chip(1)),
+    "NaN": on_arrays(first_chip(np.nan), first_chip(np.nan)),
+    "no wavelengths": on_arrays(first_chip(0), first_chip(0), None, first_chip(0)),
+    "half the pixels": on_arrays(*[lambda a: a[:, ::2]] * 4),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_chips_that_are_missing(name, paths, cannon, tmp_path):
+    path = changed(paths[1], tmp_path / "apVisit-r3-1-2-3.fits", MISSING[name])
+    found, usual = (label_star(cannon, read_visit(p)).table[0] for p in (path, paths[1]))
+    assert abs(found["teff"] - usual["teff"]) < 3 * found["teff_err"]
+    assert found["teff_err"] > usual["teff_err"]
+
+
+def test_visits_that_are_not_whole(paths, cannon, tmp_path):
+    short = changed(paths[0], tmp_path / "short.fits", lambda hdus: fits.HDUList(hdus[:4]))
+    with pytest.raises(LabError, match="error, mask and wavelength must follow"):
+        read_star(short)
+    wrong = changed(paths[0], tmp_path / "apVisit-r3-1-2-3.fits", set_cards(VRAD=55.0))
+    notes = label_star(cannon, read_visit(wrong)).notes
+    assert any("lines stand at -6" in note and "not at the 55.0" in note for note in notes)
+
+
+@pytest.fixture(scope="module")
+def guarded():
+    "Real giants that no visit is made of, a model of them with a guard, and the others."
+    stars = real_stars()
+    giants = np.flatnonzero((stars.stars["LOGG"] < 3.5) & np.isfinite(stars.stars["M_H"]))
+    learned = stars[giants[np.arange(len(giants)) % 4 > 0]]
+    model = Cannon(order=1, scatter=True, labels=["TEFF", "LOGG", "M_H"]).fit(learned)
+    guard = Refusal(order=1, hidden=8, labels=["TEFF", "LOGG", "M_H"])
+    model.refusal_ = guard.fit(learned, lights=dwarf_lights(GRID))
+    return model, stars[giants[::4][:40:4]], list(dwarf_lights(GRID).values())[2]
+
+
+def flags_of_visits(guarded, folder, light=0.0, where=slice(None), bits=0):
+    "Flags of a visit of each star, with a share of a dwarf in some pixels, and bits in the blue."
+    model, stars, dwarf = guarded
+    flags = []
+    for k in range(len(stars)):
+        flux = stars.flux[k].copy()
+        flux[where] = (1 - light) * flux[where] + light * dwarf[where]
+        visit = made_visit(GRID, flux, 0.01, 20.0 * k - 90, seed=k, good=stars.ivar[k] > 0)
+        visit[3].data[2] |= int(bits)  # the blue chip is the last one
+        path = folder / f"apVisit-r8-{light}-{int(bits)}-{k}.fits"
+        visit.writeto(path)
+        flags.append(label_star(model, read_visit(path)).table["flags"][0])
+    return np.array(flags)
+
+
+def test_good_visits_raise_no_flag_and_double_stars_do(guarded, tmp_path):
+    second = int(Flag.SECOND_LIGHT)
+    assert np.mean(flags_of_visits(guarded, tmp_path) & second > 0) <= 0.1
+    assert np.mean(flags_of_visits(guarded, tmp_path, light=0.4) & second > 0) > 0.8
+
+
+def test_persistence_is_no_second_star(guarded, tmp_path):
+    "The guard does not look at pixels of doubt; without their bits it finds the light in them."
+    model, stars, dwarf = guarded
+    few = (model, stars[:5], dwarf)
+    blue = chip_slices(GRID)["blue"]
+    kinds = int(Flag.SECOND_LIGHT | Flag.DILUTED | Flag.BROADENED | Flag.UNUSUAL)
+    lit = flags_of_visits(few, tmp_path, light=0.9, where=blue)
+    told = flags_of_visits(few, tmp_path, light=0.9, where=blue, bits=PIXMASK.PERSIST_MED)
+    assert np.mean(lit & kinds > 0) > 0.7 and np.mean(told & kinds > 0) < 0.3
+
+
+@pytest.mark.skipif(real_data() is None, reason="STELLAR_LAB_REAL_DATA is not set")
+def test_real_visits_raise_no_flag(guarded):
+    for path in sorted((real_data() / "own").glob("apVisit-*.fits")):
+        assert not label_star(guarded[0], read_visit(path)).table["flags"][0] & int(
+            Flag.SECOND_LIGHT
+        )

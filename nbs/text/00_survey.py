@@ -2084,6 +2084,29 @@ class Spectra(_Labelled):
         good = f"{np.mean(self.ivar > 0):.1%} of the pixels usable" if self.ivar.size else "empty"
         return f"<Spectra: {len(self)} stars, {grid}{self.wavelength[-1]:.1f} Å, {good}>"
 
+    @classmethod
+    def from_arrays(cls, wavelength, flux, error=None, ivar=None, **options) -> "Spectra":
+        """A star of your own, from arrays on any grid: `stellar_lab.spectrum.from_arrays`.
+
+        Parameters
+        ----------
+        wavelength, flux, error, ivar : (P,) arrays
+            Angstrom, nm or micron, in any order; one of error (1 sigma) and inverse variance
+        **options
+            such as ``velocity``, ``resolution``, ``air`` and ``unit``
+
+        Returns
+        -------
+        Spectra
+
+        Raises
+        ------
+        LabError
+            where arrays do not fit, or nothing of it lies between 15,150 and 17,000 Angstrom
+        """
+        made = import_module("stellar_lab.spectrum")  # a room further up, asked for when needed
+        return made.from_arrays(wavelength, flux, error, ivar, **options)
+
     def replace(self, **changes) -> "Spectra":
         "A copy with some parts exchanged; the other parts are shared, not copied."
         return replace(self, **changes)

@@ -499,7 +499,8 @@ def weigh_mask(spectra: Spectra, rule: MaskRule = GENTLE) -> Spectra:
     -------
     Spectra
         with an empty mask, so that `normalize` and `as_trained` take nothing more, and the rule in
-        ``stars.meta["mask_rule"]``
+        ``stars.meta["mask_rule"]``; where errors were raised, the column DOUBTFUL says of which
+        pixels
 
     Raises
     ------
@@ -513,6 +514,9 @@ def weigh_mask(spectra: Spectra, rule: MaskRule = GENTLE) -> Spectra:
     factor = rule.factors(spectra.mask)
     stars = spectra.stars.copy(copy_data=False)
     stars.meta["mask_rule"] = str(rule)
+    raised = (factor > 1) & np.isfinite(factor)
+    if raised.any():
+        stars["DOUBTFUL"] = raised
     ivar = (spectra.ivar / factor**2).astype(np.float32)
     return spectra.replace(ivar=ivar, mask=np.zeros_like(spectra.mask), stars=stars)
 
@@ -661,10 +665,15 @@ def _combined_row(path, header):
         for release in RELEASES.values():
             if reduction in release.reductions:
                 return release.row
+        if reduction and _OF_SDSS5.fullmatch(reduction):
+            return RELEASES["dr17"].row
     return Release.row
 
 
+_OF_SDSS5 = re.compile(r"daily|\d+\.\d+(\.\d+)?")  # reductions of SDSS-V, which follow DR17
+
 # %%
+assert _combined_row("apStar-1.2-apo25m-2M05560393-0133549.fits", {}) == 0  # of SDSS-V
 visits = {"SFILE1": "apVisit-dr17-5815-56396-212.fits"}
 assert _combined_row("apStar-r8-2M21334193-0048169.fits", visits) == 1
 assert _combined_row("mystery.fits", visits) == 0 and _combined_row("mystery.fits", {}) == 1
@@ -1397,11 +1406,14 @@ def _kind_of_fits(path):
     "What a FITS file is, in words, if it is well known; empty if not."
     try:
         with _glance(path) as hdus:
+            if len(hdus) == 1:
+                return _other_fits(path, hdus[0])
             second = hdus[1]
             names = [hdu.name for hdu in hdus[1:3]]
             columns = set() if second.is_image else {name.upper() for name in second.columns.names}
             product = _product_of_hdus(hdus) if len(hdus) > 3 else None
             shape = second.shape if second.is_image else None
+            other = _other_fits(path, second)
     except Exception:  # whatever a damaged file makes astropy raise
         return ""
     if names[:1] == ["COADD"]:
@@ -1410,7 +1422,17 @@ def _kind_of_fits(path):
         return "an apVisit file, a single visit on the detectors' own pixels"
     if "APOGEE_ID" in columns:
         return _kind_of_table(columns)
-    return f"a spectrum, an {product} file" if product else ""
+    return f"a spectrum, an {product} file" if product else other
+
+
+def _other_fits(path, hdu):
+    "What an HDU holds, in words, if the file's name does not say that it is a star."
+    if FILE_NAME.fullmatch(Path(path).name):
+        return ""
+    if hdu.is_image:
+        return f"an image of {' x '.join(map(str, hdu.shape))} pixels" if hdu.shape else ""
+    names = hdu.columns.names
+    return f"a table of {', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
 
 
 def _kind_of_table(columns):
@@ -1445,14 +1467,13 @@ def _reason(path, error, wanted="apStar or aspcapStar files"):
     if start.startswith(_POINTER):
         return "a pointer of Git LFS, not the file itself: fetch it with 'git lfs pull'"
     if any(map(start.startswith, _PACKINGS)):
-        if isinstance(error, _Wrong):
-            return str(error)
-        if problem := _packing_problem(path):
+        problem = "" if isinstance(error, _Wrong) else _packing_problem(path)
+        if problem:
             return problem
     elif not start.startswith(b"SIMPLE") and not start.startswith(_ZIPPED):
         return f"not a FITS file: it begins with {start[:20].decode('latin-1')!r}"
     kind = _kind_of_fits(path)
-    is_wanted = "allStar" in kind and "allStar" in wanted
+    is_wanted = ("allStar" in kind or kind.startswith("a table of")) and "allStar" in wanted
     is_wanted |= kind.startswith("a spectrum") and "apStar" in wanted
     is_wanted |= kind.startswith("an apVisit file") and "apVisit" in wanted
     if kind and not is_wanted:
@@ -2248,7 +2269,7 @@ def _columns_of(path):
             known = {name.upper(): name for name in columns.names}
             rows = hdus[1].header["NAXIS2"]
     kind = _kind_of_table(set(known)) if "APOGEE_ID" in known else _kind_of_fits(path)
-    if kind and "allStar" not in kind:
+    if kind and "allStar" not in kind and not kind.startswith("a table of"):
         raise LabError(f"{path} is {kind}: give the allStar table, one row per star")
     if "APOGEE_ID" not in known or not rows:
         lacks = "no rows" if not rows else "no column APOGEE_ID"

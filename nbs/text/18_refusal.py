@@ -388,6 +388,35 @@ def _limits(value):
     return np.array([q.factor * np.quantile(v, q.quantile) for q, v in zip(asked, known.T)])
 
 
+# %% [markdown]
+# Some pixels count for labels and prove nothing: persistence, the afterglow of an exposure before, adds light of its own, as a second star would. [A rule for
+# masks](02_clean.ipynb) may let them in with a larger error. A guard that learned from clean pixels does not look at them, and not at a chip of which they are the better part.
+
+# %%
+#| export
+_CLEAN_SHARE = 0.5  # of a chip's pixels, or the guard does not look at the chip
+
+
+def _beyond_doubt(guard, spectra):
+    "Inverse variance (N, P) for the guard: 0 where a pixel's error was raised by a rule for masks."
+    if "DOUBTFUL" not in spectra.stars.colnames or guard.metadata_.get("mask_rule"):
+        return spectra.ivar
+    doubtful = np.asarray(spectra.stars["DOUBTFUL"], bool)
+    ivar = np.where(doubtful, np.float32(0), spectra.ivar)
+    for chip in _chips(guard):
+        seen = np.count_nonzero(spectra.ivar[:, chip], axis=1)
+        poor = np.count_nonzero(ivar[:, chip], axis=1) < _CLEAN_SHARE * seen
+        ivar[poor, chip] = 0
+    return ivar
+
+
+# %%
+few = Table({"DOUBTFUL": [np.arange(240) < 150, np.zeros(240, bool)]})
+seen = _beyond_doubt(toy_cannon, Spectra(toys.wavelength, toys.flux[:2], toys.ivar[:2], few))
+print("pixels that a guard of one chip looks at:", np.count_nonzero(seen, axis=1))
+assert list(np.count_nonzero(seen, axis=1)) == [0, 240]
+
+
 # %%
 #| export
 class _Asking(_Quick):
@@ -413,7 +442,7 @@ class _Asking(_Quick):
             0 where none is known. NaN where a star has no labels
         """
         check_is_fitted(self, "limits_")
-        return _ask(self, self.lights_, spectra.flux, spectra.ivar)
+        return _ask(self, self.lights_, spectra.flux, _beyond_doubt(self, spectra))
 
     def examine(self, spectra, table: QTable) -> QTable:
         """Add what was found, and its flags, to a table of labels.

@@ -20,9 +20,11 @@
 # %%
 #| export
 import copy
+import gzip
 import math
 import re
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,6 +58,7 @@ import tempfile
 
 import matplotlib.pyplot as plt
 import pytest
+from astropy.io import fits
 from scipy.interpolate import CubicSpline
 
 from stellar_lab.models import train_test_rows
@@ -135,6 +138,10 @@ def _in_angstrom(wavelengths, unit, notes):
     finite = np.isfinite(numbers)
     if not finite.any():
         raise LabError("there is no finite wavelength: is this the right column?")
+    if unit is None and np.all(_in_range(10 ** np.clip(numbers[finite], 0, 9), _BEYOND)):
+        notes.append("no unit given: the wavelengths are taken as log10 of Angstrom")
+        numbers = 10**numbers
+        unit = u.AA
     if unit is None:
         unit = _guess_unit(numbers[finite])
         notes.append(f"no unit given: the wavelengths are taken as {_NAMES[unit]}")
@@ -303,6 +310,7 @@ def from_arrays(
     ivar=None,
     *,
     mask=None,
+    doubtful=None,
     unit=None,
     air: bool = False,
     velocity: float = None,
@@ -322,6 +330,8 @@ def from_arrays(
         1-sigma error, or inverse variance; one of them. NaN, 0 and negative mark unusable pixels
     mask : (P,) bool array, optional
         True where a pixel is unusable
+    doubtful : (P,) bool array, optional
+        True where a pixel counts for the labels, but a model's guard should not look at it
     unit : str or Unit, optional
         of the wavelengths; guessed from the numbers by default
     air : bool, default False
@@ -364,6 +374,8 @@ def from_arrays(
     sharp = _sharpness(resolution, fwhm, wavelength, len(angstrom))
     if air:
         angstrom = air_to_vacuum(angstrom)
+    with np.errstate(invalid="ignore"):  # what lies elsewhere, such as 0 for a missing chip
+        angstrom = np.where(_in_range(angstrom, _BEYOND), angstrom, np.nan)
     order = _order(angstrom)
     order = order[_in_range(angstrom[order], _BEYOND)]
     strange = _strange(flux[order], ivar[order])
@@ -372,7 +384,10 @@ def from_arrays(
     sharp = sharp if np.ndim(sharp) == 0 else sharp[order]
     star = _as_spectra(angstrom[order], flux[order], ivar[order], velocity, sharp, name, notes)
     star.stars["STRANGE_PIXELS"] = [int(strange.sum())]
-    return star
+    if doubtful is None:
+        return star
+    doubt = _plain(doubtful, "doubtful", len(angstrom))[order]
+    return star.replace(mask=(doubt != 0).astype(np.int32)[None])
 
 
 _FEW = 0.1  # of the pixels; where more are odd, it is the usual ones that mean nothing
@@ -410,6 +425,8 @@ def _as_spectra(angstrom, flux, ivar, velocity, resolution, name, notes):
 # %%
 tiny = from_arrays(np.linspace(1.70, 1.52, 900), np.full(900, 1e-19), error=1e-21)
 assert np.isfinite(tiny.ivar).all() and np.isclose(tiny.stars["SNR"][0], 100)
+same = Spectra.from_arrays(np.linspace(1.70, 1.52, 900), np.full(900, 1e-19), error=1e-21)
+assert np.array_equal(same.flux, tiny.flux)  # the class knows the way, too
 tiny
 
 # %% [markdown]
@@ -476,31 +493,50 @@ shown
 
 # %% [markdown]
 # A table is known by the names of its columns. Names are a matter of taste, so we take the usual ones; a unit may stand behind the name, as in `wavelength [nm]` or
-# `wave_um`. Without names, columns count in the order wavelength, flux, error.
+# `wave_um`. Without names, columns count in the order wavelength, flux, error. Uncertainty has many forms, too: a standard deviation, a variance, an inverse variance, a
+# share of the flux in per cent, a signal-to-noise ratio. All of them say the same, and become one.
 
 # %%
 #| export
 _COLUMNS = {  # what a column may be called
-    "wavelength": ("wavelength", "wavelengths", "wave", "lambda", "lam", "wl", "wvl", "loglam"),
-    "flux": ("flux", "fluxes", "f_lambda", "intensity", "flux_norm", "norm_flux", "f"),
-    "error": ("error", "err", "sigma", "flux_err", "flux_error", "uncertainty", "e_flux", "std"),
-    "ivar": ("ivar", "flux_ivar", "inverse_variance"),
-    "mask": ("mask", "bad"),
-    "fwhm": ("fwhm", "lsf", "lsf_fwhm"),  # in the unit of the wavelengths
+    "wavelength": (
+        "wavelength wavelengths wave lambda lam wl wvl loglam log_lambda log_wave loglambda "
+        "log10_wavelength logwave wavenumber"
+    ).split(),
+    "flux": (
+        "flux fluxes f_lambda intensity flux_norm norm_flux f spec spectrum normalized_flux "
+        "flux_normalized normflux relative_flux flam"
+    ).split(),
+    "error": (
+        "error err sigma sig flux_err flux_error uncertainty e_flux std unc flux_uncertainty "
+        "err_flux error_flux flux_sigma sigma_flux flux_std stddev noise fluxerr eflux"
+    ).split(),
+    "ivar": ("ivar flux_ivar inverse_variance invvar").split(),
+    "variance": ("variance var flux_var flux_variance").split(),
+    "percent": ("error_percent err_percent error_pct percent_error").split(),
+    "snr": ("snr sn s/n s2n").split(),
+    "mask": ("mask bad and_mask").split(),
+    "fwhm": ("fwhm lsf lsf_fwhm").split(),  # in the unit of the wavelengths
 }
-_SUFFIXES = {"nm": "nm", "um": "um", "micron": "um", "aa": "AA", "a": "AA", "angstrom": "AA"}
+_LOGARITHMS = ("loglam", "log_lambda", "log_wave", "loglambda", "log10_wavelength", "logwave")
+_UNCERTAINTIES = ("error", "ivar", "variance", "percent", "snr")  # the first that is there counts
+_SUFFIXES = dict.fromkeys(("nm", "nanometer", "nanometers"), "nm")
+_SUFFIXES |= dict.fromkeys(("um", "micron", "microns", "µm", "μm", "micrometer"), "um")
+_SUFFIXES |= dict.fromkeys(("aa", "a", "å", "ang", "angstrom", "angstroms", "ångström"), "AA")
+_SUFFIXES |= dict.fromkeys(("cm-1", "1/cm", "cm^-1", "/cm"), "1/cm") | {"%": "%", "percent": "%"}
 
 
 def _split_name(name):
     "A column's name in lower case, its unit and whether it says air, as far as it says so."
     words = re.match(r"(.*?)[\s_]*[\[(](.*)[\])]\s*$", name.strip().lower())
     base, said = words.groups() if words else (name.strip().lower(), "")
+    base = re.sub(r"[\s.-]+", "_", base)
     stem, _, tail = base.rpartition("_")
-    if tail in _SUFFIXES:
+    if tail in _SUFFIXES and tail != "percent":
         base, said = stem, tail
     air = bool(re.search(r"[\s_]air$", base))
     base = re.sub(r"[\s_]+(air|vacuum|vac)$", "", base)
-    return base, _SUFFIXES.get(said, None), air
+    return base, "1/cm" if base == "wavenumber" else _SUFFIXES.get(said.strip(), None), air
 
 
 def _shown(names):
@@ -525,6 +561,83 @@ print(roles)
 assert roles["wavelength"] == ("Wave_air_nm", "nm", True)
 assert _find_columns(["wavelength [um]"])["wavelength"] == ("wavelength [um]", "um", False)
 assert _split_name("lambda_air") == ("lambda", None, True)
+assert set(_find_columns(["lambda(Å)", "normalized flux", "S/N"])) == {"wavelength", "flux", "snr"}
+
+# %% [markdown]
+# Files hold more than numbers. Some mark what is missing by a word, or by -9999. Some repeat a wavelength where two orders of a spectrograph overlap: two measurements, which
+# we average with their weights. If a row is there twice, it is one measurement all the same.
+
+# %%
+#| export
+_NO_NUMBER = {"", "null", "na", "n/a", "nan", "--", "-", "none", "indef", "masked", "inf"}
+_MISSING = (0.0, -9999.0, -9999.99, -999.0)  # a flux of exactly this was not measured
+
+
+def _column(column):
+    "A column's values (P,), from one row per pixel or one row that holds them all; NaN if masked."
+    values = np.ma.asarray(getattr(column, "value", column))
+    if values.ndim > 1 and 1 < len(values) < values.shape[-1]:
+        raise LabError(
+            f"the column {_shown([column.info.name])} holds {len(values)} spectra, one per row: "
+            "give a file for each"
+        )
+    if values.dtype.kind == "b":
+        return np.ravel(values)
+    try:
+        if values.dtype.kind in "US":
+            return np.array([_number(text) for text in np.ravel(values.filled(""))])
+        return np.ravel(np.ma.filled(np.ma.asarray(values, dtype=float), np.nan))
+    except (TypeError, ValueError) as error:
+        named = _shown([column.info.name])
+        raise LabError(f"the column {named} holds no numbers") from error
+
+
+def _number(text):
+    "A number that somebody wrote: 15,168.13 and 1.5D4 are some; NaN for words that say none."
+    text = text.decode("latin-1") if isinstance(text, bytes) else str(text)
+    if text.strip().lower() in _NO_NUMBER:
+        return np.nan
+    if re.fullmatch(r"\s*[+-]?\d{1,3}(,\d{3})+(\.\d*)?\s*", text):
+        text = text.replace(",", "")
+    return float(re.sub(r"(?<=[\d.])[dD](?=[+-]?\d)", "e", text))
+
+
+# %%
+words = ["15,168.13", "1.5D4", "NULL", "--", "15168.13"]
+print([_number(word) for word in words])
+with pytest.raises(LabError, match="holds 2 spectra, one per row"):
+    _column(Table({"flux": np.ones((2, 5))})["flux"])
+
+
+# %%
+#| export
+def _merged(values, notes):
+    "The same arrays, sorted, with one pixel per wavelength: doubled ones are averaged."
+    grid = values["wavelength"]
+    order = np.lexsort((values["error"], values["flux"], grid))
+    order = order[np.isfinite(grid[order])]
+    place, first, number = np.unique(grid[order], return_index=True, return_counts=True)[:3]
+    if len(place) == len(order):
+        return values
+    flux, error = values["flux"][order], values["error"][order]
+    same = np.r_[False, (np.diff(grid[order]) == 0) & (np.diff(flux) == 0) & (np.diff(error) == 0)]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        weight = np.where(np.isfinite(flux) & (error > 0) & ~same, error**-2.0, 0)
+    total = np.add.reduceat(weight, first)
+    light = np.add.reduceat(np.where(weight > 0, weight * flux, 0), first)
+    kept = {name: array[order][first] for name, array in values.items() if np.ndim(array)}
+    safe = np.where(total > 0, total, 1)
+    kept["flux"] = np.where(total > 0, light / safe, np.nan)
+    kept["error"] = np.where(total > 0, 1 / np.sqrt(safe), np.nan)
+    notes.append(f"{np.sum(number > 1)} wavelengths stand there more than once: averaged")
+    return values | kept
+
+
+# %%
+twice = {"wavelength": np.array([2.0, 1.0, 2.0]), "flux": np.array([1.0, 5.0, 3.0])}
+once = _merged(twice | {"error": np.ones(3)}, notes := [])
+print(once, notes)
+assert list(once["flux"]) == [5, 2] and np.isclose(once["error"][1], np.sqrt(0.5))
 
 
 # %%
@@ -557,38 +670,69 @@ def from_table(table, **options) -> Spectra:
             f"the table has no column of {lacking}: it has {_shown(table.colnames)}; "
             "call them wavelength, flux and error (or ivar)"
         )
-    if not roles.keys() & {"error", "ivar"}:
+    if not roles.keys() & set(_UNCERTAINTIES):
         raise LabError(
             f"the table has no errors: it has {', '.join(table.colnames)}; add a column error "
             "(1 sigma) or ivar. Labels without errors cannot be believed"
         )
+    notes = []
     values = {role: _column(table[name]) for role, (name, _, _) in roles.items()}
     name, unit, air = roles["wavelength"]
-    if "loglam" in name.lower():
+    if _split_name(name)[0] in _LOGARITHMS:
         values["wavelength"] = 10 ** np.asarray(values["wavelength"], float)
         unit = "AA"
-    values["wavelength"] = getattr(values["wavelength"], "value", values["wavelength"])
     unit = _known_unit(table[name].unit) or unit
-    if "error" in values and "ivar" in values:
-        del values["ivar"]
+    values["error"] = _error_of(table, roles, values, notes)
+    weights = values.get("ivar") if "error" not in roles else None
+    values = {role: v for role, v in values.items() if role not in _UNCERTAINTIES[1:]}
+    missing = np.isin(values["flux"], _MISSING)
+    if missing.any():
+        values["flux"] = np.where(missing, np.nan, values["flux"])
+        notes.append(f"{missing.sum()} pixels without flux are left out (0 or -9999)")
     if options.get("resolution") is not None:
         values.pop("fwhm", None)
+    if len({len(array) for array in values.values()}) == 1:
+        size = len(values["flux"])
+        values = _merged(values, notes)
+        if weights is not None and len(values["flux"]) == size:  # as they stand there, to the bit
+            values["ivar"] = weights
+            del values["error"]
     said = {key: value for key, value in (("unit", unit), ("air", air)) if value}
-    return from_arrays(**(values | said | options))
+    spectra = from_arrays(**(values | said | options))
+    spectra.stars.meta["notes"] = notes + spectra.stars.meta["notes"]
+    return spectra
 
 
 # %%
 #| export
-def _column(column):
-    "A column's values (P,), from one row per pixel or one row that holds them all; NaN if masked."
-    values = np.ma.asarray(getattr(column, "value", column))
-    if values.dtype.kind == "b":
-        return np.ravel(values)
+def _error_of(table, roles, values, notes):
+    "The 1-sigma error (P,) from whatever a table has."
+    kind = next(role for role in _UNCERTAINTIES if role in roles)
+    name, said, _ = roles[kind]
+    number = values[kind]
+    flux = np.abs(values["flux"])
+    absolute = table[roles["flux"][0]].unit == u.dimensionless_unscaled
+    if kind == "error" and (said == "%" or str(table[name].unit) == "%") and not absolute:
+        kind = "percent"
+    elif kind == "error":
+        scale = _scale(table[name].unit, table[roles["flux"][0]].unit)
+        return number * scale
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if kind == "percent":
+            notes.append(f"{name} is taken as the error in per cent of the flux")
+            return number * flux / 100
+        if kind == "snr":
+            notes.append(f"{name} is taken as flux over error")
+            return flux / number
+        return np.sqrt(number) if kind == "variance" else np.where(number > 0, number, 0) ** -0.5
+
+
+def _scale(unit, wanted):
+    "From one unit to another, 1 where they do not go together or there is none."
     try:
-        return np.ravel(np.ma.filled(np.ma.asarray(values, dtype=float), np.nan))
-    except (TypeError, ValueError) as error:
-        named = _shown([column.info.name])
-        raise LabError(f"the column {named} holds no numbers") from error
+        return u.Unit(unit).to(u.Unit(wanted))
+    except (TypeError, ValueError, u.UnitsError):
+        return 1.0
 
 
 def _known_unit(unit):
@@ -618,16 +762,15 @@ _NOTED = {"velocity": float, "resolution": float, "unit": str, "name": str, "air
 TEXT_FILES = (".csv", ".txt", ".dat", ".ecsv", ".asc", ".ascii", ".tsv")
 
 
-def _comments(path):
+def _comments(text, path):
     "What comments such as `# velocity: 12` say, as options for `from_arrays`."
     options = {}
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            if not line.startswith("#"):
-                break
-            match = re.match(r"#\s*(\w+)\s*[:=]\s*(.+?)\s*$", line)
-            if match and match[1].lower() in _NOTED:
-                options[match[1].lower()] = match[2]
+    for line in text.split("\n"):
+        if not line.startswith("#"):
+            break
+        match = re.match(r"#\s*(\w+)\s*[:=]\s*(.+?)\s*$", line)
+        if match and match[1].lower() in _NOTED:
+            options[match[1].lower()] = match[2]
     for key, value in options.items():
         try:
             options[key] = _NOTED[key](value)
@@ -638,47 +781,225 @@ def _comments(path):
     return options
 
 
+# %% [markdown]
+# Tables of text come from many hands: with a byte-order mark, in Windows' encoding, with decimal commas, with a line of units below the names. What follows brings them into one
+# form, and leaves the columns to astropy.
+
+# %%
+#| export
+def _text_of(path):
+    "The text of a file, packed or not, in whatever encoding; LabError for what is no text."
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    with (gzip.open if packed else open)(path, "rb") as file:
+        content = file.read(_LARGEST_TEXT)
+    for encoding in ("utf-16",) if content[:2] in (b"\xff\xfe", b"\xfe\xff") else ("utf-8-sig",):
+        with suppress(UnicodeDecodeError):
+            return content.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+    if b"\0" in content[:4096]:
+        raise LabError(f"{path} is no text, and no FITS or NumPy file either")
+    return content.decode("latin-1").replace("\r\n", "\n").replace("\r", "\n")
+
+
+_LARGEST_TEXT = 1 << 28  # bytes
+_SEPARATORS = (";", "\t", "|", ",")
+
+
+def _lines_of(text):
+    "Lines that are no comments, decimal points for commas, and what separates their columns."
+    lines = [line for line in text.split("\n") if line.strip() and line.lstrip()[0] not in "#%!"]
+    few = (lines[2:] or lines or [""])[-200:]
+    found = (mark for mark in _SEPARATORS if np.median([line.count(mark) for line in few]) >= 1)
+    mark = next(found, None)
+    fields = [field.strip() for line in few for field in line.split(mark)]
+    commas = sum(bool(re.fullmatch(r"[+-]?\d+,\d+([eE][+-]?\d+)?", field)) for field in fields)
+    if mark != "," and commas > len(fields) / 2:
+        lines = [line.replace(",", ".") for line in lines]
+    return lines, mark
+
+
+def _has_names(line, mark):
+    "Whether a first line names columns: some of it is no number and no word for none."
+    try:
+        for field in line.split(mark):
+            _number(field.strip(' "'))
+    except ValueError:
+        return True
+    return False
+
+
+def _commented_names(text, mark, number):
+    "Names of columns in the last comment before the numbers, if there are so many; else None."
+    head = [line for line in text.split("\n")[:200] if line.lstrip().startswith("#")]
+    names = [field.strip() for field in head[-1].lstrip("# ").split(mark)] if head else []
+    known = _find_columns(names)
+    return names if len(names) == number and {"wavelength", "flux"} <= known.keys() else None
+
+
+# %%
+for text in ("# mine\nwave;flux\n1,5;2,5\n", "1.5 2.5\n", 'a,b\n"1,500.5","2"\n'):
+    lines, mark = _lines_of(text)
+    print(repr(mark), lines, _has_names(lines[0], mark))
+
+
+# %%
+#| export
 def _read_text(path):
     "Table and options of a text file, which has no checksum; LabError where it is none."
+    text = _text_of(path)
+    start = text.lstrip()[:200]
+    if start.startswith("# MIST"):
+        raise LabError(f"{path} holds isochrones (MIST), no spectrum")
+    if start.lower().startswith(("<!doctype html", "<html")):
+        raise LabError(
+            f"{path} is no table of text but a page of the web: was the download refused?"
+        )
     try:
-        table = text_tables.read(path)
+        if start.startswith("# %ECSV"):
+            return Table.read(text.split("\n"), format="ascii.ecsv"), {}, False
+        if start.startswith(("<?xml", "<VOTABLE")):
+            return Table.read(path, format="votable"), {}, False
+        table = _any_table(text)
     except Exception as error:  # whatever the guessing of formats comes to
         raise LabError(
             f"{path} is no table of text: give columns wavelength, flux, error, "
             "with or without a line of names, separated by commas or spaces"
         ) from error
+    if not len(table):
+        raise LabError(f"{path} has names of columns and no rows")
+    return table, _comments(text, path), False
+
+
+def _any_table(text):
+    "A table of text, by our rules, or else by astropy's guess."
+    lines, mark = _lines_of(text)
+    try:
+        table = _table_of(lines, mark)
+        names = _commented_names(text, mark, len(table.colnames))
+        if names and not _has_names(lines[0], mark):
+            table.rename_columns(table.colnames, names)
+        if {"wavelength", "flux"} <= _find_columns(table.colnames).keys():
+            return table
+    except Exception:  # whatever astropy raises: it guesses now
+        return text_tables.read(text.split("\n"))
+    with suppress(Exception):
+        guessed = text_tables.read(text.split("\n"))
+        if {"wavelength", "flux"} <= _find_columns(guessed.colnames).keys():
+            return guessed
+    return table
+
+
+def _table_of(lines, mark):
+    "A table of lines of text; columns without names are wavelength, flux, error."
+    named = _has_names(lines[0], mark)
+    kind = "basic" if named else "no_header"
+    table = text_tables.read(lines, format=kind, delimiter=mark or " ", guess=False)
     names = table.colnames
-    if not _find_columns(names):
-        nameless = all(re.fullmatch(r"col\d+", name) for name in names)
-        if nameless and len(names) in (2, 3):
-            table.rename_columns(names, ("wavelength", "flux", "error")[: len(names)])
-    return table, _comments(path), False
+    if not named and len(names) in (2, 3):
+        table.rename_columns(names, ("wavelength", "flux", "error")[: len(names)])
+    units = [_known_unit(_SUFFIXES.get(str(field).strip().lower(), field)) for field in table[0]]
+    if named and any(units) and not any(str(field)[:1].isdigit() for field in table[0]):
+        table = table[1:]  # the first row says units
+        for name, unit in zip(names, units):
+            table[name].unit = unit
+    return table
+
+
+# %%
+table = _table_of(*_lines_of("wave;flux;error\nnm;;\n1520,5;1,0;0,1\n1520,6;1,1;0,1\n"))
+print(table)
+assert _column(table["wave"])[0] == 1520.5 and table["wave"].unit == u.nm
+
+
+# %% [markdown]
+# FITS has tables, and images whose header says the wavelengths, as IRAF wrote them: one axis; or several bands, one of which is the error; or the orders of an echelle, each with its own
+# wavelengths in a text that is spread over many cards ("multispec"). Others put wavelength, flux and error into an image each.
+
+# %%
+#| export
+def _of_named_images(hdus):
+    "Table of images called WAVE, FLUX, ERR or so; None where there are none."
+    images = {h.name: h for h in hdus if h.is_image and h.shape is not None and h.size and h.name}
+    roles = _find_columns(images)
+    if not {"wavelength", "flux"} <= roles.keys():
+        return None
+    size = np.prod(images[roles["flux"][0]].shape)
+    columns = {role: images[name] for role, (name, _, _) in roles.items()}
+    table = Table({r: np.ravel(h.data) for r, h in columns.items() if np.prod(h.shape) == size})
+    if "wavelength" not in table.colnames:
+        return None
+    table["wavelength"].unit = _known_unit(columns["wavelength"].header.get("BUNIT"))
+    return table
+
+
+def _of_image(hdus):
+    "Table of an image with wavelengths in its header; None where there is none."
+    images = [hdu for hdu in hdus if hdu.is_image and hdu.shape is not None and hdu.size]
+    if not images:
+        return None
+    header = images[0].header
+    shape = images[0].shape
+    if len(shape) > 3:
+        return None
+    bands = np.asarray(images[0].data, float).reshape((1, 1, *shape)[-3:])  # of orders of pixels
+    axes = _axes_of(header, bands.shape[1])
+    if axes is None:
+        return None
+    table = Table({"wavelength": np.ravel(axes), "flux": np.ravel(bands[0])})
+    table["wavelength"].unit = _known_unit(header.get("CUNIT1"))
+    for number in range(1, len(bands)):
+        if "sigma" in str(header.get(f"BANDID{number + 1}", "")).lower():
+            table["error"] = np.ravel(bands[number])
+    for hdu in images[1:]:
+        name = next((n for n in ("ivar", "variance") if n[:3].upper() in hdu.name.upper()), "error")
+        name = "ivar" if "IVAR" in hdu.name.upper() else name
+        if np.prod(hdu.shape) == len(table) and name not in table.colnames:
+            table[name] = np.ravel(hdu.data)
+    return table
 
 
 # %%
 #| export
-def _of_image(hdus, path):
-    "Table of a one-dimensional image with wavelengths in its header; None where there is none."
-    images = [hdu for hdu in hdus if hdu.is_image and hdu.shape is not None and hdu.size]
-    if not images or images[0].data.ndim != 1:
-        return None
-    header = images[0].header
+def _axes_of(header, orders):
+    "Wavelengths (orders, pixels) that a header says; None where it says none."
+    text = "".join(str(header[key]).ljust(68) for key in header if key.startswith("WAT2_"))
+    place = np.arange(header["NAXIS1"])
+    if "multispec" in text:
+        found = re.findall(r'spec\d+\s*=\s*"([^"]*)"', text)
+        if len(found) != orders:
+            return None
+        return np.array([_order_of(entry.split(), place) for entry in found])
     step = header.get("CDELT1", header.get("CD1_1"))
-    if "CRVAL1" not in header or step is None:
+    if "CRVAL1" not in header or not step or orders != 1:
         return None
-    place = np.arange(header["NAXIS1"]) + 1 - header.get("CRPIX1", 1)
-    axis = header["CRVAL1"] + step * place
-    if header.get("DC-FLAG") == 1 or "LOG" in str(header.get("CTYPE1", "")).upper():
-        axis = 10**axis
-    table = Table({"wavelength": axis, "flux": images[0].data})
-    table["wavelength"].unit = _known_unit(header.get("CUNIT1"))
-    for hdu in images[1:]:
-        name = "ivar" if "IVAR" in hdu.name.upper() else "error"
-        if hdu.shape == images[0].shape and name not in table.colnames:
-            table[name] = hdu.data
-    return table
+    axis = header["CRVAL1"] + step * (place + 1 - header.get("CRPIX1", 1))
+    logarithmic = header.get("DC-FLAG") == 1 or "LOG" in str(header.get("CTYPE1", "")).upper()
+    return [10**axis if logarithmic else axis]
 
 
+def _order_of(entry, place):
+    "Wavelengths of one order: its type, first wavelength, step, number of pixels and redshift."
+    kind = int(entry[2])
+    if kind not in (0, 1):
+        raise LabError(
+            "its wavelengths are a function that we do not know (nonlinear multispec): "
+            "write it as a table of wavelength, flux and error"
+        )
+    first, step = float(entry[3]), float(entry[4])
+    axis = first + step * place
+    axis = 10**axis if kind == 1 else axis
+    axis = axis / (1 + float(entry[6]))
+    return np.where(place < int(entry[5]), axis, np.nan)
+
+
+# %%
+card = 'wtype=multispec spec1 = "1 1 0 15200. 0.2 4 0. 1. 1." spec2 = "2 2 1 4.2 1e-5 3 0. 1. 1."'
+header = fits.Header({"NAXIS1": 4, "WAT2_001": card[:60], "WAT2_002": card[60:]})
+print(_axes_of(header, 2).round(1))
+
+
+# %%
+#| export
 def _read_fits(path):
     "Table, options and whether a checksum fits, of a FITS file; LabError for no spectrum."
     with checked_hdus(path) as (hdus, verified):
@@ -687,13 +1008,27 @@ def _read_fits(path):
             names = [] if hdu.is_image else hdu.columns.names
             if {"wavelength", "flux"} <= _find_columns(names).keys():
                 return Table.read(hdus, hdu=hdus.index_of(hdu)), options, verified
-        table = _of_image(hdus, path)
+        try:
+            table = _of_named_images(hdus) or _of_image(hdus)
+        except LabError as error:
+            raise LabError(f"{path}: {error}") from error
+        held = ", ".join(map(_in_words, hdus)) or "nothing"
     if table is None:
         raise LabError(
-            f"{path} holds no spectrum that we know: give a table with columns wavelength, flux "
-            "and error, or an image of one axis with CRVAL1 and CDELT1"
+            f"{path} holds no spectrum that we know, but {held}: give a table with columns "
+            "wavelength, flux and error, or an image of one axis with CRVAL1 and CDELT1"
         )
     return table, options, verified
+
+
+def _in_words(hdu):
+    "What an HDU is, in a few words."
+    if not hdu.is_image:
+        names = hdu.columns.names
+        return f"a table ({', '.join(names[:4])}{', …' if len(names) > 4 else ''})"
+    if not hdu.size:
+        return "a header"
+    return f"an image of {' x '.join(map(str, hdu.shape))}"
 
 
 def _of_header(header):
@@ -707,8 +1042,13 @@ def _of_header(header):
 def _read_numpy(path):
     "Table of the arrays (P,) in a file of NumPy; the survey's pixels are known by their number."
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream:
+            file = np.load(stream, allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                return _of_rows(file, path), {}, False
             arrays = {name: np.squeeze(file[name]) for name in file.files}
+    except LabError:
+        raise
     except Exception as error:  # whatever a damaged file comes to
         raise LabError(
             f"{path} is damaged: what is packed in it cannot be read; is it cut short?"
@@ -725,6 +1065,17 @@ def _read_numpy(path):
     if "wavelength" not in _find_columns(columns) and sizes == {len(SURVEY_GRID)}:
         table["wavelength"] = SURVEY_GRID
     return table, {}, True  # an archive of zip has a checksum for each array
+
+
+def _of_rows(array, path):
+    "Table of an array (3, P) or (P, 3): wavelength, flux, error."
+    array = array.T if array.ndim == 2 and array.shape[1] == 3 else array
+    if array.ndim != 2 or len(array) != 3:
+        raise LabError(
+            f"{path} holds one array of the shape {array.shape}: a spectrum has three, wavelength, "
+            "flux and error"
+        )
+    return Table(list(array), names=("wavelength", "flux", "error"))
 
 
 def is_text(path) -> bool:
@@ -744,19 +1095,42 @@ def holds_spectrum(path) -> bool:
     -------
     bool
     """
-    if is_text(path) or Path(path).suffix.lower() == ".npz":
+    if is_text(path) or Path(path).suffix.lower() in (".npz", ".npy", ".vot", ".xml", ".parquet"):
         return True
     try:
+        if not _may_be_fits(path):
+            return bool(np.isfinite(_any_number(path)))
         with checked_hdus(path) as (hdus, _):
             if any(hdu.name == "COADD" for hdu in hdus[1:]):  # an optical spectrum of the survey
                 return False
             tables = [hdu.columns.names for hdu in hdus[1:] if not hdu.is_image]
             if any({"wavelength", "flux"} <= _find_columns(names).keys() for names in tables):
                 return True
-            first = next((hdu for hdu in hdus if hdu.is_image and hdu.shape), None)
-            return first is not None and len(first.shape) == 1 and "CRVAL1" in first.header
+            images = [hdu for hdu in hdus if hdu.is_image and hdu.shape]
+            if {"wavelength", "flux"} <= _find_columns(hdu.name for hdu in images).keys():
+                return True
+            return bool(images) and _axes_of(images[0].header, _orders(images[0].shape)) is not None
     except Exception:  # whatever a damaged file makes astropy raise
         return False
+
+
+def _orders(shape):
+    "How many orders an image of this shape has."
+    return 1 if len(shape) == 1 else shape[-2]
+
+
+def _may_be_fits(path):
+    "Whether a file begins as FITS does, unpacked."
+    with open(path, "rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+    with (gzip.open if packed else open)(path, "rb") as file:
+        return file.read(6) == b"SIMPLE"
+
+
+def _any_number(path):
+    "A number that stands in the last line of a text; LabError or ValueError where none does."
+    lines, mark = _lines_of(_text_of(path))
+    return _number(lines[-1].split(mark)[0])
 
 
 # %%
@@ -796,19 +1170,33 @@ def read_spectrum(path, **options) -> Spectra:
         raise LabError(f"cannot read {path}: {error.strerror}") from error
     if not start:
         raise LabError(f"{path} is empty")
-    packed = start.startswith((b"SIMPLE", b"\x1f\x8b"))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd units of other people's columns
-            read = _read_fits if packed else _read_text
-            read = _read_numpy if start.startswith(b"PK") else read
-            table, noted, verified = read(path)
+            table, noted, verified = _reader_of(path, start)(path)
     except (OSError, EOFError) as error:
         raise LabError(f"{path} cannot be read ({said_of(error)}); is it cut short?") from error
     spectra = _named(path, table, {"name": path.stem} | noted | options)
     spectra.stars["FILE"] = [path.name]
     spectra.stars["VERIFIED"] = [verified]
     return spectra
+
+
+def _reader_of(path, start):
+    "The function that reads a file which begins so."
+    if start.startswith((b"PK", b"\x93NUMPY")):
+        return _read_numpy
+    if start.startswith(b"PAR1"):
+        return _read_parquet
+    return _read_fits if _may_be_fits(path) else _read_text
+
+
+def _read_parquet(path):
+    "Table of a Parquet file."
+    try:
+        return Table.read(path, format="parquet"), {}, False
+    except Exception as error:  # of a library that may be missing
+        raise LabError(f"{path} cannot be read: {said_of(error)}") from error
 
 
 def _named(path, table, options):
@@ -1553,11 +1941,18 @@ def _ripples(flux, weight, width):
     return np.where(good, flux / level - 1, 0), level
 
 
-def _templates(model, resolution, step, size, first):
-    "Ripples (M, P) of some training stars on a logarithmic grid of `size` pixels."
+def _star_shapes(model):
+    "Spectra (M, P) of some training stars; the typical one of a model that draws none."
+    if not hasattr(model, "predict"):
+        return np.asarray(model.typical_flux_, float)[None]
     order = np.argsort(model.training_labels_[:, 0])
     rows = order[np.linspace(0, len(order) - 1, _TEMPLATES).astype(int)]
-    drawn = model.predict(model.training_labels_[rows])
+    return model.predict(model.training_labels_[rows])
+
+
+def _templates(model, resolution, step, size, first):
+    "Ripples (M, P) of the model's stars on a logarithmic grid of `size` pixels."
+    drawn = _star_shapes(model)
     known = np.isfinite(drawn).all(axis=0)
     place = np.rint((np.log(model.wavelength_) - first) / step).astype(int)
     shown = np.ones((len(drawn), size))
@@ -1608,12 +2003,17 @@ def _gains(model, spectra, resolution):
 
 
 def _peak(velocities, gains):
-    "Velocity at the top of a parabola through the highest gain and its neighbours."
+    """Velocity at the top of a parabola through the highest gain and its neighbours, and its
+    error: where the gain has fallen by one."""
     top = int(np.clip(np.argmax(gains), 1, len(gains) - 2))
     low, middle, high = gains[top - 1 : top + 2]
     bend = low - 2 * middle + high
-    shift = 0.5 * (low - high) / bend if bend < 0 else 0.0
-    return float(np.interp(top + shift, np.arange(len(gains)), velocities))
+    step = (velocities[top + 1] - velocities[top - 1]) / 2
+    if bend >= 0:
+        return float(velocities[top]), np.inf
+    place = top + 0.5 * (low - high) / bend
+    error = step * np.sqrt(2 / -bend)
+    return float(np.interp(place, np.arange(len(gains)), velocities)), float(error)
 
 
 # %%
@@ -1628,8 +2028,8 @@ ax.set(
     ylabel=r"$\Delta\chi^2$",
     title="One chip at SNR 20: the star moves at 123.4 km/s",
 )
-print(f"found {_peak(velocities, gains):.1f} km/s")
-assert abs(_peak(velocities, gains) - 123.4) < 2
+print("found {:.1f} +- {:.1f} km/s".format(*_peak(velocities, gains)))
+assert abs(_peak(velocities, gains)[0] - 123.4) < 2
 
 
 # %% [markdown]
@@ -1672,7 +2072,7 @@ def measure_velocity(model: LabelModel, spectra: Spectra, resolution: float = No
     Parameters
     ----------
     model : LabelModel
-        fitted, that can `predict` spectra
+        fitted; a model that draws no spectra lends its typical one
     spectra : Spectra
         one star
     resolution : float, optional
@@ -1689,6 +2089,11 @@ def measure_velocity(model: LabelModel, spectra: Spectra, resolution: float = No
         where no template resembles the star at any velocity
     """
     resolution = _of_star(spectra, "RESOLUTION") if resolution is None else resolution
+    return _measured(model, spectra, resolution)[0]
+
+
+def _measured(model, spectra, resolution):
+    "Velocity and its error [km/s], by correlation."
     velocities, gains = _gains(model, spectra, resolution)
     if gains.max() < _LEAST_GAIN:
         raise LabError(
@@ -1755,7 +2160,7 @@ def _read_once(model, spectra, resolution):
 
 # %% [markdown]
 # A model may have [a guard](18_refusal.ipynb), which says when no star like the training stars explains a spectrum. It knows its own pixels alone. So for the guard, and for nothing else, the
-# star is interpolated onto these pixels, with the smaller of two weights: that of a pixel by itself and the effective one. It then asks its usual questions. One answer gains a meaning: a
+# star is interpolated onto these pixels, with the smaller of two weights: that of a pixel by itself and the effective one. It then asks its usual questions, of pixels beyond doubt. One answer gains a meaning: a
 # *velocity* that is left over says that the velocity that was given is wrong. Lines that are blurred on purpose would all be called broadened, so there it stays silent, and a note says so.
 
 # %%
@@ -1777,7 +2182,14 @@ def _guarded(model, spectra, resolution, table, notes):
             raise LabError("it sees too few of its pixels")
         flux = np.where(weight > 0, flux, 0).astype(np.float32)[None]
         star = Spectra(model.wavelength_, flux, weight.astype(np.float32)[None], spectra.stars)
-        seen = guard.examine(as_trained(model, _raw(star)), table.copy())
+        star = as_trained(model, _raw(star))
+        if spectra.mask is not None:
+            clean = np.where(spectra.mask[0] == 0, spectra.ivar[0], 0)
+            doubtful = weight > 0
+            if clean.any():
+                doubtful &= interpolate(*parts[:2], clean, parts[3])[1] == 0
+            star.stars["DOUBTFUL"] = doubtful[None]
+        seen = guard.examine(star, table.copy())
     except LabError as error:
         notes.append(f"the guard did not look: {error}")
         return
@@ -1788,6 +2200,16 @@ def _guarded(model, spectra, resolution, table, notes):
 
 
 _LEAST_SEEN = 0.5  # share of the model's pixels that the guard must see
+_FAR_OFF = 10.0  # km/s between a velocity that was given and where the lines stand
+
+
+def _velocity_note(model, spectra, resolution, told):
+    "A sentence, in a list, where lines stand far from the velocity that was given."
+    with suppress(LabError):
+        off = measure_velocity(model, spectra, resolution)
+        if abs(off) > _FAR_OFF:
+            return [f"lines stand at {told + off:.0f} km/s, not at the {told:.1f} that was given"]
+    return []
 
 
 # %%
@@ -1836,11 +2258,11 @@ def label_star(
         notes.append("no resolution given: lines are taken to be as sharp as the model's")
     told = _of_star(spectra, "VELOCITY")
     measured = velocity is None and told is None
+    error = 0.0
     if measured:
-        velocity = measure_velocity(model, spectra, resolution)
+        velocity, error = _measured(model, spectra, resolution)
     shift = velocity or 0.0
     there, star, table = _read_once(model, _at_rest(spectra, shift), resolution)
-    error = 0.0
     if measured and isinstance(model, Cannon):
         for _ in range(2):
             step, error = _velocity_step(there, star, table)
@@ -1849,6 +2271,8 @@ def label_star(
             if abs(step) < 0.3 * error:
                 break
     _guarded(model, _at_rest(spectra, shift), resolution, table, notes)
+    if told is not None and velocity is None and isinstance(model, Cannon):
+        notes += _velocity_note(model, spectra, resolution, told)
     if measured:
         notes.append(f"velocity measured: {shift:.2f} +- {error:.2f} km/s in the frame of the file")
     table["velocity"] = [shift + (told or 0.0)] * u.km / u.s
@@ -2137,31 +2561,114 @@ def _resolution_verdict(best, told):
     return Verdict("resolution", "look", found, "a rotating star, or another resolution: try it")
 
 
+# %% [markdown]
+# A continuum that follows the lines, such as a running median, takes away what is broad: where lines crowd, the spectrum should lie lower for some Ångström, and does not. The model
+# knows how much lower. So both are smoothed by 6 Å, and a straight line is put through star against model. Its slope is 1 for a fair continuum, and near 0 where all was eaten.
+
+# %%
+#| export
+_BROAD = 6.0  # Angstrom: wider than a line, narrower than a continuum
+_SHARE_LEFT = (0.7, 0.88)  # of the broad shape that must be left: below it is bad, and to look at
+
+
+def _share_left(found):
+    "Share of the model's broad dips that the star shows; NaN where too little of it is seen."
+    star = found.spectra
+    made = found.model.predict(found.table)[0]
+    good = (star.ivar[0] > 0) & np.isfinite(made)
+    both = []
+    for chip in chip_slices(star.wavelength).values():
+        if np.count_nonzero(good[chip]) < 100:
+            continue
+        width = _BROAD / np.median(np.diff(star.wavelength[chip]))
+        known = good[chip].astype(float)
+        seen = np.maximum(gaussian_filter1d(known, width, mode="constant"), 1e-3)
+        x = np.linspace(-1, 1, len(known))
+        for flux in (star.flux[0, chip], np.nan_to_num(made[chip])):
+            broad = gaussian_filter1d(flux * known, width, mode="constant") / seen
+            curve = np.polynomial.legendre.legfit(x, broad, 3, w=known)
+            both.append((broad - np.polynomial.legendre.legval(x, curve)) * known)
+    if not both:
+        return np.nan
+    ours, model = np.concatenate(both[::2]), np.concatenate(both[1::2])
+    return float((ours * model).sum() / max((model**2).sum(), 1e-12))
+
+
 def _continuum_verdict(found):
-    "Chips whose continuum could not be drawn."
+    "Chips whose continuum could not be drawn, or was drawn through the lines."
     failed = int(found.spectra.stars["CHIPS_FAILED"][0])
     good = found.spectra.ivar[0] > 0
     level = np.median(found.spectra.flux[0][good]) if good.any() else np.nan
-    text = f"median of flux / continuum {level:.3f}"
+    share = _share_left(found)
+    text = f"median of flux / continuum {level:.3f}; {share:.0%} of the broad dips are left"
     if failed:
         return Verdict(
             "continuum", "bad", text, f"no continuum on chips {failed:b} (bits): look at them"
         )
+    if share < _SHARE_LEFT[1]:
+        verdict = "bad" if share < _SHARE_LEFT[0] else "look"
+        advice = "divided by a curve that follows the lines? Give the flux before that division"
+        return Verdict("continuum", verdict, text, advice)
     return Verdict("continuum", "ok" if 0.6 < level < 1.1 else "look", text)
 
 
-def _error_verdict(found):
-    "Stated errors against what the best-fitting spectrum leaves."
+# %% [markdown]
+# Errors are compared with two things. The *residuals* hold noise and all that the model does not know. Differences of *neighbouring* residuals, $r_{p-1}-2r_p+r_{p+1}$, hold noise
+# alone, for lines are wider than a pixel. So four cases can be told apart: errors that are too small or too large (both say so), a star that the model does not know (residuals alone), and
+# a spectrum that was resampled, whose neighbours share their noise (differences alone). If the ratio changes along the spectrum, the errors are not those of this spectrum.
+
+# %%
+#| export
+_BINS = 16  # parts of a spectrum in which errors are compared with noise
+_UNEVEN = 2.5  # ratio of the noisiest to the quietest part, in units of their errors
+
+
+def _noise_ratios(found, doubtful=None):
+    "Residuals, and differences of neighbours, over their errors; and the latter in parts (B,)."
     made = found.model.predict(found.table)[0]
     star = found.spectra
     good = (star.ivar[0] > 0) & np.isfinite(made)
-    left = (star.flux[0] - made)[good]
-    scatter = np.nan_to_num(found.model.scatter_[good]) ** 2
-    pulls = left / np.sqrt(1 / star.ivar[0][good] + scatter)
-    ratio = 1.4826 * np.median(np.abs(pulls))
-    text = f"residuals are {ratio:.2f} times the errors (with the model's scatter)"
+    if doubtful is not None:
+        good &= ~doubtful
+    left = np.where(good, star.flux[0] - made, 0)
+    variance = 1 / np.where(good, star.ivar[0], 1.0)
+    scatter = np.nan_to_num(found.model.scatter_) ** 2
+    pulls = (left / np.sqrt(variance + scatter))[good]
+    bend = left[:-2] - 2 * left[1:-1] + left[2:]
+    noise = np.abs(bend) / np.sqrt(variance[:-2] + 4 * variance[1:-1] + variance[2:])
+    noise = noise[good[:-2] & good[1:-1] & good[2:]]
+    parts = [1.4826 * np.median(part) for part in np.array_split(noise, _BINS) if len(part) > 40]
+    fast = 1.4826 * np.median(noise) if len(noise) else np.nan
+    return 1.4826 * np.median(np.abs(pulls)), fast, np.array(parts)
+
+
+def _doubtful(spectra, velocity, star):
+    "Which pixels (P,) of a star are doubtful by the mask of its spectra; None where it has none."
+    if spectra.mask is None:
+        return None
+    grid = spectra.wavelength / (1 + velocity / LIGHT)
+    place = np.clip(np.searchsorted(_edges(grid), star.wavelength) - 1, 0, len(grid) - 1)
+    doubt = spectra.mask[0, place] != 0
+    return doubt if doubt.mean() < 0.9 else None
+
+
+def _error_verdict(found, doubtful=None):
+    "Stated errors against what the best-fitting spectrum leaves, and against neighbours."
+    ratio, fast, parts = _noise_ratios(found, doubtful)
+    text = f"residuals are {ratio:.2f} times the errors (with the model's scatter), "
+    text += f"neighbours differ by {fast:.2f}"
+    if fast > 1.5:
+        return Verdict("errors", "bad", text, f"too small, by a factor of about {fast:.1f}")
+    if fast < 0.5 and fast < 0.35 * ratio:
+        advice = "neighbours share their noise: resampled? Give the pixels as they were observed"
+        return Verdict("errors", "bad", text, advice)
     if ratio > 1.5:
         return Verdict("errors", "bad", text, "too small, or a star that the model does not know")
+    if fast < 0.5 and ratio < 0.75:
+        return Verdict("errors", "look", text, f"too large, by a factor of about {1 / fast:.1f}")
+    if len(parts) > 3 and np.quantile(parts, 0.9) > _UNEVEN * np.quantile(parts, 0.1):
+        advice = f"not those of this spectrum: {parts.min():.1f} to {parts.max():.1f} along it"
+        return Verdict("errors", "look", text, advice)
     return Verdict(
         "errors", "ok" if ratio > 0.5 else "look", text, "" if ratio > 0.5 else "too large"
     )
@@ -2232,6 +2739,7 @@ def check_star(model: Cannon, spectra: Spectra) -> StarCheck:
     offset = measure_velocity(model, spectra, resolution)
     chi2, best = _best_resolution(model, spectra, offset)
     found = label_star(model, spectra, offset, resolution)
+    doubtful = _doubtful(spectra, offset, found.spectra)
     step, error = _velocity_step(found.model, found.spectra, found.table)
     offset += float(np.clip(step, -10, 10))
     verdicts = [
@@ -2241,7 +2749,7 @@ def check_star(model: Cannon, spectra: Spectra) -> StarCheck:
         _velocity_verdict(offset, error, told),
         _resolution_verdict(best, resolution),
         _continuum_verdict(found),
-        _error_verdict(found),
+        _error_verdict(found, doubtful),
     ]
     return StarCheck(verdicts, found, chi2, gains)
 

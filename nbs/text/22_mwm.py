@@ -18,6 +18,7 @@
 # | columns, their order and types; pixels are numbers of single precision, flags and wavelengths too | astra, `models/mwm.py` (`ApogeeCombinedSpectrum`) and `products/utils.py`; an [example by its author](https://gist.github.com/andycasey/c28d73ca3f51ae26c787dd8957cc58b6) |
 # | wavelengths of mwmVisit stand in the header only (`CRVAL`, `CDELT`, `NPIXELS`) | astra, `products/utils.py`; the [loader of specutils](https://github.com/astropy/specutils/blob/main/specutils/io/default_loaders/sdss_v.py) |
 # | flux, ivar and pixel_flags of mwmStar are those of the apStar combination, so the flags have the bits of old | astra, `products/apogee.py` |
+# | the reduction's own apStar file of SDSS-V: `<apred>/stars/<telescope>/<healpix / 1000>/<healpix>/apStar-<apred>-<telescope>-<obj>.fits`; its first row is the combination, visits begin at row 2 where there are several | astra, `python/astra/models/apogee.py` (`ApogeeVisitSpectrumInApStar`), and the loader of specutils |
 # | the two observatories are not combined by the survey | [DR19, data products](https://www.sdss.org/dr19/mwm/astra/output-files) |
 # | `astraAllStarASPCAP`: APOGEE in HDU 2; columns such as `teff`, `m_h_atm`, `mg_h`, errors `e_…`, `flag_warn`, `flag_bad` | [DR19, abundances](https://www.sdss.org/dr19/mwm/data/abundances); astra, `models/aspcap.py` and `products/pipeline_summary.py` |
 
@@ -295,7 +296,8 @@ def _stacked(parts):
 
 # %% [markdown]
 # ## A file to write
-# To read such files we must have some. The writer goes by the pages above, column by column: names, order and types. Two columns with the date of writing are left out.
+# To read such files we must have some. The writer goes by the pages above, column by column: names, order and types. Two columns hold the date of writing, `created` and `modified`;
+# here they are empty, so that the same spectra give the same bytes.
 
 # %%
 #| export
@@ -305,27 +307,37 @@ _DOPPLER = " ".join(
     f"doppler_{name}:E" for name in "teff e_teff logg e_logg fe_h e_fe_h rchi2".split()
 )
 _XCORR = "xcorr_v_rad:E xcorr_v_rel:E xcorr_e_v_rel:E ccfwhm:E autofwhm:E n_components:J"
+_DATES = "created:A26 modified:A26"
 _COLUMNS = {
     ("APOGEE", "star"): f"""{_BEFORE} apred:A obj:A telescope:A min_mjd:J max_mjd:J n_entries:J
         n_visits:J n_good_visits:J n_good_rvs:J snr:E mean_fiber:E std_fiber:E spectrum_flags:J
         v_rad:E e_v_rad:E std_v_rad:E median_e_v_rad:E {_DOPPLER} doppler_flags:J {_XCORR}
         wavelength:P flux:P ivar:P pixel_flags:P
-        continuum:P nmf_rectified_model_flux:P nmf_rchi2:E nmf_flags:J""",
+        continuum:P nmf_rectified_model_flux:P nmf_rchi2:E nmf_flags:J {_DATES}""",
     ("APOGEE", "visit"): f"""spectrum_pk:K catalogid:K star_pk:K visit_pk:K rv_visit_pk:K
         release:A filetype:A v_astra:A healpix:J sdss_id:K apred:A plate:A telescope:A fiber:J
         mjd:J field:A prefix:A reduction:A obj:A date_obs:A jd:E exptime:E dithered:L
         f_night_time:E input_ra:E input_dec:E n_frames:J assigned:J on_target:J valid:J fps:L
         snr:E in_stack:L spectrum_flags:J v_rad:E v_rel:E e_v_rel:E bc:E {_DOPPLER}
-        doppler_flags:J {_XCORR} flux:P ivar:P pixel_flags:P continuum:P nmf_rchi2:E nmf_flags:J""",
+        doppler_flags:J {_XCORR} flux:P ivar:P pixel_flags:P continuum:P nmf_rchi2:E nmf_flags:J
+        {_DATES}""",
     ("BOSS", "star"): f"""{_BEFORE} run2d:A telescope:A min_mjd:J max_mjd:J n_visits:J
         n_good_visits:J n_good_rvs:J v_rad:E e_v_rad:E std_v_rad:E median_e_v_rad:E snr:E
         gri_gaia_transform_flags:J zwarning_flags:J wavelength:P flux:P ivar:P pixel_flags:P
-        continuum:P nmf_rectified_model_flux:P nmf_rchi2:E nmf_flags:J""",
-    ("BOSS", "visit"): """spectrum_pk:K release:A filetype:A v_astra:A healpix:J sdss_id:K
+        continuum:P nmf_rectified_model_flux:P nmf_rchi2:E nmf_flags:J {_DATES}""",
+    ("BOSS", "visit"): f"""spectrum_pk:K release:A filetype:A v_astra:A healpix:J sdss_id:K
         run2d:A mjd:J fieldid:J catalogid:K n_exp:J exptime:E telescope:A snr:E in_stack:L
-        flux:P ivar:P wresl:P pixel_flags:P continuum:P nmf_rchi2:E nmf_flags:J""",
+        flux:P ivar:P wresl:P pixel_flags:P continuum:P nmf_rchi2:E nmf_flags:J {_DATES}""",
 }
-_MISSING = {"K": -1, "J": -1, "E": np.nan, "A": "", "L": False}  # what astra writes for nothing
+_MISSING = {
+    "A26": "",
+    "K": -1,
+    "J": -1,
+    "E": np.nan,
+    "A": "",
+    "L": False,
+}  # what astra writes for nothing
+_WHEN = "astra's, as far as it can be told"  # in place of the date of a checksum
 _GRIDS = {"APOGEE": (LOG10_START, LOG10_STEP, N_PIXELS), "BOSS": (3.5523, 1e-4, 4648)}
 
 
@@ -368,7 +380,7 @@ def _made_hdu(instrument, kind, observatory, rows):
             "NPIXELS": pixels,
         }
     )
-    hdu.add_checksum(when="astra's, as far as it can be told")
+    hdu.add_checksum(when=_WHEN)
     return hdu
 
 
@@ -450,6 +462,7 @@ def made_mwm(
     optical = dict.fromkeys(("flux", "ivar", "pixel_flags", "continuum"), np.ones(4648))
     optical |= {"wresl": np.ones(4648), "nmf_rectified_model_flux": np.ones(4648)}
     optical |= {"wavelength": 10 ** (3.5523 + 1e-4 * np.arange(4648)), "sdss_id": sdss_id}
+    primary.add_checksum(when=_WHEN)  # the loaders of specutils ask for it
     hdus = [primary]
     for observatory, rows in (("APO", [optical] if boss else []), ("LCO", [])):
         hdus.append(_extension("BOSS", kind, observatory, rows))
@@ -708,6 +721,38 @@ def _row_of_star(catalogue):
     return place, dict(zip(*np.unique(ids, return_counts=True)))
 
 
+def _read_each(paths, place):
+    "Spectra of files and their rows in the catalogue; names left out by rule, and why some are."
+    parts, rows = [], []
+    left_out = {"no spectrum of APOGEE": [], "no row in the catalogue": []}
+    reasons = []
+    for path in paths:
+        match = _NAME.fullmatch(path.name)
+        name = match["sdss_id"] if match else path.name
+        try:
+            star = read_mwm(path)
+        except LabError as error:
+            left_out["no spectrum of APOGEE"].append(name)
+            reasons.append(str(error))
+            continue
+        row = place.get(int(star.stars["SDSS_ID"][0]))
+        if row is None:
+            left_out["no row in the catalogue"].append(name)
+            continue
+        parts.append(star)
+        rows.append(row)
+    return parts, rows, left_out, reasons
+
+
+# %%
+wanted = np.array([5, 6, 5])
+place, times = _row_of_star(Table({"SDSS_ID": wanted, "SNR": [50.0, 80.0, 70.0]}))
+print("rows that count:", place, " rows there are:", times)
+assert place == {5: 2, 6: 1}
+
+
+# %%
+#| export
 def mwm_stars(paths, catalogue: Table) -> tuple:
     """Spectra of mwmStar files with the catalogue's labels, and what became of the others.
 
@@ -730,24 +775,7 @@ def mwm_stars(paths, catalogue: Table) -> tuple:
     """
     paths = [Path(path) for path in paths]
     place, times = _row_of_star(catalogue)
-    parts, rows = [], []
-    left_out = {"no spectrum of APOGEE": [], "no row in the catalogue": []}
-    reasons = []
-    for path in paths:
-        match = _NAME.fullmatch(path.name)
-        name = match["sdss_id"] if match else path.name
-        try:
-            star = read_mwm(path)
-        except LabError as error:
-            left_out["no spectrum of APOGEE"].append(name)
-            reasons.append(str(error))
-            continue
-        row = place.get(int(star.stars["SDSS_ID"][0]))
-        if row is None:
-            left_out["no row in the catalogue"].append(name)
-            continue
-        parts.append(star)
-        rows.append(row)
+    parts, rows, left_out, reasons = _read_each(paths, place)
     if not parts:
         first = (reasons or ["none of them is in the catalogue"])[0]
         raise LabError(f"no star is left of {len(paths)} files: {first}")

@@ -1,6 +1,6 @@
 # %% [markdown]
 # # What can go wrong before the first label?
-# > Eight traps between a spectrograph and a label, each on the same real star: what it costs, and what `check` says.
+# > Ten traps between a spectrograph and a label, each on the same real star: what it costs, and what `check` says.
 #
 # **Question.** A label is a number, and it looks the same whether the spectrum was understood or not. Wavelengths may be in air, lines may be blurred, errors may be
 # copied from somewhere. Which of these slips moves a label, by how much, and would anybody notice?
@@ -148,7 +148,9 @@ fall_into(
 
 # %% [markdown]
 # ## Errors
-# **Errors that are too small.** Three times too small, because only the photons of the star were counted and not those of the sky. The labels stay, and their errors are too small.
+# **Errors that are too small, or too large.** Three times too small, because only the photons of the star were counted and not those of the sky. The labels stay, and their errors are too small.
+#
+# **Errors of another star.** They have the right size in the middle, but not along the spectrum: here the noise grows fourfold towards the red, and the errors do not know.
 #
 # **Interpolation's covariance.** Some resample their spectrum onto three times as many pixels before they fit, and copy the errors. Nothing was measured anew, but the fit counts every photon
 # three times.
@@ -157,6 +159,15 @@ fall_into(
 fall_into(
     "errors 3 times too small",
     from_arrays(wavelength, flux, error / 3, unit="AA", velocity=0, resolution=22_500),
+)
+fall_into(
+    "errors 3 times too large",
+    from_arrays(wavelength, flux, error * 3, unit="AA", velocity=0, resolution=22_500),
+)
+growing = quiet + noise * np.geomspace(0.5, 2, len(quiet))
+fall_into(
+    "errors copied from another star",
+    from_arrays(wavelength, growing, error, unit="AA", velocity=0, resolution=22_500),
 )
 parts = []
 for chip in chips:
@@ -186,12 +197,12 @@ for shown, color, name in ((quietly, "C0", "nothing bad"), (~quietly, "C3", "bad
     size = np.hypot(np.abs(cost["Teff moves [K]"][shown]), 0.1)
     ax.barh(place[shown], size, color=color, label=f"check says: {name}")
 ax.set_yticks(place, cost["trap"])
-ax.set(xlabel="Teff moves by [K]", xscale="symlog", title="Eight traps, one giant")
+ax.set(xlabel="Teff moves by [K]", xscale="symlog", title="Traps, one giant")
 ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1));
 
 # %% [markdown]
-# **What to see.** Most long bars are red: the trap is seen before the label is believed. One is blue, the running median: what somebody else divided away, no check can miss. Order, units
-# and smooth slopes do nothing. Two traps move no label and still hurt, for they shrink the error.
+# **What to see.** The long bars are red: the trap is seen before the label is believed. Order, units and smooth slopes do nothing. Two traps move no label and still hurt, for they shrink
+# the error; the check sees them, too.
 
 # %%
 moved = dict(zip(cost["trap"], np.abs(cost["Teff moves [K]"])))
@@ -206,6 +217,10 @@ assert moved["the red end first, in nm"] < 0.2 * stated["none"]
 assert moved["30 km/s, left to be measured"] < stated["none"]
 assert moved["R = 8,000, said"] < moved["R = 8,000, not said"]
 assert stated["resampled, errors copied"] < 0.8 * stated["none"]
+assert "continuum: bad" in says["divided by a running median"]
+assert "errors: bad" in says["resampled, errors copied"] and says["a slope of 50 %"] == "all ok"
+assert "errors: look" in says["errors 3 times too large"]
+assert "errors: look" in says["errors copied from another star"]
 
 # %% [markdown]
 # What to look at first, then: the velocity and the resolution. Leave a velocity out rather than guess it. Give your own pixels, never resampled ones. And if all is well but the errors, ask

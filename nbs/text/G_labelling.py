@@ -59,7 +59,7 @@ from stellar_lab.models import (
 )
 from stellar_lab.mwm import mwm_kind, read_mwm
 from stellar_lab.normalize import as_trained
-from stellar_lab.spectrum import holds_spectrum, label_star, read_spectrum
+from stellar_lab.spectrum import from_arrays, holds_spectrum, label_star, read_spectrum
 from stellar_lab.survey import (
     LOG10_START,
     LOG10_STEP,
@@ -69,6 +69,7 @@ from stellar_lab.survey import (
     TABLE_FORMATS,
     LabError,
     Release,
+    Spectra,
     atomic_path,
     end_with_parent,
     known_sums,
@@ -208,9 +209,11 @@ def _path_list(paths):
 
 def _kind_of_file(path):
     "The product of a file, or a key of `_ELSEWHERE`; empty where neither is known."
-    kind = product_of(path) or mwm_kind(path)
-    for name, is_of in (("apvisit", is_visit), ("own", holds_spectrum)):
-        kind = name if not kind and is_of(path) else kind
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of astropy, about files that are none of FITS
+        kind = product_of(path) or mwm_kind(path)
+        kind = kind or ("apvisit" if is_visit(path, whole=False) else None)
+        kind = kind or ("own" if holds_spectrum(path) else None)
     return kind or ""
 
 
@@ -285,6 +288,55 @@ print(*(f"{Path(path).name}  {kind}" for path, kind in found), f"left out: {left
 assert len(found) == 4 and left_out == "2 aspcapStar files, 1 other FITS file"
 assert find_spectra(night / "my_star.fits") == [(str(night / "my_star.fits"), "apstar")]
 assert _find([night, night / "my_star.fits"], "apstar")[1] == "2 aspcapStar files"
+
+
+# %% [markdown]
+# One star of a file of any kind, as `label_star` and `check_star` take it: on the pixels of the file, with what the file says of its velocity.
+
+# %%
+#| export
+def read_star(path, **options) -> Spectra:
+    """A star from a file of any kind that `label` reads.
+
+    Parameters
+    ----------
+    path : str or Path
+    **options
+        for `from_arrays`, if the file is a spectrum of one's own; of an apVisit file the velocity
+
+    Returns
+    -------
+    Spectra
+        one star, for `label_star` or `check_star`; of several visits the one of the highest SNR
+
+    Raises
+    ------
+    LabError
+        where there is no spectrum; it says what the file is
+    """
+    kind = _kind_of_file(path)
+    if kind == "own":
+        return read_spectrum(path, **options)
+    if kind == "apvisit":
+        return read_visit(path, options.get("velocity"))
+    if kind.startswith("mwm"):
+        spectra = read_mwm(path)
+    else:
+        spectra, _, problems = read_stars([path], PRODUCTS[kind or "apstar"], progress=False)
+        if problems:
+            raise LabError(str(problems[0]))
+    best = int(np.argmax(np.nan_to_num(np.asarray(spectra.stars["SNR"], float))))
+    star = spectra[[best]]
+    mask = None if star.mask is None else star.mask[0]
+    known = {"unit": "AA", "velocity": 0.0, "resolution": 22_500, "mask": mask} | options
+    known["name"] = str(star.stars["APOGEE_ID"][0])
+    return from_arrays(star.wavelength, star.flux[0], ivar=star.ivar[0], **known)
+
+
+# %%
+print(read_star(night / "my_star.fits"))
+with pytest.raises(LabError, match="cut short"):
+    read_star(night / whole.name)
 
 
 # %% [markdown]
@@ -430,7 +482,8 @@ def _label_own(model, job):
         try:
             table = _label_elsewhere(model, path, job.product)
         except LabError as error:
-            problems.append(Problem(str(path), str(error)))
+            said = str(error).removeprefix(str(path)).removeprefix(f"{Path(path).name}:")
+            problems.append(Problem(str(path), said.lstrip(": ")))
             continue
         table["file"] = [path] * len(table)
         tables.append(table)

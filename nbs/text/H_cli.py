@@ -638,7 +638,7 @@ _CHECK = """
 Is a spectrum of your own fit for labels? Prints a verdict (ok, look, bad) on
 its grid, bad pixels, air or vacuum, velocity, resolution, continuum and errors,
 and what to do. FILE is text (.csv, .txt, ...), a FITS table or a FITS image of
-one axis, on any grid, in Angstrom, nm or micron; or an apVisit file. Columns
+one axis, on any grid, in Angstrom, nm or micron; or a file of the survey. Columns
 are wavelength, flux, error (or ivar). In text, comments such as
 
   # velocity: -12.3
@@ -659,10 +659,10 @@ _PICTURES = (".png", ".pdf", ".svg")
 
 
 def _run_check(options):
-    from stellar_lab.spectrum import check_star, plot_check, read_spectrum
+    from stellar_lab.labelling import read_star
+    from stellar_lab.spectrum import check_star, plot_check
     from stellar_lab.survey import atomic_path
     from stellar_lab.training import check_target, load_model
-    from stellar_lab.visits import is_visit, read_visit
 
     if options.plot:
         inputs = [options.file, options.model]
@@ -671,11 +671,7 @@ def _run_check(options):
     said = {"velocity": options.velocity, "resolution": options.resolution, "unit": options.unit}
     said = {name: value for name, value in said.items() if value is not None}
     said |= {"air": True} if options.air else {}
-    visit = is_visit(options.file)
-    star = (
-        read_visit(options.file, options.velocity) if visit else read_spectrum(options.file, **said)
-    )
-    check = check_star(model, star)
+    check = check_star(model, read_star(options.file, **said))
     print(check)
     if options.plot:
         with atomic_path(options.plot) as temporary:
@@ -694,7 +690,11 @@ def _add_check(commands):
         "nothing was lost",
     )
     option = parser.add_argument
-    option("file", metavar="FILE", help="the spectrum: text, FITS table or image, apVisit")
+    option(
+        "file",
+        metavar="FILE",
+        help="the spectrum: text, FITS table or image, or a file of the survey",
+    )
     option("--model", required=True, metavar="FILE", help=_MODEL)
     option("--velocity", type=float, metavar="V", help="of the star, km/s (default: measured)")
     option("--resolution", type=float, metavar="R", help="wavelength over FWHM of a narrow line")

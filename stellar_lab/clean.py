@@ -1104,6 +1104,8 @@ def _reason(path, error, wanted="apStar or aspcapStar files"):
     is_wanted = ("allStar" in kind or kind.startswith("a table of")) and "allStar" in wanted
     is_wanted |= kind.startswith("a spectrum") and "apStar" in wanted
     is_wanted |= kind.startswith("an apVisit file") and "apVisit" in wanted
+    if kind.startswith(("a table of", "an image of")):  # such may be wanted where spectra are
+        is_wanted |= "apStar" not in wanted and "allStar" not in wanted
     if kind and not is_wanted:
         return f"{kind}: give {wanted}"
     return _in_words(error)

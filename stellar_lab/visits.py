@@ -57,9 +57,11 @@ def is_visit(path, whole: bool = True) -> bool:
 
 def _is_visit(hdus, whole=True):
     "Whether the HDUs of a file are those of a visit."
+    needed = (1, 2, 3, 4) if whole else (1,)
+    if len(hdus) <= max(needed):
+        return False
     shape = hdus[1].shape
     right = shape in (_SHAPE, _UNDITHERED)
-    needed = (1, 2, 3, 4) if whole else (1,)
     return right and all(hdus[k].is_image and hdus[k].shape == shape for k in needed)
 
 

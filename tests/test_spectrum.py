@@ -256,6 +256,16 @@ def test_noise_has_no_velocity(cannon):
         label_star(cannon, from_arrays(GRID, noise, 0.1))
 
 
+def test_the_velocity_is_measured_for_a_model_that_draws_no_spectra(star, good_files):
+    ridge = RidgeLabels(labels=["TEFF", "M_H"]).fit(good_files[1])
+    grid, flux, ivar = star
+    still = label_star(ridge, own(star)).table
+    moving = label_star(ridge, own((grid * (1 + 87.6 / 299_792.458), flux, ivar))).table
+    speed = moving["velocity"][0].value - still["velocity"][0].value
+    assert abs(speed - 87.6) < 0.5 and 0 < moving["velocity_err"][0].value < 1
+    assert abs(moving["teff"][0] - still["teff"][0]) < 2 * still["teff_err"][0]
+
+
 def test_readers_get_the_star_resampled(good_files, star):
     ridge = RidgeLabels(labels=["TEFF", "M_H"]).fit(good_files[1])
     found = label_star(ridge, own(star, velocity=0)).table

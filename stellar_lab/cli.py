@@ -264,10 +264,10 @@ def _add_fetch(commands):
 
 # %% ../nbs/H_cli.ipynb #7763ee27
 _TRAIN = """
-Train a model (The Cannon, unless --kind names another) on the stars of an
-archive: read the spectra, join them with the catalogue's labels, drop what the
-archive's cuts drop, normalize, fit; then judge the model on stars that it has
-not seen, and give it errors that hold.
+Train a model on the stars of an archive (--kind says which; without it the one
+that the scoreboard shows best): read the spectra, join them with the catalogue's
+labels, drop what the archive's cuts drop, normalize, fit; then judge the model on
+stars that it has not seen, and give it errors that hold.
 
 Prints the ledger (which rule dropped how many stars) and, for each label, the
 errors (predicted - catalogue) of the training stars and of those left out:
@@ -713,7 +713,7 @@ def _add_report(commands):
 # %% ../nbs/H_cli.ipynb #c36a50f8
 _OVERVIEW = """
 Labels of stars (temperature, gravity, abundances) from their APOGEE spectra:
-bring an archive of spectra home, train The Cannon on it, label stars with it.
+bring an archive of spectra home, train a model on it, label stars with it.
 
 A first run, without a network, in a few minutes:
   stellar-lab archive clusters stars

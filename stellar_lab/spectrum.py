@@ -1958,6 +1958,10 @@ class StarCheck:
     def __str__(self):
         return "\n".join([*map(str, self.verdicts), *(f"note: {n}" for n in self.found.notes)])
 
+    def __repr__(self):
+        bad = [verdict.what for verdict in self.verdicts if verdict.verdict == "bad"]
+        return f"<StarCheck: {', '.join(bad) or 'nothing'} bad>"
+
 # %% ../nbs/20_spectrum.ipynb #07dd830c
 def check_star(model: Cannon, spectra: Spectra) -> StarCheck:
     """Is a spectrum fit for labels? Grid, velocity, resolution, continuum, errors, bad pixels.

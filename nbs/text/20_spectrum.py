@@ -2704,6 +2704,10 @@ class StarCheck:
     def __str__(self):
         return "\n".join([*map(str, self.verdicts), *(f"note: {n}" for n in self.found.notes)])
 
+    def __repr__(self):
+        bad = [verdict.what for verdict in self.verdicts if verdict.verdict == "bad"]
+        return f"<StarCheck: {', '.join(bad) or 'nothing'} bad>"
+
 
 # %%
 #| export

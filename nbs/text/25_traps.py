@@ -110,7 +110,7 @@ except LabError as refusal:
 plot_check(air);
 
 # %% [markdown]
-# **What to see.** Top left, the peak stands at -82 km/s and not at 0: that is air. Below, the model (red) keeps its lines, the star (black) has them elsewhere.
+# **What to see.** Top left, the peak stands at -82 km/s and not at 0: that is air. Below, the model keeps its lines, the star (black) has them elsewhere.
 
 # %% [markdown]
 # ## The continuum
@@ -201,8 +201,8 @@ ax.set(xlabel="Teff moves by [K]", xscale="symlog", title="Traps, one giant")
 ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1));
 
 # %% [markdown]
-# **What to see.** The long bars are red: the trap is seen before the label is believed. Order, units and smooth slopes do nothing. Two traps move no label and still hurt, for they shrink
-# the error; the check sees them, too.
+# **What to see.** The long bars have the second colour: the check sees the trap before the label is believed. Order, units and smooth slopes do nothing. Some traps hardly move the temperature and hurt all the same: air and
+# vacuum move gravity and metallicity, and wrong errors of pixels make wrong errors of labels.
 
 # %%
 moved = dict(zip(cost["trap"], np.abs(cost["Teff moves [K]"])))

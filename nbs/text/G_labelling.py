@@ -823,6 +823,13 @@ _ERRORS = {
 }
 
 
+def _about(table):
+    "What calibrated errors are about, in words, where the catalogue's noise is not in them."
+    if "true" not in str(table.meta.get("about", "")):
+        return ""
+    return "; about the true label: a catalogue's own noise comes on top of them"
+
+
 def _rounded(value, error):
     "A number and its error with two digits of the error."
     if not np.isfinite(value):
@@ -949,7 +956,7 @@ class LabelSummary:
         which = ", ".join(f"{count} {name}" for name, count in count_flags(flags).items())
         lines = [
             f"{self.labelled} of {self.files} stars labelled{by}{where}",
-            f"errors: {_ERRORS.get(kind, kind)}",
+            f"errors: {_ERRORS.get(kind, kind)}{_about(self.table)}",
             f"with a flag: {np.count_nonzero(flags)}{f' ({which})' if which else ''}",
         ]
         lines += [f"left out: {self.left_out}"] if self.left_out else []

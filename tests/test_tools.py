@@ -123,6 +123,22 @@ def test_outputs_that_a_reader_must_not_find():
     )
 
 
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("$$ a = b +\nc $$ and $$ d $$", ""),
+        ("$$ a = \\begin{matrix} 1 \\\\ 2 \\end{matrix} $$", ""),
+        ("$$ a = b\n+ c $$", "cell 0 has a formula whose line would become a list: + c"),
+        ("$$ a = b\n  - c $$", "cell 0 has a formula whose line would become a list: - c"),
+        ("$$ \\\\sum_i a_i $$", "cell 0 has a formula with a doubled backslash: \\\\sum_i"),
+        ("$$ a $$ and $$ b", "cell 0 has an odd number of $$"),
+        ("$$ a $$\n- a list\n- of text\n\n$$ b $$ and `$$` in code", ""),
+    ],
+)
+def test_formulas_that_would_not_be_shown_as_such(text, complaint):
+    assert " | ".join(check_notebooks.complaints(notebook(text), 1000)) == complaint
+
+
 def test_outputs_are_tidied_of_places_and_progress():
     bar = printed("files: 10%|# | 1/9 [00:03, 3it/s]", "stderr")
     table = nb.new_output(

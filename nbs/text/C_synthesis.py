@@ -965,8 +965,8 @@ Table(rows=_star_labels(everyone.stars[:2]))
 
 # %% [markdown]
 # Then all stars ask all lines at once:
-# $$ \min_{\Delta,\delta}\;\sum_{s,p} w_{sp}\Bigl(r_{sp} - \sum_i R^s_{pi}\,(\Delta_i + \delta_{s,\mathrm{el}(i)})\Bigr)^2 + \sum_i \frac{\Delta_i^2}{\sigma_i^2}
-# + \sum_{s,e}\frac{\delta_{se}^2}{\sigma_e^2} . $$
+# $$ \min_{\Delta,\delta}\;\sum_{s,p} w_{sp}\Bigl(r_{sp} - \sum_i R^s_{pi}\,(\Delta_i + \delta_{s,\mathrm{el}(i)})\Bigr)^2 + \sum_i \frac{\Delta_i^2}{\sigma_i^2} +
+# \sum_{s,e}\frac{\delta_{se}^2}{\sigma_e^2} . $$
 # $\Delta_i$ is the change of a line's log gf. The second term *shrinks* it: no line moves without evidence, and molecules, whose strengths theory knows well, move little. $\delta$
 # lets one star have an abundance of its own; what all stars ask for in common belongs to the scale of the species (the zero points of ASPCAP's abundances are not ours). One
 # star alone would bend the lines until its wrong labels look right; thirteen of different temperature and metallicity cannot all be wrong in the same way.

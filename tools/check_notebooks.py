@@ -1,5 +1,5 @@
-"""Do the notebooks carry their outputs, without errors, warnings or somebody's paths, are they small
-enough to read where they lie, and will their formulas be shown as such?"""
+"""Do the notebooks carry their outputs, without errors, warnings or somebody's paths; are they
+small enough to read where they lie, and are their formulas shown as such?"""
 
 import ast
 import re
@@ -96,11 +96,7 @@ def main(names=()):
         for complaint in complaints(read(path), path.stat().st_size):
             print(f"{path.name}: {complaint}")
             wrong += 1
-    print(
-        f"{wrong} complaint(s) about notebooks"
-        if wrong
-        else "all notebooks carry their outputs"
-    )
+    print(f"{wrong} complaint(s) about notebooks" if wrong else "all notebooks carry their outputs")
     return bool(wrong)
 
 

@@ -2046,12 +2046,12 @@ Table(
 )
 
 # %%
-fig, axes = plt.subplots(1, 2, figsize=(10, 3.2), width_ratios=(1, 1.5))
+fig, axes = plt.subplots(1, 2, figsize=(10, 3.2), width_ratios=(1, 1.5), layout="constrained")
 dots = axes[0].scatter(inside["TEFF"], 100 * inside["RMS"], c=inside["FE_H"], s=12, cmap="viridis")
 axes[0].set(xlabel=LABELS["TEFF"].axis, ylabel="ASPCAP minus ours, rms [%]")
 fig.colorbar(dots, ax=axes[0], label="[M/H] [dex]")
 axes[1].plot(SURVEY_WAVELENGTH, giants_pixels["MEDIAN"], ".", ms=1.5)
-axes[1].set(xlabel="wavelength [Å]", ylabel="ASPCAP minus ours, median", ylim=(-0.12, 0.12));
+axes[1].set(xlabel="vacuum wavelength [Å]", ylabel="ASPCAP minus ours, median", ylim=(-0.12, 0.12));
 
 # %%
 #| echo: false

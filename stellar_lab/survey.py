@@ -18,6 +18,7 @@ import re
 import shutil
 import stat
 import threading
+import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from enum import IntFlag
@@ -1276,7 +1277,9 @@ def write_table(table: Table, path):
         raise LabError(f"cannot write {path}: the extension must be one of {known}")
     if suffix == ".parquet":
         require("pyarrow", "parquet")
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, warnings.catch_warnings():
+        # dex: FITS has no such unit, and astropy keeps it another way
+        warnings.filterwarnings("ignore", message=".*could not be saved in native FITS format")
         plain_text(table, suffix).write(temporary, format=TABLE_FORMATS[suffix], overwrite=True)
 
 # %% ../nbs/00_survey.ipynb #4ef2e6e6

@@ -281,6 +281,7 @@ def test_figures_are_described():
 
 def test_the_contents_lead_into_the_book():
     chapters = [
+        ("000_tour", "How fast?", "", ""),
         ("00_survey", "What?", "The <facts>", ""),
         ("01_fetch", "Is it?", "", "cell 3: ValueError"),
         ("19_results", "Which is best?", "", ""),
@@ -290,14 +291,16 @@ def test_the_contents_lead_into_the_book():
     order = [
         "data:image/png",  # README's picture
         "archive clusters",
-        ">The path",
-        '<a href="00_survey.html">What?</a>',
+        ">Begin here",
+        "How fast?",
+        ">From files to spectra",
+        '<span class="subject">survey</span> <a href="00_survey.html">What?</a>',
         "The &lt;facts&gt;",
         '<a href="01_fetch.html">Is it?</a>',
         "failed: cell 3: ValueError",
-        ">Other models",
+        ">Other readers",
         "Which is best?",
-        ">Appendices",
+        ">Stars from physics",
         "Where from?",
         "TEFF 80 K",
     ]
@@ -306,6 +309,15 @@ def test_the_contents_lead_into_the_book():
     assert pages.outside(page) == []
     relative = re.findall(r'href="(?!https?://|#)([^"]*)"', page)
     assert all(name.endswith(".html") for name in relative)
+
+
+def test_every_chapter_but_the_tour_has_its_place_on_the_map():
+    names = [path.stem for path in notebooks()]
+    places = pages.book_map()
+    assert sorted(places) == sorted(name for name in names if name != "000_tour")
+    parts = list(dict.fromkeys(part for part, _ in places.values()))
+    assert len(parts) == 7 and parts[0] == "from files to spectra"
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 80
 
 
 def test_a_book_is_written_chapter_by_chapter(tmp_path):

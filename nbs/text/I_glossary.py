@@ -50,7 +50,7 @@
 # - **Hidden labels.** Numbers of a star that no catalogue gives and that a Cannon learns with the rest. They take in what stars differ in beyond their labels, so that it no longer passes for noise ([hidden labels](16_hidden.ipynb)).
 # - **Latents.** A few dozen numbers that hold nearly all that a giant's spectrum says. A model that reads them need not look at 7,214 pixels ([latents](17_latents.ipynb)).
 # - **Gaussian process.** A smooth curve through points with errors that also says how far it may be off. Here it leads from latents to labels ([latents](17_latents.ipynb)).
-# - **Augmented network.** A network that is trained on noisy copies of its stars. So it learns to pay no heed to bad pixels and to noise ([augmentation](15_augmentation.ipynb)).
+# - **Augmented network.** A network that is trained on thousands of noisy copies of its stars. The copies are wild where pixels are bad, and so it learns not to rely on these ([augmentation](15_augmentation.ipynb)).
 # - **Error-aware network.** A network that is given each pixel's error beside its flux. It trusts precise pixels, fills bad ones from their neighbours, and states an error of each label ([augmentation](15_augmentation.ipynb)).
 # - **Digest.** A short number computed from all bytes of a file or of a folder, which tells whether two are the same ([where the stars come from](A_archives.ipynb)).
 # - **Emulator.** A fast formula for spectra that physics computes slowly.

@@ -917,8 +917,8 @@ few.stars["APOGEE_ID", "SNR", "VHELIO", "TEFF", "TEFF_ERR", "FE_H", "FE_H_ERR"][
 # %%
 faint = mock_stars(20, seed=1, snr=30)[0]
 assert np.array_equal(faint.mask, few.mask) and set(faint.stars["SNR"]) == {30}
-noise_of = [np.median(some.error[3][some.mask[3] == 0]) for some in (faint, few)]
-assert np.isclose(noise_of[0] * 30, noise_of[1] * few.stars["SNR"][3], rtol=1e-3)
+weight_of = [np.median(some.ivar[3][some.mask[3] == 0]) for some in (faint, few)]
+assert np.isclose(weight_of[1] / weight_of[0], (few.stars["SNR"][3] / 30) ** 2, rtol=1e-3)
 
 # %% [markdown]
 # A study in memory needs no files. It wants stars to learn from, as the survey lists them, and others to judge by, whose labels are the true ones as a catalogue without noise would list them. Those are single giants: a binary has no label that is right.

@@ -1,13 +1,14 @@
 """Properties of The Cannon for any stars: units, order, other stars' pixels, what a file keeps."""
 
 import asdf
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from astropy.table import Table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stellar_lab.cannon import Cannon, Vectorizer
+from stellar_lab.cannon import Cannon, Vectorizer, plot_fit
 from stellar_lab.models import fold_numbers, train_test_rows
 from stellar_lab.survey import LabError, Spectra
 
@@ -173,3 +174,19 @@ def test_terms_that_make_no_sense(term, message):
         Vectorizer.of_terms("ab", [term])
     with pytest.raises(LabError, match="occurs twice"):
         Vectorizer.of_terms("ab", ["a*b", "b*a"])
+
+
+def test_a_picture_of_a_fit_shows_its_lines_and_leaves_the_gaps_between_chips_white():
+    grid = np.r_[np.arange(15200.0, 15240, 0.2), np.arange(15300.0, 15340, 0.2)]
+    flux = np.ones((30, 400), "f4")
+    labels = np.linspace(4000, 5000, 30)
+    flux[:, 50] -= 0.05 + 1e-4 * (labels - 4000)
+    table = Table({"APOGEE_ID": [f"2M{k:08d}" for k in range(30)], "TEFF": labels})
+    spectra = Spectra(grid, flux, np.full(flux.shape, 1e4, "f4"), table)
+    model = Cannon(order=1, labels=["TEFF"]).fit(spectra)
+    above, below = plot_fit(model, spectra, 3, labels[[3]][None])
+    edges = [path.vertices[:, 0] for path in below.collections[0].get_paths()]
+    assert edges and not any(x.min() < 15270 < x.max() for x in edges)
+    low, high = above.get_ylim()
+    assert 0.8 < low < flux[3, 50] and 1 < high < 1.1  # no room for what is not drawn
+    plt.close(above.figure)

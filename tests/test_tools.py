@@ -123,6 +123,22 @@ def test_outputs_that_a_reader_must_not_find():
     )
 
 
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("$$ a = b +\nc $$ and $$ d $$", ""),
+        ("$$ a = \\begin{matrix} 1 \\\\ 2 \\end{matrix} $$", ""),
+        ("$$ a = b\n+ c $$", "cell 0 has a formula whose line would become a list: + c"),
+        ("$$ a = b\n  - c $$", "cell 0 has a formula whose line would become a list: - c"),
+        ("$$ \\\\sum_i a_i $$", "cell 0 has a formula with a doubled backslash: \\\\sum_i"),
+        ("$$ a $$ and $$ b", "cell 0 has an odd number of $$"),
+        ("$$ a $$\n- a list\n- of text\n\n$$ b $$ and `$$` in code", ""),
+    ],
+)
+def test_formulas_that_would_not_be_shown_as_such(text, complaint):
+    assert " | ".join(check_notebooks.complaints(notebook(text), 1000)) == complaint
+
+
 def test_outputs_are_tidied_of_places_and_progress():
     bar = printed("files: 10%|# | 1/9 [00:03, 3it/s]", "stderr")
     table = nb.new_output(
@@ -265,6 +281,7 @@ def test_figures_are_described():
 
 def test_the_contents_lead_into_the_book():
     chapters = [
+        ("000_tour", "How fast?", "", ""),
         ("00_survey", "What?", "The <facts>", ""),
         ("01_fetch", "Is it?", "", "cell 3: ValueError"),
         ("19_results", "Which is best?", "", ""),
@@ -274,14 +291,16 @@ def test_the_contents_lead_into_the_book():
     order = [
         "data:image/png",  # README's picture
         "archive clusters",
-        ">The path",
-        '<a href="00_survey.html">What?</a>',
+        ">Begin here",
+        "How fast?",
+        ">From files to spectra",
+        '<span class="subject">survey</span> <a href="00_survey.html">What?</a>',
         "The &lt;facts&gt;",
         '<a href="01_fetch.html">Is it?</a>',
         "failed: cell 3: ValueError",
-        ">Other models",
+        ">Other readers",
         "Which is best?",
-        ">Appendices",
+        ">Stars from physics",
         "Where from?",
         "TEFF 80 K",
     ]
@@ -290,6 +309,15 @@ def test_the_contents_lead_into_the_book():
     assert pages.outside(page) == []
     relative = re.findall(r'href="(?!https?://|#)([^"]*)"', page)
     assert all(name.endswith(".html") for name in relative)
+
+
+def test_every_chapter_but_the_tour_has_its_place_on_the_map():
+    names = [path.stem for path in notebooks()]
+    places = pages.book_map()
+    assert sorted(places) == sorted(name for name in names if name != "000_tour")
+    parts = list(dict.fromkeys(part for part, _ in places.values()))
+    assert len(parts) == 7 and parts[0] == "from files to spectra"
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 80
 
 
 def test_a_book_is_written_chapter_by_chapter(tmp_path):

@@ -1,5 +1,5 @@
-"""Do the notebooks carry their outputs, without errors, warnings or somebody's paths, and are they
-small enough to read where they lie?"""
+"""Do the notebooks carry their outputs, without errors, warnings or somebody's paths; are they
+small enough to read where they lie, and are their formulas shown as such?"""
 
 import ast
 import re
@@ -44,8 +44,28 @@ def texts(output):
     return [value for kind, value in output.get("data", {}).items() if kind.startswith("text/")]
 
 
+def broken_formulas(text):
+    "What in a markdown cell's displayed formulas would not be shown as a formula, one line each."
+    text = re.sub(r"^```.*?^```|`[^`\n]+`", "", text, flags=re.MULTILINE | re.DOTALL)
+    pieces = text.split("$$")
+    if len(pieces) % 2 == 0:
+        yield "has an odd number of $$"
+        return
+    for formula in pieces[1::2]:
+        item = re.search(r"^\s*[-+*] .*", formula, re.MULTILINE)
+        if item:
+            yield f"has a formula whose line would become a list: {item.group().strip()[:50]}"
+        doubled = re.search(r"\\\\[A-Za-z]\w*", formula)
+        if doubled:
+            yield f"has a formula with a doubled backslash: {doubled.group()}"
+
+
 def complaints(notebook, size):
-    "What is wrong with a notebook's outputs, one line each."
+    "What is wrong with a notebook's formulas and outputs, one line each."
+    for number, cell in enumerate(notebook.cells):
+        if cell.cell_type == "markdown":
+            for broken in broken_formulas(cell.source):
+                yield f"cell {number} {broken}"
     code = [
         (number, cell) for number, cell in enumerate(notebook.cells) if cell.cell_type == "code"
     ]
@@ -76,11 +96,7 @@ def main(names=()):
         for complaint in complaints(read(path), path.stat().st_size):
             print(f"{path.name}: {complaint}")
             wrong += 1
-    print(
-        f"{wrong} complaint(s) about the outputs of notebooks"
-        if wrong
-        else "all notebooks carry their outputs"
-    )
+    print(f"{wrong} complaint(s) about notebooks" if wrong else "all notebooks carry their outputs")
     return bool(wrong)
 
 

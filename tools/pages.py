@@ -26,7 +26,7 @@ SCRIPTS = re.compile(
     re.IGNORECASE,
 )
 NO_ALT = "No description has been provided for this image"
-OTHER_MODELS = ("readers", "network", "augmentation", "results")  # rooms of the book's second part
+BEGINNING = "begin here"  # part of the chapters that are not on README's map
 
 
 # ---- formulas
@@ -355,26 +355,35 @@ def introduction():
     return described(made)
 
 
-def part(name):
-    "The part of the book that a chapter belongs to."
-    number, _, room = name.partition("_")
-    if not number.isdigit():
-        return "Appendices: where things come from, and how they are made"
-    return "Other models, and which is best" if room in OTHER_MODELS else "The path"
+def book_map():
+    "README's map of the chapters: name -> (part, subject), in the order of its rows."
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text.partition("\n## The chapters\n")[2].partition("\n## ")[0]
+    found = {}
+    for part, chapters in re.findall(r"^\| (.+?) \| (.+?) \|$", section, re.MULTILINE):
+        for subject, name in re.findall(r"\[([^\]]+)\]\(nbs/(\w+)\.ipynb\)", chapters):
+            found[name] = (part, subject)
+    return found
 
 
 def index(chapters, facts, errors):
     """The contents: (name, title, subtitle, problem) of each chapter, lines about the run, the
-    printed table of errors."""
-    parts = {}
+    printed table of errors. Chapters stand in the parts of README's map, one that is not in it
+    (the tour) before them."""
+    places = book_map()
+    parts = {BEGINNING: [], **{part: [] for part, _ in places.values()}}
     for name, heading, subtitle, problem in chapters:
+        part, subject = places.get(name, (BEGINNING, ""))
         failed = f' <span class="failed">failed: {html.escape(problem)}</span>' if problem else ""
         about = f'<br><span class="note">{LINE.renderInline(subtitle)}</span>' if subtitle else ""
         link = f'<a href="{name}.html">{LINE.renderInline(heading)}</a>'
-        parts.setdefault(part(name), []).append(f"<li>{link}{about}{failed}</li>")
+        before = f'<span class="subject">{html.escape(subject)}</span> ' if subject else ""
+        parts[part].append(f"<li>{before}{link}{about}{failed}</li>")
     lists = "\n".join(
-        f"<h2>{html.escape(heading)}</h2>\n<ul class='chapters'>{''.join(items)}</ul>"
-        for heading, items in parts.items()
+        f"<h2>{html.escape(part[0].upper() + part[1:])}</h2>\n"
+        f"<ul class='chapters'>{''.join(items)}</ul>"
+        for part, items in parts.items()
+        if items
     )
     table = ""
     if errors:

@@ -60,7 +60,7 @@ ledger
 
 # %% [markdown]
 # Why so many files, and so few stars? The archive that comes with this book holds 553 real stars: 552 under their names, and one that waits below without its name. Another 30 files are copies with faults
-# planted on purpose, so that every rule has something to catch: 582 files in all. Then the dwarfs go, for the model is one of giants. With them goes one of the 19 clusters, for in the Pleiades
+# planted on purpose, so that every rule has something to catch: 582 files in all. (Five of these are damaged; an archive that was [fetched](01_fetch.ipynb) has 577, for fetching turns damaged files away.) Then the dwarfs go, for the model is one of giants. With them goes one of the 19 clusters, for in the Pleiades
 # only dwarfs were observed. The *spectra* are real. The continuum is not: it was put back, so that there is something to divide by. [Where the stars come from](A_archives.ipynb) tells it in full.
 
 # %% [markdown]
@@ -142,7 +142,7 @@ for name in names:
 plot_fit(model, mystery, 0, window=(15990, 16210), name=title);
 
 # %% [markdown]
-# **What to see.** The model (red) was never told what this star is, and draws its lines from the labels alone. Below is what is left, over a band as wide as the noise.
+# **What to see.** The model (orange) was never told what this star is, and draws its lines from the labels alone. Below is what is left, over a band as wide as the noise.
 
 # %%
 assert table["flags"][0] == 0 and table.meta["errors"] == "calibrated"
@@ -161,8 +161,8 @@ player(rising, interval=150)
 # - The path of the book: [what a star is to us](00_survey.ipynb), [fetching](01_fetch.ipynb), [cleaning](02_clean.ipynb), [the continuum](03_normalize.ipynb),
 #   [the contract of models](04_models.ipynb), [The Cannon](05_cannon.ipynb), [its inversion](06_inversion.ipynb), [judging](07_judging.ipynb).
 # - Your own files: [ten thousand labels](G_labelling.ipynb), and [the command line](H_cli.ipynb).
-# - How good it gets: [real giants](08_giants.ipynb), and [all models side by side](19_results.ipynb). Which model should you take? Begin with the Cannon: it explains what it reads, and says by its chi2 when a star
-#   is of another kind. If you want the smallest errors on stars like those of the training set, try the [Gaussian process on latents](17_latents.ipynb), or the Cannon that learns [hidden labels](16_hidden.ipynb).
+# - How good it gets: [real giants](08_giants.ipynb), and [all models side by side](19_results.ipynb). Which model should you take? For the smallest errors the [Gaussian process on latents](17_latents.ipynb),
+#   which `stellar-lab train` makes when nothing is said; to learn and to look into what a model believes, the Cannon of this tour, which says by its chi2 when a star is of another kind, or the one with [hidden labels](16_hidden.ipynb).
 # - Words that you do not know: [the glossary](I_glossary.ipynb).
 #
 # **Exercise.** Train on four labels instead of six: set `names = names[:4]` after the ledger, and run on. Which errors grow, although these labels were kept?

@@ -27,6 +27,7 @@ import re
 import shutil
 import stat
 import threading
+import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from enum import IntFlag
@@ -1805,7 +1806,9 @@ def write_table(table: Table, path):
         raise LabError(f"cannot write {path}: the extension must be one of {known}")
     if suffix == ".parquet":
         require("pyarrow", "parquet")
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, warnings.catch_warnings():
+        # dex: FITS has no such unit, and astropy keeps it another way
+        warnings.filterwarnings("ignore", message=".*could not be saved in native FITS format")
         plain_text(table, suffix).write(temporary, format=TABLE_FORMATS[suffix], overwrite=True)
 
 
@@ -1847,6 +1850,9 @@ def plain_text(table, suffix):
 with tempfile.TemporaryDirectory() as folder:
     target = Path(folder) / "labels.ecsv"
     write_table(QTable({"teff": [4700, 4800] * u.K}), target)
+    write_table(QTable({"logg": [2.5] * u.dex}), Path(folder) / "dex.fits")  # no warning
+    assert QTable.read(Path(folder) / "dex.fits")["logg"].unit == u.dex
+    (Path(folder) / "dex.fits").unlink()
     with pytest.raises(ZeroDivisionError), atomic_path(target) as temporary:
         temporary.write_text("half a")
         raise ZeroDivisionError
@@ -2177,6 +2183,28 @@ CHIP_COLORS
 
 # %%
 #| export
+def broken_at_gaps(grid, values, shown):
+    """The `shown` pixels of a spectrum, with a NaN in each gap between chips, which breaks a line.
+
+    Parameters
+    ----------
+    grid, values : ndarray
+        (P,) wavelengths of the whole spectrum [Angstrom], and what to draw there
+    shown : ndarray of bool
+        (P,) pixels to draw
+
+    Returns
+    -------
+    tuple of two ndarray
+        wavelengths and values, both with the NaNs
+    """
+    steps = np.diff(np.log10(grid))
+    usual = max(np.median(steps), LOG10_STEP) if len(steps) else LOG10_STEP
+    gaps = np.flatnonzero(np.diff(np.log10(grid[shown])) > 1.5 * usual) + 1
+    x = np.insert(grid[shown].astype(float), gaps, np.nan)
+    return x, np.insert(values[shown].astype(float), gaps, np.nan)
+
+
 def plot_spectrum(grid, flux, ivar=None, window=None, error=False, ax=None, title=None, **line):
     """Draw one spectrum.
 
@@ -2207,19 +2235,12 @@ def plot_spectrum(grid, flux, ivar=None, window=None, error=False, ax=None, titl
     low, high = (-np.inf, np.inf) if window is None else window
     shown = (grid >= low) & (grid <= high)
     good = np.ones(len(grid), bool) if ivar is None else np.asarray(ivar) > 0
-    # NaNs between the chips break the line.
-    steps = np.diff(np.log10(grid))
-    usual = max(np.median(steps), LOG10_STEP) if len(steps) else LOG10_STEP
-    gaps = np.flatnonzero(np.diff(np.log10(grid[shown])) > 1.5 * usual) + 1
-
-    def broken(y):
-        return np.insert(np.where(good, y, np.nan)[shown].astype(float), gaps, np.nan)
-
-    x = np.insert(grid[shown], gaps, np.nan)
-    ax.plot(x, broken(flux), **({"color": "C0", "lw": 0.7} | line))
+    flux = np.where(good, flux, np.nan)
+    ax.plot(*broken_at_gaps(grid, flux, shown), **({"color": "C0", "lw": 0.7} | line))
     if error and ivar is not None:
         with np.errstate(divide="ignore"):
-            _error_axis(ax, x, broken(1 / np.sqrt(np.asarray(ivar, float))))
+            sigma = np.where(good, 1 / np.sqrt(np.asarray(ivar, float)), np.nan)
+        _error_axis(ax, *broken_at_gaps(grid, sigma, shown))
     ax.set(xlabel="vacuum wavelength [Å]", ylabel="flux", title=title)
     ax.margins(x=0.01)
     return ax

@@ -44,6 +44,7 @@ from stellar_lab.survey import (
     LabError,
     Spectra,
     WrongFile,
+    broken_at_gaps,
     chip_slices,
     label_record,
     plot_spectrum,
@@ -1066,11 +1067,27 @@ def _draw_rest(ax, star, left, good, window):
     "What a model leaves of a star, over a band as wide as the star's stated errors."
     grid = star.wavelength
     plot_spectrum(grid, left, good, window, ax=ax, color="C3", lw=0.7)
+    sigma = 1 / np.sqrt(np.where(good, star.ivar[0], np.nan))
+    at, sigma = broken_at_gaps(grid, sigma, _in_window(grid, window))
+    ax.fill_between(at, -sigma, sigma, color="0.8", lw=0, zorder=0)
+    ax.set(ylabel="star\n- model", ylim=(-0.06, 0.06))
+
+
+def _in_window(grid, window):
+    "Which pixels a window shows; all where there is none."
     low, high = (grid[0], grid[-1]) if window is None else window
-    seen = (grid >= low) & (grid <= high)
-    sigma = 1 / np.sqrt(np.where(good, star.ivar[0], np.nan))[seen]
-    ax.fill_between(grid[seen], -sigma, sigma, color="0.8", lw=0, zorder=0)
-    ax.set(ylabel="star - model", ylim=(-0.06, 0.06))
+    return (grid >= low) & (grid <= high)
+
+
+def _flux_limits(star, made, shown):
+    "Lowest and highest flux to draw: the model's lines and the star's, without its worst pixels."
+    if not shown.any():
+        return 0.4, 1.25
+    flux = np.percentile(star.flux[0, shown], [0.5, 99.5])
+    low = min(flux[0], made[shown].min(), 0.9)
+    high = max(flux[1], made[shown].max(), 1.05)
+    room = 0.06 * (high - low)
+    return low - room, high + room
 
 
 # %%
@@ -1135,8 +1152,9 @@ def plot_fit(model, spectra: Spectra, row: int, labels=None, window=None, axes=N
     plot_spectrum(grid, made, good, window, ax=axes[0], color="C3", alpha=0.8, label="model")
     rms = np.sqrt(np.mean(left[good] ** 2))
     axes[0].set(title=f"{name}: rms {rms:.4f}", xlabel=None, ylabel="flux / continuum")
-    axes[0].set(ylim=(0.4, 1.25))
-    axes[0].legend(loc="upper right", ncols=2, frameon=False)
+    axes[0].set(ylim=_flux_limits(star, made, good & _in_window(grid, window)))
+    legend_place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0}
+    axes[0].legend(ncols=2, frameon=False, **legend_place)
     _draw_rest(axes[1], star, left, good, window)
     return axes
 

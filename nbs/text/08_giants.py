@@ -160,7 +160,7 @@ if truth is not None and len(spectra) > 1000:  # fewer stars, and chance decides
 # ## What the continuum costs
 # Four or six labels, spectra as the survey normalized them (aspcapStar) or raw ones through our own chain (apStar), with the continuum pixels of the original lab or those that
 # [The Cannon finds itself](05_cannon.ipynb): each choice in the same five folds. The embedded stars give all 479 giants, in the folds of
-# a plain script that stands for comparison; the archive's files give 478 of them, for the mystery star was taken out.
+# a plain script that stands for comparison (our own too, but written apart from this package); the archive's files give 478 of them, for the mystery star was taken out.
 
 # %%
 FOUR = ["TEFF", "LOGG", "M_H", "ALPHA_M"]
@@ -229,7 +229,7 @@ if results:
 Markdown(text)
 
 # %% [markdown]
-# A plain script reached, on the same stars and folds: 85.0 K, 0.222, 0.077, 0.060 with four labels, 76.5 K, 0.190, 0.063, 0.053 with six, 47.5 K, 0.115, 0.040, 0.031 on the metal-rich
+# The plain script reached, on the same stars and folds: 85.0 K, 0.222, 0.077, 0.060 with four labels, 76.5 K, 0.190, 0.063, 0.053 with six, 47.5 K, 0.115, 0.040, 0.031 on the metal-rich
 # ones, and 93 K, 0.244, 0.089, 0.059 through the chain. The batched code may not be worse, beyond a few percent for details of the search; continuum pixels of our own may cost 10 %.
 
 # %%
@@ -349,7 +349,7 @@ if results:
 # %% [markdown]
 # ## Spectra from elsewhere
 # The model of this chapter labels any star. First the archive's own mystery star, a file without a name, kept out of the archive. Then, where `STELLAR_LAB_REAL_DATA` names a folder of raw survey files, stars
-# of other data releases: a giant that ASPCAP knows (4705 K, 2.583, 0.048), the mystery star of the original lab (a Cannon trained on other real giants said 4467 K, 1.93, -0.53), dwarfs, and a binary. What is not
+# of other data releases. The folder is not part of this book: it is filled by hand with files that anybody can download, from the [survey's archive](https://data.sdss.org/sas/) (`apStar-*.fits`) and from published code, and without it the cells say that they were skipped. In it are: a giant that ASPCAP knows (4705 K, 2.583, 0.048), the mystery star of the original lab (a Cannon trained on other real giants said 4467 K, 1.93, -0.53), dwarfs, and a binary. What is not
 # a giant must come out flagged.
 
 # %%
@@ -433,8 +433,8 @@ if real_data() and record.name == "clusters":
     assert is_near(found("mystery"), 4467, 1.93, -0.53, by=(200, 0.5, 0.2))
 
 # %% [markdown]
-# ## A hundred pixels are enough for a label
-# The Cannon 2's test set again: 671 giants, of which we have 100 neighbouring pixels. Trained on four fifths and asked for the rest, quadratic in three labels. A plain script reached RMSE
+# ## What a hundred pixels tell
+# The Cannon 2's test set again: 671 giants, of which we have 100 neighbouring pixels. Trained on four fifths and asked for the rest, quadratic in three labels. A plain script of ours reached RMSE
 # 218 K, 0.43, 0.19 (robust 148 K, 0.35, 0.13).
 
 # %%

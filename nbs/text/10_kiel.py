@@ -633,7 +633,7 @@ if in_folds:
         "**What to see.** The line does judge: shuffled labels are several times further from "
         "it. Predicted labels are a little nearer to theory than the catalogue's, for "
         f"{closer:.0%} of the stars (a paired Wilcoxon test: p = {p_value:.1g}). A model averages "
-        "over many stars and sheds part of the noise of their labels. The α elements are no detail."
+        "over many stars and sheds part of the noise of their labels. The α elements matter."
     )
 Markdown(text)
 

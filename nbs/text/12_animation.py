@@ -997,7 +997,9 @@ def _draw_words(figure, top):
 
 # %%
 placed = _name_lines(axes[0], metal_film.lines)
-_draw_words(fig, axes[0])[0].set_text(_titles(metal_film, 0)[0])
+title, _, mark = _draw_words(fig, axes[0])
+title.set_text(_titles(metal_film, 0)[0])
+mark.set_visible(bool(metal_film.outside[0]))
 print(f"{len(placed)} of {len(metal_film.lines)} names have room")
 fig
 

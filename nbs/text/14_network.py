@@ -1321,7 +1321,7 @@ for ax, name, k in zip(axes[1:], names, range(3)):
         row = rows[k] / network.scales_[k]
         plot_spectrum(spectra.wavelength, row, None, window, ax=ax, color=colors[kind], label=kind)
     ax.set_ylabel(LABELS[name].symbol)
-fig.legend(*axes[1].get_legend_handles_labels(), frameon=False, ncols=2, loc="upper right")
+axes[1].legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
 for ax in axes:
     ax.label_outer()
 

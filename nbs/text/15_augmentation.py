@@ -184,7 +184,7 @@ style = {"color": "0.2", "label": "star"}
 plot_spectrum(spectra.wavelength, filled[train[star]], None, window, ax=axes[0], **style)
 plot_spectrum(spectra.wavelength, noise, None, window, ax=axes[1], color="0.2")
 axes[1].set_ylabel("noise of a copy")
-fig.legend(*axes[0].get_legend_handles_labels(), frameon=False, ncols=3, loc="upper right")
+axes[0].legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
 axes[0].label_outer()
 del copies
 
@@ -632,7 +632,7 @@ ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 Table(rows)
 
 # %% [markdown]
-# **What to see.** An optimizer that complains is not always wrong, and one that does not is not always right. The analytic Jacobian ends the discussion.
+# **What to see.** An optimizer that complains is not always wrong, and one that does not is not always right. With the analytic Jacobian, as in [the inversion](06_inversion.ipynb), neither has to be asked.
 
 # %% [markdown]
 # ## A network that knows the errors

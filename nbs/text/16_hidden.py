@@ -80,10 +80,10 @@ ivar = np.full((N, P), error**-2, "f4")
 plain = Cannon(order=1, scatter=True).fit(label, flux, ivar, ["SHOWN"])
 left = flux - plain.predict(label)
 correlation = np.corrcoef(left.T)
-fig, ax = plt.subplots(figsize=(4, 3.4))
+fig, ax = plt.subplots(figsize=(5, 3.6))
 image = ax.imshow(correlation, vmin=-1, vmax=1, cmap="RdBu_r")
 fig.colorbar(image, ax=ax, label="correlation of residuals")
-ax.set(xlabel="pixel", ylabel="pixel", title="What a plain Cannon leaves over")
+ax.set(xlabel="pixel", ylabel="pixel", title="What a Cannon leaves over")
 together = correlation[::3, ::3][~np.eye(20, dtype=bool)]
 assert together.min() > 0.5 and np.abs(correlation[1::3, 2::3]).max() < 0.4
 
@@ -773,7 +773,7 @@ for name, line in drawn.items():
     residual = np.where(usable, star.flux[0] - line, np.nan)
     ax.plot(star.wavelength[window], residual[window], lw=1, label=name)
 ax.axhline(0, color="0.6", lw=0.8)
-ax.set(xlabel="wavelength [Angstrom]", ylabel="flux - model", title="One star, two models of it")
+ax.set(xlabel="vacuum wavelength [Å]", ylabel="flux - model", title="One star, two models of it")
 ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 size = {name: np.nanstd((star.flux[0] - line)[usable]) for name, line in drawn.items()}
 assert size["its own hidden labels"] < size["hidden labels at zero"]

@@ -602,7 +602,7 @@ window = (star.wavelength > 15_750) & (star.wavelength < 15_830) & (star.ivar[0]
 ax = plt.subplots(figsize=(7, 2.4))[1]
 ax.plot(star.wavelength[window], star.flux[0, window], "k.", ms=3, label="a test star")
 ax.plot(star.wavelength[window], compressor.draw(star)[0, window], label="from twenty numbers")
-ax.set(xlabel="wavelength [Angstrom]", ylabel="flux / continuum", title="A star in twenty numbers")
+ax.set(xlabel="vacuum wavelength [Å]", ylabel="flux / continuum", title="A star in twenty numbers")
 ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 left = (star.flux - compressor.draw(star))[0, window]
 assert left.std() < 0.4 * star.flux[0, window].std()

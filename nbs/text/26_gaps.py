@@ -171,7 +171,7 @@ assert half / whole < (1.15 if record.name == "mock" else 1.35)
 # Errors of labels do another harm. Suppose that a line grows with silicon, and that the catalogue's silicon is noisy. Stars that the catalogue calls rich are, on average, less rich than it says, and those it calls poor less poor. So the line
 # seems to grow more slowly than it does. Statisticians call it *attenuation*. It does not shrink with more stars.
 #
-# The cure sounds absurd: add *more* noise. With twice the noise the lines get weaker still, with three times still more. The trend can be followed back, to no noise at all. This is *simulation and extrapolation* (Cook and Stefanski 1994, JASA 89, 1314).
+# The cure sounds absurd: add *more* noise. With twice the noise the lines get weaker, with three times weaker yet. The trend can be followed back, to no noise at all. This is *simulation and extrapolation* (Cook and Stefanski 1994, JASA 89, 1314).
 
 # %%
 #| export
@@ -288,6 +288,6 @@ with pytest.raises(LabError, match="give the error of each label"):
     without_attenuation(straight, spectra[train], added[:, :2])
 
 # %% [markdown]
-# **What to see.** Noise takes a part of the lines' strength, and the extrapolation gives most of it back. The trend that it follows is a guess: noise as large as the label's own spread cannot be undone.
+# **What to see.** Noise takes a part of the lines' strength, and the extrapolation gives it back and a little more: a number above 1 says that it overshoots. What is wrong afterwards is less than half of what was wrong before. The trend that it follows is a guess: noise as large as the label's own spread cannot be undone.
 #
 # **Exercise.** Take the errors that the catalogue itself states for the stars at hand. Which label's lines get stronger, and do the test stars gain by it?

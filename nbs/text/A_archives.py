@@ -2146,7 +2146,7 @@ axes[3].set(xlabel="vacuum wavelength [Å]")
 axes[3].margins(y=0.3);
 
 # %% [markdown]
-# **What to see.** First: the published spectrum, in grey what it marks as bad. Second: the same lines on a flux scale; the red curve is the
+# **What to see.** First: the published spectrum, in grey what it marks as bad. Second: the same lines on a flux scale; the orange curve is the
 # continuum that was put in. Third: the visits scatter by their noise, more near a sky line. Last: the mask's bits sit on the grey stretches; a
 # cosmic ray adds `CRPIX`.
 

@@ -965,8 +965,8 @@ Table(rows=_star_labels(everyone.stars[:2]))
 
 # %% [markdown]
 # Then all stars ask all lines at once:
-# $$ \min_{\Delta,\delta}\;\sum_{s,p} w_{sp}\Bigl(r_{sp} - \sum_i R^s_{pi}\,(\Delta_i + \delta_{s,\mathrm{el}(i)})\Bigr)^2 + \sum_i \frac{\Delta_i^2}{\sigma_i^2}
-# + \sum_{s,e}\frac{\delta_{se}^2}{\sigma_e^2} . $$
+# $$ \min_{\Delta,\delta}\;\sum_{s,p} w_{sp}\Bigl(r_{sp} - \sum_i R^s_{pi}\,(\Delta_i + \delta_{s,\mathrm{el}(i)})\Bigr)^2 + \sum_i \frac{\Delta_i^2}{\sigma_i^2} +
+# \sum_{s,e}\frac{\delta_{se}^2}{\sigma_e^2} . $$
 # $\Delta_i$ is the change of a line's log gf. The second term *shrinks* it: no line moves without evidence, and molecules, whose strengths theory knows well, move little. $\delta$
 # lets one star have an abundance of its own; what all stars ask for in common belongs to the scale of the species (the zero points of ASPCAP's abundances are not ours). One
 # star alone would bend the lines until its wrong labels look right; thirteen of different temperature and metallicity cannot all be wrong in the same way.
@@ -2046,12 +2046,12 @@ Table(
 )
 
 # %%
-fig, axes = plt.subplots(1, 2, figsize=(10, 3.2), width_ratios=(1, 1.5))
+fig, axes = plt.subplots(1, 2, figsize=(10, 3.2), width_ratios=(1, 1.5), layout="constrained")
 dots = axes[0].scatter(inside["TEFF"], 100 * inside["RMS"], c=inside["FE_H"], s=12, cmap="viridis")
 axes[0].set(xlabel=LABELS["TEFF"].axis, ylabel="ASPCAP minus ours, rms [%]")
 fig.colorbar(dots, ax=axes[0], label="[M/H] [dex]")
 axes[1].plot(SURVEY_WAVELENGTH, giants_pixels["MEDIAN"], ".", ms=1.5)
-axes[1].set(xlabel="wavelength [Å]", ylabel="ASPCAP minus ours, median", ylim=(-0.12, 0.12));
+axes[1].set(xlabel="vacuum wavelength [Å]", ylabel="ASPCAP minus ours, median", ylim=(-0.12, 0.12));
 
 # %%
 #| echo: false

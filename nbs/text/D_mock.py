@@ -145,7 +145,7 @@ log_teff, logg, mass, phase = _isochrones(np.array([2.0, 8.0]), np.array([0.0, -
 fig, ax = plt.subplots(figsize=(4.5, 3.4))
 for row, label in enumerate(("2 Gyr, [M/H] = 0", "8 Gyr, [M/H] = -0.5")):
     ax.plot(10 ** log_teff[row], logg[row], label=label)
-ax.set(xlabel=LABELS["TEFF"].axis, ylabel=LABELS["LOGG"].axis, xlim=(10000, 3000), ylim=(5, 0))
+ax.set(xlabel=LABELS["TEFF"].axis, ylabel=LABELS["LOGG"].axis, xlim=(7000, 3000), ylim=(5, 0))
 ax.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2)
 assert np.nanmax(mass[1]) < np.nanmax(mass[0])  # old stars are light
 
@@ -510,7 +510,7 @@ pairs = people[people["KIND"] == "binary"]
 coolest = pairs[[int(np.argmin(pairs["TEFF_2"] - pairs["TEFF"]))]]
 fig, ax = plt.subplots(figsize=(5, 2.6))
 ax.plot(wavelength, 100 * _companion_share(coolest)[0], ".", ms=1)
-ax.set(xlabel="wavelength [Å]", ylabel="companion's light [%]")
+ax.set(xlabel="vacuum wavelength [Å]", ylabel="companion's light [%]")
 ax.set(title=f"{coolest['TEFF'][0]:.0f} K with a companion of {coolest['TEFF_2'][0]:.0f} K");
 
 

@@ -1730,7 +1730,7 @@ for row in elements:
 ax.set(
     xlabel="[Fe/H] from physics",
     ylabel="mean of [Mg/Fe] and [Si/Fe]",
-    title="Alpha elements (stars: rich clusters, triangles: poor ones)",
+    title="Alpha elements (stars: α-rich clusters, triangles: α-poor)",
 );
 
 # %%

@@ -69,7 +69,7 @@ import pytest
 from astropy.table import Table
 
 from stellar_lab.normalize import lab_continuum_pixels
-from stellar_lab.survey import Spectra, archive_root
+from stellar_lab.survey import Spectra, archive_root, use_style
 
 
 # %% [markdown]
@@ -952,12 +952,14 @@ def _guarded(model, spectra, order):
 
 # %%
 lights = dwarf_lights(spectra.wavelength)
-fig, ax = plt.subplots(figsize=(7, 2.4))
+use_style()
+fig, ax = plt.subplots(figsize=(7, 2.6))
 window = (spectra.wavelength > 16_000) & (spectra.wavelength < 16_100)
 for name, flux in lights.items():
     ax.plot(spectra.wavelength[window], flux[window], label=name)
-ax.set(xlabel="wavelength [Å]", ylabel="flux / continuum", title="Light that may be mixed in")
-ax.legend(loc="lower right")
+ax.set(xlabel="vacuum wavelength [Å]", ylabel="flux / continuum")
+ax.set_title("Light that may be mixed in", loc="left")
+ax.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1, 1))
 assert dwarf_lights(np.array([5000.0])) == {}
 
 

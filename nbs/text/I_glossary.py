@@ -10,7 +10,7 @@
 # - **[Mg/Fe], [Si/Fe], [α/M], [C/M], [N/M].** Elements compared with iron or with all metals. The α elements are oxygen, magnesium, silicon, sulphur, calcium and titanium.
 # - **Giant, dwarf.** A dwarf burns hydrogen in its core, as the Sun does. A giant has used it up and has grown.
 # - **Kiel diagram.** Gravity against temperature. Stars cannot be everywhere in it.
-# - **Isochrone.** The line on which stars of one age and composition lie. Its points are numbered by the **EEP**, the equivalent evolutionary phase: the same number is the same stage of life.
+# - **Isochrone.** The line on which stars of one age and composition lie. Its points are numbered by the **EEP**, the equivalent evolutionary point: the same number is the same stage of life.
 #
 # ## Spectra
 # - **APOGEE.** A survey of the Milky Way in the near infrared, 1.51 to 1.70 micrometres, part of the Sloan Digital Sky Survey (SDSS).
@@ -47,6 +47,11 @@
 # - **Inversion.** Finding the labels whose model spectrum fits best.
 # - **chi2.** The sum over pixels of (flux - model)², each in units of its variance. If model and errors are right, it is about the number of pixels.
 # - **Box.** The range of labels that the search may not leave, a quarter beyond the training stars.
+# - **Hidden labels.** Numbers of a star that no catalogue gives and that a Cannon learns with the rest. They take in what stars differ in beyond their labels, so that it no longer passes for noise ([hidden labels](16_hidden.ipynb)).
+# - **Latents.** A few dozen numbers that hold nearly all that a giant's spectrum says. A model that reads them need not look at 7,214 pixels ([latents](17_latents.ipynb)).
+# - **Gaussian process.** A smooth curve through points with errors that also says how far it may be off. Here it leads from latents to labels ([latents](17_latents.ipynb)).
+# - **Augmented network.** A network that is trained on thousands of noisy copies of its stars. The copies are wild where pixels are bad, and so it learns not to rely on these ([augmentation](15_augmentation.ipynb)).
+# - **Error-aware network.** A network that is given each pixel's error beside its flux. It trusts precise pixels, fills bad ones from their neighbours, and states an error of each label ([augmentation](15_augmentation.ipynb)).
 # - **Digest.** A short number computed from all bytes of a file or of a folder, which tells whether two are the same ([where the stars come from](A_archives.ipynb)).
 # - **Emulator.** A fast formula for spectra that physics computes slowly.
 #
@@ -56,8 +61,10 @@
 # - **RMSE.** Root mean square of predicted minus catalogue. **Scaled RMSE**: over the label's own spread; at 1 a model knows nothing. **Bias**: the mean difference. **Robust scatter**: 1.48 times the median distance from the median.
 # - **Covariance.** How the errors of labels go together; its diagonal holds their squares.
 # - **Formal error.** What the noise of the photons does, if the model is exact.
+# - **Photon limit.** The smallest error that the noise of a spectrum allows, whatever the model: the bound of Cramér and Rao. A model that reaches it can be helped by more light alone ([how many stars, how much light](27_curves.ipynb)).
+# - **Learning curve.** A model's error against the number of its training stars. Where it has become flat, more stars do not help ([how many stars, how much light](27_curves.ipynb)).
 # - **Calibrated error.** An error that was made to hold on left-out stars.
-# - **Coverage.** The share of stars within one, or two, stated errors: 68 % and 95 % if the errors are right. The **pull** is the difference in units of the stated error.
+# - **Coverage.** The share of stars within one, or two, stated errors: 68 % and 95 % if the errors are right. The **pull** is the difference in units of the stated error ([judging](07_judging.ipynb)).
 # - **Flag.** A reason to doubt a star's labels.
 # - **Posterior, prior, MCMC.** The probability of labels given the spectrum, what we believed before, and a random walk that draws from it.
 # - **Reference implementation.** A slow and plain version of a computation, which the fast one must agree with.

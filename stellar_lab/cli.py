@@ -264,10 +264,10 @@ def _add_fetch(commands):
 
 # %% ../nbs/H_cli.ipynb #7763ee27
 _TRAIN = """
-Train a model on the stars of an archive (--kind says which; without it the one
-that the scoreboard shows best): read the spectra, join them with the catalogue's
-labels, drop what the archive's cuts drop, normalize, fit; then judge the model on
-stars that it has not seen, and give it errors that hold.
+Train a model on the stars of an archive (--kind says which; without it the
+one that the scoreboard shows best): read the spectra, join them with the
+catalogue's labels, drop what the archive's cuts drop, normalize, fit; then
+judge the model on stars that it has not seen, and give it errors that hold.
 
 Prints the ledger (which rule dropped how many stars) and, for each label, the
 errors (predicted - catalogue) of the training stars and of those left out:
@@ -506,8 +506,8 @@ _CHECK = """
 Is a spectrum of your own fit for labels? Prints a verdict (ok, look, bad) on
 its grid, bad pixels, air or vacuum, velocity, resolution, continuum and errors,
 and what to do. FILE is text (.csv, .txt, ...), a FITS table or a FITS image of
-one axis, on any grid, in Angstrom, nm or micron; or a file of the survey. Columns
-are wavelength, flux, error (or ivar). In text, comments such as
+one axis, on any grid, in Angstrom, nm or micron; or a file of the survey.
+Columns are wavelength, flux, error (or ivar). In text, comments such as
 
   # velocity: -12.3
   # resolution: 11000

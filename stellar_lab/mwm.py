@@ -373,14 +373,16 @@ def made_mwm(
     optical = dict.fromkeys(("flux", "ivar", "pixel_flags", "continuum"), np.ones(4648))
     optical |= {"wresl": np.ones(4648), "nmf_rectified_model_flux": np.ones(4648)}
     optical |= {"wavelength": 10 ** (3.5523 + 1e-4 * np.arange(4648)), "sdss_id": sdss_id}
-    primary.add_checksum(when=_WHEN)  # the loaders of specutils ask for it
     hdus = [primary]
     for observatory, rows in (("APO", [optical] if boss else []), ("LCO", [])):
         hdus.append(_extension("BOSS", kind, observatory, rows))
     for observatory, spectra in (("APO", apo), ("LCO", lco)):
         rows = _apogee_rows(spectra, sdss_id, observatory, kind)
         hdus.append(_extension("APOGEE", kind, observatory, rows))
-    return fits.HDUList(hdus)
+    made = fits.HDUList(hdus)
+    made.update_extend()  # a card of the first header: before its checksum
+    primary.add_checksum(when=_WHEN)  # the loaders of specutils ask for it
+    return made
 
 # %% ../nbs/22_mwm.ipynb #f5bbd4be
 _ASTRA_COLUMNS = {  # our label -> column, and what is subtracted from it

@@ -1606,13 +1606,17 @@ def _read_once(model, spectra, resolution):
     if isinstance(model, Cannon):
         return _fit(model, spectra, resolution)
     star = _resampled(model, spectra, resolution)
-    return model, star, infer(model, star, any_recipe=True)
+    unguarded = copy.copy(model)
+    vars(unguarded).pop(
+        "refusal_", None
+    )  # it looks later, at its own pixels and not at doubtful ones
+    return model, star, infer(unguarded, star, any_recipe=True)
 
 # %% ../nbs/20_spectrum.ipynb #378e2ef0
 def _guarded(model, spectra, resolution, table, notes):
     "Flags of the model's guard in the table of one star at rest, and a note where it is silent."
     guard = getattr(model, "refusal_", None)
-    if guard is None or not isinstance(model, Cannon):
+    if guard is None:
         return
     sharp = model.metadata_.get("resolution", _RESOLUTION)
     if resolution is not None and resolution < 0.8 * sharp:

@@ -1585,7 +1585,7 @@ def _check_eight_bits(content, places):
 # %%
 with checked_hdus(example) as (hdus, verified):
     print(f"{len(hdus)} HDUs of {hdus[0].header['OBJID']}; compared with a checksum: {verified}")
-with pytest.raises(LabError, match="not a file"), checked_hdus(example.parent):
+with pytest.raises(LabError, match="a folder: give spectra"), checked_hdus(example.parent):
     pass
 
 

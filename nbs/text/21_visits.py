@@ -840,13 +840,14 @@ effect = Table(
 effect["teff moves [K]"] = (gentle["teff"] - strict["teff"]).value
 effect["error, strict"] = strict["teff_err"].value
 effect["error, gentle"] = gentle["teff_err"].value
+both = np.hypot(effect["error, strict"], effect["error, gentle"])
 for name in effect.colnames[3:]:
     effect[name].info.format = ".1f"
 effect
 
 # %%
 assert np.all(gentle["n_good"] > strict["n_good"] + 1000)
-assert np.all(np.abs(effect["teff moves [K]"]) < 2 * effect["error, strict"])
+assert np.all(np.abs(effect["teff moves [K]"]) < 2 * both)
 
 # %% [markdown]
 # On the command line the rule is `--mask gentle`, `--mask dr17`, or one of your own such as `--mask 'kill=BADPIX,CRPIX raise=PERSIST_LOW:3'`: `train` writes it into the model, `label` follows

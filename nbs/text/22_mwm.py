@@ -512,7 +512,7 @@ for name, made in (
 ):
     if name == "renamed column":
         made["APOGEE/APO"].columns.change_name("ivar", "inverse_variance")
-    made.writeto(here / "mwmStar-0.9.0-1.fits", overwrite=True)
+    made.writeto(here / "mwmStar-0.9.0-1.fits", overwrite=True, checksum=True)
     with pytest.raises(LabError) as said:
         read_mwm(here / "mwmStar-0.9.0-1.fits")
     refused[name] = str(said.value)
@@ -527,7 +527,7 @@ assert len(both) == 1 and np.allclose(both.ivar[0], 2 * spectra.ivar[3], rtol=1e
 assert len(read_mwm(path, "lco")) == 1
 newer = made_mwm(spectra[[3]])
 newer[0].header["V_ASTRA"] = "0.9.0"
-newer.writeto(here / "mwmStar-0.9.0-42.fits")
+newer.writeto(here / "mwmStar-0.9.0-42.fits", checksum=True)
 print(*read_mwm(here / "mwmStar-0.9.0-42.fits").stars.meta["notes"])
 made_mwm(spectra[[3, 3, 3]], visits=True).writeto(here / "mwmVisit-0.6.0-42.fits")
 visits = read_mwm(here / "mwmVisit-0.6.0-42.fits")

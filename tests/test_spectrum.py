@@ -18,6 +18,7 @@ from stellar_lab.spectrum import (
     from_arrays,
     from_specutils,
     from_table,
+    holds_spectrum,
     interpolate,
     label_star,
     model_for,
@@ -254,6 +255,14 @@ def test_noise_has_no_velocity(cannon):
     noise = np.random.default_rng(0).normal(1, 0.1, 2_000)
     with pytest.raises(LabError, match="resembles it"):
         label_star(cannon, from_arrays(GRID, noise, 0.1))
+
+
+def test_nobody_waits_for_a_pipe(tmp_path):
+    for name in ("mine.fits", "mine.dat", "mine"):
+        os.mkfifo(tmp_path / name)
+        assert not holds_spectrum(tmp_path / name) or name.endswith(".dat")
+        with pytest.raises(LabError, match="not a file"):
+            read_spectrum(tmp_path / name)
 
 
 def test_the_velocity_is_measured_for_a_model_that_draws_no_spectra(star, good_files):

@@ -1097,6 +1097,8 @@ def holds_spectrum(path) -> bool:
     """
     if is_text(path) or Path(path).suffix.lower() in (".npz", ".npy", ".vot", ".xml", ".parquet"):
         return True
+    if what_stands_at(path):  # a pipe would be waited for
+        return False
     try:
         if not _may_be_fits(path):
             return bool(np.isfinite(_any_number(path)))

@@ -170,11 +170,12 @@ def judge_predictions(predictions: Table, held: Sequence) -> QTable:
         for stars that are unknown or predicted twice, and where no label is predicted
     """
     tables = []
-    if _column(predictions, "fault") is not None:
-        chosen = np.asarray(_column(predictions, "contest")).astype(str) == _GARBAGE
-        if chosen.any():
-            tables.append(_score_garbage(predictions[chosen], held))
-        predictions = predictions[~chosen]
+    named = _column(predictions, "contest")
+    if named is not None:
+        spoilt = np.asarray(named).astype(str) == _GARBAGE
+        if spoilt.any():
+            tables.append(_score_garbage(predictions[spoilt], held))
+        predictions = predictions[~spoilt]
     for contest in held:
         some = _of_contest(predictions, contest)
         if not len(some):
@@ -205,22 +206,24 @@ def _garbage_stars(held):
 
 def _score_garbage(predictions, held):
     "Share refused of each fault; a spectrum without a row is missing, not refused."
-    flags = _column(predictions, "flags")
-    if flags is None:
-        raise LabError("the predictions of garbage have no column flags: what was refused?")
-    faults = np.asarray(_column(predictions, "fault")).astype(str)
+    columns = {name: _column(predictions, name) for name in ("apogee_id", "fault", "flags")}
+    lacking = [name for name, column in columns.items() if column is None]
+    if lacking:
+        raise LabError(f"the predictions of garbage have no column {', '.join(lacking)}")
+    refused = number_array(columns["flags"], "flags") != 0
+    faults = np.asarray(columns["fault"]).astype(str)
     unknown = sorted(set(faults) - set(FAULTS))
     if unknown:
         raise LabError(f"unknown fault {str(unknown[0])!r}: choose from {', '.join(FAULTS)}")
     stars = {str(name) for name in _garbage_stars(held).stars["APOGEE_ID"]}
-    names = np.array([str(name).strip() for name in _column(predictions, "apogee_id")])
+    names = np.array([str(name).strip() for name in columns["apogee_id"]])
     rows = []
     for fault in FAULTS:
         of_fault = faults == fault
         if len(set(names[of_fault])) < of_fault.sum() or set(names[of_fault]) - stars:
             raise LabError(f"garbage, {fault}: stars that are predicted twice or do not belong")
-        refused = np.mean(np.asarray(flags)[of_fault] != 0) if of_fault.any() else np.nan
-        rows.append((_GARBAGE, fault, of_fault.sum(), len(stars) - of_fault.sum(), refused))
+        share = np.mean(refused[of_fault]) if of_fault.any() else np.nan
+        rows.append((_GARBAGE, fault, of_fault.sum(), len(stars) - of_fault.sum(), share))
     table = QTable(rows=rows, names=["contest", "label", "n", "missing", "refused"])
     for column in ("rmse", "scaled_rmse", "mae", "bias", "robust", "inside_1", "inside_2"):
         table[column] = np.nan

@@ -7,7 +7,6 @@ __all__ = ['BRIGHTNESS', 'photon_errors', 'label_slopes', 'learning_curves', 'wi
            'plot_curves']
 
 # %% ../nbs/27_curves.ipynb #aa8f873b
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 from .inversion import infer
 from .judging import error_table
-from .results import look_of
+from .results import look_of, slug, training_digest
 from .survey import LabError, Spectra, data_file, write_table
 
 # %% ../nbs/27_curves.ipynb #d263baff
@@ -86,15 +85,6 @@ def label_slopes(draw: Callable, labels: Table, steps: Mapping) -> np.ndarray:
     return np.stack(slopes, axis=-1)
 
 # %% ../nbs/27_curves.ipynb #d780b004
-def _digest(model, stars, seed):
-    "A digest of a model's parameters and of what it learns from."
-    parameters = repr((type(model).__name__, sorted(model.get_params().items()), seed))
-    found = hashlib.sha256(parameters.encode())
-    for values in (stars.flux, stars.ivar, stars.labels()):
-        found.update(np.ascontiguousarray(values))
-    return found.hexdigest()[:12]
-
-
 def _judged_at(model, judged):
     "Errors of a fitted model at each SNR, a row per SNR and label."
     tables = []
@@ -107,7 +97,7 @@ def _judged_at(model, judged):
     return vstack(tables)
 
 
-def _one_size(name, model, stars, judged, path, seed):
+def _one_size(name, model, stars, judged, path):
     "The rows of one training: from its file if it is there, else from a training."
     if path is not None and path.exists():
         return QTable.read(path)
@@ -168,9 +158,8 @@ def learning_curves(
         stars = train[np.sort(order[:size])]
         path = None
         if folder is not None:
-            slug = name.replace(" ", "_").replace(",", "")
-            path = Path(folder) / f"{slug}-{size}-{_digest(model, stars, seed)}.ecsv"
-        tables.append(_one_size(name, model, stars, judged, path, seed))
+            path = Path(folder) / f"{slug(name)}-{size}-{training_digest(model, stars)}.ecsv"
+        tables.append(_one_size(name, model, stars, judged, path))
     return vstack(tables, metadata_conflicts="silent")
 
 # %% ../nbs/27_curves.ipynb #0ab4892f

@@ -833,10 +833,7 @@ def write_labels(table: QTable, path):
         with atomic_path(path) as temporary:
             _MORE_FORMATS[suffix](table, temporary)
         return
-    with warnings.catch_warnings():
-        # dex; astropy keeps it another way
-        warnings.filterwarnings("ignore", message=".*could not be saved in native FITS format")
-        write_table(_for_fits(table) if suffix == ".fits" else table, path)
+    write_table(_for_fits(table) if suffix == ".fits" else table, path)
 
 # %% ../nbs/G_labelling.ipynb #cb6b3ec4
 _ENDS = 1 << 16  # bytes at both ends of a file in which a table of labels names its columns

@@ -1608,10 +1608,8 @@ def _read_once(model, spectra, resolution):
     if isinstance(model, Cannon):
         return _fit(model, spectra, resolution)
     star = _resampled(model, spectra, resolution)
-    unguarded = copy.copy(model)
-    vars(unguarded).pop(
-        "refusal_", None
-    )  # it looks later, at its own pixels and not at doubtful ones
+    unguarded = copy.copy(model)  # the guard looks later, and not at doubtful pixels
+    vars(unguarded).pop("refusal_", None)
     return model, star, infer(unguarded, star, any_recipe=True)
 
 # %% ../nbs/20_spectrum.ipynb #378e2ef0
@@ -1899,9 +1897,13 @@ def _noise_ratios(found, doubtful=None):
     bend = left[:-2] - 2 * left[1:-1] + left[2:]
     noise = np.abs(bend) / np.sqrt(variance[:-2] + 4 * variance[1:-1] + variance[2:])
     noise = noise[good[:-2] & good[1:-1] & good[2:]]
-    parts = [1.4826 * np.median(part) for part in np.array_split(noise, _BINS) if len(part) > 40]
-    fast = 1.4826 * np.median(noise) if len(noise) else np.nan
-    return 1.4826 * np.median(np.abs(pulls)), fast, np.array(parts)
+    parts = [_width(part) for part in np.array_split(noise, _BINS) if len(part) > 40]
+    return _width(pulls), _width(noise) if len(noise) else np.nan, np.array(parts)
+
+
+def _width(values):
+    "Robust width of values about nought."
+    return 1.4826 * np.median(np.abs(values))
 
 
 def _doubtful(spectra, velocity, star):

@@ -477,19 +477,25 @@ def _device():
     return ", ".join(words)
 
 
-def _slug(text):
+# %%
+#| exporti
+def slug(text):
     "A text as part of a file's name."
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
 
 
-def _identity(model, contest, number):
-    "A digest of the model's parameters, the stars and which of them are left out."
-    spectra = contest.spectra
+def training_digest(model, spectra, *arrays):
+    "A digest of a model's parameters, of the stars that it may learn from and of further arrays."
     parameters = repr((type(model).__name__, sorted(model.get_params().items())))
     digest = hashlib.sha256(parameters.encode())
-    for part in (spectra.flux, spectra.ivar, spectra.labels(), contest.groups == number):
+    for part in (spectra.flux, spectra.ivar, spectra.labels(), *arrays):
         digest.update(np.ascontiguousarray(part))
     return digest.hexdigest()[:12]
+
+
+def _identity(model, contest, number):
+    "A digest of the model's parameters, the stars and which of them are left out."
+    return training_digest(model, contest.spectra, contest.groups == number)
 
 
 def _training(model, contest, number, folder, name, progress):
@@ -497,7 +503,7 @@ def _training(model, contest, number, folder, name, progress):
     if folder is None:
         return _train_and_label(model, contest, number, progress)
     digest = _identity(model, contest, number)
-    path = Path(folder) / f"{_slug(contest.name)}-{_slug(name)}-{number}-{digest}.ecsv"
+    path = Path(folder) / f"{slug(contest.name)}-{slug(name)}-{number}-{digest}.ecsv"
     if path.exists():
         return QTable.read(path)
     labelled = _train_and_label(model, contest, number, progress)

@@ -15,7 +15,6 @@
 
 # %%
 #| export
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from stellar_lab.inversion import infer
 from stellar_lab.judging import error_table
-from stellar_lab.results import look_of
+from stellar_lab.results import look_of, slug, training_digest
 from stellar_lab.survey import LabError, Spectra, data_file, write_table
 
 # %%
@@ -194,15 +193,6 @@ assert np.all(np.abs(pulls.std(axis=0) - 1) < 5 / np.sqrt(2 * len(pulls)))
 
 # %%
 #| export
-def _digest(model, stars, seed):
-    "A digest of a model's parameters and of what it learns from."
-    parameters = repr((type(model).__name__, sorted(model.get_params().items()), seed))
-    found = hashlib.sha256(parameters.encode())
-    for values in (stars.flux, stars.ivar, stars.labels()):
-        found.update(np.ascontiguousarray(values))
-    return found.hexdigest()[:12]
-
-
 def _judged_at(model, judged):
     "Errors of a fitted model at each SNR, a row per SNR and label."
     tables = []
@@ -215,7 +205,7 @@ def _judged_at(model, judged):
     return vstack(tables)
 
 
-def _one_size(name, model, stars, judged, path, seed):
+def _one_size(name, model, stars, judged, path):
     "The rows of one training: from its file if it is there, else from a training."
     if path is not None and path.exists():
         return QTable.read(path)
@@ -278,9 +268,8 @@ def learning_curves(
         stars = train[np.sort(order[:size])]
         path = None
         if folder is not None:
-            slug = name.replace(" ", "_").replace(",", "")
-            path = Path(folder) / f"{slug}-{size}-{_digest(model, stars, seed)}.ecsv"
-        tables.append(_one_size(name, model, stars, judged, path, seed))
+            path = Path(folder) / f"{slug(name)}-{size}-{training_digest(model, stars)}.ecsv"
+        tables.append(_one_size(name, model, stars, judged, path))
     return vstack(tables, metadata_conflicts="silent")
 
 

@@ -1078,10 +1078,7 @@ def write_labels(table: QTable, path):
         with atomic_path(path) as temporary:
             _MORE_FORMATS[suffix](table, temporary)
         return
-    with warnings.catch_warnings():
-        # dex; astropy keeps it another way
-        warnings.filterwarnings("ignore", message=".*could not be saved in native FITS format")
-        write_table(_for_fits(table) if suffix == ".fits" else table, path)
+    write_table(_for_fits(table) if suffix == ".fits" else table, path)
 
 
 # %%

@@ -15,12 +15,15 @@ from astropy.table import QTable, vstack
 from scipy.optimize import minimize
 from scipy.special import erf
 from sklearn.base import clone
+from sklearn.covariance import oas
 from sklearn.utils.validation import has_fit_parameter
 from tqdm import tqdm
 
 from .inversion import infer
 from stellar_lab.models import (
+    ERROR_MODEL,
     LabelModel,
+    apply_error_model,
     beyond_base,
     label_trend,
     label_values,
@@ -341,7 +344,26 @@ def _stated(model, catalogue_error, stars):
         stated = np.where(unknown, np.nan_to_num(usual), stated)
     return stated.T**2
 
+# %% ../nbs/07_judging.ipynb #3f27c112
+_WILD = 3  # errors; a difference beyond counts as this in the correlation
 
+
+def _calibrated2(model, formal2, labels):
+    "Calibrated variances (N, K) of formal ones; a model that states none has its floor."
+    variances = np.nan_to_num(formal2)[:, :, None] * np.eye(formal2.shape[1])
+    return np.einsum("nkk->nk", apply_error_model(model, variances, labels))
+
+
+def _correlation(pulls):
+    "How pulls (N, K) go together, (K, K); None where there is one label, or too few stars."
+    pulls = pulls[np.isfinite(pulls).all(axis=1)]
+    if pulls.shape[1] < 2 or len(pulls) < _LEAST_STARS:
+        return None
+    covariance, _ = oas(np.clip(pulls, -_WILD, _WILD), assume_centered=True)
+    spread = np.sqrt(np.diag(covariance))
+    return np.clip(covariance / spread[:, None] / spread, -1, 1)
+
+# %% ../nbs/07_judging.ipynb #0588ec9e
 def with_error_model(
     model: LabelModel, table: QTable, truth, catalogue_error=None, by_label: bool = True
 ) -> LabelModel:
@@ -368,9 +390,9 @@ def with_error_model(
     -------
     LabelModel
         a copy whose errors are calibrated: variance = (inflation * formal variance + floor) *
-        exp(slopes * scaled labels), see `apply_error_model`. From
-        the same stars it knows how large chi2 may be (``fit_limit_``), and how much noise the
-        catalogue has (``catalogue_noise_``, a variance for each label)
+        exp(slopes * scaled labels), see `apply_error_model`; the floors of labels that err together
+        are correlated. From the same stars it knows how large chi2 may be (``fit_limit_``), and
+        how much noise the catalogue has (``catalogue_noise_``, a variance for each label)
 
     Raises
     ------
@@ -409,7 +431,7 @@ def with_error_model(
     fits = [_error_model(*parts, trend) for parts in zip(residual.T, formal2.T, stated2)]
     inflation, floor, share, slopes, base = zip(*fits)
     model = copy.copy(model)
-    for learned in ("error_base_", "error_slopes_", "catalogue_noise_"):
+    for learned in (*ERROR_MODEL, "catalogue_noise_"):
         vars(model).pop(learned, None)
     model.error_inflation_ = np.array(inflation)
     model.error_floor_ = np.array(floor)
@@ -417,8 +439,14 @@ def with_error_model(
         model.error_slopes_ = np.array(slopes)
     if np.any(base):
         model.error_base_ = np.array(base)
+    noise2 = np.zeros(residual.shape)
     if catalogue_error is not None:
         model.catalogue_noise_ = np.array(share) * np.median(stated2, axis=1)
+        noise2 = np.array(share) * np.transpose(stated2)
+    seen2 = _calibrated2(model, formal2, label_values(table, model.label_names_)) + noise2
+    correlation = _correlation(residual / np.sqrt(seen2))
+    if correlation is not None:
+        model.error_correlation_ = correlation
     if "chi2" in table.colnames:
         fit = np.asarray(table["chi2"]) / np.maximum(np.asarray(table["n_good"]), 1)
         fit = fit[np.isfinite(fit)]

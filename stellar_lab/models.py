@@ -461,14 +461,16 @@ def _names_of_stars(spectra, labels):
         return np.asarray(spectra.stars["APOGEE_ID"]).astype(str)
     return np.array([row.tobytes().hex() for row in labels])
 
-# %% ../nbs/04_models.ipynb #0f248374
-# what is learned from left-out stars, after a fit
-_OF_LEFT_OUT_STARS = (
+# %% ../nbs/04_models.ipynb #70c90fb2
+# what `apply_error_model` knows of the errors
+ERROR_MODEL = (
     *("error_inflation_", "error_base_", "error_floor_", "error_slopes_"),
-    *("catalogue_noise_", "fit_limit_", "refusal_"),
+    "error_correlation_",
 )
+# what is learned from left-out stars, after a fit
+_OF_LEFT_OUT_STARS = (*ERROR_MODEL, "catalogue_noise_", "fit_limit_", "refusal_")
 
-
+# %% ../nbs/04_models.ipynb #0f248374
 class _Taught(_Scaled):
     "A model that takes training stars; `labels` is among its parameters."
 
@@ -771,6 +773,7 @@ class LabelModel(_Taught, BaseEstimator):
         "error_floor_": Held("number", "K", low=0, optional=True),
         "error_base_": Held("number", "K", low=0, optional=True),
         "error_slopes_": Held("number", "KK", low=-9, high=9, optional=True),
+        "error_correlation_": Held("number", "KK", low=-1, high=1, optional=True),
         "catalogue_noise_": Held("number", "K", low=0, optional=True),
         "fit_limit_": Held("number", low=0, optional=True),
         "refusal_": Held("facts", optional=True),
@@ -1142,8 +1145,9 @@ def apply_error_model(model: LabelModel, covariance: np.ndarray, labels=None) ->
     ----------
     model : LabelModel
         with ``error_inflation_`` and ``error_floor_`` (K,), variances, if it is calibrated; with
-        ``error_base_`` (K,), a variance that is taken off first, and with ``error_slopes_`` (K, K)
-        if errors depend on the labels
+        ``error_base_`` (K,), a variance that is taken off first, with ``error_slopes_`` (K, K) if
+        errors depend on the labels, and with ``error_correlation_`` (K, K) if labels err together
+        beyond what the formal covariance says
     covariance : (N, K, K) array
         formal
     labels : (N, K) array, optional
@@ -1152,8 +1156,8 @@ def apply_error_model(model: LabelModel, covariance: np.ndarray, labels=None) ->
     Returns
     -------
     (N, K, K) array
-        inflation times the formal covariance, plus the floor on its diagonal; all of it times the
-        exponential of the slopes times the scaled labels
+        inflation times the formal covariance, plus the floors with their correlation; all of it
+        times the exponential of the slopes times the scaled labels
     """
     if not hasattr(model, "error_inflation_"):
         return covariance
@@ -1164,7 +1168,9 @@ def apply_error_model(model: LabelModel, covariance: np.ndarray, labels=None) ->
             stretch = stretch * np.sqrt(beyond_base(variance, model.error_base_) / variance)
     both = stretch[:, :, None] * stretch[:, None, :]
     stretched = np.where(both > 0, covariance * both, 0)
-    calibrated = stretched + np.diag(model.error_floor_)
+    floor = np.sqrt(model.error_floor_)
+    correlation = getattr(model, "error_correlation_", np.eye(len(floor)))
+    calibrated = stretched + correlation * floor[:, None] * floor
     if labels is None or not hasattr(model, "error_slopes_"):
         return calibrated
     growth = np.exp(label_trend(model, labels) @ np.transpose(model.error_slopes_) / 2)

@@ -27,7 +27,7 @@ from stellar_lab.clean import (
     weigh_mask,
 )
 from .inversion import infer
-from .models import LabelModel, label_values
+from .models import ERROR_MODEL, LabelModel, label_values
 from .normalize import as_trained
 from .spectrum import LIGHT, from_arrays, interpolate, label_star, lsf_fwhm
 from stellar_lab.survey import (
@@ -379,7 +379,7 @@ def _label_row(model, spectra, row):
 def _formal(model):
     "The model as if nobody had calibrated its errors."
     plain = copy.copy(model)
-    for learned in ("error_inflation_", "error_base_", "error_floor_", "error_slopes_"):
+    for learned in ERROR_MODEL:
         vars(plain).pop(learned, None)
     return plain
 

@@ -2,12 +2,21 @@
 
 import numpy as np
 import pytest
+from astropy.table import QTable
 from conftest import make_spectra
+from scipy.stats import chi2
 
 from stellar_lab.cannon import Cannon
-from stellar_lab.judging import cross_label, error_table, plot_comparison, with_error_model
-from stellar_lab.models import infer
+from stellar_lab.judging import (
+    cross_label,
+    error_table,
+    mahalanobis2,
+    plot_comparison,
+    with_error_model,
+)
+from stellar_lab.models import ERROR_MODEL, apply_error_model, infer, label_values
 from stellar_lab.survey import LabError
+from stellar_lab.training import load_model
 
 NAMES = ("TEFF", "LOGG", "FE_H")
 
@@ -39,6 +48,40 @@ def test_calibrated_errors_are_not_calibrated_again():
     calibrated = with_error_model(model, infer(model, spectra), truth)
     with pytest.raises(LabError, match="errors are calibrated already"):
         with_error_model(model, infer(calibrated, spectra), truth)
+
+
+def answers(labels, error):
+    "A table of labels (N, K) with formal errors up to `error` (K,) and their covariance, as `infer` gives."
+    table = QTable()
+    for name, values, sigma in zip(NAMES, labels.T, error):
+        table[name.lower()] = values
+        table[f"{name.lower()}_err"] = sigma * np.linspace(0.1, 1, len(values))
+    variances = label_values(table, [f"{name}_err" for name in NAMES]) ** 2
+    table["covariance"] = variances[:, :, None] * np.eye(len(NAMES))
+    return table
+
+
+def test_floors_of_labels_that_err_together_are_correlated(tmp_path):
+    spectra = make_spectra(2000)
+    truth = spectra.labels(NAMES)
+    model = Cannon(order=1).fit(spectra)
+    right = np.array([[1, 0.8, 0], [0.8, 1, -0.5], [0, -0.5, 1]])
+    error = 0.2 * truth.std(axis=0)
+    rng = np.random.default_rng(3)
+    seen = answers(truth + rng.multivariate_normal(np.zeros(3), right, 2000) * error, error / 10)
+    half = np.arange(2000) % 2 == 0
+    calibrated = with_error_model(model, seen[half], truth[half])
+    assert np.allclose(calibrated.error_correlation_, right, atol=0.1)
+    judged = seen[~half]
+    labels = label_values(judged, NAMES)
+    judged["covariance"] = apply_error_model(calibrated, judged["covariance"], labels)
+    distance2 = mahalanobis2(judged, truth[~half], NAMES)
+    for share in (0.68, 0.95):
+        assert abs(np.mean(distance2 < chi2.ppf(share, 3)) - share) < 0.05
+    calibrated.save(tmp_path / "model.asdf")
+    again = load_model(tmp_path / "model.asdf")
+    for name in set(ERROR_MODEL) & set(vars(calibrated)):
+        assert np.array_equal(getattr(again, name), getattr(calibrated, name)), name
 
 
 def test_shapes_must_agree():

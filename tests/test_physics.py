@@ -14,7 +14,7 @@ from stellar_lab.archives import real_stars, write_clusters
 from stellar_lab.clean import read_files
 from stellar_lab.inversion import infer
 from stellar_lab.labelling import label
-from stellar_lab.models import Flag, label_values
+from stellar_lab.models import ERROR_MODEL, Flag, label_values
 from stellar_lab.normalize import as_trained, normalize
 from stellar_lab.physics import (
     KNOWN,
@@ -248,6 +248,11 @@ def kept(model, real, tmp_path_factory):
     "The model, on a scale of its own, and the file that it went into."
     scaled = copy.copy(model)
     scaled.fe_h_scale_ = [1.1, 0.02]
+    labels = len(PHYSICS_LABELS)
+    shapes = dict.fromkeys(ERROR_MODEL, (labels,)) | {"error_correlation_": (labels, labels)}
+    del shapes["error_slopes_"]  # asks for the spread of training labels, which physics has not
+    for name, shape in shapes.items():
+        setattr(scaled, name, np.random.default_rng(0).uniform(0.1, 0.9, shape))
     path = tmp_path_factory.mktemp("physics") / "physics.asdf"
     scaled.save(path)
     return scaled, path
@@ -258,6 +263,8 @@ def test_a_model_comes_back_from_its_file(kept, real, clusters):
     again = load_model(path)
     assert isinstance(again, PhysicsModel) and again.training_digest_ == model.training_digest_
     assert again.metadata_ == model.metadata_ and again.errors_ == model.errors_
+    for name in set(ERROR_MODEL) & set(vars(model)):
+        assert np.array_equal(getattr(again, name), getattr(model, name)), name
     assert again.knowledge == KNOWN and again.get_params() == model.get_params()
     spectra = real[np.flatnonzero(clusters == "NGC 6819")[:3]]
     before = table_of(model, spectra)

@@ -25,12 +25,15 @@ from astropy.table import QTable, vstack
 from scipy.optimize import minimize
 from scipy.special import erf
 from sklearn.base import clone
+from sklearn.covariance import oas
 from sklearn.utils.validation import has_fit_parameter
 from tqdm import tqdm
 
 from stellar_lab.inversion import infer
 from stellar_lab.models import (
+    ERROR_MODEL,
     LabelModel,
+    apply_error_model,
     beyond_base,
     label_trend,
     label_values,
@@ -44,7 +47,9 @@ from stellar_lab.survey import LabError, Spectra, label_record
 #| hide
 import matplotlib.pyplot as plt
 import pytest
+from astropy.table import Table
 from IPython.display import Markdown
+from scipy.stats import chi2
 
 from stellar_lab.cannon import Cannon
 from stellar_lab.models import fold_numbers, train_test_rows
@@ -518,6 +523,43 @@ def _stated(model, catalogue_error, stars):
     return stated.T**2
 
 
+# %% [markdown]
+# Labels err together: a star that is taken for too hot is taken for too large in $\log g$ as well. The formal covariance knows the part of this that comes from the pixels' noise. The floors get the correlation that the
+# left-out stars' differences show, each divided by its error. A few wild stars must not decide it, so differences count as three errors at most; and of few stars it is drawn towards none at all, as far as the number
+# of stars asks for ([oracle approximating shrinkage](https://scikit-learn.org/stable/modules/covariance.html)).
+
+# %%
+#| export
+_WILD = 3  # errors; a difference beyond counts as this in the correlation
+
+
+def _calibrated2(model, formal2, labels):
+    "Calibrated variances (N, K) of formal ones; a model that states none has its floor."
+    variances = np.nan_to_num(formal2)[:, :, None] * np.eye(formal2.shape[1])
+    return np.einsum("nkk->nk", apply_error_model(model, variances, labels))
+
+
+def _correlation(pulls):
+    "How pulls (N, K) go together, (K, K); None where there is one label, or too few stars."
+    pulls = pulls[np.isfinite(pulls).all(axis=1)]
+    if pulls.shape[1] < 2 or len(pulls) < _LEAST_STARS:
+        return None
+    covariance, _ = oas(np.clip(pulls, -_WILD, _WILD), assume_centered=True)
+    spread = np.sqrt(np.diag(covariance))
+    return np.clip(covariance / spread[:, None] / spread, -1, 1)
+
+
+# %%
+together = np.random.default_rng(7).multivariate_normal([0, 0], [[1, 0.8], [0.8, 1]], 1000)
+together[-10:] = [50, -50]  # ten stars of another kind: unclipped, they would give -0.9
+for stars in (990, 20, 1000):
+    print(f"the first {stars} stars: correlation {_correlation(together[:stars])[0, 1]:.2f}")
+assert 0.6 < _correlation(together)[0, 1] < _correlation(together[:-10])[0, 1] < 0.85
+assert abs(_correlation(together[:20])[0, 1]) < 0.85 and _correlation(together[:5]) is None
+
+
+# %%
+#| export
 def with_error_model(
     model: LabelModel, table: QTable, truth, catalogue_error=None, by_label: bool = True
 ) -> LabelModel:
@@ -544,9 +586,9 @@ def with_error_model(
     -------
     LabelModel
         a copy whose errors are calibrated: variance = (inflation * formal variance + floor) *
-        exp(slopes * scaled labels), see `apply_error_model`. From
-        the same stars it knows how large chi2 may be (``fit_limit_``), and how much noise the
-        catalogue has (``catalogue_noise_``, a variance for each label)
+        exp(slopes * scaled labels), see `apply_error_model`; the floors of labels that err together
+        are correlated. From the same stars it knows how large chi2 may be (``fit_limit_``), and
+        how much noise the catalogue has (``catalogue_noise_``, a variance for each label)
 
     Raises
     ------
@@ -585,7 +627,7 @@ def with_error_model(
     fits = [_error_model(*parts, trend) for parts in zip(residual.T, formal2.T, stated2)]
     inflation, floor, share, slopes, base = zip(*fits)
     model = copy.copy(model)
-    for learned in ("error_base_", "error_slopes_", "catalogue_noise_"):
+    for learned in (*ERROR_MODEL, "catalogue_noise_"):
         vars(model).pop(learned, None)
     model.error_inflation_ = np.array(inflation)
     model.error_floor_ = np.array(floor)
@@ -593,8 +635,14 @@ def with_error_model(
         model.error_slopes_ = np.array(slopes)
     if np.any(base):
         model.error_base_ = np.array(base)
+    noise2 = np.zeros(residual.shape)
     if catalogue_error is not None:
         model.catalogue_noise_ = np.array(share) * np.median(stated2, axis=1)
+        noise2 = np.array(share) * np.transpose(stated2)
+    seen2 = _calibrated2(model, formal2, label_values(table, model.label_names_)) + noise2
+    correlation = _correlation(residual / np.sqrt(seen2))
+    if correlation is not None:
+        model.error_correlation_ = correlation
     if "chi2" in table.colnames:
         fit = np.asarray(table["chi2"]) / np.maximum(np.asarray(table["n_good"]), 1)
         fit = fit[np.isfinite(fit)]
@@ -824,14 +872,39 @@ axes[1].set_ylabel("");
 table = coverage(made_up["twice too sure"], made_truth, "M_H")
 assert abs(table["inside_1"][0] - 0.383) < 0.03 and abs(table["inside_2"][0] - 0.683) < 0.03
 assert abs(coverage(made_up["biased"], made_truth, "M_H")["bias"][0] - 1) < 0.06
-distance = mahalanobis2(judged, truth[test][~half], names)
-print(f"mean squared distance {np.nanmean(distance):.1f}, {len(names)} would be right")
 correlated = rng.multivariate_normal([0, 0], [[1, 0.8], [0.8, 1]], 4000)
 two = QTable({"teff": correlated[:, 0], "m_h": correlated[:, 1]})
 two["covariance"] = np.tile([[1, 0.8], [0.8, 1]], (4000, 1, 1))
 assert abs(mahalanobis2(two, np.zeros((4000, 2)), ["TEFF", "M_H"]).mean() - 2) < 0.15
 with pytest.raises(LabError, match="states no errors"):
     coverage(two, np.zeros((4000, 2)), ["TEFF", "M_H"])
+
+# %% [markdown]
+# Now all labels at once. Around each star's answer lies an ellipsoid that should hold the true labels of 68 % of all stars: where $d^2$ stays below the 68 % point of chi-squared. We ask three covariances of the same errors: the calibrated one, the same with its floors taken as independent, and the same without any correlation.
+
+# %%
+apart = copy.copy(calibrated)
+del apart.error_correlation_
+tables = {"correlated floors": judged, "independent floors": infer(apart, spectra[test][~half])}
+tables["no correlation"] = judged.copy()
+tables["no correlation"]["covariance"] = judged["covariance"] * np.eye(len(names))
+rows = []
+for title, table in tables.items():
+    distance2 = mahalanobis2(table, truth[test][~half], names)
+    middle = np.nanmedian(distance2) / chi2.median(len(names))
+    inside = [np.nanmean(distance2 < chi2.ppf(share, len(names))) for share in (0.68, 0.95)]
+    rows.append((title, f"{middle:.2f}", *(f"{share:.0%}" for share in inside)))
+Table(rows=rows, names=["covariance", "median d2 / right", "inside 68 %", "inside 95 %"])
+
+# %% [markdown]
+# **What to see.** All three hold about as many stars, as far as so few can tell, and too few at 95 %: some stars are far off, and no normal distribution has such tails. But where labels err together, the ellipsoid that knows it is the smallest. It says the same with less room.
+
+# %%
+volume = [np.nanmedian(np.linalg.slogdet(np.asarray(t["covariance"]))[1]) for t in tables.values()]
+print("log volume, smaller is better:", np.round(np.array(volume) / 2, 1))
+assert volume[0] < volume[1] < volume[2]
+assert np.allclose(judged["teff_err"], tables["independent floors"]["teff_err"])
+assert abs(float(rows[0][1]) - 1) < 0.4 and 0.5 < np.nanmean(distance2 < chi2.mean(len(names)))
 
 # %% [markdown]
 # ## On made-up answers

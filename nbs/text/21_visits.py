@@ -36,7 +36,7 @@ from stellar_lab.clean import (
     weigh_mask,
 )
 from stellar_lab.inversion import infer
-from stellar_lab.models import LabelModel, label_values
+from stellar_lab.models import ERROR_MODEL, LabelModel, label_values
 from stellar_lab.normalize import as_trained
 from stellar_lab.spectrum import LIGHT, from_arrays, interpolate, label_star, lsf_fwhm
 from stellar_lab.survey import (
@@ -598,7 +598,7 @@ each["visit", "snr", "teff", "teff_err", "m_h", "m_h_err"]
 def _formal(model):
     "The model as if nobody had calibrated its errors."
     plain = copy.copy(model)
-    for learned in ("error_inflation_", "error_base_", "error_floor_", "error_slopes_"):
+    for learned in ERROR_MODEL:
         vars(plain).pop(learned, None)
     return plain
 

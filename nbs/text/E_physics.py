@@ -43,6 +43,7 @@ from stellar_lab.emulator import (
 )
 from stellar_lab.inversion import infer
 from stellar_lab.models import (
+    ERROR_MODEL,
     Held,
     LabelModel,
     all_or_nothing,
@@ -875,8 +876,7 @@ class _PhysicsFile(_PhysicsFacts):
         "label_names_": Held("names", optional=True),
         "poor_fit_": Held("number", low=0),
         "fe_h_scale_": Held("number", "*"),
-        "error_inflation_": Held("number", "*", low=0, optional=True),
-        "error_floor_": Held("number", "*", low=0, optional=True),
+        **{name: LabelModel._entries[name] for name in ERROR_MODEL},
     }
     _correction = {name: Held("number", "P") for name in ("gain", "offset", "scatter")}
 

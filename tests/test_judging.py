@@ -51,7 +51,7 @@ def test_calibrated_errors_are_not_calibrated_again():
 
 
 def answers(labels, error):
-    "A table of labels (N, K) with formal errors up to `error` (K,) and their covariance, as `infer` gives."
+    "A table of labels (N, K), formal errors up to `error` (K,) and covariance, as `infer` gives."
     table = QTable()
     for name, values, sigma in zip(NAMES, labels.T, error):
         table[name.lower()] = values

@@ -1,6 +1,4 @@
-"""Learning curves of the models on synthetic stars, with the photon limit: an hour on two cores.
-
-By default without the two networks of 13.6 million weights, which take hours more.
+"""Learning curves of all models on synthetic stars, with the photon limit: over an hour, two cores.
 
 Every training is kept, so an interrupted run goes on where it was. Trainings belong to parameters
 and stars, not to code: after a change of a model's code, remove the cache."""
@@ -16,7 +14,6 @@ ROOT = Path(__file__).resolve().parents[1]
 SIZES = (50, 100, 200, 400, 800, 2000)
 LEARNERS = 3000  # of whom the cuts leave more than 2,000
 JUDGED = 600  # of whom some 550 are single giants
-LARGE = ("lab network", "augmented network")
 
 
 def arguments():
@@ -64,8 +61,7 @@ def main():
         unknown = sorted(set(options.models or ()) - set(found))
         if unknown:
             raise LabError(f"no model {', '.join(unknown)}: choose from {', '.join(found)}")
-        chosen = options.models or [name for name in found if name not in LARGE]
-        return {name: found[name] for name in chosen}
+        return {name: found[name] for name in options.models or found}
 
     try:
         table = learning_curves(models, train, judged, SIZES, folder=options.cache)

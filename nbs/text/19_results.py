@@ -1470,6 +1470,70 @@ for archive, table in recorded.items():
     promises.append(keep_promises(table, archive, table.meta["profile"]))
 vstack(promises)
 
+
+# %% [markdown]
+# ## Where it falls short
+# Before hidden labels and latents were built, aims were set: what plain trials of them had reached, and somewhat less. Some aims were met, others were not. Both belong into a book.
+
+# %%
+def recorded_mean(archive, column, model, contest, product="aspcapstar", labels=None):
+    "A column of the record, averaged over the first labels."
+    rows = _rows(recorded[archive], product, contest, model)[:labels]
+    return float(np.mean(rows[column]))
+
+
+def share_off(archive, column, model, contest, product="apstar"):
+    "How far the share of stars within one error is from 0.68, for the label where it is farthest."
+    rows = _rows(recorded[archive], product, contest, model)
+    return float(np.max(np.abs(rows[column] - 0.68)))
+
+
+# %%
+giants = ("clusters", "scaled_rmse")
+aims = {
+    "giants in folds, latents, six labels": (recorded_mean(*giants, "latents", "five folds"), 0.34),
+    "the same, from raw flux": (recorded_mean(*giants, "latents", "five folds", "apstar"), 0.37),
+    "the same, four labels": (recorded_mean(*giants, "latents", "five folds", labels=4), 0.245),
+    "hidden labels, four": (recorded_mean(*giants, "hidden, four labels", "five folds"), 0.262),
+}
+left_out = recorded_mean(*giants, "latents", "clusters left out", labels=4)
+aims["clusters left out, latents, four labels"] = (left_out, 0.39)
+true = against_truth(recorded["mock"])
+true = np.mean(_rows(true, "apstar", "one split", "latents")["scaled_rmse"])
+aims["synthetic stars, latents, truth"] = (true, 0.108)
+of_latents = _rows(recorded["mock"], "apstar", "one split", "latents")
+on_scale = np.mean(of_latents["scale_rmse"] * of_latents["scaled_rmse"] / of_latents["rmse"])
+aims["the same, on the catalogue's scale"] = (on_scale, 0.08)
+
+# %% [markdown]
+# Those were errors, as scaled RMSE averaged over the labels. Now shares of stars: how far the share within one error may be from 0.68, for each label; how many stars of one cluster may lie beyond one error while that cluster was left out; and how many good giants may be flagged.
+
+# %%
+aims["giants, errors in folds"] = (share_off("clusters", "inside_1", "latents", "five folds"), 0.04)
+off = share_off("mock", "true_inside_1", "latents", "one split")
+aims["synthetic stars, errors about the truth"] = (off, 0.02)
+places = coverage_records()["clusters"]
+places = places[(places["model"] == "latents") & (places["product"] == "apstar")]
+places = places[places["by"] == "place"]
+beyond = {
+    name: 1 - np.mean(places["inside_1"][places["group"] == name]) for name in places["group"]
+}
+aims[f"beyond one error: {max(beyond, key=beyond.get)}, left out"] = (max(beyond.values()), 0.55)
+flagged = recorded_mean("clusters", "flagged", "latents", "five folds")
+aims["good giants flagged"] = (flagged, 0.02)
+rows = [(what, f"{found:.3f}", f"{aim:g}", found <= aim) for what, (found, aim) in aims.items()]
+Table(rows=rows, names=["what", "reached", "at most", "met"])
+
+# %% [markdown]
+# Why the others were missed, and what was tried:
+#
+# - **Folds, by a hair.** The latents' answers are better by more than the gap where all stars count alike. They do not, because [stars with large catalogue errors must count less](26_gaps.ipynb); on these giants, whose stated errors are much alike, that costs a little.
+# - **Clusters left out.** Far from all training stars a Gaussian process falls back to its mean. The mean of latents and hidden labels does better there and worse in folds. Weights found on left-out stars, or from the errors, gain nothing in both at once.
+# - **Synthetic stars.** The error still falls with the number of stars ([learning curves](27_curves.ipynb)): there are too few to learn from, not too few photons. Cubic terms, other kernels and labels cleaned by the model's own answers made it worse.
+# - **Errors about a truth.** The catalogue's noise is up to three times as large as the model's error. What is left after taking it off is known to some 15 %, from the stars that there are.
+# - **The most metal-poor clusters.** Nothing like them is in training once they are left out. A term in the distance from the training stars was tried; it made other clusters' errors too large.
+# - **Flags.** The flagged giants are the rarest ones. A limit that spares them lets a spectrum pass that is [off by a pixel](18_refusal.ipynb).
+
 # %% [markdown]
 # And the record must belong to the code at hand: the Cannon and ridge regression, run again in the same contest, have to give it back to a hundredth.
 

@@ -319,7 +319,7 @@ assert np.allclose(again[0]["rmse"], live["rmse"][(live["stars"] == 50) & (live[
 
 # %% [markdown]
 # ## All models, recorded
-# Six models at six sizes and six brightnesses take an hour, so the figure was computed once, by `python tools/curves.py`, and the package carries what it found. The photon limit is in the table, too. (The two networks of 13.6 million weights took no part: they are retrained by the same command with their names.)
+# Eight models at six sizes and six brightnesses take more than an hour, so the figure was computed once, by `python tools/curves.py`, and the package carries what it found. The photon limit is in the table, too.
 
 # %%
 #| export

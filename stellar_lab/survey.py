@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import threading
 import warnings
 from contextlib import contextmanager, suppress
@@ -1519,13 +1520,28 @@ _CHIP_PALETTE = ("#0173b2", "#029e73", "#d55e00")  # of seaborn's colour-blind p
 CHIP_COLORS = dict(zip(CHIPS, _CHIP_PALETTE, strict=True))
 
 # %% ../nbs/00_survey.ipynb #0aa93245
+def _for_reading(table):
+    "A table with six digits a number where nobody asked for another format; the numbers stay."
+    table = table.copy(copy_data=False)
+    for column in table.itercols():
+        if getattr(column, "dtype", np.dtype(bool)).kind == "f" and not column.info.format:
+            column.info.format = ".6g"
+    return table
+
+
 def use_style():
-    "Set the style of this book's figures for the session."
+    "Set the style of this book's figures and tables for the session."
     import seaborn
 
     seaborn.set_theme(
         context="notebook", style="ticks", palette="colorblind", font_scale=0.9, rc=_STYLE
     )
+    if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()):
+        forms = shell.display_formatter.formatters
+        forms["text/html"].for_type(Table, lambda table: _for_reading(table)._repr_html_())
+        forms["text/plain"].for_type(
+            Table, lambda table, page, _: page.text(repr(_for_reading(table)))
+        )
 
 # %% ../nbs/00_survey.ipynb #50a39642
 def broken_at_gaps(grid, values, shown):

@@ -26,6 +26,7 @@ import os
 import re
 import shutil
 import stat
+import sys
 import threading
 import warnings
 from contextlib import contextmanager, suppress
@@ -42,7 +43,6 @@ from astropy.table import QTable, Table
 # %%
 #| hide
 import subprocess
-import sys
 import tempfile
 import time
 from unittest.mock import patch
@@ -2167,18 +2167,42 @@ CHIP_COLORS = dict(zip(CHIPS, _CHIP_PALETTE, strict=True))
 
 # %%
 #| export
+def _for_reading(table):
+    "A table with six digits a number where nobody asked for another format; the numbers stay."
+    table = table.copy(copy_data=False)
+    for column in table.itercols():
+        if getattr(column, "dtype", np.dtype(bool)).kind == "f" and not column.info.format:
+            column.info.format = ".6g"
+    return table
+
+
 def use_style():
-    "Set the style of this book's figures for the session."
+    "Set the style of this book's figures and tables for the session."
     import seaborn
 
     seaborn.set_theme(
         context="notebook", style="ticks", palette="colorblind", font_scale=0.9, rc=_STYLE
     )
+    if "IPython" in sys.modules and (shell := sys.modules["IPython"].get_ipython()):
+        forms = shell.display_formatter.formatters
+        forms["text/html"].for_type(Table, lambda table: _for_reading(table)._repr_html_())
+        forms["text/plain"].for_type(
+            Table, lambda table, page, _: page.text(repr(_for_reading(table)))
+        )
 
 
 # %%
 use_style()
 CHIP_COLORS
+
+# %% [markdown]
+# A table in a notebook shows six digits of a number. The number itself stays whole.
+
+# %%
+third = QTable({"third": [1 / 3], "in kelvin": [1e4 / 3] * u.K, "stars": [3]})
+assert third["third"].info.format is None and third["third"][0] == 1 / 3
+assert "0.333333" in repr(_for_reading(third)) and "0.3333333" not in repr(_for_reading(third))
+third
 
 
 # %%

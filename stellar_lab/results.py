@@ -208,13 +208,14 @@ def _five_folds(name, spectra, seed):
     return Contest(name, spectra, fold_numbers(len(spectra), 5, seed, stars))
 
 # %% ../nbs/19_results.ipynb #154a5d6b
-def _whole_places(spectra):
-    "Whole clusters left out, in at most five trainings; whole fields where there are no clusters."
+_EACH = "each cluster left out"
+
+
+def _whole_places(spectra, name, most=5):
+    "Whole clusters or fields left out, in at most so many trainings."
     # a cluster has a location of its own
     column = "LOCATION_ID" if "LOCATION_ID" in spectra.stars.colnames else "FIELD"
-    groups = group_numbers(spectra.stars[column], what=column)
-    clusters = spectra.stars.meta.get("archive") == "clusters"
-    name = "clusters left out" if clusters else "fields left out"
+    groups = group_numbers(spectra.stars[column], most, column)
     together = _rows_together(spectra.stars["APOGEE_ID"], groups)
     return Contest(name, spectra[together], groups[together], strangers=True)
 
@@ -237,9 +238,9 @@ def contests(spectra: Spectra, profile: str = "quick", seed: int = 0) -> list:
     spectra : Spectra
         with labels, ``APOGEE_ID`` and ``LOCATION_ID`` or ``FIELD``
     profile : {"quick", "full"}, default "quick"
-        "quick": one split. "full": for clusters five folds, whole clusters left out and, where
-        [M/H] is a label, the metal-rich stars among themselves; else one split, five folds, whole
-        fields
+        "quick": one split. "full": for clusters five folds, whole clusters left out, several and
+        one at a time, and, where [M/H] is a label, the metal-rich stars among themselves; else one
+        split, five folds, whole fields
     seed : int, default 0
         of the folds
 
@@ -254,9 +255,11 @@ def contests(spectra: Spectra, profile: str = "quick", seed: int = 0) -> list:
     """
     if profile == "quick":
         return [_one_split(spectra)]
-    held = [_five_folds("five folds", spectra, seed), _whole_places(spectra)]
+    folds = _five_folds("five folds", spectra, seed)
     if spectra.stars.meta.get("archive") != "clusters":
-        return [_one_split(spectra), *held]
+        return [_one_split(spectra), folds, _whole_places(spectra, "fields left out")]
+    held = [folds, _whole_places(spectra, "clusters left out")]
+    held.append(_whole_places(spectra, _EACH, most=len(spectra)))
     if "M_H" in spectra.label_names:
         rich = spectra[spectra.labels(["M_H"])[:, 0] > _METAL_RICH]
         held.append(_five_folds("metal-rich, five folds", rich, seed))
@@ -899,6 +902,8 @@ def coverage_side_by_side(table: Table, contest: str, about: str = "catalogue") 
 # %% ../nbs/19_results.ipynb #dc43ba59
 # networks of 13.6 million weights: they come last, and learn from the first product only
 _COSTLY = ("lab network", "augmented network")
+# the models that are trained once per cluster
+_IN_SECONDS = ("Cannon, four labels", "Cannon", "ridge regression", "latents")
 
 
 @dataclass(eq=False)
@@ -923,13 +928,20 @@ def _held(spectra, profile, seed, only):
     return [contest for contest in held if only is None or contest.name in only]
 
 
+def _takes_part(name, contest, number):
+    "Is a model's training cheap enough for a contest on this product?"
+    if contest.name == _EACH:
+        return name in _IN_SECONDS
+    return number == 0 or name not in _COSTLY
+
+
 def _jobs_of_product(spectra, number, profile, seed, only):
     "All jobs on one product of an archive."
     models = contestants(spectra.label_names, profile, len(train_test_rows(len(spectra))[0]))
     jobs = []
     for place, contest in enumerate(_held(spectra, profile, seed, only)):
         for rank, (name, model) in enumerate(models.items()):
-            if number == 0 or name not in _COSTLY:
+            if _takes_part(name, contest, number):
                 jobs.append(_Job(name, model, contest, (number, place, rank)))
     return jobs
 

@@ -119,7 +119,10 @@ def test_contests_leave_out_whole_places():
     spectra = stars()
     (split,) = contests(spectra)
     assert len(split.judged) == 40 and set(split.groups) == {-1, 0}
-    folds, apart, rich = contests(spectra, "full")
+    folds, apart, each, rich = contests(spectra, "full")
+    assert each.name == "each cluster left out" and each.strangers
+    assert len(set(each.groups)) == len(set(spectra.stars["LOCATION_ID"])) == 7
+    assert all(len(set(each.groups[k::7])) == 1 for k in range(7))
     assert (
         apart.name == "clusters left out"
         and all(len(set(apart.groups[k::7])) == 1 for k in range(7))
@@ -155,8 +158,8 @@ def test_all_rows_of_a_star_are_left_out_together():
     spectra = stars()
     spectra.stars["APOGEE_ID"][[50, 90]] = spectra.stars["APOGEE_ID"][3]  # in three clusters
     spectra.stars["APOGEE_ID"][11] = spectra.stars["APOGEE_ID"][4]  # twice in one
-    folds, apart, rich = contests(spectra, "full")
-    for contest in (folds, apart, rich):
+    folds, apart, *others = contests(spectra, "full")
+    for contest in (folds, apart, *others):
         names = np.array(contest.spectra.stars["APOGEE_ID"])
         for name in set(names):
             assert len(set(contest.groups[names == name])) == 1

@@ -286,11 +286,21 @@ def _identity(model, held):
     return identity.hexdigest()
 
 
-def _release_memory():
-    "Collect what refers to itself; give free memory back to the machine where C allows it."
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+@contextmanager
+def _tidied():
+    """What is made within and refers to itself is collected at the end; free memory goes back to
+    the machine where C allows it."""
+    ours = not gc.get_freeze_count()
+    if ours:
+        gc.freeze()  # a million objects of TensorFlow were there before: nobody looks through them
+    try:
+        yield
+        gc.collect()
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+    finally:
+        if ours:
+            gc.unfreeze()
 
 # %% ../nbs/14_network.ipynb #0a533817
 class _Training(_Layers):
@@ -396,11 +406,11 @@ class _Trainable(_Training, LabelReader):
         del labels, flux, ivar, validation  # the tensors are all that is needed, and are copies
         keras.utils.set_random_seed(self.seed)
         tf.config.experimental.enable_op_determinism()
-        self._look(*data)
-        self._assemble()
-        self._train(data, held, checkpoint, progress)
-        del data, held
-        _release_memory()
+        with _tidied():
+            self._look(*data)
+            self._assemble()
+            self._train(data, held, checkpoint, progress)
+            del data, held
         return self
 
     def _read(self, flux, ivar):

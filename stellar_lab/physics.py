@@ -43,7 +43,7 @@ from stellar_lab.models import (
     label_values,
     whole_model,
 )
-from .normalize import normalize
+from .normalize import continuum, normalize
 from .survey import LabError, Spectra, WrongFile, on_band, plot_spectrum
 from .survey import wavelength as SURVEY_WAVELENGTH
 
@@ -80,6 +80,21 @@ def _unweighted(flux):
     "Spectra of made-up stars: the survey's grid, all weights 1."
     stars = Table({"STAR": np.arange(len(flux))})
     return Spectra(SURVEY_WAVELENGTH, flux, np.ones_like(flux), stars)
+
+
+_DRAWN_BLOCK = 256  # made-up stars whose curves are drawn at a time
+
+
+def _redrawn_flux(flux, degree):
+    "What `redraw` makes of made-up stars' flux (N, P), without weights, tables and recipes."
+    drawn = np.empty_like(flux)
+    for start in range(0, len(flux), _DRAWN_BLOCK):
+        rows = slice(start, start + _DRAWN_BLOCK)
+        curve = continuum(_unweighted(flux[rows]), degree=degree).continuum
+        with np.errstate(all="ignore"):
+            np.divide(flux[rows], curve, out=drawn[rows])
+    drawn[~np.isfinite(drawn)] = 1
+    return drawn
 
 # %% ../nbs/E_physics.ipynb #3b311fc4
 PHYSICS_LABELS = (*GRID_LABELS, "FWHM")
@@ -147,7 +162,7 @@ class SyntheticStars:
         amounts = np.column_stack([np.ones(len(labels)), coefficients])
         by_width = [_lagrange(labels[:, -1:], node) * amounts for node in _WIDTHS]
         flux = np.concatenate(by_width, axis=1).astype("f4") @ self.basis
-        flux = redraw(_unweighted(flux), self.degree).flux
+        flux = _redrawn_flux(flux, self.degree)
         flux[~np.isfinite(labels).all(axis=1)] = np.nan
         return flux if self.correction is None else self.correction(flux)
 
@@ -304,9 +319,11 @@ def _scatter(stars):
 
 def _slopes(stars, labels, flux):
     "Derivative of the flux with respect to each label, (N, 10, P)."
-    moves = np.diag(_LABEL_STEPS)
-    columns = [(stars(labels + move) - flux) / size for move, size in zip(moves, _LABEL_STEPS)]
-    return np.stack(columns, axis=1)
+    slopes = np.empty((len(flux), len(_LABEL_STEPS), flux.shape[1]))
+    for k, move in enumerate(np.diag(_LABEL_STEPS)):
+        np.subtract(stars(labels + move), flux, out=slopes[:, k])
+        slopes[:, k] /= _LABEL_STEPS[k]
+    return slopes
 
 
 def _which(names):
@@ -332,7 +349,8 @@ def _fit_block(stars, spectra, labels, knowledge, steps, held):
         left = spectra.flux - flux
         robust = weight * np.minimum(1, _WILD / np.maximum(np.abs(left), 1e-9))
         robust = robust.astype("f4")
-        hessian = (slopes * robust[:, None]) @ np.swapaxes(slopes, 1, 2) + rows.T @ rows
+        squares = [(slopes[[n]] * heavy) @ slopes[n].T for n, heavy in enumerate(robust)]
+        hessian = np.concatenate(squares) + rows.T @ rows
         force = (slopes @ (robust * left)[..., None])[..., 0] - (labels @ rows.T - values) @ rows
         move = np.zeros_like(labels)
         move[:, free] = np.linalg.solve(hessian[:, free][:, :, free], force[:, free, None])[..., 0]

@@ -553,6 +553,7 @@ print(*read_mwm(here / "mwmStar-0.9.0-42.fits").stars.meta["notes"])
 made_mwm(spectra[[3, 3, 3]], visits=True).writeto(here / "mwmVisit-0.6.0-42.fits")
 visits = read_mwm(here / "mwmVisit-0.6.0-42.fits")
 assert len(visits) == 3 and mwm_kind(here / "mwmVisit-0.6.0-42.fits") == "mwmvisit"
+visits.stars["SNR"].info.format = ".1f"
 visits.stars["APOGEE_ID", "SDSS_ID", "MJD", "SNR"]
 
 # %% [markdown]
@@ -743,7 +744,9 @@ assert np.allclose(catalogue["MG_FE"], 0.25) and np.allclose(
 )
 with pytest.raises(LabError, match="has no SI_FE"):
     read_astra(here / "astraAllStarASPCAP-0.6.0.fits.gz", ["teff", "si_fe"])
-catalogue[:3]
+for name in catalogue.meta["labels"]:
+    catalogue[name].info.format = catalogue[f"{name}_ERR"].info.format = ".5g"
+catalogue["SDSS_ID", "FLAG_BAD", "TEFF", "TEFF_ERR", "MG_FE", "MG_FE_ERR"][:3]
 
 
 # %% [markdown]
@@ -788,7 +791,8 @@ def _read_each(paths, place):
 # %%
 wanted = np.array([5, 6, 5])
 place, times = _row_of_star(Table({"SDSS_ID": wanted, "SNR": [50.0, 80.0, 70.0]}))
-print("rows that count:", place, " rows there are:", times)
+for star, row in place.items():
+    print(f"sdss_id {star}: row {row} counts, of {times[star]}")
 assert place == {5: 2, 6: 1}
 
 

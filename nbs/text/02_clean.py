@@ -3186,6 +3186,7 @@ def plot_corner(spectra: Spectra, names=None, **style):
     """
     import corner
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     labels = label_records(spectra.label_names if names is None else names)
     names = [label.name for label in labels]
@@ -3202,7 +3203,6 @@ def plot_corner(spectra: Spectra, names=None, **style):
         "labels": [label.axis for label in labels],
         "range": [label.plot_range for label in labels],
         "quantiles": [0.16, 0.84],
-        "max_n_ticks": 4,
         "bins": 25,
         "color": "#0173b2",
         "labelpad": 0.12,
@@ -3211,6 +3211,10 @@ def plot_corner(spectra: Spectra, names=None, **style):
         "data_kwargs": {"alpha": 0.6, "ms": 3},
     }
     corner.corner(values, fig=fig, **(usual | style))
+    for ax in fig.axes:  # a number at a panel's edge would meet that of its neighbour
+        for axis in (ax.xaxis, ax.yaxis):
+            if axis.get_major_locator().__class__ is MaxNLocator:
+                axis.set_major_locator(MaxNLocator(4, prune="both"))
     return fig
 
 

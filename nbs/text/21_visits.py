@@ -817,7 +817,7 @@ again = repeats(model, some)
 again.table[[name in ("teff", "m_h") for name in again.table["label"]]]
 
 # %%
-fig, axes = plt.subplots(1, 2, figsize=(8, 3))
+fig, axes = plt.subplots(2, 1, figsize=(6, 5.5), sharex=True)
 for ax, name in zip(axes, ("teff", "m_h")):
     away = _differences(again.visits, name)
     ax.plot(again.visits["snr"], np.abs(away), ".", ms=4, color="0.6", label="|visit - mean|")
@@ -826,10 +826,10 @@ for ax, name in zip(axes, ("teff", "m_h")):
     order = np.argsort(again.visits["snr"])
     ax.plot(again.visits["snr"][order], formal[order], ".", ms=3, color="C0", label="formal error")
     ax.plot(again.visits["snr"][order], quoted[order], ".", ms=3, color="C1", label="quoted error")
-    label = label_record(name).axis
-    ax.set(xlabel="SNR of the visit", ylabel=f"difference or error of {label}", yscale="log")
+    ax.set(ylabel=label_record(name).axis, yscale="log")
+axes[-1].set_xlabel("SNR of the visit")
 fig.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
-fig.suptitle("Visits of the same real giants, labelled one by one");
+axes[0].set_title("Visits of the same real giants: differences and errors");
 
 # %% [markdown]
 # **What to see.** Grey points follow the blue ones: from visit to visit little changes but the noise. The quoted, calibrated error lies far above. It holds what is wrong

@@ -3186,7 +3186,6 @@ def plot_corner(spectra: Spectra, names=None, **style):
     """
     import corner
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator
 
     labels = label_records(spectra.label_names if names is None else names)
     names = [label.name for label in labels]
@@ -3211,11 +3210,17 @@ def plot_corner(spectra: Spectra, names=None, **style):
         "data_kwargs": {"alpha": 0.6, "ms": 3},
     }
     corner.corner(values, fig=fig, **(usual | style))
-    for ax in fig.axes:  # a number at a panel's edge would meet that of its neighbour
+    for ax in fig.axes:
         for axis in (ax.xaxis, ax.yaxis):
-            if axis.get_major_locator().__class__ is MaxNLocator:
-                axis.set_major_locator(MaxNLocator(4, prune="both"))
+            axis.set_ticks(_inner_ticks(axis))
     return fig
+
+
+def _inner_ticks(axis):
+    "Ticks of an axis but those at its ends, whose numbers would meet the next panel's."
+    low, high = axis.get_view_interval()
+    edge = 0.1 * (high - low)
+    return [tick for tick in axis.get_ticklocs() if low + edge < tick < high - edge]
 
 
 # %%

@@ -203,7 +203,7 @@ scratch = tempfile.TemporaryDirectory()
 here = Path(scratch.name)
 flat = here / "apVisit-flat.fits"
 made_visit(SURVEY_WAVELENGTH, np.ones(7214), 0.01, velocity=-20.0, bc=5.0).writeto(flat)
-print("a visit:", is_visit(flat))
+print(f"{flat.name} is a visit: {is_visit(flat)}")
 header, (flux, error, mask, angstrom), _ = _of_visit(flat)
 print(flux.shape, "pixels,", f"{np.mean(mask == 0):.0%} of them good")
 

@@ -589,7 +589,7 @@ FILE_NAME = re.compile(
 
 
 # %%
-#| export
+#| exporti
 def product_of(path) -> str | None:
     """Which product a file is: from its name, else from its HDUs.
 
@@ -767,7 +767,7 @@ facts
 # begins behind it.
 
 # %%
-#| export
+#| exporti
 class Problem(NamedTuple):
     "A file that could not be read (`path`), and why (`reason`)."
 
@@ -1641,7 +1641,7 @@ room.spectra()
 
 
 # %%
-#| export
+#| exporti
 def read_stars(
     paths, product, row=None, workers=None, keep=None, progress=True, sums=None
 ) -> tuple:
@@ -1905,7 +1905,7 @@ again
 # record knows, such as the original lab's `stars/<location>/`. Files of single visits are left out.
 
 # %%
-#| export
+#| exporti
 def find_files(root, product="apstar", fields=None, telescopes=None, release=None) -> Table:
     """The stars' files of an archive.
 
@@ -2224,7 +2224,9 @@ _NO_NUMBER = -9999  # among whole numbers; flags may be below it, for their high
 # %%
 whole = np.array([4500, -9999, 7], ">i4")
 print(_native(whole, null=7, as_number=True), _native(whole, null=7), _native(whole[:1]))
-_copy_columns(find_catalogue(root), {"star": "APOGEE_ID", "H": "H"}, rows=3, block=2)
+some = _copy_columns(find_catalogue(root), {"star": "APOGEE_ID", "H": "H"}, rows=3, block=2)
+some["H"].info.format = ".3f"
+some
 
 
 # %% [markdown]
@@ -2357,7 +2359,10 @@ def _give_unit(table, name):
 # %%
 catalogue = read_catalogue(find_catalogue(root), record.labels)
 first, third = record.labels[0], record.labels[2]
-catalogue["APOGEE_ID", "LOCATION_ID", "SNR", first, f"{first}_ERR", third][:4]
+shown = catalogue["APOGEE_ID", "LOCATION_ID", "SNR", first, f"{first}_ERR", third][:4]
+for name in shown.colnames[2:]:
+    shown[name].info.format = ".5g"
+shown
 
 # %% [markdown]
 # Not every release has every label: DR12 wrote [Mg/H], not [Mg/Fe]. Then the error says what was looked for and what there is.
@@ -2464,7 +2469,7 @@ _joined(np.array(["4230", "4262"]), np.array(["a", "b"]))
 # was the best measurement.)
 
 # %%
-#| export
+#| exporti
 def match_catalogue(stars, catalogue, rules) -> tuple:
     """The row of each star, that with the highest SNR.
 
@@ -2551,7 +2556,7 @@ for n in range(0, len(files), max(len(files) // 50, 1)):
 # number says. (numpy's own `nanmedian` does the same ten times slower, and warns where there is nothing.)
 
 # %%
-#| export
+#| exporti
 def nan_median(values, axis: int = -1) -> np.ndarray:
     """Median of the finite values along one axis.
 
@@ -2596,7 +2601,7 @@ nan_median(numbers, axis=1)
 # With it the rule is a few lines. Blocks of pixels keep the copies small, some megabytes instead of a second set of spectra.
 
 # %%
-#| export
+#| exporti
 def dark_pixels(flux, ivar, fraction=0.05, block=256) -> np.ndarray:
     """Pixels that see much less of their star than they see of others.
 

@@ -498,6 +498,8 @@ assert 0.6 < cooler["distance"][0] < 0.8
 assert -60 < cooler["d_teff"][0].value < -40
 nobody = giant_distance([np.nan, 4500], [2, np.nan], line)
 assert np.isnan(nobody["distance"]).all()
+for name in ("distance", "d_teff", "d_logg"):
+    cooler[name].info.format = ".3g"
 cooler
 
 

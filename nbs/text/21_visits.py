@@ -613,6 +613,8 @@ def _label_row(model, spectra, row):
 
 # %%
 each = vstack([_label_visits(model, path) for path in paths], metadata_conflicts="silent")
+for name in ("snr", "teff", "teff_err", "m_h", "m_h_err"):
+    each[name].info.format = ".3f" if name.startswith("m_h") else ".0f"
 each["visit", "snr", "teff", "teff_err", "m_h", "m_h_err"]
 
 
@@ -707,7 +709,8 @@ _REPEAT_COLUMNS = (
 toy["teff_err"] = 40.0
 toy["snr"] = 80.0
 for told in _repeat_rows(toy, "teff"):
-    print(dict(zip(_REPEAT_COLUMNS, told)))
+    for name, value in zip(_REPEAT_COLUMNS, told):
+        print(f"{name:15}", value if isinstance(value, str) else f"{value:g}")
 
 
 # %%

@@ -2093,42 +2093,6 @@ def _going_on(spectra, ledger):
     return ledger
 
 # %% ../nbs/02_clean.ipynb #eddcbf16
-def apply_cuts(spectra, cuts=None, ledger=None, gaps=False) -> tuple:
-    """Drop stars without light, without all labels, or that fail a cut.
-
-    Parameters
-    ----------
-    spectra : Spectra
-        N stars.
-    cuts : sequence of survey.Cut, optional
-        Those of the archive's record by default, `()` for none.
-    ledger : Ledger, optional
-        To go on with; a new one by default.
-    gaps : bool, default False
-        Keep stars that lack some labels, if they have one.
-
-    Returns
-    -------
-    spectra : Spectra
-        The stars that are left.
-    ledger : Ledger
-        With one line per rule.
-
-    Raises
-    ------
-    LabError
-        If a column is missing, nothing is left, or nobody says which cuts to apply.
-    """
-    ledger = _going_on(spectra, ledger)
-    good = np.ones(len(spectra), bool)
-    for rule, passed, reason in _rules_of(spectra, _cuts_of(spectra, cuts), gaps):
-        ledger = ledger.drop(rule, spectra.stars["APOGEE_ID"][good & ~passed], reason)
-        good &= passed
-    if not good.any():
-        raise LabError(f"no star passed the cuts, widen them:\n{ledger}")
-    return spectra[good], ledger
-
-
 def _cuts_of(spectra, cuts):
     "The cuts that were given, else those of the archive that the spectra come from."
     if cuts is not None:
@@ -2179,6 +2143,42 @@ def _rules_of(spectra, cuts, gaps=False):
             )
         reason = f"keep {cut}" + (f": {cut.reason}" if cut.reason else "")
         yield cut.name, cut.keeps(spectra.stars[cut.column]), reason
+
+# %% ../nbs/02_clean.ipynb #de1a7129
+def apply_cuts(spectra, cuts=None, ledger=None, gaps=False) -> tuple:
+    """Drop stars without light, without all labels, or that fail a cut.
+
+    Parameters
+    ----------
+    spectra : Spectra
+        N stars.
+    cuts : sequence of survey.Cut, optional
+        Those of the archive's record by default, `()` for none.
+    ledger : Ledger, optional
+        To go on with; a new one by default.
+    gaps : bool, default False
+        Keep stars that lack some labels, if they have one.
+
+    Returns
+    -------
+    spectra : Spectra
+        The stars that are left.
+    ledger : Ledger
+        With one line per rule.
+
+    Raises
+    ------
+    LabError
+        If a column is missing, nothing is left, or nobody says which cuts to apply.
+    """
+    ledger = _going_on(spectra, ledger)
+    good = np.ones(len(spectra), bool)
+    for rule, passed, reason in _rules_of(spectra, _cuts_of(spectra, cuts), gaps):
+        ledger = ledger.drop(rule, spectra.stars["APOGEE_ID"][good & ~passed], reason)
+        good &= passed
+    if not good.any():
+        raise LabError(f"no star passed the cuts, widen them:\n{ledger}")
+    return spectra[good], ledger
 
 # %% ../nbs/02_clean.ipynb #832131b0
 def plot_corner(spectra: Spectra, names=None, **style):

@@ -432,6 +432,13 @@ class MaskRule:
 
 
 # %%
+first_rule = MaskRule(PIXMASK.BADPIX, {PIXMASK.PERSIST_LOW: 3.0})
+print(first_rule)
+flags = [0, PIXMASK.PERSIST_LOW, PIXMASK.BADPIX, PIXMASK.BADPIX | PIXMASK.PERSIST_LOW]
+print("factors on the error:", first_rule.factors(flags))
+
+
+# %%
 #| exporti
 def _pixel_bit(name):
     "A bit of PIXMASK by its name."
@@ -2939,42 +2946,6 @@ ledger
 
 # %%
 #| export
-def apply_cuts(spectra, cuts=None, ledger=None, gaps=False) -> tuple:
-    """Drop stars without light, without all labels, or that fail a cut.
-
-    Parameters
-    ----------
-    spectra : Spectra
-        N stars.
-    cuts : sequence of survey.Cut, optional
-        Those of the archive's record by default, `()` for none.
-    ledger : Ledger, optional
-        To go on with; a new one by default.
-    gaps : bool, default False
-        Keep stars that lack some labels, if they have one.
-
-    Returns
-    -------
-    spectra : Spectra
-        The stars that are left.
-    ledger : Ledger
-        With one line per rule.
-
-    Raises
-    ------
-    LabError
-        If a column is missing, nothing is left, or nobody says which cuts to apply.
-    """
-    ledger = _going_on(spectra, ledger)
-    good = np.ones(len(spectra), bool)
-    for rule, passed, reason in _rules_of(spectra, _cuts_of(spectra, cuts), gaps):
-        ledger = ledger.drop(rule, spectra.stars["APOGEE_ID"][good & ~passed], reason)
-        good &= passed
-    if not good.any():
-        raise LabError(f"no star passed the cuts, widen them:\n{ledger}")
-    return spectra[good], ledger
-
-
 def _cuts_of(spectra, cuts):
     "The cuts that were given, else those of the archive that the spectra come from."
     if cuts is not None:
@@ -3025,6 +2996,49 @@ def _rules_of(spectra, cuts, gaps=False):
             )
         reason = f"keep {cut}" + (f": {cut.reason}" if cut.reason else "")
         yield cut.name, cut.keeps(spectra.stars[cut.column]), reason
+
+
+# %%
+for name, passed, reason in _rules_of(spectra, _cuts_of(spectra, None)):
+    print(f"{name}: {passed.sum()} of {len(passed)} pass ({reason})")
+
+
+# %%
+#| export
+def apply_cuts(spectra, cuts=None, ledger=None, gaps=False) -> tuple:
+    """Drop stars without light, without all labels, or that fail a cut.
+
+    Parameters
+    ----------
+    spectra : Spectra
+        N stars.
+    cuts : sequence of survey.Cut, optional
+        Those of the archive's record by default, `()` for none.
+    ledger : Ledger, optional
+        To go on with; a new one by default.
+    gaps : bool, default False
+        Keep stars that lack some labels, if they have one.
+
+    Returns
+    -------
+    spectra : Spectra
+        The stars that are left.
+    ledger : Ledger
+        With one line per rule.
+
+    Raises
+    ------
+    LabError
+        If a column is missing, nothing is left, or nobody says which cuts to apply.
+    """
+    ledger = _going_on(spectra, ledger)
+    good = np.ones(len(spectra), bool)
+    for rule, passed, reason in _rules_of(spectra, _cuts_of(spectra, cuts), gaps):
+        ledger = ledger.drop(rule, spectra.stars["APOGEE_ID"][good & ~passed], reason)
+        good &= passed
+    if not good.any():
+        raise LabError(f"no star passed the cuts, widen them:\n{ledger}")
+    return spectra[good], ledger
 
 
 # %% [markdown]

@@ -208,7 +208,8 @@ def kiel_diagrams(
     -------
     Figure
     """
-    fig, axes = plt.subplots(1, 3, figsize=(13, 4.4), width_ratios=(1, 1, 1.25))
+    fig, panels = plt.subplot_mosaic("pc;ss", figsize=(7.5, 7.8), height_ratios=(1, 1.25))
+    axes = list(panels.values())
     for ax, (name, labels) in zip(axes, {"predicted": predicted, "catalogue": catalogue}.items()):
         plot_kiel(labels, metallicity, isochrones, limits, color_range, ax)
         off = _off_the_axes(labels, limits)

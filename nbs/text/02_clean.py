@@ -432,6 +432,13 @@ class MaskRule:
 
 
 # %%
+first_rule = MaskRule(PIXMASK.BADPIX, {PIXMASK.PERSIST_LOW: 3.0})
+print(first_rule)
+flags = [0, PIXMASK.PERSIST_LOW, PIXMASK.BADPIX, PIXMASK.BADPIX | PIXMASK.PERSIST_LOW]
+print("factors on the error:", first_rule.factors(flags))
+
+
+# %%
 #| exporti
 def _pixel_bit(name):
     "A bit of PIXMASK by its name."
@@ -589,7 +596,7 @@ FILE_NAME = re.compile(
 
 
 # %%
-#| export
+#| exporti
 def product_of(path) -> str | None:
     """Which product a file is: from its name, else from its HDUs.
 
@@ -767,7 +774,7 @@ facts
 # begins behind it.
 
 # %%
-#| export
+#| exporti
 class Problem(NamedTuple):
     "A file that could not be read (`path`), and why (`reason`)."
 
@@ -1641,7 +1648,7 @@ room.spectra()
 
 
 # %%
-#| export
+#| exporti
 def read_stars(
     paths, product, row=None, workers=None, keep=None, progress=True, sums=None
 ) -> tuple:
@@ -1905,7 +1912,7 @@ again
 # record knows, such as the original lab's `stars/<location>/`. Files of single visits are left out.
 
 # %%
-#| export
+#| exporti
 def find_files(root, product="apstar", fields=None, telescopes=None, release=None) -> Table:
     """The stars' files of an archive.
 
@@ -2224,7 +2231,9 @@ _NO_NUMBER = -9999  # among whole numbers; flags may be below it, for their high
 # %%
 whole = np.array([4500, -9999, 7], ">i4")
 print(_native(whole, null=7, as_number=True), _native(whole, null=7), _native(whole[:1]))
-_copy_columns(find_catalogue(root), {"star": "APOGEE_ID", "H": "H"}, rows=3, block=2)
+some = _copy_columns(find_catalogue(root), {"star": "APOGEE_ID", "H": "H"}, rows=3, block=2)
+some["H"].info.format = ".3f"
+some
 
 
 # %% [markdown]
@@ -2357,7 +2366,10 @@ def _give_unit(table, name):
 # %%
 catalogue = read_catalogue(find_catalogue(root), record.labels)
 first, third = record.labels[0], record.labels[2]
-catalogue["APOGEE_ID", "LOCATION_ID", "SNR", first, f"{first}_ERR", third][:4]
+shown = catalogue["APOGEE_ID", "LOCATION_ID", "SNR", first, f"{first}_ERR", third][:4]
+for name in shown.colnames[2:]:
+    shown[name].info.format = ".5g"
+shown
 
 # %% [markdown]
 # Not every release has every label: DR12 wrote [Mg/H], not [Mg/Fe]. Then the error says what was looked for and what there is.
@@ -2464,7 +2476,7 @@ _joined(np.array(["4230", "4262"]), np.array(["a", "b"]))
 # was the best measurement.)
 
 # %%
-#| export
+#| exporti
 def match_catalogue(stars, catalogue, rules) -> tuple:
     """The row of each star, that with the highest SNR.
 
@@ -2551,7 +2563,7 @@ for n in range(0, len(files), max(len(files) // 50, 1)):
 # number says. (numpy's own `nanmedian` does the same ten times slower, and warns where there is nothing.)
 
 # %%
-#| export
+#| exporti
 def nan_median(values, axis: int = -1) -> np.ndarray:
     """Median of the finite values along one axis.
 
@@ -2596,7 +2608,7 @@ nan_median(numbers, axis=1)
 # With it the rule is a few lines. Blocks of pixels keep the copies small, some megabytes instead of a second set of spectra.
 
 # %%
-#| export
+#| exporti
 def dark_pixels(flux, ivar, fraction=0.05, block=256) -> np.ndarray:
     """Pixels that see much less of their star than they see of others.
 
@@ -2934,42 +2946,6 @@ ledger
 
 # %%
 #| export
-def apply_cuts(spectra, cuts=None, ledger=None, gaps=False) -> tuple:
-    """Drop stars without light, without all labels, or that fail a cut.
-
-    Parameters
-    ----------
-    spectra : Spectra
-        N stars.
-    cuts : sequence of survey.Cut, optional
-        Those of the archive's record by default, `()` for none.
-    ledger : Ledger, optional
-        To go on with; a new one by default.
-    gaps : bool, default False
-        Keep stars that lack some labels, if they have one.
-
-    Returns
-    -------
-    spectra : Spectra
-        The stars that are left.
-    ledger : Ledger
-        With one line per rule.
-
-    Raises
-    ------
-    LabError
-        If a column is missing, nothing is left, or nobody says which cuts to apply.
-    """
-    ledger = _going_on(spectra, ledger)
-    good = np.ones(len(spectra), bool)
-    for rule, passed, reason in _rules_of(spectra, _cuts_of(spectra, cuts), gaps):
-        ledger = ledger.drop(rule, spectra.stars["APOGEE_ID"][good & ~passed], reason)
-        good &= passed
-    if not good.any():
-        raise LabError(f"no star passed the cuts, widen them:\n{ledger}")
-    return spectra[good], ledger
-
-
 def _cuts_of(spectra, cuts):
     "The cuts that were given, else those of the archive that the spectra come from."
     if cuts is not None:
@@ -3020,6 +2996,49 @@ def _rules_of(spectra, cuts, gaps=False):
             )
         reason = f"keep {cut}" + (f": {cut.reason}" if cut.reason else "")
         yield cut.name, cut.keeps(spectra.stars[cut.column]), reason
+
+
+# %%
+for name, passed, reason in _rules_of(spectra, _cuts_of(spectra, None)):
+    print(f"{name}: {passed.sum()} of {len(passed)} pass ({reason})")
+
+
+# %%
+#| export
+def apply_cuts(spectra, cuts=None, ledger=None, gaps=False) -> tuple:
+    """Drop stars without light, without all labels, or that fail a cut.
+
+    Parameters
+    ----------
+    spectra : Spectra
+        N stars.
+    cuts : sequence of survey.Cut, optional
+        Those of the archive's record by default, `()` for none.
+    ledger : Ledger, optional
+        To go on with; a new one by default.
+    gaps : bool, default False
+        Keep stars that lack some labels, if they have one.
+
+    Returns
+    -------
+    spectra : Spectra
+        The stars that are left.
+    ledger : Ledger
+        With one line per rule.
+
+    Raises
+    ------
+    LabError
+        If a column is missing, nothing is left, or nobody says which cuts to apply.
+    """
+    ledger = _going_on(spectra, ledger)
+    good = np.ones(len(spectra), bool)
+    for rule, passed, reason in _rules_of(spectra, _cuts_of(spectra, cuts), gaps):
+        ledger = ledger.drop(rule, spectra.stars["APOGEE_ID"][good & ~passed], reason)
+        good &= passed
+    if not good.any():
+        raise LabError(f"no star passed the cuts, widen them:\n{ledger}")
+    return spectra[good], ledger
 
 
 # %% [markdown]
@@ -3202,7 +3221,6 @@ def plot_corner(spectra: Spectra, names=None, **style):
         "labels": [label.axis for label in labels],
         "range": [label.plot_range for label in labels],
         "quantiles": [0.16, 0.84],
-        "max_n_ticks": 4,
         "bins": 25,
         "color": "#0173b2",
         "labelpad": 0.12,
@@ -3211,7 +3229,17 @@ def plot_corner(spectra: Spectra, names=None, **style):
         "data_kwargs": {"alpha": 0.6, "ms": 3},
     }
     corner.corner(values, fig=fig, **(usual | style))
+    for ax in fig.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_ticks(_inner_ticks(axis))
     return fig
+
+
+def _inner_ticks(axis):
+    "Ticks of an axis but those at its ends, whose numbers would meet the next panel's."
+    low, high = axis.get_view_interval()
+    edge = 0.1 * (high - low)
+    return [tick for tick in axis.get_ticklocs() if low + edge < tick < high - edge]
 
 
 # %%

@@ -315,7 +315,8 @@ def kiel_diagrams(
     -------
     Figure
     """
-    fig, axes = plt.subplots(1, 3, figsize=(13, 4.4), width_ratios=(1, 1, 1.25))
+    fig, panels = plt.subplot_mosaic("pc;ss", figsize=(7.5, 7.8), height_ratios=(1, 1.25))
+    axes = list(panels.values())
     for ax, (name, labels) in zip(axes, {"predicted": predicted, "catalogue": catalogue}.items()):
         plot_kiel(labels, metallicity, isochrones, limits, color_range, ax)
         off = _off_the_axes(labels, limits)
@@ -497,6 +498,8 @@ assert 0.6 < cooler["distance"][0] < 0.8
 assert -60 < cooler["d_teff"][0].value < -40
 nobody = giant_distance([np.nan, 4500], [2, np.nan], line)
 assert np.isnan(nobody["distance"]).all()
+for name in ("distance", "d_teff", "d_logg"):
+    cooler[name].info.format = ".3g"
 cooler
 
 
@@ -670,7 +673,7 @@ def plot_cluster(ax, row):
 
 # %%
 if in_folds:
-    fig, axes = plt.subplots(3, 6, figsize=(13, 7), sharex=True, sharey=True)
+    fig, axes = plt.subplots(6, 3, figsize=(7, 11), sharex=True, sharey=True)
     for ax, row in zip(axes.flat, distances):
         plot_cluster(ax, row)
     axes[0, 0].set(xlim=(5900, 3300), ylim=(4.2, -0.7))

@@ -684,7 +684,7 @@ assert verdict[fading] == "does not deepen"
 # A film holds all that will be drawn: the path, the spectra, their slopes, and which frames are extrapolated.
 
 # %%
-#| export
+#| exporti
 @dataclass(frozen=True)
 class Film:
     """Spectra along a path of labels: F frames, P pixels.

@@ -63,7 +63,7 @@ from scipy.interpolate import CubicSpline
 
 from stellar_lab.models import train_test_rows
 from stellar_lab.normalize import training_set
-from stellar_lab.survey import archive_root, use_style, wavelength
+from stellar_lab.survey import archive_root, label_record, use_style, wavelength
 
 # %%
 #| hide
@@ -76,14 +76,14 @@ use_style()
 
 # %%
 #| export
-RANGE = (15_150.0, 17_000.0)  # Angstrom: what the survey's spectrograph sees
+_RANGE = (15_150.0, 17_000.0)  # Angstrom: what the survey's spectrograph sees
 _BEYOND = 50.0  # Angstrom kept on either side, for stars that move
 _NAMES = {u.AA: "Angstrom", u.nm: "nm", u.um: "micron", u.m: "m"}
 
 
 def _in_range(angstrom, beyond=0.0):
     "Which wavelengths [Angstrom] the survey sees, or may see of a moving star."
-    return (angstrom >= RANGE[0] - beyond) & (angstrom <= RANGE[1] + beyond)
+    return (angstrom >= _RANGE[0] - beyond) & (angstrom <= _RANGE[1] + beyond)
 
 
 def _what_else(numbers):
@@ -104,7 +104,8 @@ def _guess_unit(numbers):
     counts = [np.sum(_in_range(numbers * unit.to(u.AA))) for unit in _NAMES]
     if not max(counts):
         raise LabError(
-            f"no overlap with {RANGE[0]:,.0f} to {RANGE[1]:,.0f} Angstrom: {_what_else(numbers)}. "
+            f"no overlap with {_RANGE[0]:,.0f} to {_RANGE[1]:,.0f} Angstrom: "
+            f"{_what_else(numbers)}. "
             "Labels need a spectrum of the H band; if the unit is another, say which (unit=…)"
         )
     return list(_NAMES)[int(np.argmax(counts))]
@@ -125,7 +126,7 @@ with pytest.raises(LabError, match="no overlap .* an optical spectrum in Angstro
 # nothing. Only numbers that go up and down all the time are no wavelengths.
 
 # %%
-#| export
+#| exporti
 LIGHT = 299_792.458  # speed of light, km/s
 _TURNS = 0.1  # share of pixels at which wavelengths may turn back
 
@@ -300,6 +301,57 @@ with pytest.raises(LabError, match="give one of them"):
     _sharpness(22_500, 0.7, np.ones(3), 3)
 
 
+# %% [markdown]
+# Three more pieces. Only pixels in our range count. A pixel that no star and no detector can give, such as a flux of $10^{30}$, is unusable. And sorted pixels become a `Spectra` of one star.
+
+# %%
+#| export
+def _order_in_range(angstrom):
+    "Indices that sort the wavelengths in our range; what lies elsewhere is left out."
+    with np.errstate(invalid="ignore"):  # such as 0 for a missing chip
+        return _order(np.where(_in_range(angstrom, _BEYOND), angstrom, np.nan))
+
+
+_FEW = 0.1  # of the pixels; where more are odd, it is the usual ones that mean nothing
+
+
+def _strange(flux, ivar):
+    "Pixels (P,) bool that hold what no star and no detector can give; few, or none."
+    strange = strange_pixels(flux, ivar)
+    return strange & (strange.sum() <= _FEW * np.count_nonzero(ivar > 0))
+
+
+def _as_spectra(angstrom, flux, ivar, velocity, resolution, name, notes):
+    "One star's `Spectra` from sorted pixels."
+    usable = np.sum(ivar > 0)
+    if usable < _LEAST:
+        raise LabError(
+            f"{name}: {usable} usable pixels between {_RANGE[0]:,.0f} and {_RANGE[1]:,.0f} "
+            f"Angstrom, but labels need {_LEAST} at least"
+        )
+    level = np.median(np.abs(flux[ivar > 0])) or 1.0
+    each = resolution if np.ndim(resolution) else None
+    resolution = np.median(resolution[ivar > 0]) if np.ndim(resolution) else resolution
+    rest = angstrom / (1 + (velocity or 0) / LIGHT)
+    resolution = np.nan if resolution is None else float(resolution)
+    stars = _facts(name, flux, ivar, velocity, resolution)
+    stars.meta = {"product": "own", "normalized": False, "notes": notes, "level": float(level)}
+    if each is not None:
+        stars.meta["resolution"] = each
+    scaled = (flux / level).astype(np.float32)[None]
+    return Spectra(rest, scaled, (ivar * level**2).astype(np.float32)[None], stars)
+
+
+# %%
+print("sorted:", _order_in_range(np.array([0, 16_000, 15_800, 9_000, 15_900.0])))
+odd = np.ones(200)
+odd[7] = 1e30
+print("strange:", np.flatnonzero(_strange(odd, np.full(200, 1e4))))
+_as_spectra(
+    np.linspace(15_800, 16_000, 200), np.ones(200), np.full(200, 1e4), 30, 22_500, "a star", []
+)
+
+
 # %%
 #| export
 @np.errstate(all="ignore")  # what a file holds may be any number
@@ -374,10 +426,7 @@ def from_arrays(
     sharp = _sharpness(resolution, fwhm, wavelength, len(angstrom))
     if air:
         angstrom = air_to_vacuum(angstrom)
-    with np.errstate(invalid="ignore"):  # what lies elsewhere, such as 0 for a missing chip
-        angstrom = np.where(_in_range(angstrom, _BEYOND), angstrom, np.nan)
-    order = _order(angstrom)
-    order = order[_in_range(angstrom[order], _BEYOND)]
+    order = _order_in_range(angstrom)
     strange = _strange(flux[order], ivar[order])
     flux[order] = np.where(strange, 0, flux[order])
     ivar[order] = np.where(strange, 0, ivar[order])
@@ -388,38 +437,6 @@ def from_arrays(
         return star
     doubt = _plain(doubtful, "doubtful", len(angstrom))[order]
     return star.replace(mask=(doubt != 0).astype(np.int32)[None])
-
-
-_FEW = 0.1  # of the pixels; where more are odd, it is the usual ones that mean nothing
-
-
-def _strange(flux, ivar):
-    "Pixels (P,) bool that hold what no star and no detector can give; few, or none."
-    strange = strange_pixels(flux, ivar)
-    return strange & (strange.sum() <= _FEW * np.count_nonzero(ivar > 0))
-
-
-# %%
-#| export
-def _as_spectra(angstrom, flux, ivar, velocity, resolution, name, notes):
-    "One star's `Spectra` from sorted pixels."
-    usable = np.sum(ivar > 0)
-    if usable < _LEAST:
-        raise LabError(
-            f"{name}: {usable} usable pixels between {RANGE[0]:,.0f} and {RANGE[1]:,.0f} Angstrom, "
-            f"but labels need {_LEAST} at least"
-        )
-    level = np.median(np.abs(flux[ivar > 0])) or 1.0
-    each = resolution if np.ndim(resolution) else None
-    resolution = np.median(resolution[ivar > 0]) if np.ndim(resolution) else resolution
-    rest = angstrom / (1 + (velocity or 0) / LIGHT)
-    resolution = np.nan if resolution is None else float(resolution)
-    stars = _facts(name, flux, ivar, velocity, resolution)
-    stars.meta = {"product": "own", "normalized": False, "notes": notes, "level": float(level)}
-    if each is not None:
-        stars.meta["resolution"] = each
-    scaled = (flux / level).astype(np.float32)[None]
-    return Spectra(rest, scaled, (ivar * level**2).astype(np.float32)[None], stars)
 
 
 # %%
@@ -642,6 +659,65 @@ assert list(once["flux"]) == [5, 2] and np.isclose(once["error"][1], np.sqrt(0.5
 
 # %%
 #| export
+def _error_of(table, roles, values, notes):
+    "The 1-sigma error (P,) from whatever a table has."
+    kind = next(role for role in _UNCERTAINTIES if role in roles)
+    name, said, _ = roles[kind]
+    number = values[kind]
+    flux = np.abs(values["flux"])
+    absolute = table[roles["flux"][0]].unit == u.dimensionless_unscaled
+    if kind == "error" and (said == "%" or str(table[name].unit) == "%") and not absolute:
+        kind = "percent"
+    elif kind == "error":
+        scale = _scale(table[name].unit, table[roles["flux"][0]].unit)
+        return number * scale
+    with np.errstate(divide="ignore", invalid="ignore"):
+        if kind == "percent":
+            notes.append(f"{name} is taken as the error in per cent of the flux")
+            return number * flux / 100
+        if kind == "snr":
+            notes.append(f"{name} is taken as flux over error")
+            return flux / number
+        return np.sqrt(number) if kind == "variance" else np.where(number > 0, number, 0) ** -0.5
+
+
+def _scale(unit, wanted):
+    "From one unit to another, 1 where they do not go together or there is none."
+    try:
+        return u.Unit(unit).to(u.Unit(wanted))
+    except (TypeError, ValueError, u.UnitsError):
+        return 1.0
+
+
+def _known_unit(unit):
+    "A unit of wavelength, or None for anything else that a column may carry."
+    try:
+        unit = None if unit is None else u.Unit(unit)
+        return unit if unit is not None and unit.is_equivalent(u.m) else None
+    except (ValueError, TypeError):
+        return None
+
+
+# %%
+for name, number in {
+    "err": 0.02,
+    "variance": 4e-4,
+    "ivar": 2500.0,
+    "err_percent": 1.0,
+    "snr": 100.0,
+}.items():
+    pixel = Table({"wave": [1600.0], "flux": [2.0], name: [number]})
+    numbers = {
+        role: _column(pixel[column])
+        for role, (column, _, _) in _find_columns(pixel.colnames).items()
+    }
+    (found,) = _error_of(pixel, _find_columns(pixel.colnames), numbers, [])
+    print(f"{name:11} {number:6g}  ->  error {found:g}")
+    assert np.isclose(found, 0.02)
+
+
+# %%
+#| export
 @np.errstate(all="ignore")  # what a file holds may be any number
 def from_table(table, **options) -> Spectra:
     """A spectrum of one star, from a table.
@@ -704,53 +780,13 @@ def from_table(table, **options) -> Spectra:
 
 
 # %%
-#| export
-def _error_of(table, roles, values, notes):
-    "The 1-sigma error (P,) from whatever a table has."
-    kind = next(role for role in _UNCERTAINTIES if role in roles)
-    name, said, _ = roles[kind]
-    number = values[kind]
-    flux = np.abs(values["flux"])
-    absolute = table[roles["flux"][0]].unit == u.dimensionless_unscaled
-    if kind == "error" and (said == "%" or str(table[name].unit) == "%") and not absolute:
-        kind = "percent"
-    elif kind == "error":
-        scale = _scale(table[name].unit, table[roles["flux"][0]].unit)
-        return number * scale
-    with np.errstate(divide="ignore", invalid="ignore"):
-        if kind == "percent":
-            notes.append(f"{name} is taken as the error in per cent of the flux")
-            return number * flux / 100
-        if kind == "snr":
-            notes.append(f"{name} is taken as flux over error")
-            return flux / number
-        return np.sqrt(number) if kind == "variance" else np.where(number > 0, number, 0) ** -0.5
-
-
-def _scale(unit, wanted):
-    "From one unit to another, 1 where they do not go together or there is none."
-    try:
-        return u.Unit(unit).to(u.Unit(wanted))
-    except (TypeError, ValueError, u.UnitsError):
-        return 1.0
-
-
-def _known_unit(unit):
-    "A unit of wavelength, or None for anything else that a column may carry."
-    try:
-        unit = None if unit is None else u.Unit(unit)
-        return unit if unit is not None and unit.is_equivalent(u.m) else None
-    except (ValueError, TypeError):
-        return None
-
-
-# %%
 grid = np.linspace(1520, 1700, 900)
 as_columns = Table({"wave_nm": grid, "flux": np.ones(900), "err": np.full(900, 0.02)})
 as_arrays = Table({name: [as_columns[name]] for name in as_columns.colnames})  # one row
 assert np.array_equal(from_table(as_columns).wavelength, from_table(as_arrays).wavelength)
 with pytest.raises(LabError, match="has no errors: it has wave_nm, flux"):
     from_table(as_columns["wave_nm", "flux"])
+from_table(as_columns)
 
 # %% [markdown]
 # Text files may say more in comments: `# velocity: -12.3`, `# resolution: 11000`, `# air: yes`, `# unit: nm`, `# name: my star`. Images with one axis say their
@@ -759,7 +795,7 @@ with pytest.raises(LabError, match="has no errors: it has wave_nm, flux"):
 # %%
 #| export
 _NOTED = {"velocity": float, "resolution": float, "unit": str, "name": str, "air": str}
-TEXT_FILES = (".csv", ".txt", ".dat", ".ecsv", ".asc", ".ascii", ".tsv")
+_TEXT_FILES = (".csv", ".txt", ".dat", ".ecsv", ".asc", ".ascii", ".tsv")
 
 
 def _comments(text, path):
@@ -779,6 +815,10 @@ def _comments(text, path):
     if "air" in options:
         options["air"] = options["air"].lower() in ("yes", "true", "1", "air")
     return options
+
+
+# %%
+_comments("# velocity: -12.3\n# air: yes\n# taken through thin clouds\nwave,flux\n", "my.csv")
 
 
 # %% [markdown]
@@ -917,6 +957,46 @@ assert _column(table["wave"])[0] == 1520.5 and table["wave"].unit == u.nm
 
 # %%
 #| export
+def _axes_of(header, orders):
+    "Wavelengths (orders, pixels) that a header says; None where it says none."
+    text = "".join(str(header[key]).ljust(68) for key in header if key.startswith("WAT2_"))
+    place = np.arange(header["NAXIS1"])
+    if "multispec" in text:
+        found = re.findall(r'spec\d+\s*=\s*"([^"]*)"', text)
+        if len(found) != orders:
+            return None
+        return np.array([_order_of(entry.split(), place) for entry in found])
+    step = header.get("CDELT1", header.get("CD1_1"))
+    if "CRVAL1" not in header or not step or orders != 1:
+        return None
+    axis = header["CRVAL1"] + step * (place + 1 - header.get("CRPIX1", 1))
+    logarithmic = header.get("DC-FLAG") == 1 or "LOG" in str(header.get("CTYPE1", "")).upper()
+    return [10**axis if logarithmic else axis]
+
+
+def _order_of(entry, place):
+    "Wavelengths of one order: its type, first wavelength, step, number of pixels and redshift."
+    kind = int(entry[2])
+    if kind not in (0, 1):
+        raise LabError(
+            "its wavelengths are a function that we do not know (nonlinear multispec): "
+            "write it as a table of wavelength, flux and error"
+        )
+    first, step = float(entry[3]), float(entry[4])
+    axis = first + step * place
+    axis = 10**axis if kind == 1 else axis
+    axis = axis / (1 + float(entry[6]))
+    return np.where(place < int(entry[5]), axis, np.nan)
+
+
+# %%
+card = 'wtype=multispec spec1 = "1 1 0 15200. 0.2 4 0. 1. 1." spec2 = "2 2 1 4.2 1e-5 3 0. 1. 1."'
+header = fits.Header({"NAXIS1": 4, "WAT2_001": card[:60], "WAT2_002": card[60:]})
+print(_axes_of(header, 2).round(1))
+
+
+# %%
+#| export
 def _of_named_images(hdus):
     "Table of images called WAVE, FLUX, ERR or so; None where there are none."
     images = {h.name: h for h in hdus if h.is_image and h.shape is not None and h.size and h.name}
@@ -959,43 +1039,10 @@ def _of_image(hdus):
 
 
 # %%
-#| export
-def _axes_of(header, orders):
-    "Wavelengths (orders, pixels) that a header says; None where it says none."
-    text = "".join(str(header[key]).ljust(68) for key in header if key.startswith("WAT2_"))
-    place = np.arange(header["NAXIS1"])
-    if "multispec" in text:
-        found = re.findall(r'spec\d+\s*=\s*"([^"]*)"', text)
-        if len(found) != orders:
-            return None
-        return np.array([_order_of(entry.split(), place) for entry in found])
-    step = header.get("CDELT1", header.get("CD1_1"))
-    if "CRVAL1" not in header or not step or orders != 1:
-        return None
-    axis = header["CRVAL1"] + step * (place + 1 - header.get("CRPIX1", 1))
-    logarithmic = header.get("DC-FLAG") == 1 or "LOG" in str(header.get("CTYPE1", "")).upper()
-    return [10**axis if logarithmic else axis]
-
-
-def _order_of(entry, place):
-    "Wavelengths of one order: its type, first wavelength, step, number of pixels and redshift."
-    kind = int(entry[2])
-    if kind not in (0, 1):
-        raise LabError(
-            "its wavelengths are a function that we do not know (nonlinear multispec): "
-            "write it as a table of wavelength, flux and error"
-        )
-    first, step = float(entry[3]), float(entry[4])
-    axis = first + step * place
-    axis = 10**axis if kind == 1 else axis
-    axis = axis / (1 + float(entry[6]))
-    return np.where(place < int(entry[5]), axis, np.nan)
-
-
-# %%
-card = 'wtype=multispec spec1 = "1 1 0 15200. 0.2 4 0. 1. 1." spec2 = "2 2 1 4.2 1e-5 3 0. 1. 1."'
-header = fits.Header({"NAXIS1": 4, "WAT2_001": card[:60], "WAT2_002": card[60:]})
-print(_axes_of(header, 2).round(1))
+iraf = fits.PrimaryHDU(np.ones(4), fits.Header({"CRVAL1": 15_200.0, "CDELT1": 0.2}))
+print(_of_image([iraf, fits.ImageHDU(np.full(4, 0.02), name="ERROR")]))
+images = {"WAVE": [15_200.0, 15_200.2], "FLUX": [1.0, 0.9], "ERR": [0.02, 0.02]}
+print(_of_named_images([fits.ImageHDU(np.array(v), name=k) for k, v in images.items()]))
 
 
 # %%
@@ -1035,6 +1082,15 @@ def _of_header(header):
     "Options that a FITS header says: ESO's SPEC_RES, and OBJECT."
     options = {"resolution": header.get("SPEC_RES"), "name": header.get("OBJECT")}
     return {key: value for key, value in options.items() if value}
+
+
+# %%
+scratch = tempfile.TemporaryDirectory()
+here = Path(scratch.name)
+iraf.header["OBJECT"] = "my star"
+fits.HDUList([iraf, fits.ImageHDU(np.full(4, 0.02), name="ERROR")]).writeto(here / "iraf.fits")
+table, options, verified = _read_fits(here / "iraf.fits")
+print(len(table), "pixels,", options)
 
 
 # %%
@@ -1078,9 +1134,23 @@ def _of_rows(array, path):
     return Table(list(array), names=("wavelength", "flux", "error"))
 
 
-def is_text(path) -> bool:
+# %%
+np.savez(here / "survey.npz", flux=np.ones(7214), error=np.full(7214, 0.02))
+table, _, verified = _read_numpy(here / "survey.npz")
+print(len(table), "pixels, from", table["wavelength"][0].round(2), "Å; checksum fits:", verified)
+np.save(here / "odd.npy", np.ones((5, 7)))
+with pytest.raises(LabError, match="holds one array of the shape") as said:
+    _read_numpy(here / "odd.npy")
+
+
+# %% [markdown]
+# A folder holds other things than spectra. A glance at a file's name, or inside, says whether it is worth reading.
+
+# %%
+#| exporti
+def _is_text(path) -> bool:
     "Whether a path has an extension of text files that may hold a spectrum."
-    return Path(path).suffix.lower() in TEXT_FILES
+    return Path(path).suffix.lower() in _TEXT_FILES
 
 
 def holds_spectrum(path) -> bool:
@@ -1095,7 +1165,7 @@ def holds_spectrum(path) -> bool:
     -------
     bool
     """
-    if is_text(path) or Path(path).suffix.lower() in (".npz", ".npy", ".vot", ".xml", ".parquet"):
+    if _is_text(path) or Path(path).suffix.lower() in (".npz", ".npy", ".vot", ".xml", ".parquet"):
         return True
     if what_stands_at(path):  # a pipe would be waited for
         return False
@@ -1133,6 +1203,13 @@ def _any_number(path):
     "A number that stands in the last line of a text; LabError or ValueError where none does."
     lines, mark = _lines_of(_text_of(path))
     return _number(lines[-1].split(mark)[0])
+
+
+# %%
+(here / "notes.pdf").write_bytes(b"%PDF-1.4")
+for file in sorted(here.iterdir()):
+    print(f"{file.name:11} {holds_spectrum(file)}")
+assert not holds_spectrum(here / "notes.pdf")
 
 
 # %%
@@ -1210,8 +1287,6 @@ def _named(path, table, options):
 
 
 # %%
-scratch = tempfile.TemporaryDirectory()
-here = Path(scratch.name)
 lines = [f"{w:.5f}, 1.0, 0.02" for w in grid]
 (here / "my.csv").write_text(
     "# velocity: -12.5\n# air: yes\nwavelength, flux, error\n" + "\n".join(lines)
@@ -1384,6 +1459,19 @@ def _pieces(grid):
 
 
 # %%
+fig, ax = plt.subplots(figsize=(6, 2.8))
+distance = np.linspace(-7, 7, 281)
+for sigma in (0, 0.6, 2):
+    ax.plot(distance, _kernel(distance, np.array(float(sigma))), label=f"{sigma:g}")
+ax.set(xlabel="distance [pixels of the model]", ylabel="weight")
+ax.set_title("How a star's pixel sees the model's, for three widths of blur")
+ax.legend(frameon=False, title="sigma of the blur\n[pixels]", loc="upper left");
+
+
+# %% [markdown]
+# **What to see.** Without blur the kernel is 1 at its own pixel and 0 at all others, so a star on the model's pixels sees them as they are. A wide blur is a plain Gaussian.
+
+# %%
 #| export
 @dataclass(frozen=True)
 class _Sampling:
@@ -1457,7 +1545,7 @@ for end, fwhm in zip(ends, (0.8, 2.4)):
 # Gaussian of that FWHM stands for the profile. Its wings, some percent of the light, are left out.
 
 # %%
-#| export
+#| exporti
 def lsf_fwhm(coefficients, pixels) -> np.ndarray:
     """Width of APOGEE's line-spread function, from the coefficients in its files.
 
@@ -1586,6 +1674,12 @@ assert np.allclose(between[8:-8], exact[8:-8], atol=1e-3)
 # The same holds for a spectrum that somebody else has normalized, and for a model that learned from the survey's normalized files. The rule is applied once more, to both.
 
 # %%
+spectra, _ = training_set(archive_root(), progress=False)
+learn, left_out = train_test_rows(len(spectra))
+giants = Cannon(scatter=True).fit(spectra[learn])
+green = chip_slices(wavelength)["green"]
+
+# %%
 #| export
 _RULE = {"degree": 2, "run": 20, "tolerance": 0.1, "min_pixels": None}  # of the original lab
 
@@ -1625,6 +1719,15 @@ def _fittable(spectra, listed, rule):
 
 
 # %%
+rule, listed = _rule_of(giants)
+print(rule, "through", listed.sum(), "pixels of the survey")
+halved = wavelength[::2]
+print("on every other pixel:", _listed_on(wavelength, listed, halved).sum(), "of", len(halved))
+doubled = np.linspace(15_200, 15_800, 10_000)
+print("on finer pixels of one chip:", _listed_on(wavelength, listed, doubled).sum())
+
+
+# %%
 #| export
 def _cropped(spectra, pixels):
     "One star's spectra with these pixels only."
@@ -1658,6 +1761,14 @@ def _raw(spectra):
     stars = spectra.stars.copy()
     stars.meta["normalized"] = False
     return spectra.replace(stars=stars)
+
+
+# %%
+tilted = from_arrays(wavelength, 300 - wavelength / 100, 1.0, velocity=0)
+divided, survived = _divided(_without_dark(tilted), listed, rule)
+level = divided.flux[divided.ivar > 0]
+print(f"before {np.ptp(tilted.flux):.2f} from end to end, after {np.ptp(level):.4f}")
+assert survived.sum() > 500
 
 
 # %% [markdown]
@@ -1695,6 +1806,94 @@ def _missing_fwhm(model, spectra, resolution):
         resolution = each
     missing = np.maximum(np.asarray(resolution, float) ** -2 - sharp**-2, 0)
     return spectra.wavelength * np.sqrt(missing)
+
+
+# %%
+middle = wavelength[3000:3700]
+for step, blur in ((0.5, 0), (1, 0), (3, 0), (3, 2)):
+    places = np.exp(np.arange(np.log(middle[0]), np.log(middle[-1]), step * 1.3816e-5))
+    there = _sampling(wavelength, places, np.full(len(places), blur * 0.52))
+    shared = np.median(_scatter_at(np.full(len(wavelength), 0.01), there))
+    print(f"pixels of {step:3} the model's, FWHM of the blur {blur} pixels: scatter {shared:.4f}")
+
+# %% [markdown]
+# The continuum is drawn through noisy pixels, so it is wrong by a little, and wrong along a whole chip. To believe in it would make the errors too small by a half. So
+# the fit may move each chip's continuum again, by a polynomial of the same degree. These directions enter as
+# [hidden labels](16_hidden.ipynb) do: they are solved for with the labels, and widen their errors as they must.
+
+# %%
+#| export
+_LOOSE = 0.1  # by how much the fit may move the continuum
+
+
+def _loose_continuum(star, theta, rule):
+    "Directions (q, P) in which a wrong continuum moves the spectrum, a polynomial for each chip."
+    rows = []
+    for chip in chip_slices(star.wavelength).values():
+        if chip.stop > chip.start:
+            x = np.linspace(-1, 1, chip.stop - chip.start)
+            for degree in range(rule["degree"] + 1):
+                row = np.zeros(len(star.wavelength))
+                row[chip] = (
+                    _LOOSE
+                    * theta[chip, 0]
+                    * np.polynomial.legendre.legval(x, np.eye(degree + 1)[-1])
+                )
+                rows.append(row)
+    return np.array(rows)
+
+
+# %%
+window = from_arrays(np.linspace(15_900, 16_400, 600), np.ones(600), 0.01, velocity=0)
+waves = _loose_continuum(window, np.ones((600, 1)), rule)
+fig, ax = plt.subplots(figsize=(6, 2.4))
+ax.plot(window.wavelength, waves.T)
+ax.set(xlabel="wavelength [Å]", ylabel="flux / continuum")
+ax.set_title("How the fit may move the continuum of a chip");
+
+
+# %%
+#| export
+def _some_terms(model, times=5):
+    "Terms (N, T) of enough training stars, evenly chosen, to fit the polynomial to their spectra."
+    labels = model.training_labels_
+    few = min(len(labels), times * len(model.vectorizer_))
+    rows = np.unique(np.linspace(0, len(labels) - 1, few).astype(int))
+    terms = model.vectorizer_(model.scale(labels[rows]))
+    if np.linalg.matrix_rank(terms) < terms.shape[1]:  # they are too much alike: take all
+        terms = model.vectorizer_(model.scale(labels))
+    return terms
+
+
+def _on_pixels(model, sampling, theta, pixels, star, used, rule):
+    "The Cannon on these pixels of the star, its spectra divided as the star's was."
+    weights = sampling.weights[pixels]
+    terms = _some_terms(model)
+    drawn = (weights @ (theta @ terms.T)).T
+    copies = Table({"APOGEE_ID": np.arange(len(drawn)).astype(str)})
+    ivar = np.broadcast_to(star.ivar[0], drawn.shape)
+    drawn = Spectra(star.wavelength, drawn.astype(np.float32), ivar, copies)
+    through = rule | {"tolerance": np.inf, "min_pixels": rule["degree"] + 1}
+    drawn = normalize(drawn, continuum_pixels=used, **through)
+    there = copy.copy(model)
+    vars(there).pop("refusal_", None)  # it knows the survey's pixels alone: see `_guarded`
+    there.theta_ = np.linalg.lstsq(terms, drawn.flux.astype(float), rcond=None)[0].T
+    there.scatter_ = _scatter_at(model.scatter_, sampling)[pixels]
+    hidden = getattr(model, "hidden_", np.empty((0, weights.shape[1])))
+    there.hidden_ = np.vstack([(weights @ hidden.T).T, _loose_continuum(star, there.theta_, rule)])
+    there.wavelength_ = star.wavelength
+    there.metadata_ = model.metadata_ | {"recipe": star.stars.meta["recipe"], "product": "own"}
+    return there
+
+
+def _fit(model, spectra, resolution=None):
+    "Model and star on the star's pixels, and the table of its labels."
+    there, star = model_for(model, spectra, resolution)
+    return there, star, infer(there, star, any_recipe=True)
+
+
+# %%
+print(*_some_terms(giants).shape, "stars and terms")
 
 
 # %%
@@ -1754,71 +1953,19 @@ def _of_star(spectra, column):
     return float(spectra.stars[column][0])
 
 
-# %% [markdown]
-# The continuum is drawn through noisy pixels, so it is wrong by a little, and wrong along a whole chip. To believe in it would make the errors too small by a half. So
-# the fit may move each chip's continuum again, by a polynomial of the same degree. These directions enter as
-# [hidden labels](16_hidden.ipynb) do: they are solved for with the labels, and widen their errors as they must.
-
 # %%
-#| export
-_LOOSE = 0.1  # by how much the fit may move the continuum
-
-
-def _loose_continuum(star, theta, rule):
-    "Directions (q, P) in which a wrong continuum moves the spectrum, a polynomial for each chip."
-    rows = []
-    for chip in chip_slices(star.wavelength).values():
-        if chip.stop > chip.start:
-            x = np.linspace(-1, 1, chip.stop - chip.start)
-            for degree in range(rule["degree"] + 1):
-                row = np.zeros(len(star.wavelength))
-                row[chip] = (
-                    _LOOSE
-                    * theta[chip, 0]
-                    * np.polynomial.legendre.legval(x, np.eye(degree + 1)[-1])
-                )
-                rows.append(row)
-    return np.array(rows)
-
-
-# %%
-#| export
-def _some_terms(model, times=5):
-    "Terms (N, T) of enough training stars, evenly chosen, to fit the polynomial to their spectra."
-    labels = model.training_labels_
-    few = min(len(labels), times * len(model.vectorizer_))
-    rows = np.unique(np.linspace(0, len(labels) - 1, few).astype(int))
-    terms = model.vectorizer_(model.scale(labels[rows]))
-    if np.linalg.matrix_rank(terms) < terms.shape[1]:  # they are too much alike: take all
-        terms = model.vectorizer_(model.scale(labels))
-    return terms
-
-
-def _on_pixels(model, sampling, theta, pixels, star, used, rule):
-    "The Cannon on these pixels of the star, its spectra divided as the star's was."
-    weights = sampling.weights[pixels]
-    terms = _some_terms(model)
-    drawn = (weights @ (theta @ terms.T)).T
-    copies = Table({"APOGEE_ID": np.arange(len(drawn)).astype(str)})
-    ivar = np.broadcast_to(star.ivar[0], drawn.shape)
-    drawn = Spectra(star.wavelength, drawn.astype(np.float32), ivar, copies)
-    through = rule | {"tolerance": np.inf, "min_pixels": rule["degree"] + 1}
-    drawn = normalize(drawn, continuum_pixels=used, **through)
-    there = copy.copy(model)
-    vars(there).pop("refusal_", None)  # it knows the survey's pixels alone: see `_guarded`
-    there.theta_ = np.linalg.lstsq(terms, drawn.flux.astype(float), rcond=None)[0].T
-    there.scatter_ = _scatter_at(model.scatter_, sampling)[pixels]
-    hidden = getattr(model, "hidden_", np.empty((0, weights.shape[1])))
-    there.hidden_ = np.vstack([(weights @ hidden.T).T, _loose_continuum(star, there.theta_, rule)])
-    there.wavelength_ = star.wavelength
-    there.metadata_ = model.metadata_ | {"recipe": star.stars.meta["recipe"], "product": "own"}
-    return there
-
-
-def _fit(model, spectra, resolution=None):
-    "Model and star on the star's pixels, and the table of its labels."
-    there, star = model_for(model, spectra, resolution)
-    return there, star, infer(there, star, any_recipe=True)
+giant = from_arrays(wavelength[::2], spectra.flux[0, ::2], ivar=spectra.ivar[0, ::2], velocity=0)
+there, star = model_for(giants, giant)
+print(
+    len(there.wavelength_),
+    "of",
+    len(giant.wavelength),
+    "pixels,",
+    len(there.hidden_),
+    "free numbers of the continuum",
+)
+labels = infer(there, star)
+print(f"chi2 per pixel {labels['chi2'][0] / labels['n_good'][0]:.2f}")
 
 
 # %% [markdown]
@@ -1827,13 +1974,6 @@ def _fit(model, spectra, resolution=None):
 # its own and noise, and read them back. If all is right, chi2 per degree of freedom is 1, and the labels' pulls have the width 1: with half as many pixels as the
 # model, with three times as many, and at a fifth of the resolution. (The model's coefficients are smoothed by a pixel first: a spectrum that a spectrograph saw has no
 # structure below its resolution, and the noise of training does.)
-
-# %%
-spectra, _ = training_set(archive_root(), progress=False)
-learn, left_out = train_test_rows(len(spectra))
-giants = Cannon(scatter=True).fit(spectra[learn])
-green = chip_slices(wavelength)["green"]
-
 
 # %%
 def one_chip(model, chip):
@@ -1970,12 +2110,23 @@ def _templates(model, resolution, step, size, first):
 
 
 # %%
+shapes = _star_shapes(giants)
+known = np.isfinite(shapes[:, green]).all(axis=0)
+slope = shapes[-1, green] * np.linspace(0.8, 1.2, len(known))  # a star with the wrong continuum
+waves, _ = _ripples(np.where(known, slope, 0), known.astype(float), 120)
+same, _ = _ripples(np.where(known, shapes[-1, green], 0), known.astype(float), 120)
+print(len(shapes), "templates")
+print(f"a slope changes the flux by {np.nanstd(slope - shapes[-1, green]):.3f},")
+print(f"but the ripples by {np.std(waves - same):.3f} of {np.std(same):.3f}")
+
+
+# %%
 #| export
 def _gains(model, spectra, resolution):
     "Velocities [km/s], and what the best template takes off chi2 at each."
     step = np.median(np.diff(np.log(model.wavelength_)))
-    first = np.log(RANGE[0] - _BEYOND)
-    size = int((np.log(RANGE[1] + _BEYOND) - first) / step) + 1
+    first = np.log(_RANGE[0] - _BEYOND)
+    size = int((np.log(_RANGE[1] + _BEYOND) - first) / step) + 1
     first = np.log(model.wavelength_[0]) - step * np.rint(
         (np.log(model.wavelength_[0]) - first) / step
     )
@@ -2106,12 +2257,20 @@ def _measured(model, spectra, resolution):
     return _peak(velocities, gains)
 
 
+# %%
+print(f"by correlation {measure_velocity(toy_model, moving):.2f} km/s")
+there, star, table = _fit(toy_model, _at_rest(moving, 120.0))
+step, error = _velocity_step(there, star, table)
+print(f"by least squares, from 120 km/s: {120 + step:.2f} +- {error:.2f} km/s")
+assert abs(step - 3.4) < 2
+
+
 # %% [markdown]
 # ## Labels
 # Everything together. A Cannon goes to the star. Other models, which read their own pixels, get the star resampled, and refuse one whose lines are blurred.
 
 # %%
-#| export
+#| exporti
 @dataclass
 class StarLabels:
     """The labels of one star of one's own, and what they were found with.
@@ -2162,6 +2321,18 @@ def _read_once(model, spectra, resolution):
     return model, star, infer(unguarded, star, any_recipe=True)
 
 
+# %%
+from stellar_lab.readers import RidgeLabels
+
+straight = RidgeLabels().fit(spectra[learn])
+for model in (giants, straight):
+    read, star, table = _read_once(model, giant, None)
+    print(
+        f"{type(model).__name__:11} read {len(star.wavelength)} pixels: Teff {table['teff'][0]:.0f}"
+    )
+with pytest.raises(LabError, match="reads pixels of 22,500: take a Cannon"):
+    _read_once(straight, giant, 11_000)
+
 # %% [markdown]
 # A model may have [a guard](18_refusal.ipynb), which says when no star like the training stars explains a spectrum. It knows its own pixels alone. So for the guard, and for nothing else, the
 # star is interpolated onto these pixels, with the smaller of two weights: that of a pixel by itself and the effective one. It then asks its usual questions, of pixels beyond doubt. One answer gains a meaning: a
@@ -2169,6 +2340,10 @@ def _read_once(model, spectra, resolution):
 
 # %%
 #| export
+_LEAST_SEEN = 0.5  # share of the model's pixels that the guard must see
+_FAR_OFF = 10.0  # km/s between a velocity that was given and where the lines stand
+
+
 def _guarded(model, spectra, resolution, table, notes):
     "Flags of the model's guard in the table of one star at rest, and a note where it is silent."
     guard = getattr(model, "refusal_", None)
@@ -2203,10 +2378,6 @@ def _guarded(model, spectra, resolution, table, notes):
         notes.append(f"lines stand {left:+.1f} km/s off: is the velocity right?")
 
 
-_LEAST_SEEN = 0.5  # share of the model's pixels that the guard must see
-_FAR_OFF = 10.0  # km/s between a velocity that was given and where the lines stand
-
-
 def _velocity_note(model, spectra, resolution, told):
     "A sentence, in a list, where lines stand far from the velocity that was given."
     with suppress(LabError):
@@ -2214,6 +2385,12 @@ def _velocity_note(model, spectra, resolution, told):
         if abs(off) > _FAR_OFF:
             return [f"lines stand at {told + off:.0f} km/s, not at the {told:.1f} that was given"]
     return []
+
+
+# %%
+for told in (0.0, 40.0):  # what somebody says of a star at rest
+    print(told, _velocity_note(giants, _at_rest(giant, told), None, told))
+assert _velocity_note(giants, _at_rest(giant, 40.0), None, 40.0)
 
 
 # %%
@@ -2322,7 +2499,9 @@ for name in giants.label_names_:
     difference = values - usual[name.lower()].value
     comparison[name] = [np.median(difference), np.median(np.abs(difference)), np.median(errors)]
 comparison.add_column(
-    ["median difference", "its size", "formal error"], index=0, name="own - survey"
+    ["median difference", "its size", "formal error"],
+    index=0,
+    name="read in disguise less read as usual",
 )
 for name in giants.label_names_:
     comparison[name].info.format = ".3g"
@@ -2412,8 +2591,8 @@ for column in columns[2:]:
 cost
 
 # %%
-fig, axes = plt.subplots(1, 3, figsize=(9, 2.8))
-for ax, name, unit in zip(axes, ("TEFF", "LOGG", "M_H"), ("K", "dex", "dex")):
+fig, axes = plt.subplots(3, 1, figsize=(6, 6.6), sharex=True)
+for ax, name in zip(axes, ("TEFF", "LOGG", "M_H")):
     for k in range(len(rows)):
         value, error = np.array([answers[r][name][k] for r in resolutions]).T
         ax.errorbar(
@@ -2428,10 +2607,10 @@ for ax, name, unit in zip(axes, ("TEFF", "LOGG", "M_H"), ("K", "dex", "dex")):
     ax.set_xscale("log")
     ax.set_xticks(resolutions, [f"{r / 1000:g}k" for r in resolutions])
     ax.minorticks_off()
-    ax.invert_xaxis()
-    ax.set(xlabel="resolution", title=f"{name} [{unit}]")
-axes[0].set_ylabel("less that at 22,500")
-fig.suptitle("Eight real giants at four resolutions");
+    ax.set(ylabel=f"change of {label_record(name).axis}")
+axes[0].invert_xaxis()
+axes[-1].set_xlabel("resolution")
+axes[0].set_title("Eight real giants, less their labels at R = 22,500");
 
 # %% [markdown]
 # **What to see.** Each colour is a star. Going right, the lines blur, the points stray and the error bars grow with them.
@@ -2441,6 +2620,7 @@ for name in ("TEFF", "LOGG", "M_H"):
     errors = [np.median(answers[r][name][:, 1]) for r in resolutions]
     assert np.all(np.diff(errors) > 0), "blurring must cost something"
 assert np.all(cost["rms in errors"] < 1.5)
+
 
 # %% [markdown]
 # ## Is my data fit for this?
@@ -2452,11 +2632,7 @@ assert np.all(cost["rms in errors"] < 1.5)
 # difference, and the labels are right either way.
 
 # %%
-#| export
-_AIR = -82.0  # km/s: how a spectrum in air looks when it is taken for one in vacuum
-_TRIED = (22_500, 16_000, 11_000, 8_000, 5_500, 4_000, 2_800, 2_000)  # resolutions
-
-
+#| exporti
 @dataclass(frozen=True)
 class Verdict:
     "What was looked at, `ok`, `look` or `bad`, what was found, and what to do."
@@ -2469,6 +2645,54 @@ class Verdict:
     def __str__(self):
         advice = f"\n{'':22}-> {self.advice}" if self.advice else ""
         return f"{self.what:<14}{self.verdict:<6}  {self.found}{advice}"
+
+
+@dataclass
+class StarCheck:
+    """What `check_star` found; `print` shows it.
+
+    Attributes
+    ----------
+    verdicts : list of Verdict
+    found : StarLabels
+        the labels, with their model and spectrum
+    chi2 : (R,) array
+        chi2 per pixel at each resolution that was tried
+    gains : tuple of two arrays
+        velocities [km/s], and what the best template takes off chi2
+    """
+
+    verdicts: list
+    found: StarLabels
+    chi2: np.ndarray
+    gains: tuple
+
+    @property
+    def ok(self) -> bool:
+        "Nothing is bad."
+        return all(verdict.verdict != "bad" for verdict in self.verdicts)
+
+    def __str__(self):
+        return "\n".join([*map(str, self.verdicts), *(f"note: {n}" for n in self.found.notes)])
+
+    def __repr__(self):
+        bad = [verdict.what for verdict in self.verdicts if verdict.verdict == "bad"]
+        return f"<StarCheck: {', '.join(bad) or 'nothing'} bad>"
+
+
+# %%
+some = [Verdict("grid", "ok", "7214 pixels"), Verdict("errors", "bad", "none", "give errors")]
+report = StarCheck(some, StarLabels(None, None, None, ["made up"]), None, None)
+print(report)
+report
+
+# %% [markdown]
+# Grid and pixels first, then where the lines stand.
+
+# %%
+#| export
+_AIR = -82.0  # km/s: how a spectrum in air looks when it is taken for one in vacuum
+_TRIED = (22_500, 16_000, 11_000, 8_000, 5_500, 4_000, 2_800, 2_000)  # resolutions
 
 
 def _grid_verdict(spectra):
@@ -2493,6 +2717,12 @@ def _pixel_verdict(spectra):
     if snr < 20:
         return Verdict("bad pixels", "look", found, "noisy: errors will be large")
     return Verdict("bad pixels", "ok" if bad < 0.15 else "look", found)
+
+
+# %%
+sample = read_spectrum(here / "giant.csv")
+print(_grid_verdict(sample))
+print(_pixel_verdict(sample))
 
 
 # %%
@@ -2535,6 +2765,17 @@ def _air_verdict(offset, told):
     return Verdict("air or vacuum", "ok", "strong lines stand where vacuum puts them")
 
 
+# %%
+for off, told in ((0.2, 0.0), (-81.7, 0.0), (35.0, 0.0), (-81.7, None)):
+    print(_velocity_verdict(off, 0.1, told))
+    print(_air_verdict(off, told))
+
+
+# %% [markdown]
+# How sharp are the lines? The star is labelled at a row of resolutions, and where chi2 is least is the answer.
+
+# %%
+#| export
 def _best_resolution(model, star, velocity):
     "chi2 at each resolution of `_TRIED`, and the best R by a parabola in log R."
     rest = _at_rest(star, velocity)
@@ -2551,8 +2792,6 @@ def _best_resolution(model, star, velocity):
     return chi2, float(np.exp(-b / (2 * a)))
 
 
-# %%
-#| export
 def _resolution_verdict(best, told):
     "Whether lines are as sharp as they are said to be."
     if told is None and best < 0.8 * _RESOLUTION:
@@ -2564,6 +2803,13 @@ def _resolution_verdict(best, told):
         return Verdict("resolution", "ok", found)
     return Verdict("resolution", "look", found, "a rotating star, or another resolution: try it")
 
+
+# %%
+soft = seen_at(rows[0], 8_000)
+_, best = _best_resolution(giants, soft, 0.0)
+for told in (None, 22_500.0, 8_000.0):
+    print(_resolution_verdict(best, told))
+assert abs(np.log(best / 8_000)) < 0.25
 
 # %% [markdown]
 # A continuum that follows the lines, such as a running median, takes away what is broad: where lines crowd, the spectrum should lie lower for some Ångström, and does not. The model
@@ -2615,6 +2861,9 @@ def _continuum_verdict(found):
         return Verdict("continuum", verdict, text, advice)
     return Verdict("continuum", "ok" if 0.6 < level < 1.1 else "look", text)
 
+
+# %%
+print(_continuum_verdict(readings[0]))
 
 # %% [markdown]
 # Errors are compared with two things. The *residuals* hold noise and all that the model does not know. Differences of *neighbouring* residuals, $r_{p-1}-2r_p+r_{p+1}$, hold noise
@@ -2683,38 +2932,10 @@ def _error_verdict(found, doubtful=None):
 
 
 # %%
-#| export
-@dataclass
-class StarCheck:
-    """What `check_star` found; `print` shows it.
-
-    Attributes
-    ----------
-    verdicts : list of Verdict
-    found : StarLabels
-        the labels, with their model and spectrum
-    chi2 : (R,) array
-        chi2 per pixel at each resolution that was tried
-    gains : tuple of two arrays
-        velocities [km/s], and what the best template takes off chi2
-    """
-
-    verdicts: list
-    found: StarLabels
-    chi2: np.ndarray
-    gains: tuple
-
-    @property
-    def ok(self) -> bool:
-        "Nothing is bad."
-        return all(verdict.verdict != "bad" for verdict in self.verdicts)
-
-    def __str__(self):
-        return "\n".join([*map(str, self.verdicts), *(f"note: {n}" for n in self.found.notes)])
-
-    def __repr__(self):
-        bad = [verdict.what for verdict in self.verdicts if verdict.verdict == "bad"]
-        return f"<StarCheck: {', '.join(bad) or 'nothing'} bad>"
+one = readings[0]
+print(_error_verdict(one))
+unsure = one.spectra.replace(ivar=one.spectra.ivar / 9)  # errors three times as large
+print(_error_verdict(StarLabels(one.table, one.model, unsure, one.notes)))
 
 
 # %%
@@ -2809,7 +3030,7 @@ def plot_check(check: StarCheck, window: tuple = None):
     star = found.spectra
     middle = np.median(star.wavelength)
     window = (middle - 75, middle + 75) if window is None else window
-    fig = plt.figure(figsize=(9, 5.4), layout="constrained")
+    fig = plt.figure(figsize=(7, 6), layout="constrained")
     panels = fig.subplot_mosaic([["v", "r"], ["s", "s"], ["d", "d"]], height_ratios=(2, 3, 1.4))
     panels["v"].plot(*check.gains, lw=0.8)
     panels["v"].set(xlabel="velocity [km/s]", ylabel=r"$\Delta\chi^2$")
@@ -2826,7 +3047,7 @@ def plot_check(check: StarCheck, window: tuple = None):
         f"{star.stars['APOGEE_ID'][0]} (black) and the model (red)", fontsize="small"
     )
     plot_spectrum(star.wavelength, star.flux[0] - made, known, window, ax=panels["d"], color="C3")
-    panels["d"].set(ylabel="star - model")
+    panels["d"].set(ylabel="star less\nmodel")
     return fig
 
 

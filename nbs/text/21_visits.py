@@ -59,7 +59,7 @@ from stellar_lab.cannon import Cannon
 from stellar_lab.judging import with_error_model
 from stellar_lab.models import train_test_rows
 from stellar_lab.normalize import training_set
-from stellar_lab.survey import archive_root, real_data, use_style
+from stellar_lab.survey import archive_root, label_record, real_data, use_style
 
 # %%
 #| hide
@@ -81,7 +81,7 @@ assert list(GENTLE.factors(bits)) == [1, np.inf, 3, 5]
 # line-spread function. The header gives the velocity in the frame of the observatory (`VRAD`), the barycentric correction (`BC`) and their sum (`VHELIO`).
 
 # %%
-#| export
+#| exporti
 _SHAPE = (3, 4096)
 _UNDITHERED = (3, 2048)
 
@@ -125,6 +125,89 @@ def _no_visit(hdus):
     return "that has arrays of 3 x 4,096 pixels"
 
 
+# %% [markdown]
+# No real visit is shipped with this book, so here the file is made: a real giant, moved, put onto detector pixels of the true shape, with noise. `made_visit` writes to
+# the letter of the data model as far as this chapter reads.
+
+# %%
+#| exporti
+_CHIP_STARTS = (  # first wavelength and steps at both ends of each chip [Angstrom], as they are
+    (16_954.9, -0.1063, -0.1290),
+    (16_435.6, -0.1305, -0.1516),
+    (15_810.4, -0.1531, -0.1726),
+)
+
+
+def _detector():
+    "Wavelengths (3, 4096) like those of a visit, the red chip first, falling."
+    rows = []
+    for start, first, last in _CHIP_STARTS:
+        steps = np.linspace(first, last, _SHAPE[1] - 1)
+        rows.append(start + np.concatenate([[0], np.cumsum(steps)]))
+    return np.array(rows)
+
+
+# %%
+for chip, row in zip(("red", "green", "blue"), _detector()):
+    print(f"{chip:6} {row[0]:.1f} to {row[-1]:.1f} Å in steps of {-np.diff(row).mean():.3f}")
+
+
+# %%
+#| exporti
+def made_visit(
+    grid, flux, error, velocity, bc=0.0, name="star", mjd=58_000, seed=0, good=None
+) -> fits.HDUList:
+    """An apVisit file of a star whose spectrum is known.
+
+    Parameters
+    ----------
+    grid, flux : (P,) arrays
+        spectrum at rest, finite [Angstrom, vacuum]
+    error : float
+        of the noise of the visit's pixels, in the unit of the flux
+    velocity, bc : float
+        of the star in the frame of the observatory, barycentric correction [km/s]
+    good : (P,) bool array, optional
+        where the spectrum is known; elsewhere the visit's pixels are flagged as bad
+
+    Returns
+    -------
+    HDUList
+    """
+    angstrom = _detector()
+    rest = angstrom / (1 + velocity / LIGHT)
+    order = np.argsort(rest, axis=None)
+    weight = np.ones(len(grid)) if good is None else np.asarray(good, float)
+    sharp, weight = interpolate(grid, flux, weight, rest.ravel()[order])
+    seen = np.zeros(rest.size)
+    known = np.zeros(rest.size, bool)
+    seen[order] = sharp
+    known[order] = weight > 0
+    seen, known = seen.reshape(_SHAPE), known.reshape(_SHAPE)
+    noise = error * np.random.default_rng(seed).standard_normal(_SHAPE)
+    arrays = [
+        np.where(known, seen + noise, 0).astype("f4"),
+        np.where(known, error, 1e10).astype("f4"),
+        np.where(known, 0, 1).astype("i2"),
+        angstrom,
+    ]
+    header = fits.Header({"OBJID": name, "TELESCOP": "apo25m", "MJD5": mjd, "BC": bc})
+    header.update(
+        {"VRAD": velocity, "VHELIO": velocity + bc, "SNR": float(np.median(seen) / error)}
+    )
+    return fits.HDUList([fits.PrimaryHDU(header=header), *map(fits.ImageHDU, arrays)])
+
+
+# %%
+scratch = tempfile.TemporaryDirectory()
+here = Path(scratch.name)
+flat = here / "apVisit-flat.fits"
+made_visit(SURVEY_WAVELENGTH, np.ones(7214), 0.01, velocity=-20.0, bc=5.0).writeto(flat)
+print(f"{flat.name} is a visit: {is_visit(flat)}")
+header, (flux, error, mask, angstrom), _ = _of_visit(flat)
+print(flux.shape, "pixels,", f"{np.mean(mask == 0):.0%} of them good")
+
+
 # %%
 #| export
 def _header_velocity(header):
@@ -166,6 +249,14 @@ def _lsf_widths(path, angstrom):
     return np.array(widths) * np.abs(np.gradient(angstrom, axis=1))
 
 
+# %%
+print("as the header has it:", _header_velocity(header))
+print("without VRAD:", _header_velocity({"VHELIO": -15.0, "BC": 5.0}))
+print("where the survey found none:", _header_velocity({"VRAD": 0.0, "VHELIO": 999999.0}))
+
+
+# %%
+#| export
 def read_visit(path, velocity=None, rule: MaskRule = GENTLE, lsf: bool = False) -> Spectra:
     """One visit, on its own pixels, at rest.
 
@@ -215,72 +306,6 @@ def read_visit(path, velocity=None, rule: MaskRule = GENTLE, lsf: bool = False) 
     return visit
 
 
-# %% [markdown]
-# No real visit is shipped with this book, so here the file is made: a real giant, moved, put onto detector pixels of the true shape, with noise. `made_visit` writes to
-# the letter of the data model as far as this chapter reads.
-
-# %%
-#| exporti
-_CHIP_STARTS = (  # first wavelength and steps at both ends of each chip [Angstrom], as they are
-    (16_954.9, -0.1063, -0.1290),
-    (16_435.6, -0.1305, -0.1516),
-    (15_810.4, -0.1531, -0.1726),
-)
-
-
-def _detector():
-    "Wavelengths (3, 4096) like those of a visit, the red chip first, falling."
-    rows = []
-    for start, first, last in _CHIP_STARTS:
-        steps = np.linspace(first, last, _SHAPE[1] - 1)
-        rows.append(start + np.concatenate([[0], np.cumsum(steps)]))
-    return np.array(rows)
-
-
-def made_visit(
-    grid, flux, error, velocity, bc=0.0, name="star", mjd=58_000, seed=0, good=None
-) -> fits.HDUList:
-    """An apVisit file of a star whose spectrum is known.
-
-    Parameters
-    ----------
-    grid, flux : (P,) arrays
-        spectrum at rest, finite [Angstrom, vacuum]
-    error : float
-        of the noise of the visit's pixels, in the unit of the flux
-    velocity, bc : float
-        of the star in the frame of the observatory, barycentric correction [km/s]
-    good : (P,) bool array, optional
-        where the spectrum is known; elsewhere the visit's pixels are flagged as bad
-
-    Returns
-    -------
-    HDUList
-    """
-    angstrom = _detector()
-    rest = angstrom / (1 + velocity / LIGHT)
-    order = np.argsort(rest, axis=None)
-    weight = np.ones(len(grid)) if good is None else np.asarray(good, float)
-    sharp, weight = interpolate(grid, flux, weight, rest.ravel()[order])
-    seen = np.zeros(rest.size)
-    known = np.zeros(rest.size, bool)
-    seen[order] = sharp
-    known[order] = weight > 0
-    seen, known = seen.reshape(_SHAPE), known.reshape(_SHAPE)
-    noise = error * np.random.default_rng(seed).standard_normal(_SHAPE)
-    arrays = [
-        np.where(known, seen + noise, 0).astype("f4"),
-        np.where(known, error, 1e10).astype("f4"),
-        np.where(known, 0, 1).astype("i2"),
-        angstrom,
-    ]
-    header = fits.Header({"OBJID": name, "TELESCOP": "apo25m", "MJD5": mjd, "BC": bc})
-    header.update(
-        {"VRAD": velocity, "VHELIO": velocity + bc, "SNR": float(np.median(seen) / error)}
-    )
-    return fits.HDUList([fits.PrimaryHDU(header=header), *map(fits.ImageHDU, arrays)])
-
-
 # %%
 spectra, _ = training_set(archive_root(), progress=False)
 learn, left_out = train_test_rows(len(spectra))
@@ -288,8 +313,6 @@ giants = Cannon(scatter=True).fit(spectra[learn])
 row = left_out[np.argmax(spectra.stars["SNR"][left_out])]
 good = spectra.ivar[row] > 0
 quiet = np.interp(np.arange(len(good)), np.flatnonzero(good), spectra.flux[row][good])
-scratch = tempfile.TemporaryDirectory()
-here = Path(scratch.name)
 moves = {-55.2: 0.012, -44.6: 0.011, 12.0: 0.02, 31.4: 0.015}  # km/s: error of the visit
 paths = []
 for k, (velocity, error) in enumerate(moves.items()):
@@ -534,7 +557,7 @@ def _rows_of(path):
     return max(shape[0] - 2, 0) if len(shape) == 2 else 0
 
 
-def label_visits(model: LabelModel, path, rule: MaskRule = GENTLE) -> QTable:
+def _label_visits(model: LabelModel, path, rule: MaskRule = GENTLE) -> QTable:
     """Labels of each visit of a star.
 
     Parameters
@@ -589,12 +612,14 @@ def _label_row(model, spectra, row):
 
 
 # %%
-each = vstack([label_visits(model, path) for path in paths], metadata_conflicts="silent")
+each = vstack([_label_visits(model, path) for path in paths], metadata_conflicts="silent")
+for name in ("snr", "teff", "teff_err", "m_h", "m_h_err"):
+    each[name].info.format = ".3f" if name.startswith("m_h") else ".0f"
 each["visit", "snr", "teff", "teff_err", "m_h", "m_h_err"]
 
 
 # %%
-#| export
+#| exporti
 def _formal(model):
     "The model as if nobody had calibrated its errors."
     plain = copy.copy(model)
@@ -647,6 +672,11 @@ def _differences(visits, name):
 
 
 # %%
+toy = QTable({"star": ["a", "a", "b", "b"], "teff": [4_000.0, 4_020, 4_500, 4_500]})
+toy["formal_teff"] = 10.0
+_differences(toy, "teff").round(1)  # star a scatters by 20 K / √2, star b not at all
+
+# %%
 #| export
 _SNR_EDGES = (0, 30, 60, 100, 200, np.inf)
 
@@ -674,6 +704,53 @@ _REPEAT_COLUMNS = (
     *("label", "SNR", "visits", "scatter", "formal error", "quoted error"),
     *("scatter/formal", "scatter/quoted"),
 )
+
+# %%
+toy["teff_err"] = 40.0
+toy["snr"] = 80.0
+for told in _repeat_rows(toy, "teff"):
+    for name, value in zip(_REPEAT_COLUMNS, told):
+        print(f"{name:15}", value if isinstance(value, str) else f"{value:g}")
+
+
+# %%
+#| exporti
+def find_visits(paths) -> list:
+    """Files that may hold visits, from files and folders.
+
+    Parameters
+    ----------
+    paths : sequence of str or Path
+        folders are searched for apStar and apVisit files, down to the last one
+
+    Returns
+    -------
+    list of Path
+        sorted within each folder
+
+    Raises
+    ------
+    LabError
+        where there is nothing
+    """
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = (p for kind in ("Star", "Visit") for p in path.rglob(f"a[ps]{kind}-*.fits*"))
+            found += sorted(inside)
+        elif path.exists():
+            found.append(path)
+        else:
+            raise LabError(f"there is no file or folder {path}")
+    if not found:
+        raise LabError("there are no apStar or apVisit files: name files or folders")
+    return found
+
+
+# %%
+found = find_visits([here])
+print(*(path.name for path in found), sep="\n")
+assert found == sorted([*paths, flat])
 
 
 # %%
@@ -709,8 +786,8 @@ def repeats(model: LabelModel, paths, rule: MaskRule = GENTLE) -> Repeats:
     problems = []
     for path in paths:
         try:
-            table = label_visits(model, path, rule)
-            formal = label_visits(plain, path, rule)
+            table = _label_visits(model, path, rule)
+            formal = _label_visits(plain, path, rule)
         except LabError as error:
             problems.append(Problem(str(path), str(error)))
             continue
@@ -734,43 +811,6 @@ def repeats(model: LabelModel, paths, rule: MaskRule = GENTLE) -> Repeats:
 
 
 # %%
-#| export
-def find_visits(paths) -> list:
-    """Files that may hold visits, from files and folders.
-
-    Parameters
-    ----------
-    paths : sequence of str or Path
-        folders are searched for apStar and apVisit files, down to the last one
-
-    Returns
-    -------
-    list of Path
-        sorted within each folder
-
-    Raises
-    ------
-    LabError
-        where there is nothing
-    """
-    found = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = (p for kind in ("Star", "Visit") for p in path.rglob(f"a[ps]{kind}-*.fits*"))
-            found += sorted(inside)
-        elif path.exists():
-            found.append(path)
-        else:
-            raise LabError(f"there is no file or folder {path}")
-    if not found:
-        raise LabError("there are no apStar or apVisit files: name files or folders")
-    return found
-
-
-# %%
-assert find_visits([here]) == sorted(paths)
-
-# %%
 stars = [
     path for path in sorted(archive_root().rglob("apStar-*.fits")) if path.stat().st_size > 420_000
 ]
@@ -780,8 +820,8 @@ again = repeats(model, some)
 again.table[[name in ("teff", "m_h") for name in again.table["label"]]]
 
 # %%
-fig, axes = plt.subplots(1, 2, figsize=(8, 3))
-for ax, name, unit in zip(axes, ("teff", "m_h"), ("K", "dex")):
+fig, axes = plt.subplots(2, 1, figsize=(6, 5.5), sharex=True)
+for ax, name in zip(axes, ("teff", "m_h")):
     away = _differences(again.visits, name)
     ax.plot(again.visits["snr"], np.abs(away), ".", ms=4, color="0.6", label="|visit - mean|")
     formal = label_values(again.visits, [f"formal_{name}"])[:, 0]
@@ -789,9 +829,10 @@ for ax, name, unit in zip(axes, ("teff", "m_h"), ("K", "dex")):
     order = np.argsort(again.visits["snr"])
     ax.plot(again.visits["snr"][order], formal[order], ".", ms=3, color="C0", label="formal error")
     ax.plot(again.visits["snr"][order], quoted[order], ".", ms=3, color="C1", label="quoted error")
-    ax.set(xlabel="SNR of the visit", ylabel=f"{name} [{unit}]", yscale="log")
-axes[1].legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
-fig.suptitle("Visits of the same real giants, labelled one by one");
+    ax.set(ylabel=label_record(name).axis, yscale="log")
+axes[-1].set_xlabel("SNR of the visit")
+fig.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+axes[0].set_title("Visits of the same real giants: differences and errors");
 
 # %% [markdown]
 # **What to see.** Grey points follow the blue ones: from visit to visit little changes but the noise. The quoted, calibrated error lies far above. It holds what is wrong
@@ -942,9 +983,10 @@ for name in top.colnames:
 top["wavelength", "teff", "teff_pull", "m_h", "m_h_pull"]
 
 # %%
-fig, ax = plt.subplots(figsize=(9, 2.6))
+fig, ax = plt.subplots(figsize=(7, 2.8))
 for name, color in (("teff", "C0"), ("m_h", "C3")):
-    ax.step(decided["wavelength"], decided[name], where="mid", lw=0.8, color=color, label=name)
+    share = decided["wavelength"], decided[name]
+    ax.step(*share, where="mid", lw=0.8, color=color, label=label_record(name).symbol)
 ax.set(xlabel="vacuum wavelength [Å]", ylabel="share of the variance [%]")
 ax.set_title("Where one giant's temperature and metallicity come from")
 ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1));

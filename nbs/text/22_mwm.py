@@ -91,7 +91,7 @@ assert sdss_id_folder(114_986_844) == "68/44" and sdss_id_folder(907) == "09/07"
 # A star seen by BOSS alone has an optical spectrum and no other: that deserves a sentence. A star seen from both observatories has two APOGEE spectra, which we combine.
 
 # %%
-#| export
+#| exporti
 _NAME = re.compile(r"mwm(?P<kind>Star|Visit)-(?P<version>[^-]+)-(?P<sdss_id>\d+)\.fits(\.gz)?")
 _VERSION = "0.6."  # of astra, whose files these functions know
 _NEEDED = ("flux", "ivar")
@@ -230,34 +230,18 @@ def _spectra_of(columns, header, path, observatory, primary):
 
 
 # %%
+table = {name: np.ones((2, N_PIXELS)) for name in ("flux", "ivar")}
+table |= {"pixel_flags": np.zeros((2, N_PIXELS)), "wavelength": full_wavelength, "sdss_id": [7, 7]}
+header = fits.Header()
+visits = _spectra_of(table, header, "mwmVisit-0.6.0-7.fits", "lco", {})
+print(visits, visits.stars["TELESCOPE"][0])
+with pytest.raises(LabError, match="no column ivar") as refusal:
+    _check_columns({"flux": table["flux"]}, header, "mwmStar-0.6.0-7.fits")
+print(refusal.value)
+
+
+# %%
 #| export
-def read_mwm(path, observatory: str = None) -> Spectra:
-    """APOGEE spectra of an mwmStar or mwmVisit file, by columns.
-
-    Parameters
-    ----------
-    path : str or Path
-    observatory : {"apo", "lco"}, optional
-        whose spectrum of a star seen from both; by default the two, which the survey keeps apart,
-        are combined (mwmStar), or all visits are taken (mwmVisit)
-
-    Returns
-    -------
-    Spectra
-        raw flux at rest, on the survey's on-band pixels, ready for `as_trained`: one row per star
-        for mwmStar, one per visit for mwmVisit; `SDSS_ID` is among the columns
-
-    Raises
-    ------
-    LabError
-        where there is no APOGEE spectrum, or the table is of another version
-    """
-    with checked_hdus(path, "mwmStar or mwmVisit files") as (hdus, verified):
-        spectra = _read_tables(hdus, path, observatory)
-    spectra.stars["VERIFIED"] = verified
-    return spectra
-
-
 def _read_tables(hdus, path, observatory):
     "`Spectra` of a file's HDUs."
     found, others = _tables(hdus)
@@ -292,6 +276,44 @@ def _stacked(parts):
     stars = vstack([part.stars for part in parts], metadata_conflicts="silent")
     arrays = (np.concatenate([getattr(p, name) for p in parts]) for name in ("flux", "ivar"))
     return Spectra(wavelength, *arrays, stars, np.concatenate([part.mask for part in parts]))
+
+
+# %%
+print(_stacked([visits, visits]))
+for extension, rows in (("BOSS/APO", 1), ("APOGEE/APO", 0)):
+    hdu = fits.BinTableHDU(Table({"snr": np.ones(rows)}), name=extension)
+    with pytest.raises(LabError) as refusal:
+        _read_tables([fits.PrimaryHDU(), hdu], "mwmStar-0.6.0-7.fits", None)
+    print(refusal.value)
+
+
+# %%
+#| export
+def read_mwm(path, observatory: str = None) -> Spectra:
+    """APOGEE spectra of an mwmStar or mwmVisit file, by columns.
+
+    Parameters
+    ----------
+    path : str or Path
+    observatory : {"apo", "lco"}, optional
+        whose spectrum of a star seen from both; by default the two, which the survey keeps apart,
+        are combined (mwmStar), or all visits are taken (mwmVisit)
+
+    Returns
+    -------
+    Spectra
+        raw flux at rest, on the survey's on-band pixels, ready for `as_trained`: one row per star
+        for mwmStar, one per visit for mwmVisit; `SDSS_ID` is among the columns
+
+    Raises
+    ------
+    LabError
+        where there is no APOGEE spectrum, or the table is of another version
+    """
+    with checked_hdus(path, "mwmStar or mwmVisit files") as (hdus, verified):
+        spectra = _read_tables(hdus, path, observatory)
+    spectra.stars["VERIFIED"] = verified
+    return spectra
 
 
 # %% [markdown]
@@ -329,16 +351,15 @@ _COLUMNS = {
         run2d:A mjd:J fieldid:J catalogid:K n_exp:J exptime:E telescope:A snr:E in_stack:L
         flux:P ivar:P wresl:P pixel_flags:P continuum:P nmf_rchi2:E nmf_flags:J {_DATES}""",
 }
-_MISSING = {
-    "A26": "",
-    "K": -1,
-    "J": -1,
-    "E": np.nan,
-    "A": "",
-    "L": False,
-}  # what astra writes for nothing
+# what astra writes for nothing
+_MISSING = {"A26": "", "A": "", "K": -1, "J": -1, "E": np.nan, "L": False}
 _WHEN = "astra's, as far as it can be told"  # in place of the date of a checksum
 _GRIDS = {"APOGEE": (LOG10_START, LOG10_STEP, N_PIXELS), "BOSS": (3.5523, 1e-4, 4648)}
+
+# %%
+for which, columns in _COLUMNS.items():
+    names = [entry.split(":")[0] for entry in columns.split()]
+    print(*which, f"{len(names)} columns:", *names[:5], "…")
 
 
 # %% [markdown]
@@ -532,6 +553,7 @@ print(*read_mwm(here / "mwmStar-0.9.0-42.fits").stars.meta["notes"])
 made_mwm(spectra[[3, 3, 3]], visits=True).writeto(here / "mwmVisit-0.6.0-42.fits")
 visits = read_mwm(here / "mwmVisit-0.6.0-42.fits")
 assert len(visits) == 3 and mwm_kind(here / "mwmVisit-0.6.0-42.fits") == "mwmvisit"
+visits.stars["SNR"].info.format = ".1f"
 visits.stars["APOGEE_ID", "SDSS_ID", "MJD", "SNR"]
 
 # %% [markdown]
@@ -609,6 +631,54 @@ def _is_true(values):
 
 
 # %%
+small = here / "small.fits"
+fits.HDUList(
+    [fits.PrimaryHDU(), fits.table_to_hdu(Table({"sdss_id": [7, 8], "teff": [4500.0, -1.0]}))]
+).writeto(small)
+row_type, start, rows = _table_columns(small, 1)
+print(row_type.names, "from byte", start, "on,", rows, "rows")
+found = _copied(small, ["teff"], row_type, start, rows)
+print(found, "->", _numbers(found["teff"], "teff"))
+
+# %%
+#| export
+_ASTRA_FACTS = {  # column -> what we call it
+    "sdss_id": "SDSS_ID",
+    "sdss4_apogee_id": "APOGEE_ID",
+    "telescope": "TELESCOPE",
+    "snr": "SNR",
+    "flag_bad": "FLAG_BAD",
+    "flag_warn": "FLAG_WARN",
+}
+
+
+def _fact(values, name):
+    "A column that is no label."
+    if name.startswith("FLAG"):
+        return _is_true(values)
+    if values.dtype.kind == "S":
+        return np.char.strip(np.char.decode(values, "ascii", "replace"))
+    return values
+
+
+def _label_of(table, column, less):
+    "Value and error of a label, which may be the difference of two columns."
+    value = _numbers(table[column], column) - (_numbers(table[less], less) if less else 0)
+    errors = [_numbers(table[f"e_{name}"], name) for name in (column, less) if f"e_{name}" in table]
+    if not errors:
+        return value, np.full(len(value), np.nan)
+    return value, np.sqrt(sum(error**2 for error in errors))
+
+
+# %%
+columns = {"mg_h": [0.3], "fe_h": [0.1], "e_mg_h": [0.03], "e_fe_h": [0.04]}
+columns = {name: np.array(values) for name, values in columns.items()}
+value, error = _label_of(columns, "mg_h", "fe_h")
+print(f"[Mg/Fe] = {value[0]:.2f} ± {error[0]:.2f}")
+assert np.isclose(error[0], 0.05)
+
+
+# %%
 #| export
 def read_astra(path, labels=None, hdu: int = 2) -> Table:
     """Labels of the catalogue `astraAllStarASPCAP`, in the names of this book.
@@ -659,36 +729,6 @@ def read_astra(path, labels=None, hdu: int = 2) -> Table:
 
 
 # %%
-#| export
-_ASTRA_FACTS = {  # column -> what we call it
-    "sdss_id": "SDSS_ID",
-    "sdss4_apogee_id": "APOGEE_ID",
-    "telescope": "TELESCOPE",
-    "snr": "SNR",
-    "flag_bad": "FLAG_BAD",
-    "flag_warn": "FLAG_WARN",
-}
-
-
-def _fact(values, name):
-    "A column that is no label."
-    if name.startswith("FLAG"):
-        return _is_true(values)
-    if values.dtype.kind == "S":
-        return np.char.strip(np.char.decode(values, "ascii", "replace"))
-    return values
-
-
-def _label_of(table, column, less):
-    "Value and error of a label, which may be the difference of two columns."
-    value = _numbers(table[column], column) - (_numbers(table[less], less) if less else 0)
-    errors = [_numbers(table[f"e_{name}"], name) for name in (column, less) if f"e_{name}" in table]
-    if not errors:
-        return value, np.full(len(value), np.nan)
-    return value, np.sqrt(sum(error**2 for error in errors))
-
-
-# %%
 labels = spectra.labels()
 rows = Table({"sdss_id": 1000 + np.arange(len(spectra)), "teff": labels[:, 0]})
 rows["e_teff"] = 20.0
@@ -704,7 +744,9 @@ assert np.allclose(catalogue["MG_FE"], 0.25) and np.allclose(
 )
 with pytest.raises(LabError, match="has no SI_FE"):
     read_astra(here / "astraAllStarASPCAP-0.6.0.fits.gz", ["teff", "si_fe"])
-catalogue[:3]
+for name in catalogue.meta["labels"]:
+    catalogue[name].info.format = catalogue[f"{name}_ERR"].info.format = ".5g"
+catalogue["SDSS_ID", "FLAG_BAD", "TEFF", "TEFF_ERR", "MG_FE", "MG_FE_ERR"][:3]
 
 
 # %% [markdown]
@@ -749,12 +791,13 @@ def _read_each(paths, place):
 # %%
 wanted = np.array([5, 6, 5])
 place, times = _row_of_star(Table({"SDSS_ID": wanted, "SNR": [50.0, 80.0, 70.0]}))
-print("rows that count:", place, " rows there are:", times)
+for star, row in place.items():
+    print(f"sdss_id {star}: row {row} counts, of {times[star]}")
 assert place == {5: 2, 6: 1}
 
 
 # %%
-#| export
+#| exporti
 def mwm_stars(paths, catalogue: Table) -> tuple:
     """Spectra of mwmStar files with the catalogue's labels, and what became of the others.
 
@@ -819,7 +862,7 @@ ledger
 # where FOLDER holds SDSS-V. The catalogue's checksum goes into the model, for the content of `astraAllStarASPCAP-0.6.0` is known to have changed once under one version.
 
 # %%
-#| export
+#| exporti
 def mwm_training_set(
     root,
     labels=None,

@@ -88,6 +88,7 @@ def published_folds(
         table["file"] = [Path(str(name)).name for name in stars["FILE"]]
         for name in spectra.label_names:
             table[name.lower()] = np.asarray(stars[name], dtype=float)
+            table[name.lower()].info.format = ".6g"
         tables.append(table)
     return vstack(tables, metadata_conflicts="silent"), held
 
@@ -96,7 +97,7 @@ def published_folds(
 folds, held = published_folds(archive_root(), "aspcapstar")
 print({contest.name: len(contest.judged) for contest in held})
 assert all(len(set(c.spectra.stars["APOGEE_ID"][c.groups >= 0])) > 100 for c in held)
-folds[:4]
+folds["contest", "apogee_id", "fold", "teff", "logg", "m_h"][:4]
 
 
 # %% [markdown]
@@ -153,6 +154,12 @@ def _answers(predictions, contest, names):
 
 
 # %%
+stars = held[0].spectra.stars["APOGEE_ID"][held[0].judged]
+some = Table({"APOGEE_ID": stars[[2, 0]], "TEFF": [4500.0, 4000.0], "TEFF_ERR": [80.0, 60.0]})
+_answers(some, held[0], ["TEFF"])[:4]
+
+
+# %%
 #| export
 def read_predictions(path) -> Table:
     """A table of predictions from a file.
@@ -182,11 +189,103 @@ def read_predictions(path) -> Table:
 
 
 def _is_csv(path):
+    "Whether a path says that it is a table of text with commas."
     return Path(path).suffix.lower() == ".csv"
+
+
+# %%
+with tempfile.TemporaryDirectory() as folder:
+    some.write(Path(folder) / "some.csv")
+    print(read_predictions(Path(folder) / "some.csv"))
+    (Path(folder) / "empty.csv").write_text("")
+    with pytest.raises(LabError) as refusal:
+        read_predictions(Path(folder) / "empty.csv")
+    print(str(refusal.value).replace(folder, "…"))
 
 
 # %% [markdown]
 # The score has one row per contest and label: RMSE in the label's unit and in units of its spread, bias, robust scatter, and, where errors are given, how often they hold.
+
+# %%
+#| export
+def _score(answers, contest, names):
+    "The rows of one contest."
+    truth = contest.spectra[contest.judged].labels(names)
+    table = error_table(answers, truth, names, truth.std(axis=0))
+    table.add_column([contest.name] * len(table), index=0, name="contest")
+    table["missing"] = len(truth) - table["n"]
+    table["refused"] = np.mean(answers["flags"] != 0)
+    inside = np.full((2, len(names)), np.nan)
+    for k, name in enumerate(names):
+        if f"{name.lower()}_err" in answers.colnames:
+            row = coverage(answers, truth[:, [k]], name)[0]
+            inside[:, k] = row["inside_1"], row["inside_2"]
+    table["inside_1"], table["inside_2"] = inside
+    for column in ("refused", "inside_1", "inside_2"):
+        table[column].info.format = ".2f"
+    return table
+
+
+# %%
+true = held[0].spectra[held[0].judged].labels(["TEFF"])[:, 0]
+near = QTable({"teff": true + 50, "teff_err": np.full(len(true), 40.0)})
+near["flags"] = np.zeros(len(true), int)
+shown = _score(near, held[0], ["TEFF"])  # 50 K too hot, and sure of it to 40 K
+assert np.isclose(shown["rmse"][0], 50) and shown["inside_1"][0] == 0 and shown["inside_2"][0] == 1
+shown["contest", "label", "n", "rmse", "bias", "missing", "inside_1", "inside_2"]
+
+# %% [markdown]
+# One contest is scored otherwise: stars with a planted fault, [the garbage](#the-garbage) below. There the right answer is a flag, and the score is the share of stars that got one.
+
+# %%
+#| export
+_GARBAGE = "garbage"  # name of the contest
+_GARBAGE_STARS = 50  # of each fault
+
+
+def _garbage_stars(held):
+    "The good stars that the garbage is made from."
+    stars = held[0].spectra
+    return stars[np.linspace(0, len(stars) - 1, min(_GARBAGE_STARS, len(stars))).astype(int)]
+
+
+def _score_garbage(predictions, held):
+    "Share refused of each fault; a spectrum without a row is missing, not refused."
+    columns = {name: _column(predictions, name) for name in ("apogee_id", "fault", "flags")}
+    lacking = [name for name, column in columns.items() if column is None]
+    if lacking:
+        raise LabError(f"the predictions of garbage have no column {', '.join(lacking)}")
+    refused = number_array(columns["flags"], "flags") != 0
+    faults = np.asarray(columns["fault"]).astype(str)
+    unknown = sorted(set(faults) - set(FAULTS))
+    if unknown:
+        raise LabError(f"unknown fault {str(unknown[0])!r}: choose from {', '.join(FAULTS)}")
+    stars = {str(name) for name in _garbage_stars(held).stars["APOGEE_ID"]}
+    names = np.array([str(name).strip() for name in columns["apogee_id"]])
+    rows = []
+    for fault in FAULTS:
+        of_fault = faults == fault
+        if len(set(names[of_fault])) < of_fault.sum() or set(names[of_fault]) - stars:
+            raise LabError(f"garbage, {fault}: stars that are predicted twice or do not belong")
+        share = np.mean(refused[of_fault]) if of_fault.any() else np.nan
+        rows.append((_GARBAGE, fault, of_fault.sum(), len(stars) - of_fault.sum(), share))
+    table = QTable(rows=rows, names=["contest", "label", "n", "missing", "refused"])
+    table["refused"].info.format = ".2f"
+    for column in ("rmse", "scaled_rmse", "mae", "bias", "robust", "inside_1", "inside_2"):
+        table[column] = np.nan
+    return table
+
+
+# %%
+spoilt_stars = np.array(_garbage_stars(held).stars["APOGEE_ID"])
+flagged = Table({"apogee_id": np.tile(spoilt_stars, len(FAULTS))})
+flagged["fault"] = np.repeat(list(FAULTS), len(spoilt_stars))
+flagged["flags"] = np.where(flagged["fault"] == "noise", 8, 0)  # a model that knows noise alone
+_score_garbage(flagged, held)["contest", "label", "n", "missing", "refused"][:3]
+
+
+# %% [markdown]
+# And all contests of one table:
 
 # %%
 #| export
@@ -236,60 +335,6 @@ def judge_predictions(predictions: Table, held: Sequence) -> QTable:
         choice = ", ".join(repr(contest.name) for contest in held)
         raise LabError(f"the predictions are for none of the contests {choice}")
     return vstack(tables, metadata_conflicts="silent")
-
-
-_GARBAGE = "garbage"  # name of the contest
-_GARBAGE_STARS = 50  # of each fault
-
-
-def _garbage_stars(held):
-    "The good stars that the garbage is made from."
-    stars = held[0].spectra
-    return stars[np.linspace(0, len(stars) - 1, min(_GARBAGE_STARS, len(stars))).astype(int)]
-
-
-def _score_garbage(predictions, held):
-    "Share refused of each fault; a spectrum without a row is missing, not refused."
-    columns = {name: _column(predictions, name) for name in ("apogee_id", "fault", "flags")}
-    lacking = [name for name, column in columns.items() if column is None]
-    if lacking:
-        raise LabError(f"the predictions of garbage have no column {', '.join(lacking)}")
-    refused = number_array(columns["flags"], "flags") != 0
-    faults = np.asarray(columns["fault"]).astype(str)
-    unknown = sorted(set(faults) - set(FAULTS))
-    if unknown:
-        raise LabError(f"unknown fault {str(unknown[0])!r}: choose from {', '.join(FAULTS)}")
-    stars = {str(name) for name in _garbage_stars(held).stars["APOGEE_ID"]}
-    names = np.array([str(name).strip() for name in columns["apogee_id"]])
-    rows = []
-    for fault in FAULTS:
-        of_fault = faults == fault
-        if len(set(names[of_fault])) < of_fault.sum() or set(names[of_fault]) - stars:
-            raise LabError(f"garbage, {fault}: stars that are predicted twice or do not belong")
-        share = np.mean(refused[of_fault]) if of_fault.any() else np.nan
-        rows.append((_GARBAGE, fault, of_fault.sum(), len(stars) - of_fault.sum(), share))
-    table = QTable(rows=rows, names=["contest", "label", "n", "missing", "refused"])
-    for column in ("rmse", "scaled_rmse", "mae", "bias", "robust", "inside_1", "inside_2"):
-        table[column] = np.nan
-    return table
-
-
-def _score(answers, contest, names):
-    "The rows of one contest."
-    truth = contest.spectra[contest.judged].labels(names)
-    table = error_table(answers, truth, names, truth.std(axis=0))
-    table.add_column([contest.name] * len(table), index=0, name="contest")
-    table["missing"] = len(truth) - table["n"]
-    table["refused"] = np.mean(answers["flags"] != 0)
-    inside = np.full((2, len(names)), np.nan)
-    for k, name in enumerate(names):
-        if f"{name.lower()}_err" in answers.colnames:
-            row = coverage(answers, truth[:, [k]], name)[0]
-            inside[:, k] = row["inside_1"], row["inside_2"]
-    table["inside_1"], table["inside_2"] = inside
-    for column in ("refused", "inside_1", "inside_2"):
-        table[column].info.format = ".2f"
-    return table
 
 
 # %% [markdown]
@@ -360,7 +405,7 @@ for wrong, message in {
 # A model should also know when to say nothing. The same giants with something that should not be there (see [the guard](18_refusal.ipynb)) go into one file. Who labels them and flags a row has refused it.
 
 # %%
-#| export
+#| exporti
 def garbage(spectra: Spectra, seed: int = 0) -> Spectra:
     """Stars with all faults of `FAULTS`, one after the other.
 
@@ -447,7 +492,7 @@ with pytest.raises(LabError, match="none of the labels"):  # a fault, and no con
 # Last, one function writes what a guest needs: the folds and the garbage. `stellar-lab judge ROOT --write FOLDER` calls it, and `stellar-lab judge ROOT PREDICTIONS.csv` scores what comes back.
 
 # %%
-#| export
+#| exporti
 def write_contest(root, folder, product: str = None, progress: bool = False) -> list:
     """Write the folds and the garbage of an archive.
 
@@ -484,6 +529,9 @@ with tempfile.TemporaryDirectory() as folder:
         print(path.name, f"{path.stat().st_size / 1e6:.1f} MB")
     again = Table.read(Path(folder) / "contest" / "folds.csv")
     assert again["fold"].tolist() == folds["fold"].tolist()
+    assert np.allclose(again["teff"], folds["teff"], rtol=1e-5)
+    print((Path(folder) / "contest" / "folds.csv").read_text().split("\n")[1])
+    assert len((Path(folder) / "contest" / "folds.csv").read_text()) < 150 * len(folds)
 
 # %% [markdown]
 # **Exercise.** Average the answers of ridge regression and of [the reader from latents](17_latents.ipynb), and hand them in. Is the mean of two models better than either?

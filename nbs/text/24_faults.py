@@ -321,7 +321,7 @@ for part, kind in dict.fromkeys(zip(record["part"], record["kind"])):
     rows.append((part, kind, *(int(record[name][same].sum()) for name in counted)))
 total = ("all", "", *(int(record[name].sum()) for name in counted))
 Markdown(
-    f"Seeds {', '.join(map(str, seeds))} together:\n\n"
+    f"All faults that were tried (random seed {', '.join(map(str, seeds))}):\n\n"
     + as_markdown([*rows, total], ["part", "kind", *counted])
 )
 

@@ -187,10 +187,10 @@ columns = ["trap", "Teff moves [K]", "log g", "[M/H]", "its error [K]", "check s
 cost = Table(rows=rows, names=columns)
 for name, digits in zip(columns[1:5], (".0f", ".2f", ".2f", ".0f")):
     cost[name].info.format = digits
-cost.pprint_all()
+cost
 
 # %%
-fig, ax = plt.subplots(figsize=(7, 3.4))
+fig, ax = plt.subplots(figsize=(6, 4.2))
 place = np.arange(len(cost))[::-1]
 quietly = np.array(["bad" not in said for said in cost["check says"]])
 for shown, color, name in ((quietly, "C0", "nothing bad"), (~quietly, "C3", "bad")):
@@ -198,7 +198,7 @@ for shown, color, name in ((quietly, "C0", "nothing bad"), (~quietly, "C3", "bad
     ax.barh(place[shown], size, color=color, label=f"check says: {name}")
 ax.set_yticks(place, cost["trap"])
 ax.set(xlabel="Teff moves by [K]", xscale="symlog", title="Traps, one giant")
-ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1));
+fig.legend(frameon=False, loc="outside lower center", ncols=2);
 
 # %% [markdown]
 # **What to see.** The long bars have the second colour: the check sees the trap before the label is believed. Order, units and smooth slopes do nothing. Some traps hardly move the temperature and hurt all the same: air and

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['train_test_rows', 'fold_numbers', 'name_list', 'label_values', 'stated_errors', 'LabelModel', 'Flag', 'flag_names',
-           'count_flags', 'outside_training', 'label_box', 'Answer', 'answer', 'label_table', 'infer']
+           'outside_training', 'Answer', 'answer', 'label_table', 'infer']
 
 # %% ../nbs/04_models.ipynb #f0e41f31
 import hashlib

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MASKED_LIMIT', 'lab_continuum_pixels', 'read_continuum_pixels', 'ContinuumFit', 'continuum', 'normalize',
-           'count_mask_bits', 'drop_masked', 'training_set', 'as_trained']
+           'drop_masked', 'training_set', 'as_trained']
 
 # %% ../nbs/03_normalize.ipynb #25f32df2
 import os

@@ -94,7 +94,7 @@ use_style()
 # the first thing that is wrong, in words, or with an empty string. A star's file also says whose it is, and that has to be the star of its name.
 
 # %%
-#| export
+#| exporti
 def file_problem(path, hdus: int = 0, star: str = "") -> str:
     """Say why a file is not whole.
 
@@ -354,7 +354,7 @@ assert _parse_index(["<a " + "x" * 200_000, "> <a href='a.fits'>"], base).files 
 # one record. It also holds the one thing by which everything can be stopped.
 
 # %%
-#| export
+#| exporti
 _MAX_WAIT = 60  # s; the longest pause between two tries, whatever the server asks for
 
 
@@ -414,7 +414,7 @@ class Patience:
 # more chance (a proxy's apology may be gone in a moment); after that we believe that the source itself has it so.
 
 # %%
-#| export
+#| exporti
 class SourceError(Exception):
     """A source did not give what it was asked for.
 
@@ -620,7 +620,7 @@ _FolderSource(desk / "server").list(here)
 # rest of it (`Range`), and to be quiet.
 
 # %%
-#| export
+#| exporti
 class ArchiveHandler(SimpleHTTPRequestHandler):
     """Serves a folder: HTML index, ETag, and open-ended ranges (RFC 9110).
 
@@ -1102,7 +1102,7 @@ Table(rows=rows, names=["source", "files listed", "size", "from byte 1000", "old
 # Which of the two it is, the address says.
 
 # %%
-#| export
+#| exporti
 _EXAMPLE = "https://data.sdss.org/sas"
 
 
@@ -1649,7 +1649,7 @@ wanted.fields, wanted.products, wanted.telescopes
 # as a catalogue's own.
 
 # %%
-#| export
+#| exporti
 def read_sdss_ids(ids) -> tuple:
     """A list of stars of SDSS-V.
 

@@ -953,7 +953,7 @@ assert np.all(np.abs(np.nanmedian(at_continuum, axis=1) - 1) < 0.02)
 # persistence, the wing of a sky line) only warn; to choose among them was tried there, without gain.
 
 # %%
-#| export
+#| exporti
 def count_mask_bits(spectra: Spectra) -> Table:
     """How often each bit of the survey's pixel mask is set.
 

@@ -1186,7 +1186,7 @@ def flag_names(flags) -> list:
 
 
 # %%
-#| export
+#| exporti
 def count_flags(flags) -> dict:
     """How many stars carry each flag.
 
@@ -1289,7 +1289,7 @@ def _neighbours_of(model):
 
 
 # %%
-#| export
+#| exporti
 _MARGIN = 0.25  # the box reaches this share of the training labels' range beyond them
 
 

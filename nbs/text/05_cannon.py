@@ -1535,7 +1535,7 @@ assert np.allclose(flat[0], flat[1], rtol=1e-5)
 # fitted to the same stars, ours must say the same. (Where `STELLAR_LAB_REAL_DATA` names a folder with the file.)
 
 # %%
-#| export
+#| exporti
 def published_giants(folder):
     """The Cannon 2's test set of 671 giants: labels, flux, ivar, label names, and what its authors
     fitted."""

@@ -725,7 +725,7 @@ _read_mist(poor_file)[:2]
 
 
 # %%
-#| export
+#| exporti
 def read_mist(*paths) -> QTable:
     """MIST's isochrone files as one table with units.
 
@@ -982,7 +982,7 @@ with pytest.raises(LabError, match="missing.whl .*give the wheel of lachesis-gri
 # The extract is a FITS file with one image per array; its header says what it was made from.
 
 # %%
-#| export
+#| exporti
 _HEADER = [
     ("SOURCE", "MIST 2.5, v/vcrit = 0.4"),
     ("PACKAGE", "lachesis-grids 0.0.9"),

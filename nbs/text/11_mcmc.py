@@ -1334,7 +1334,7 @@ print(f"variance of the proposal {x.var():.3f}, of a Student t {_DEGREES / (_DEG
 # The weights come in logarithms, and the largest of each star is set to zero.
 
 # %%
-#| export
+#| exporti
 _DRAW_BLOCK = 8  # stars at a time
 
 

@@ -58,7 +58,7 @@ from stellar_lab.survey import archive_root, use_style
 # of a known other spectrum $D$, adds $s\,(D-g)$. A *tilt* of a chip adds a slope times $g$. Each is a column of as many pixels as the spectrum.
 
 # %%
-#| export
+#| exporti
 # km/s from one pixel of the survey's grid to the next
 PIXEL_VELOCITY = float(constants.c.to_value("km/s") * np.log(10) * LOG10_STEP)
 

@@ -1122,7 +1122,7 @@ assert np.all(by_chance["scaled_rmse"] > 0.95)
 # An RMSE does not tell a scatter from a trend. So for every label the difference predicted - catalogue against the catalogue's value: the median of each eighth of the stars, one line per model.
 
 # %%
-#| export
+#| exporti
 _LOOKS = {  # colour and marker of each model, the same in all figures
     "Cannon, four labels": ("C5", "o"),
     "Cannon, linear": ("C5", "o"),
@@ -1282,7 +1282,7 @@ Markdown(text)
 # The same for all contests, as scaled RMSE averaged over the labels; in brackets the ratio to the Cannon's. `aspcapstar` are the same stars as the survey normalized them, on which the catalogue's labels were fitted too.
 
 # %%
-#| export
+#| exporti
 def contests_side_by_side(table: Table) -> Table:
     """Scaled RMSE averaged over the labels and, in brackets, its ratio to the Cannon's.
 

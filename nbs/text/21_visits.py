@@ -330,7 +330,7 @@ assert is_visit(paths[0]) and visit.stars["MJD"][0] == 55_874
 # takes in all that it covers, so no light is thrown away. A pixel that leans on a broken one is unusable.
 
 # %%
-#| export
+#| exporti
 def on_grid(visit: Spectra, grid=SURVEY_WAVELENGTH) -> Spectra:
     """A visit at rest, on other pixels.
 

@@ -108,7 +108,7 @@ assert np.isinf(blind).all()
 # Slopes of a real or synthetic spectrum come from differences: a step to one side, a step to the other.
 
 # %%
-#| export
+#| exporti
 def label_slopes(draw: Callable, labels: Table, steps: Mapping) -> np.ndarray:
     """How spectra change with their labels, by central differences.
 

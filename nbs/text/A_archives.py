@@ -301,7 +301,7 @@ assert list(np.exp(levels[1:] * _LOG_ERROR_STEP) < _MAX_ERROR) == [True, False, 
 Table([flux, error, steps, levels], names=["flux", "error", "flux kept as", "error kept as"])
 
 # %%
-#| export
+#| exporti
 _PACKED_STARS = "clusters_dr10.fits"  # in stellar_lab.data
 
 
@@ -1407,7 +1407,7 @@ catalogue["TARGET_ID", "SNR", "TEFF", "LOGG", "LOGG_ERR"]
 # which a normalization can be judged.
 
 # %%
-#| export
+#| exporti
 def _truth_table(spectra, plan, seed, truth=None):
     "What only the writer knows: whose spectrum it is, its flaw, its labels and its continuum."
     stars = spectra.stars[plan["SOURCE"]] if truth is None else truth[plan["SOURCE"]]
@@ -1575,7 +1575,7 @@ with tempfile.TemporaryDirectory() as folder:
 
 
 # %%
-#| export
+#| exporti
 @dataclass(frozen=True)
 class ArchiveSummary:
     """What was written where; printed, it is one line.

@@ -200,7 +200,7 @@ branch
 # ratio to iron; carbon compared with oxygen, for CO takes the rarer of the two.
 
 # %%
-#| export
+#| exporti
 _CARBON_MARGIN = 0.15  # [C/O] stays below: C/O is 0.55 in the Sun, carbon stars begin at 0.8
 
 
@@ -258,7 +258,7 @@ solar_giant = {"LOGG": np.array([2.4]), "FE_H": np.array([0.0]), "ALPHA_FE": np.
 giants_of_one_temperature.ranges(solar_giant)["TEFF"]
 
 # %%
-#| export
+#| exporti
 DOMAINS = {
     "giants": Domain(
         "giants",

@@ -251,7 +251,7 @@ _parse("  15740.716  12.0  5.927  -0.240")
 
 
 # %%
-#| export
+#| exporti
 def read_linemake(tarball) -> Table:
     """Lines of linemake from 15,100 to 17,000 Angstrom, and hydrogen's Brackett lines.
 
@@ -1106,7 +1106,7 @@ print(_round_report(0, matched, np.zeros(len(_STAR_ELEMENTS))))
 
 
 # %%
-#| export
+#| exporti
 def calibrate_lines(
     lines: Table, net: dict, spectra: Spectra, rounds: int = 7, progress: Callable = None
 ) -> Table:
@@ -1967,7 +1967,7 @@ print(
 
 
 # %%
-#| export
+#| exporti
 def compare_with_aspcap(emulator: Emulator, spectra: Spectra, example, out, facts: dict) -> Table:
     """Compare with ASPCAP's spectra of all real giants in the domain.
 

@@ -354,7 +354,7 @@ assert all(len(name) == 18 for name in placed["APOGEE_ID"])
 placed["LOCATION_ID", "RA", "DEC", "APOGEE_ID"]
 
 # %%
-#| export
+#| exporti
 _STARS = 2723  # as many as the original lab has in its four fields
 _FIBRES = (12.8, 13.3, 13.8, 14.3)  # widths of the profile: fibres differ [km/s]
 
@@ -924,7 +924,7 @@ assert np.isclose(weight_of[1] / weight_of[0], (few.stars["SNR"][3] / 30) ** 2, 
 # A study in memory needs no files. It wants stars to learn from, as the survey lists them, and others to judge by, whose labels are the true ones as a catalogue without noise would list them. Those are single giants: a binary has no label that is right.
 
 # %%
-#| export
+#| exporti
 # a step to either side in each quantity in which single giants differ
 GIANT_STEPS = {"TEFF": 20.0, "LOGG": 0.05, **dict.fromkeys(GRID_LABELS[2:8], 0.02)}
 GIANT_STEPS |= {"VMICRO": 0.05, "FWHM": 0.2}

@@ -85,7 +85,7 @@ use_style()
 # The survey's flux is relative to a curve that its pipeline drew along the upper edge of the spectrum. A computed spectrum is relative to the true continuum, which no observer sees. We do not try to find the truth. We divide both by the same kind of curve: one polynomial per chip through the 529 continuum pixels of [the chapter on the continuum](03_normalize.ipynb). Where a computed star has a line, the real star has one too, so both curves bend in the same way.
 
 # %%
-#| export
+#| exporti
 _DEGREE = 3  # of the pseudo-continuum of each chip
 
 
@@ -173,7 +173,7 @@ def _blurred(emulator, width):
 
 
 # %%
-#| export
+#| exporti
 class SyntheticStars:
     """Spectra as the survey would show them.
 
@@ -601,7 +601,7 @@ assert spread["after the last steps"][0] < 3 and resting.all()
 # Then the stars are fitted anew, three times. No label of the survey is looked at, but the literature is: the stars are held at their cluster's [Fe/H], because a star that may choose its metallicity drifts with the correction. The scatter of what remains says how far each pixel can be trusted.
 
 # %%
-#| export
+#| exporti
 _DEEP = 0.05  # absorption from which a pixel gets a gain
 _GAINS = (0.2, 4.0)  # its limits
 _FEW = 10  # stars that a scatter needs

@@ -8,6 +8,7 @@ __all__ = ['cross_label', 'robust_scatter', 'error_table', 'plot_comparison', 'w
 
 # %% ../nbs/07_judging.ipynb #9c29d516
 import copy
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -213,7 +214,14 @@ def plot_comparison(tables: dict, names, difference: bool = False, axes=None):
 
     names = name_list(names)
     if axes is None:
-        _, axes = plt.subplots(1, len(names), figsize=(2.4 * len(names), 2.6))
+        columns = 2 if len(names) in (2, 4) else min(len(names), 3)
+        rows = math.ceil(len(names) / columns)
+        fig, axes = plt.subplots(rows, columns, figsize=(3 * columns, 2.7 * rows), squeeze=False)
+        for empty in axes.ravel()[len(names) :]:
+            fig.delaxes(empty)
+        for first in axes[:, 0]:
+            first.set_ylabel("predicted - catalogue" if difference else "predicted")
+        axes = axes.ravel()[: len(names)]
     axes = np.atleast_1d(axes)
     for k, (ax, name) in enumerate(zip(axes, names)):
         record = label_record(name)

@@ -252,6 +252,27 @@ def _beyond_doubt(guard, spectra):
     return ivar
 
 # %% ../nbs/18_refusal.ipynb #523da073
+def _told(question, value, limits):
+    "The value (N,) of a question; of the other light that comes nearest to its limit."
+    mine = np.array([q is question for q in _asked(value.shape[1] + 1 - len(QUESTIONS))])
+    if not mine.any():
+        return np.full(len(value), np.nan)
+    nearest = np.nan_to_num(value[:, mine] / np.maximum(limits[mine], 1e-30)).argmax(axis=1)
+    return value[:, mine][np.arange(len(value)), nearest]
+
+
+def _doubts(value, error, limits):
+    "The sum of flags (N,) that answers raise."
+    asked = _asked(value.shape[1] + 1 - len(QUESTIONS))
+    large = np.where([question.signed for question in asked], np.abs(value), value)
+    with np.errstate(invalid="ignore"):
+        beyond = (large > limits) & (np.abs(value) > _LEAST_SIGNIFICANCE * error)
+    doubts = np.zeros(len(value), dtype=int)
+    for question, raised in zip(asked, beyond.T):
+        doubts |= np.where(raised, int(question.flag), 0)
+    return doubts
+
+# %% ../nbs/18_refusal.ipynb #9b13988e
 class _Asking(_Quick):
     "A guard that can be asked."
 
@@ -301,27 +322,6 @@ class _Asking(_Quick):
             if question.name == "velocity":
                 table["velocity_err"] = error[:, 0] * u.Unit(question.unit)
         return table
-
-
-def _told(question, value, limits):
-    "The value (N,) of a question; of the other light that comes nearest to its limit."
-    mine = np.array([q is question for q in _asked(value.shape[1] + 1 - len(QUESTIONS))])
-    if not mine.any():
-        return np.full(len(value), np.nan)
-    nearest = np.nan_to_num(value[:, mine] / np.maximum(limits[mine], 1e-30)).argmax(axis=1)
-    return value[:, mine][np.arange(len(value)), nearest]
-
-
-def _doubts(value, error, limits):
-    "The sum of flags (N,) that answers raise."
-    asked = _asked(value.shape[1] + 1 - len(QUESTIONS))
-    large = np.where([question.signed for question in asked], np.abs(value), value)
-    with np.errstate(invalid="ignore"):
-        beyond = (large > limits) & (np.abs(value) > _LEAST_SIGNIFICANCE * error)
-    doubts = np.zeros(len(value), dtype=int)
-    for question, raised in zip(asked, beyond.T):
-        doubts |= np.where(raised, int(question.flag), 0)
-    return doubts
 
 # %% ../nbs/18_refusal.ipynb #24165f6b
 class Refusal(_Asking):

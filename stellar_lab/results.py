@@ -415,7 +415,7 @@ def _on_the_catalogues_scale(contest, names):
         trend = np.linalg.lstsq(design, contest.spectra.labels(names), rcond=None)[0]
         return (design @ trend)[contest.judged]
 
-
+# %% ../nbs/19_results.ipynb #9b685ec6
 def _error_groups(groups):
     "Groups of judged stars whose errors are calibrated on the others: at least two."
     if len(np.unique(groups)) > 1:
@@ -462,7 +462,7 @@ def _inside(pulls):
     known = np.isfinite(pulls).sum(axis=0)
     return np.array([(np.abs(pulls) < sigma).sum(axis=0) / known for sigma in (1, 2)])
 
-
+# %% ../nbs/19_results.ipynb #5103f66b
 def _against_scale(labelled, contest, names):
     """RMSE (K,) against the truth on the catalogue's scale, and shares (K,) within one and two
     calibrated errors of it; NaN where no truth is known."""
@@ -945,7 +945,7 @@ def _jobs_of_product(spectra, number, profile, seed, only):
                 jobs.append(_Job(name, model, contest, (number, place, rank)))
     return jobs
 
-
+# %% ../nbs/19_results.ipynb #2c5c368c
 def _all_jobs(root, products, profile, seed, only, progress):
     "The jobs on all products, cheap models first, and the number of stars."
     jobs = []

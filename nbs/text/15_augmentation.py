@@ -238,13 +238,13 @@ if full:
     )
 else:
     by_copy = Narrow(**quick, validation=0.2)
-by_copy.fit(copies_of(train, 10_000 if full else 2_000, 0), progress=False)
+by_copy.fit(copies_of(train, 10_000 if full else 2_000, 0), progress=False);
 
 # %%
 learned, held = train_test_rows(len(train), 0.2, 0)
 by_star = Narrow(**quick | {"epochs": 40 if full else 16})
 others = copies_of(train[held], 400, 1)
-by_star.fit(copies_of(train[learned], 1_600, 0), validation=others, progress=False)
+by_star.fit(copies_of(train[learned], 1_600, 0), validation=others, progress=False);
 
 
 # %%
@@ -401,7 +401,7 @@ augmented = (AugmentedNetwork if full else NoisyHalf)(labels=names, epochs=epoch
 augmented.fit(spectra[train], progress=False)
 epochs = augmented.best_epoch_ + 1
 plain = (LabNetwork if full else PlainHalf)(labels=names, epochs=epochs, centre=True)
-plain.fit(spectra[train], progress=False)
+plain.fit(spectra[train], progress=False);
 
 # %%
 ax = plot_history({"new noise in every epoch": augmented.history_, "plain": plain.history_})

@@ -419,6 +419,35 @@ assert list(np.count_nonzero(seen, axis=1)) == [0, 240]
 
 # %%
 #| export
+def _told(question, value, limits):
+    "The value (N,) of a question; of the other light that comes nearest to its limit."
+    mine = np.array([q is question for q in _asked(value.shape[1] + 1 - len(QUESTIONS))])
+    if not mine.any():
+        return np.full(len(value), np.nan)
+    nearest = np.nan_to_num(value[:, mine] / np.maximum(limits[mine], 1e-30)).argmax(axis=1)
+    return value[:, mine][np.arange(len(value)), nearest]
+
+
+def _doubts(value, error, limits):
+    "The sum of flags (N,) that answers raise."
+    asked = _asked(value.shape[1] + 1 - len(QUESTIONS))
+    large = np.where([question.signed for question in asked], np.abs(value), value)
+    with np.errstate(invalid="ignore"):
+        beyond = (large > limits) & (np.abs(value) > _LEAST_SIGNIFICANCE * error)
+    doubts = np.zeros(len(value), dtype=int)
+    for question, raised in zip(asked, beyond.T):
+        doubts |= np.where(raised, int(question.flag), 0)
+    return doubts
+
+
+# %%
+raised = np.zeros((2, len(QUESTIONS)))
+raised[1, 0] = 30  # the second star moves by 30 km/s, where limits and errors are 1
+print(flag_names(_doubts(raised, np.ones_like(raised), np.ones(len(QUESTIONS)))))
+
+
+# %%
+#| export
 class _Asking(_Quick):
     "A guard that can be asked."
 
@@ -468,27 +497,6 @@ class _Asking(_Quick):
             if question.name == "velocity":
                 table["velocity_err"] = error[:, 0] * u.Unit(question.unit)
         return table
-
-
-def _told(question, value, limits):
-    "The value (N,) of a question; of the other light that comes nearest to its limit."
-    mine = np.array([q is question for q in _asked(value.shape[1] + 1 - len(QUESTIONS))])
-    if not mine.any():
-        return np.full(len(value), np.nan)
-    nearest = np.nan_to_num(value[:, mine] / np.maximum(limits[mine], 1e-30)).argmax(axis=1)
-    return value[:, mine][np.arange(len(value)), nearest]
-
-
-def _doubts(value, error, limits):
-    "The sum of flags (N,) that answers raise."
-    asked = _asked(value.shape[1] + 1 - len(QUESTIONS))
-    large = np.where([question.signed for question in asked], np.abs(value), value)
-    with np.errstate(invalid="ignore"):
-        beyond = (large > limits) & (np.abs(value) > _LEAST_SIGNIFICANCE * error)
-    doubts = np.zeros(len(value), dtype=int)
-    for question, raised in zip(asked, beyond.T):
-        doubts |= np.where(raised, int(question.flag), 0)
-    return doubts
 
 
 # %%

@@ -659,6 +659,15 @@ def _on_the_catalogues_scale(contest, names):
         return (design @ trend)[contest.judged]
 
 
+# %%
+held = every["one split"]
+plain = _predictions(RidgeLabels(labels=names), held, progress=False)
+known = _truth_of(held, names)
+print("no truth is known of these stars" if known is None else f"{len(known)} stars with a truth")
+
+
+# %%
+#| export
 def _error_groups(groups):
     "Groups of judged stars whose errors are calibrated on the others: at least two."
     if len(np.unique(groups)) > 1:
@@ -706,6 +715,14 @@ def _inside(pulls):
     return np.array([(np.abs(pulls) < sigma).sum(axis=0) / known for sigma in (1, 2)])
 
 
+# %%
+of_catalogue = held.spectra[held.judged].labels(names)
+shares = _inside(_calibrated_pulls(plain, held, names, of_catalogue))
+Table({"label": names, "within 1 error": shares[0].round(2), "within 2": shares[1].round(2)})
+
+
+# %%
+#| export
 def _against_scale(labelled, contest, names):
     """RMSE (K,) against the truth on the catalogue's scale, and shares (K,) within one and two
     calibrated errors of it; NaN where no truth is known."""
@@ -807,6 +824,10 @@ def _coverage(name, labelled, contest):
     found["contest"] = contest.name
     found["model"] = name
     return found["product", "contest", "model", "about", "by", *found.colnames[:6]]
+
+
+# %%
+_coverage("ridge regression", plain, held)["group", "label", "n", "inside_1", "inside_2"][:6]
 
 
 # %%
@@ -1600,6 +1621,14 @@ def _jobs_of_product(spectra, number, profile, seed, only):
     return jobs
 
 
+# %%
+jobs = _jobs_of_product(few, 1, profile(), 0, None)
+print(f"on a second product: {', '.join(job.name for job in jobs)}")
+assert [job.name for job in jobs] == [name for name in models if name not in _COSTLY]
+
+
+# %%
+#| export
 def _all_jobs(root, products, profile, seed, only, progress):
     "The jobs on all products, cheap models first, and the number of stars."
     jobs = []
@@ -1663,9 +1692,7 @@ def _versions():
 
 
 # %%
-jobs = _jobs_of_product(few, 1, profile(), 0, None)
-print(f"on a second product: {', '.join(job.name for job in jobs)}")
-assert [job.name for job in jobs] == [name for name in models if name not in _COSTLY]
+print("a record names the versions of", ", ".join(_versions()))
 
 
 # %%

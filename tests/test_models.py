@@ -530,6 +530,19 @@ def test_half_an_error_model_is_refused(kept, tmp_path):
         load_model(changed(kept, tmp_path, half))
 
 
+@pytest.mark.parametrize("wrong", [np.zeros((3, 3)), np.ones((3, 3)) - 2 * np.eye(3)[::-1]])
+def test_no_correlation_is_refused(tmp_path, wrong):
+    model = Cannon(order=1).fit(make_spectra())
+    model.error_inflation_ = model.error_floor_ = np.ones(3)
+    model.error_correlation_ = np.eye(3)
+    model.save(tmp_path / "model.asdf")
+    assert load_model(tmp_path / "model.asdf").errors_ == "calibrated"
+    model.error_correlation_ = wrong
+    model.save(tmp_path / "model.asdf")
+    with pytest.raises(LabError, match="error_correlation_ holds no correlations"):
+        load_model(tmp_path / "model.asdf")
+
+
 def test_numbers_of_half_precision_are_checked_in_silence(kept, tmp_path):
     def halved(tree):
         tree["theta_"] = tree["theta_"].astype("f2")

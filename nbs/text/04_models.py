@@ -944,11 +944,19 @@ def _check_pixel_numbers(numbers, pixels):
             raise WrongFile(f"{number!r:.30} is no number of one of its {pixels} pixels")
 
 
+def _check_correlation(matrix):
+    "WrongFile for what is no matrix of correlations."
+    square = np.allclose(matrix, np.transpose(matrix)) and np.allclose(np.diag(matrix), 1)
+    if not square or np.linalg.eigvalsh(matrix).min() < -1e-6:
+        raise WrongFile("error_correlation_ holds no correlations")
+
+
 def _check_restored(model):
     "ValueError where parts that came from a file are right each, and wrong together."
     pixels = len(model.typical_flux_)
     if hasattr(model, "error_inflation_") != hasattr(model, "error_floor_"):
         raise WrongFile("its error model is only half there")
+    _check_correlation(getattr(model, "error_correlation_", np.eye(1)))
     _check_names(model.label_names_, len(model.pivots_))
     _checked_grid(model.wavelength_, pixels)
     _check_metadata(model.metadata_, pixels)

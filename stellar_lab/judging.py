@@ -270,6 +270,16 @@ def _noise_share(logit):
     return 1 / (1 + np.exp(-logit))
 
 
+def _most_share(residual2, stated2):
+    """The largest share of the catalogue's stated variance that may be believed. Where it exceeds
+    what is seen twice over, at most half of what is seen is the catalogue's."""
+    seen2 = robust_scatter(np.sqrt(residual2) * np.resize([1, -1], len(residual2))) ** 2
+    excess = np.median(stated2) / max(seen2, np.finfo(float).tiny)
+    if excess <= 1:
+        return 1.0
+    return max(0.5, 1.5 - 0.5 * excess) / excess
+
+
 class _Variance:
     """Variance of one label's differences, by inflation, floor, share of the catalogue's variance
     and slopes; its cost is the log-likelihood's, averaged over the stars."""
@@ -295,8 +305,10 @@ class _Variance:
     def best(self):
         "The most probable parameters, from several starts."
         slopes = np.zeros(self.trend.shape[1])
-        bounds = [(-12, 8), (-12, 8), (-6, 6), *[(-3, 3) for _ in slopes]]
-        starts = [np.array([*start, 2, *slopes]) for start in _STARTS]
+        most = _most_share(self.residual2, self.stated2)
+        logit = min(6, np.log(most / (1 - most))) if most < 1 else 6
+        bounds = [(-12, 8), (-12, 8), (-6, max(logit, -6)), *[(-3, 3) for _ in slopes]]
+        starts = [np.array([*start, min(2, logit), *slopes]) for start in _STARTS]
         fits = [
             minimize(self.cost, start, jac=True, method="L-BFGS-B", bounds=bounds)
             for start in starts

@@ -355,7 +355,7 @@ assert np.all(within < 0.4)
 # But a catalogue errs, too, and its noise is no fault of the model. Where the catalogue states an error $c$ for each star, the difference has the variance
 # $$ (a\,\sigma^2_\mathrm{formal} + b)\;e^{\mathbf g\cdot\mathbf z} + s\,c^2, $$
 # and the error about the *true* label is what is left without the last term. The share $s$ should be 1. It is smaller where the stated errors are larger than all the differences that we see: such a catalogue is
-# too modest.
+# too modest. What share to believe then, nobody can tell, for a floor $b$ and a noise $s\,c^2$ look alike. So of what is seen, a catalogue that states twice as much is given one half at most, and the errors stay on the safe side.
 
 # %%
 #| export
@@ -391,6 +391,16 @@ def _noise_share(logit):
     return 1 / (1 + np.exp(-logit))
 
 
+def _most_share(residual2, stated2):
+    """The largest share of the catalogue's stated variance that may be believed. Where it exceeds
+    what is seen twice over, at most half of what is seen is the catalogue's."""
+    seen2 = robust_scatter(np.sqrt(residual2) * np.resize([1, -1], len(residual2))) ** 2
+    excess = np.median(stated2) / max(seen2, np.finfo(float).tiny)
+    if excess <= 1:
+        return 1.0
+    return max(0.5, 1.5 - 0.5 * excess) / excess
+
+
 class _Variance:
     """Variance of one label's differences, by inflation, floor, share of the catalogue's variance
     and slopes; its cost is the log-likelihood's, averaged over the stars."""
@@ -416,8 +426,10 @@ class _Variance:
     def best(self):
         "The most probable parameters, from several starts."
         slopes = np.zeros(self.trend.shape[1])
-        bounds = [(-12, 8), (-12, 8), (-6, 6), *[(-3, 3) for _ in slopes]]
-        starts = [np.array([*start, 2, *slopes]) for start in _STARTS]
+        most = _most_share(self.residual2, self.stated2)
+        logit = min(6, np.log(most / (1 - most))) if most < 1 else 6
+        bounds = [(-12, 8), (-12, 8), (-6, max(logit, -6)), *[(-3, 3) for _ in slopes]]
+        starts = [np.array([*start, min(2, logit), *slopes]) for start in _STARTS]
         fits = [
             minimize(self.cost, start, jac=True, method="L-BFGS-B", bounds=bounds)
             for start in starts
@@ -478,6 +490,11 @@ _, _, right, *_ = _error_model(seen, stated2, catalogue2)
 inflation, floor, modest, *_ = _error_model(seen, stated2, 100 * catalogue2)
 print(f"share of the stated noise: {right:.2f}; where ten times the error is stated: {modest:.3f}")
 assert right > 0.7 and modest < 0.03
+hardly = np.full(1000, 0.3**2)  # a model that is too sure: all else would be the catalogue's
+inflation, floor, *_ = _error_model(seen, hardly, np.full(1000, 30.0**2))
+own = np.sqrt(inflation * hardly[0] + floor) / robust_scatter(seen)
+print(f"of a catalogue that states far too much, the error keeps {own:.2f} of what is seen")
+assert 0.65 < own < 1.1
 
 # %% [markdown]
 # And slopes: here the variance grows with the first of two labels, by a factor $e^{0.8}$ for each spread, and does not care about the second.

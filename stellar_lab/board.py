@@ -76,11 +76,34 @@ def _column(table, name):
 
 
 def _of_contest(predictions, contest):
-    "Rows of the predictions for a contest: all, where no column says which."
+    "Rows of the predictions for a contest: of all its stars, where no column says which."
     column = _column(predictions, "contest")
-    if column is None:
+    if column is not None:
+        return predictions[np.char.strip(np.asarray(column).astype(str)) == contest.name]
+    names = _column(predictions, "apogee_id")
+    if names is None:
         return predictions
-    return predictions[np.asarray(column).astype(str) == contest.name]
+    of_contest = {str(name) for name in contest.spectra.stars["APOGEE_ID"]}
+    return predictions[[str(name).strip() in of_contest for name in names]]
+
+
+def _check_stars(predictions, contests):
+    "LabError for a contest or a star that nobody knows."
+    column = _column(predictions, "contest")
+    names = _column(predictions, "apogee_id")
+    if column is not None:
+        known = [contest.name for contest in contests] + [_GARBAGE]
+        unknown = set(np.char.strip(np.asarray(column).astype(str))) - set(known)
+        if unknown:
+            raise LabError(
+                f"no contest {str(min(unknown))!r}: the column contest may hold {', '.join(known)} "
+                "(in a table with commas, put a name with a comma between quotes)"
+            )
+    elif names is not None:
+        known = {str(name) for contest in contests for name in contest.spectra.stars["APOGEE_ID"]}
+        unknown = {str(name).strip() for name in names} - known
+        if unknown:
+            raise LabError(f"{min(unknown)} is no star of any contest")
 
 
 def _places(predictions, contest):
@@ -100,19 +123,28 @@ def _places(predictions, contest):
     return np.array([row_of.get(name, -1) for name in judged])
 
 
+def _numbers(predictions, name):
+    "One number per row of a column, NaN where it is masked; None without such a column."
+    column = _column(predictions, name)
+    if column is None:
+        return None
+    values = np.ma.filled(np.ma.asarray(number_array(column, name), dtype=float), np.nan)
+    if values.ndim != 1:
+        raise LabError(f"{name} holds {values.shape[1:]} numbers for each star: one is needed")
+    return values
+
+
 def _answers(predictions, contest, names):
     "A table for `error_table`: a row for each judged star, NaN where nothing was predicted."
     places = _places(predictions, contest)
     answers = QTable()
     for name in (part for label in names for part in (label.lower(), f"{label.lower()}_err")):
-        column = _column(predictions, name)
-        if column is None:
-            continue
-        values = np.ma.filled(np.ma.asarray(number_array(column, name), dtype=float), np.nan)
-        answers[name] = np.where(places >= 0, values[places], np.nan)
-    flags = _column(predictions, "flags")
-    flags = np.zeros(len(predictions), int) if flags is None else np.asarray(flags, dtype=int)
-    answers["flags"] = np.where(places >= 0, flags[places], 0)
+        values = _numbers(predictions, name)
+        if values is not None:
+            answers[name] = np.where(places >= 0, values[places], np.nan)
+    flags = _numbers(predictions, "flags")
+    flags = np.zeros(len(predictions)) if flags is None else np.nan_to_num(flags)
+    answers["flags"] = np.where(places >= 0, flags[places], 0).astype(int)
     return answers
 
 # %% ../nbs/23_board.ipynb #2764c622
@@ -233,6 +265,7 @@ def judge_predictions(predictions: Table, held: Sequence) -> QTable:
         if spoilt.any():
             tables.append(_score_garbage(predictions[spoilt], held))
         predictions = predictions[~spoilt]
+    _check_stars(predictions, held)
     for contest in held:
         some = _of_contest(predictions, contest)
         if not len(some):

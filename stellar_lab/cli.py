@@ -384,8 +384,8 @@ def _add_train(commands):
 _LABEL = """
 Label stars: read their spectra, treat them as the model's training spectra
 were treated, find the labels that fit best. The model is any that this version
-can read: a Cannon, a ridge regression, the physics model (.asdf), or a network
-(.keras, saved in Python). Where nothing is fitted, chi2 is empty.
+can read: one that 'stellar-lab train' wrote, the physics model (.asdf), or a
+network (.keras, saved in Python). Where nothing is fitted, chi2 is empty.
 
 PATH is an apStar or aspcapStar file, an apVisit, mwmStar or mwmVisit file, a
 spectrum of your own (see 'stellar-lab check --help'), a folder (searched for
@@ -451,10 +451,13 @@ def _write_fits(options, table):
 
 
 def _run_label(options):
-    from stellar_lab.labelling import check_spectra_target, label
+    from stellar_lab.labelling import check_draws, check_spectra_target, label
+    from stellar_lab.training import load_model
 
     if options.spectra:
         check_spectra_target(options.spectra, [options.model, *options.paths])
+    if options.spectra or options.plot:
+        check_draws(load_model(options.model))
     summary = label(
         options.model,
         options.paths,
@@ -513,8 +516,9 @@ Columns are wavelength, flux, error (or ivar). In text, comments such as
   # resolution: 11000
   # air: yes
 
-say what the numbers cannot; the options below override them. The model must be
-a Cannon. 'stellar-lab label' reads the same files.
+say what the numbers cannot; the options below override them. The model draws
+the spectra, or the guard beside it where it draws none.
+'stellar-lab label' reads the same files.
 
 Exit code 0 says that nothing is bad, 1 that something is.
 

@@ -923,7 +923,7 @@ def _held(spectra, profile, seed, only):
     unknown = sorted(set(only or ()) - set(names))
     if unknown:
         raise LabError(
-            f"no contest {', '.join(map(repr, unknown))}: choose from {', '.join(names)}"
+            f"no contest {', '.join(map(repr, unknown))}: choose from {', '.join(map(repr, names))}"
         )
     return [contest for contest in held if only is None or contest.name in only]
 
@@ -962,7 +962,9 @@ def _chosen(jobs, models):
     names = list(dict.fromkeys(job.name for job in sorted(jobs, key=lambda job: job.place)))
     unknown = sorted(set(models or ()) - set(names))
     if unknown:
-        raise LabError(f"no model {', '.join(map(repr, unknown))}: choose from {', '.join(names)}")
+        raise LabError(
+            f"no model {', '.join(map(repr, unknown))}: choose from {', '.join(map(repr, names))}"
+        )
     return [job for job in jobs if models is None or job.name in models]
 
 

@@ -770,8 +770,10 @@ def _report(model, spectra, ledger, sets, arguments, root, path):
     }
     kind = list(sets)[-1]
     rows, table = sets[kind]
-    stated = _stated_errors(spectra[rows], names)
-    alike = arguments.get("groups") is None  # with left-out groups, slopes would be of the groups
+    # with left-out groups, slopes would be of the groups, and of few groups nobody can tell the
+    # catalogue's noise from the model's error
+    alike = arguments.get("groups") is None
+    stated = _stated_errors(spectra[rows], names) if alike else None
     model, error_note = _calibrated(model, kind, table, truth[kind], stated, alike)
     facts = _facts(model, spectra, arguments, root, path)
     ids = [str(name) for name in spectra.stars["APOGEE_ID"]]

@@ -50,6 +50,25 @@ def test_order_case_and_missing_stars(contest):
     assert np.isclose(scores["refused"][0], 3 / 36)
 
 
+def with_flags(table, value):
+    table = table.copy()
+    table["flags"] = [value] * len(table)
+    return table
+
+
+def test_without_a_contest_a_table_counts_where_its_stars_are(contest):
+    rows = np.flatnonzero(np.arange(len(contest.spectra)) % 3 == 0)
+    fewer = Contest("fewer", contest.spectra[rows], contest.groups[rows])
+    scores = judge_predictions(predictions(contest), [contest, fewer])
+    both = dict(zip(scores["contest"], scores["n"]))
+    assert both == {"toy": len(contest.judged), "fewer": len(fewer.judged)}
+    stranger = predictions(contest)
+    stranger["apogee_id"] = stranger["apogee_id"].astype("U20")
+    stranger["apogee_id"][0] = "nobody"
+    with pytest.raises(LabError, match="nobody is no star of any contest"):
+        judge_predictions(stranger, [contest, fewer])
+
+
 def test_what_is_no_entry_is_named(contest, tmp_path):
     table = predictions(contest)
     text = table.copy()
@@ -58,8 +77,10 @@ def test_what_is_no_entry_is_named(contest, tmp_path):
     other["contest"] = "another"
     for wrong, message in (
         (text, "m_h"),
-        (other, "for none of the contests 'toy'"),
+        (other, "no contest 'another': the column contest may hold toy, garbage"),
         (table["apogee_id", "m_h_err"], "none of the labels"),
+        (with_flags(table, "fine"), "flags"),
+        (with_flags(table, [0, 0]), "flags holds .* numbers for each star: one is needed"),
     ):
         with pytest.raises(LabError, match=message):
             judge_predictions(wrong, [contest])

@@ -49,18 +49,23 @@ def main():
     from stellar_lab.curves import BRIGHTNESS, learning_curves, with_photon_limit
     from stellar_lab.mock import judged_giants, learning_stars
     from stellar_lab.results import contestants
-    from stellar_lab.survey import LabError, write_table
+    from stellar_lab.survey import ARCHIVES, LabError, write_table
 
+    names = ARCHIVES["mock"].labels
+    unknown = sorted(set(options.models or ()) - set(contestants(names)))
+    if unknown:
+        print(
+            f"error: no model {', '.join(map(repr, unknown))}: choose from "
+            f"{', '.join(map(repr, contestants(names)))}",
+            file=sys.stderr,
+        )
+        return 2
     train = learning_stars(LEARNERS)
-    names = train.label_names
     judged = {snr: judged_giants(JUDGED, snr)[0] for snr in BRIGHTNESS}
     truth = judged_giants(JUDGED, BRIGHTNESS[0])[1]
 
     def models(stars):
         found = contestants(names, "quick", stars)
-        unknown = sorted(set(options.models or ()) - set(found))
-        if unknown:
-            raise LabError(f"no model {', '.join(unknown)}: choose from {', '.join(found)}")
         return {name: found[name] for name in options.models or found}
 
     try:

@@ -264,7 +264,7 @@ costs. `tools/readme.py` writes this page from what was recorded; change nothing
 - The settings of the error-aware network were chosen on two of the five folds. The number of hidden
   labels is chosen inside the training stars, anew each time.
 
-## The Cannon as `stellar-lab train` makes it
+## The Cannon as `stellar-lab train --scatter --folds 5` makes it
 
 Labels of 478 real giants, each left out of training once (five folds), quadratic in six labels with
 a scatter per pixel, against the survey's calibrated labels. The first column is the whole chain

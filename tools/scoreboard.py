@@ -30,8 +30,8 @@ def arguments():
     )
     add(
         "--contests",
-        type=comma_separated,
-        help='such as "one split,five folds"; by default all of the archive',
+        nargs="+",
+        help='such as "one split" "five folds"; by default all of the archive',
     )
     add(
         "--models",

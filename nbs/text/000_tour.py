@@ -116,7 +116,7 @@ Table(
 )
 
 # %% [markdown]
-# **What to see.** Five temperatures with either error, all in kelvin. The last column is left out minus catalogue: how far a model that had not seen the star is from the survey. That is much more than the formal errors allow, and about what the calibrated ones say.
+# **What to see.** Five temperatures with either error, all in kelvin. These errors are about a catalogue's label, whose own noise is in them; [`train`](F_training.ipynb) takes that off. The last column is left out minus catalogue: how far a model that had not seen the star is from the survey. That is much more than the formal errors allow, and about what the calibrated ones say.
 
 # %%
 assert formal.meta["errors"] == "formal" and calibrated.meta["errors"] == "calibrated"

@@ -120,7 +120,7 @@ assert share_left[k] < 0.6 and np.median(share_left) > share_left[k]
 # %% [markdown]
 # ### The vectorizer
 # A term is a product of powers of labels, `TEFF^2*LOGG` for example, so it is a row of exponents. With all rows as one matrix, any list of terms and its
-# derivatives come from the same few lines. Quadratic in five labels means $1 + 5 + 15 = 21$ terms.
+# derivatives come from the same few lines. Quadratic in five labels means $1 + 5 + 15 = 21$ terms, in the six of these stars $1 + 6 + 21 = 28$.
 
 # %%
 #| export
@@ -1305,7 +1305,7 @@ for ax, name, slope in zip(axes, names, slopes):
 
 # %% [markdown]
 # **What to see.** More metals, deeper lines: the slope of the metallicity is negative almost everywhere, and strongest in the lines. A hotter star has
-# weaker lines: there the temperature points up. Where two panels look alike, two labels are hard to tell apart; the covariance of [the inversion](06_inversion.ipynb) says so.
+# weaker lines: there the temperature points up, except in the broad lines of hydrogen, which grow with it. Where two panels look alike, two labels are hard to tell apart; the covariance of [the inversion](06_inversion.ipynb) says so.
 #
 # Against finite differences, at a star that is not the mean:
 

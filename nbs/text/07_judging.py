@@ -276,6 +276,11 @@ def plot_comparison(tables: dict, names, difference: bool = False, axes=None):
     -------
     array of Axes
 
+    Raises
+    ------
+    LabError
+        where catalogue labels have another shape, or there are not as many axes as labels
+
     Examples
     --------
     >>> import numpy as np
@@ -296,13 +301,16 @@ def plot_comparison(tables: dict, names, difference: bool = False, axes=None):
         for first in axes[:, 0]:
             first.set_ylabel("predicted - catalogue" if difference else "predicted")
         axes = axes.ravel()[: len(names)]
-    axes = np.atleast_1d(axes)
+    axes = np.atleast_1d(axes).ravel()
+    if len(axes) != len(names):
+        raise LabError(f"{len(axes)} panels for {len(names)} labels: give one for each")
     for k, (ax, name) in enumerate(zip(axes, names)):
         record = label_record(name)
         for title, (table, truth) in tables.items():
+            residual = _differences(table, truth, names)[:, k]
             predicted = label_values(table, [name])[:, 0]
-            shown = predicted - truth[:, k] if difference else predicted
-            ax.plot(truth[:, k], shown, ".", ms=3, alpha=0.6, label=title)
+            shown = residual if difference else predicted
+            ax.plot(predicted - residual, shown, ".", ms=3, alpha=0.6, label=title)
         ends = np.array(ax.get_xlim())
         ax.plot(ends, 0 * ends if difference else ends, color="0.3", lw=0.8)
         ax.set(xlabel=f"catalogue {record.axis}", title=record.symbol, xlim=ends)
@@ -891,7 +899,7 @@ plot_coverage(both, truth[test][~half], names, axes[1]).set_title("the Cannon on
 axes[1].set_ylabel("");
 
 # %% [markdown]
-# **What to see.** A curve on the dashed line means errors that hold. One that lies below is too sure; a bias bends it most near zero. The Cannon's formal errors lie far below, its calibrated ones on the line.
+# **What to see.** A curve on the dashed line means errors that hold. One that lies below is too sure; a bias bends it most near zero. The Cannon's formal errors lie far below, its calibrated ones close to it: above it below one error and a little below it beyond, since a few stars are far off.
 
 # %%
 table = coverage(made_up["twice too sure"], made_truth, "M_H")

@@ -2753,7 +2753,7 @@ def _velocity_verdict(offset, error, told):
 def _air_verdict(offset, told):
     "Air or vacuum, from strong lines whose place is known if the velocity is."
     if told is None:
-        return Verdict("air or vacuum", "ok", "cannot be told without a velocity, and need not")
+        return Verdict("air or vacuum", "ok", "counts as velocity, which is measured anyway")
     if abs(offset - _AIR) < 5:
         return Verdict(
             "air or vacuum", "bad", "strong lines stand 82 km/s to the blue: air", "say so: air"
@@ -2940,13 +2940,24 @@ print(_error_verdict(StarLabels(one.table, one.model, unsure, one.notes)))
 
 # %%
 #| export
+def _that_draws(model):
+    "The model, if it draws spectra; else the Cannon of the guard beside it."
+    for one in (model, getattr(model, "refusal_", None)):
+        if isinstance(one, Cannon):
+            return one
+    raise LabError(
+        f"a {type(model).__name__} without a guard draws no spectra: check with a Cannon, or with "
+        "a model that 'stellar-lab train' made"
+    )
+
+
 def check_star(model: Cannon, spectra: Spectra) -> StarCheck:
     """Is a spectrum fit for labels? Grid, velocity, resolution, continuum, errors, bad pixels.
 
     Parameters
     ----------
     model : Cannon
-        fitted
+        fitted; or another model, whose guard then draws the spectra
     spectra : Spectra
         one star, from `from_arrays` or `read_spectrum`
 
@@ -2957,15 +2968,14 @@ def check_star(model: Cannon, spectra: Spectra) -> StarCheck:
     Raises
     ------
     LabError
-        where the model is no Cannon, or the star cannot be labelled at all
+        where neither the model nor its guard is a Cannon, or the star cannot be labelled at all
 
     Examples
     --------
     >>> from stellar_lab import check_star, read_spectrum
     >>> print(check_star(model, read_spectrum("my.csv")))  # doctest: +SKIP
     """
-    if not isinstance(model, Cannon):
-        raise LabError(f"a {type(model).__name__} draws no spectra: check with a Cannon")
+    model = _that_draws(model)
     told = _of_star(spectra, "VELOCITY")
     resolution = _of_star(spectra, "RESOLUTION")
     gains = _gains(model, spectra, resolution)
@@ -3044,7 +3054,7 @@ def plot_check(check: StarCheck, window: tuple = None):
     plot_spectrum(star.wavelength, made, known, window, ax=panels["s"], color="C3")
     panels["s"].set(xlabel=None, ylabel="flux / continuum")
     panels["s"].set_title(
-        f"{star.stars['APOGEE_ID'][0]} (black) and the model (red)", fontsize="small"
+        f"{star.stars['APOGEE_ID'][0]} (black) and the model (orange)", fontsize="small"
     )
     plot_spectrum(star.wavelength, star.flux[0] - made, known, window, ax=panels["d"], color="C3")
     panels["d"].set(ylabel="star less\nmodel")

@@ -438,8 +438,8 @@ above = {
     for snr in (20, 300)
 }
 Markdown(
-    f"**What to see.** A plain Cannon has soon learned all that it can; models of what differs "
-    "beyond the labels go on learning. For bright stars the best, "
+    f"**What to see.** A plain Cannon has soon learned all that it can, and more stars do not "
+    "help it; latents go on learning. For bright stars the best, "
     f"{best}, is {above[300]:.1f} times above the photon limit: it lacks stars, not light. For "
     "faint ones it lies below the limit."
 )
@@ -447,7 +447,7 @@ Markdown(
 # %% [markdown]
 # How can that be? The bound holds for estimates without bias. A model that has seen many stars knows which labels occur together, and where a spectrum says little it answers what is usual. That is a bias towards the mean, and for a typical star it is a good guess.
 #
-# The record must be of the code at hand. The photon limit of these stars is the recorded one, as far as so few stars tell; more light makes every model better; and where light abounds none is better than the photons allow.
+# The record must be of the code at hand. The photon limit of these stars is the recorded one, as far as so few stars tell; with all its stars every model is the better the more light there is; and where light abounds none is better than the photons allow.
 
 # %%
 at = record[(record["model"] == "Cannon") & (record["stars"] == most)]

@@ -1410,6 +1410,15 @@ Markdown(
 _MOST_SPECTRA = 5_000  # stars in one file of spectra: 0.5 GB
 
 
+def check_draws(model):
+    "LabError for a model that reads labels and draws no spectra."
+    if not hasattr(model, "predict"):
+        raise LabError(
+            f"a {type(model).__name__} reads labels and draws no spectra from them: take a Cannon "
+            "(train --kind cannon or hidden)"
+        )
+
+
 def best_fits(model, table, row: int = None):
     """Each star of a table of labels, treated as it was labelled, and the model on its pixels.
 
@@ -1432,8 +1441,7 @@ def best_fits(model, table, row: int = None):
     LabError
         where the model draws no spectra, or a file is gone
     """
-    if not hasattr(model, "predict"):
-        raise LabError(f"a {type(model).__name__} draws no spectra: take a Cannon")
+    check_draws(model)
     row = _row_of(model) if row is None else row
     for path in dict.fromkeys(map(str, table["file"])):
         kind = _kind_of_file(Path(path)) or model.metadata_.get("product") or "apstar"

@@ -87,7 +87,7 @@ errors
 # with the spread of the label: at 1, naming the average star would do as well.
 
 # %%
-plot_comparison({"left-out stars": (left_out, catalogue)}, names[:4]);
+plot_comparison({"left-out stars": (left_out, catalogue[:, :4])}, names[:4]);
 
 # %% [markdown]
 # **What to see.** Each point is a star that the model had not seen; on the line, model and survey agree.

@@ -1522,6 +1522,10 @@ aims = {
 }
 left_out = recorded_mean(*giants, "latents", _EACH, labels=4)
 aims["each cluster left out, latents, four labels"] = (left_out, 0.39)
+rich = _rows(recorded["clusters"], "aspcapstar", "metal-rich, five folds", "hidden labels")
+for name, aim in {"TEFF": 29, "LOGG": 0.061, "M_H": 0.021, "ALPHA_M": 0.019}.items():
+    found = float(rich["robust"][rich["label"] == name][0])
+    aims[f"metal-rich giants, hidden labels, {name}: robust scatter"] = (found, aim)
 true = against_truth(recorded["mock"])
 true = np.mean(_rows(true, "apstar", "one split", "latents")["scaled_rmse"])
 aims["synthetic stars, latents, truth"] = (true, 0.108)
@@ -1530,7 +1534,7 @@ on_scale = np.mean(of_latents["scale_rmse"] * of_latents["scaled_rmse"] / of_lat
 aims["the same, on the catalogue's scale"] = (on_scale, 0.08)
 
 # %% [markdown]
-# Those were errors, as scaled RMSE averaged over the labels. Now shares of stars: how far the share within one error may be from 0.68, for each label; how many stars of one cluster may lie beyond one error while that cluster was left out; and how many good giants may be flagged.
+# Those were errors, as scaled RMSE averaged over the labels where nothing else is said. Now shares of stars: how far the share within one error may be from 0.68, for each label; how many stars of one cluster may lie beyond one error while that cluster was left out; and how many good giants may be flagged.
 
 # %%
 aims["giants, errors in folds"] = (share_off("clusters", "inside_1", "latents", "five folds"), 0.04)
@@ -1545,13 +1549,14 @@ beyond = {
 aims[f"beyond one error: {max(beyond, key=beyond.get)}, left out"] = (max(beyond.values()), 0.55)
 flagged = recorded_mean("clusters", "flagged", "latents", "five folds")
 aims["good giants flagged"] = (flagged, 0.02)
-rows = [(what, f"{found:.3f}", f"{aim:g}", found <= aim) for what, (found, aim) in aims.items()]
+rows = [(what, f"{found:.3g}", f"{aim:g}", found <= aim) for what, (found, aim) in aims.items()]
 Table(rows=rows, names=["what", "reached", "at most", "met"])
 
 # %% [markdown]
 # Why the others were missed, and what was tried:
 #
 # - **Folds, by a hair.** The latents' answers are better by more than the gap where all stars count alike. They do not, because [stars with large catalogue errors must count less](26_gaps.ipynb); on these giants, whose stated errors are much alike, that costs a little.
+# - **Metal-rich giants.** These 174 stars alone can teach only few hidden labels; more of them make the answers worse.
 # - **Synthetic stars.** The error still falls with the number of stars ([learning curves](27_curves.ipynb)): there are too few to learn from, not too few photons. Cubic terms, other kernels and labels cleaned by the model's own answers made it worse.
 # - **Errors about a truth.** The catalogue's noise is up to three times as large as the model's error. What is left after taking it off is known to some 15 %, from the stars that there are.
 # - **One new cluster.** Stars of a cluster share what no label says, and err together. Errors that hold for clusters on average are too small for one of them. A term in the distance from the training stars was tried; it made other clusters' errors too large.

@@ -3054,7 +3054,7 @@ def plot_check(check: StarCheck, window: tuple = None):
     plot_spectrum(star.wavelength, made, known, window, ax=panels["s"], color="C3")
     panels["s"].set(xlabel=None, ylabel="flux / continuum")
     panels["s"].set_title(
-        f"{star.stars['APOGEE_ID'][0]} (black) and the model (orange)", fontsize="small"
+        f"{star.stars['APOGEE_ID'][0]} (black) and the model in colour", fontsize="small"
     )
     plot_spectrum(star.wavelength, star.flux[0] - made, known, window, ax=panels["d"], color="C3")
     panels["d"].set(ylabel="star less\nmodel")

@@ -1256,11 +1256,11 @@ LIMITS = {  # what a command is short of, as shell words around it
     ],
     "surroundings": [
         "env -i {run}",
-        "HOME=/nowhere LC_ALL=C {run}",
+        "HOME=/proc/nowhere LC_ALL=C {run}",
         "umask 777; {run}",
         "cd {place}/gone && rmdir {place}/gone && {run}",
         "PYTHONWARNINGS=error {run}",
-        "TMPDIR=/nowhere {run}",
+        "TMPDIR=/proc/nowhere {run}",
         "COLUMNS=0 LINES=-1 TERM=dumb {run}",
     ],
 }

@@ -249,10 +249,10 @@ def kept(model, real, tmp_path_factory):
     scaled = copy.copy(model)
     scaled.fe_h_scale_ = [1.1, 0.02]
     labels = len(PHYSICS_LABELS)
-    shapes = dict.fromkeys(ERROR_MODEL, (labels,)) | {"error_correlation_": (labels, labels)}
-    del shapes["error_slopes_"]  # asks for the spread of training labels, which physics has not
-    for name, shape in shapes.items():
-        setattr(scaled, name, np.random.default_rng(0).uniform(0.1, 0.9, shape))
+    # slopes ask for the spread of training labels, which physics has not
+    for name in set(ERROR_MODEL) - {"error_slopes_", "error_correlation_"}:
+        setattr(scaled, name, np.linspace(0.1, 0.9, labels))
+    scaled.error_correlation_ = 0.7 * np.eye(labels) + 0.3
     path = tmp_path_factory.mktemp("physics") / "physics.asdf"
     scaled.save(path)
     return scaled, path

@@ -75,11 +75,17 @@ def _column(table, name):
     return table[known[name]] if name in known else None
 
 
+def _contest_names(predictions):
+    "Contest of each row; None where no column says it."
+    column = _column(predictions, "contest")
+    return None if column is None else np.char.strip(np.asarray(column).astype(str))
+
+
 def _of_contest(predictions, contest):
     "Rows of the predictions for a contest: of all its stars, where no column says which."
-    column = _column(predictions, "contest")
-    if column is not None:
-        return predictions[np.char.strip(np.asarray(column).astype(str)) == contest.name]
+    named = _contest_names(predictions)
+    if named is not None:
+        return predictions[named == contest.name]
     names = _column(predictions, "apogee_id")
     if names is None:
         return predictions
@@ -89,11 +95,11 @@ def _of_contest(predictions, contest):
 
 def _check_stars(predictions, contests):
     "LabError for a contest or a star that nobody knows."
-    column = _column(predictions, "contest")
+    named = _contest_names(predictions)
     names = _column(predictions, "apogee_id")
-    if column is not None:
+    if named is not None:
         known = [contest.name for contest in contests] + [_GARBAGE]
-        unknown = set(np.char.strip(np.asarray(column).astype(str))) - set(known)
+        unknown = set(named) - set(known)
         if unknown:
             raise LabError(
                 f"no contest {str(min(unknown))!r}: the column contest may hold {', '.join(known)} "
@@ -259,9 +265,9 @@ def judge_predictions(predictions: Table, held: Sequence) -> QTable:
         for stars that are unknown or predicted twice, and where no label is predicted
     """
     tables = []
-    named = _column(predictions, "contest")
+    named = _contest_names(predictions)
     if named is not None:
-        spoilt = np.asarray(named).astype(str) == _GARBAGE
+        spoilt = named == _GARBAGE
         if spoilt.any():
             tables.append(_score_garbage(predictions[spoilt], held))
         predictions = predictions[~spoilt]

@@ -381,7 +381,8 @@ def test_a_whole_run(tmp_path, monkeypatch):
     assert set(run(only=["one split"])["contest"]) == {"one split"}
     with pytest.raises(
         LabError,
-        match="no contest 'clusters left out': choose from 'one split', 'five folds', 'fields ",
+        match="no contest 'clusters left out': choose from "
+        "'one split', 'five folds', 'fields left out'",
     ):
         run(only=["clusters left out"])
     table = run(only=["five folds", "fields left out"])

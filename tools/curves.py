@@ -52,11 +52,12 @@ def main():
     from stellar_lab.survey import ARCHIVES, LabError, write_table
 
     names = ARCHIVES["mock"].labels
-    unknown = sorted(set(options.models or ()) - set(contestants(names)))
+    known = contestants(names)
+    unknown = sorted(set(options.models or ()) - set(known))
     if unknown:
         print(
             f"error: no model {', '.join(map(repr, unknown))}: choose from "
-            f"{', '.join(map(repr, contestants(names)))}",
+            f"{', '.join(map(repr, known))}",
             file=sys.stderr,
         )
         return 2

@@ -24,9 +24,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from astropy.table import QTable, vstack
 from scipy.optimize import minimize
-from scipy.special import erf
+from scipy.special import erf, ndtri
 from sklearn.base import clone
-from sklearn.covariance import oas
 from sklearn.utils.validation import has_fit_parameter
 from tqdm import tqdm
 
@@ -298,10 +297,11 @@ def plot_comparison(tables: dict, names, difference: bool = False, axes=None):
         fig, axes = plt.subplots(rows, columns, figsize=(3 * columns, 2.7 * rows), squeeze=False)
         for empty in axes.ravel()[len(names) :]:
             fig.delaxes(empty)
-        for first in axes[:, 0]:
-            first.set_ylabel("predicted - catalogue" if difference else "predicted")
+        left = axes[:, 0]
         axes = axes.ravel()[: len(names)]
-    axes = np.atleast_1d(axes).ravel()
+    else:
+        axes = np.atleast_1d(axes).ravel()
+        left = axes[:1]
     if len(axes) != len(names):
         raise LabError(f"{len(axes)} panels for {len(names)} labels: give one for each")
     for k, (ax, name) in enumerate(zip(axes, names)):
@@ -314,7 +314,8 @@ def plot_comparison(tables: dict, names, difference: bool = False, axes=None):
         ends = np.array(ax.get_xlim())
         ax.plot(ends, 0 * ends if difference else ends, color="0.3", lw=0.8)
         ax.set(xlabel=f"catalogue {record.axis}", title=record.symbol, xlim=ends)
-    axes[0].set_ylabel("predicted - catalogue" if difference else "predicted")
+    for ax in left:
+        ax.set_ylabel("predicted - catalogue" if difference else "predicted")
     if len(tables) > 1:
         axes[0].legend(markerscale=3, handletextpad=0, frameon=False)
     return axes
@@ -402,7 +403,7 @@ def _noise_share(logit):
 def _most_share(residual2, stated2):
     """The largest share of the catalogue's stated variance that may be believed. Where it exceeds
     what is seen twice over, at most half of what is seen is the catalogue's."""
-    seen2 = robust_scatter(np.sqrt(residual2) * np.resize([1, -1], len(residual2))) ** 2
+    seen2 = np.median(residual2) / ndtri(0.75) ** 2  # half of a normal distribution is nearer
     excess = np.median(stated2) / max(seen2, np.finfo(float).tiny)
     if excess <= 1:
         return 1.0
@@ -574,6 +575,8 @@ def _calibrated2(model, formal2, labels):
 
 def _correlation(pulls):
     "How pulls (N, K) go together, (K, K); None where there is one label, or too few stars."
+    from sklearn.covariance import oas  # brings the linear models, which nothing else here needs
+
     pulls = pulls[np.isfinite(pulls).all(axis=1)]
     if pulls.shape[1] < 2 or len(pulls) < _LEAST_STARS:
         return None

@@ -62,6 +62,9 @@ def test_without_a_contest_a_table_counts_where_its_stars_are(contest):
     scores = judge_predictions(predictions(contest), [contest, fewer])
     both = dict(zip(scores["contest"], scores["n"]))
     assert both == {"toy": len(contest.judged), "fewer": len(fewer.judged)}
+    named = predictions(contest)
+    named["contest"] = " toy "
+    assert judge_predictions(named, [contest, fewer])["contest"].tolist() == ["toy"]
     stranger = predictions(contest)
     stranger["apogee_id"] = stranger["apogee_id"].astype("U20")
     stranger["apogee_id"][0] = "nobody"

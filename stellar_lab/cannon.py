@@ -729,8 +729,9 @@ def plot_fit(model, spectra: Spectra, row: int, labels=None, window=None, axes=N
     left = star.flux[0] - made
     name = star.stars["APOGEE_ID"][0] if name is None else name
     grid = star.wavelength
-    plot_spectrum(grid, star.flux[0], star.ivar[0], window, ax=axes[0], color="k", label="star")
-    plot_spectrum(grid, made, good, window, ax=axes[0], color="C3", alpha=0.8, label="model")
+    under = {"color": "0.55", "lw": 1.6, "label": "star"}  # wide: the model must not hide it
+    plot_spectrum(grid, star.flux[0], star.ivar[0], window, ax=axes[0], **under)
+    plot_spectrum(grid, made, good, window, ax=axes[0], color="C3", lw=0.6, label="model")
     rms = np.sqrt(np.mean(left[good] ** 2))
     axes[0].set(title=f"{name}: rms {rms:.4f}", xlabel=None, ylabel="flux / continuum")
     axes[0].set(ylim=_flux_limits(star, made, good & _in_window(grid, window)))

@@ -1148,8 +1148,9 @@ def plot_fit(model, spectra: Spectra, row: int, labels=None, window=None, axes=N
     left = star.flux[0] - made
     name = star.stars["APOGEE_ID"][0] if name is None else name
     grid = star.wavelength
-    plot_spectrum(grid, star.flux[0], star.ivar[0], window, ax=axes[0], color="k", label="star")
-    plot_spectrum(grid, made, good, window, ax=axes[0], color="C3", alpha=0.8, label="model")
+    under = {"color": "0.55", "lw": 1.6, "label": "star"}  # wide: the model must not hide it
+    plot_spectrum(grid, star.flux[0], star.ivar[0], window, ax=axes[0], **under)
+    plot_spectrum(grid, made, good, window, ax=axes[0], color="C3", lw=0.6, label="model")
     rms = np.sqrt(np.mean(left[good] ** 2))
     axes[0].set(title=f"{name}: rms {rms:.4f}", xlabel=None, ylabel="flux / continuum")
     axes[0].set(ylim=_flux_limits(star, made, good & _in_window(grid, window)))
@@ -1290,12 +1291,12 @@ Markdown(
 
 # %% [markdown]
 # ## What a label does to the spectrum
-# The derivative is a product, too. Each panel shows how the flux changes when one label grows by one standard deviation of the training set.
+# The derivative is a product, too. Each panel shows how the flux changes when one label grows by one standard deviation of the training set, on a scale of its own.
 
 # %%
 centre = model.pivots_[None]
 slopes = model.derivative(centre)[0] * model.scales_[:, None]
-fig, axes = plt.subplots(len(names), 1, figsize=(9, 1.2 * len(names)), sharex=True, sharey=True)
+fig, axes = plt.subplots(len(names), 1, figsize=(9, 1.2 * len(names)), sharex=True)
 for ax, name, slope in zip(axes, names, slopes):
     plot_spectrum(wavelength, slope, model.usable_, (15990, 16210), ax=ax).set(
         ylabel=LABELS[name].symbol
@@ -1304,7 +1305,7 @@ for ax, name, slope in zip(axes, names, slopes):
     ax.label_outer()
 
 # %% [markdown]
-# **What to see.** More metals, deeper lines: the slope of the metallicity is negative almost everywhere, and strongest in the lines. A hotter star has
+# **What to see.** Look at the scales first: metals change the flux most. More metals, deeper lines: their slope is negative almost everywhere, and strongest in the lines. A hotter star has
 # weaker lines: there the temperature points up, except in the broad lines of hydrogen, which grow with it. Where two panels look alike, two labels are hard to tell apart; the covariance of [the inversion](06_inversion.ipynb) says so.
 #
 # Against finite differences, at a star that is not the mean:

@@ -86,6 +86,7 @@ _KINDS = {  # what a name says of a file -> how we count it
     "visit": "files of single visits",
     "other": "other FITS files",
 }
+_NAMED = 3  # of the other files, at most
 
 
 _ELSEWHERE_NAME = re.compile(r"(apVisit|asVisit|mwmStar|mwmVisit)-.+\.fits(\.gz)?")
@@ -112,14 +113,18 @@ _ELSEWHERE = {  # what is neither apStar nor aspcapStar -> its reader
 }
 
 
-def _counted(kinds):
-    "Kinds of files in words, such as: 2 aspcapStar files, 1 other FITS file."
-    counts = Counter(kinds)
+def _counted(files):
+    "Files (path, kind) in words, such as: 2 aspcapStar files, 1 other FITS file (my_star.fits)."
+    counts = Counter(kind for _, kind in files)
     words = []
     for kind, text in _KINDS.items():
         if counts[kind]:
             text = text.replace("files", "file", 1) if counts[kind] == 1 else text
             words.append(f"{counts[kind]} {text}")
+    others = [Path(path).name for path, kind in files if kind == "other"]
+    if others:  # they may be spectra, and only their user can tell
+        more = ", …" if len(others) > _NAMED else ""
+        words[-1] += f" ({', '.join(others[:_NAMED])}{more})"
     return ", ".join(words)
 
 
@@ -149,7 +154,7 @@ def _inside(folder, product):
     stars = [pair for pair in everything if pair[1] in PRODUCTS]
     further = [pair for pair in everything if pair[1] in _ELSEWHERE]
     if not stars and not further:
-        others = _counted(kind for _, kind in everything)
+        others = _counted(everything)
         raise LabError(
             f"{folder} holds no apStar or aspcapStar file, none of visits or of SDSS-V, neither "
             "does a folder in it "
@@ -196,7 +201,7 @@ def _find(paths, product):
         for file, kind in stars:
             found.setdefault(os.path.abspath(file), (str(file), kind))
         seen |= {os.path.abspath(file): kind for file, kind in everything}
-    left_out = [kind for place, kind in seen.items() if place not in found]
+    left_out = [(place, kind) for place, kind in seen.items() if place not in found]
     return list(found.values()), _counted(left_out)
 
 

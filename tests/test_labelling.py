@@ -317,7 +317,7 @@ def test_what_was_left_out_is_said(run, root, model, good_files, tmp_path):
     shutil.copy(files[2], night / Path(files[2]).name.replace(".fits", "-56931.fits"))
     (night / "notes.txt").write_text("clouds")
     code, out, _ = run("label", night, "--model", model, "--out", tmp_path / "o.fits")
-    said = "left out: 2 aspcapStar files, 1 file of single visits, 1 other FITS file"
+    said = "left out: 2 aspcapStar files, 1 file of single visits, 1 other FITS file (my_star.fits)"
     assert code == 0 and said in out and "2 of 2 stars labelled" in out
     code, out, _ = run(
         "label", night, night / "my_star.fits", "--model", model, "--out", tmp_path / "o.fits"
@@ -325,7 +325,7 @@ def test_what_was_left_out_is_said(run, root, model, good_files, tmp_path):
     assert "3 of 3 stars" in out and "other FITS" not in out
     (tmp_path / "empty").mkdir()
     shutil.copy(files[2], tmp_path / "empty" / "my_star.fits")
-    with pytest.raises(LabError, match="it has 1 other FITS file: name these"):
+    with pytest.raises(LabError, match=r"it has 1 other FITS file \(my_star.fits\): name these"):
         find_spectra(tmp_path / "empty")
 
 

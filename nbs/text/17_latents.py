@@ -21,8 +21,8 @@ from functools import cached_property
 
 import numpy as np
 from scipy.linalg import cho_solve, solve_triangular
+from scipy.linalg.lapack import dpotri
 from scipy.optimize import minimize
-from scipy.spatial.distance import cdist
 from sklearn.linear_model import RidgeCV
 from sklearn.utils.validation import check_is_fitted
 from tqdm import tqdm
@@ -52,7 +52,7 @@ from astropy.table import Table
 from scipy.optimize import approx_fprime
 from sklearn.decomposition import PCA
 from sklearn.gaussian_process import GaussianProcessRegressor
-from sklearn.gaussian_process.kernels import RBF, ConstantKernel, DotProduct
+from sklearn.gaussian_process.kernels import ConstantKernel, DotProduct, RationalQuadratic
 
 from stellar_lab.cannon import Cannon
 from stellar_lab.inversion import infer
@@ -132,22 +132,16 @@ ax.set(xlabel="direction", ylabel="rms change of the flux", title="How giants di
 #
 # ## A curve that knows where it was measured
 # A *Gaussian process* is a way to draw a smooth curve through noisy points (Rasmussen and Williams 2006, *Gaussian Processes for Machine Learning*). It needs one thing only: how alike the answers of two stars are, given
-# their latents $\mathbf z$ and $\mathbf z'$. Two stars at the same place have the same answer; far apart they know nothing of each other. Ours adds a straight line, on which far stars agree, too:
-# $$ k(\mathbf z,\mathbf z') = a^2\,\mathbf z\cdot\mathbf z' \;+\; b^2\exp\Bigl(-\tfrac12\sum_j \frac{(z_j-z'_j)^2}{\lambda_j^2}\Bigr). $$
+# their latents $\mathbf z$ and $\mathbf z'$. Two stars at the same place have the same answer; far apart they know nothing of each other. Ours adds a straight line and a parabola, on which far stars agree, too:
+# $$ k(\mathbf z,\mathbf z') = \underbrace{a^2\,\mathbf z\cdot\mathbf z'}_{\text{straight line}} \;+\; \underbrace{c^2\Bigl(\sum_j \frac{z_j z'_j}{\lambda_j^2}\Bigr)^2}_{\text{parabola}} \;+\; \underbrace{b^2\Bigl(1+\tfrac12\sum_j \frac{(z_j-z'_j)^2}{\lambda_j^2}\Bigr)^{-1}}_{\text{free curve}}. $$
 # Each of the strongest latents has a length $\lambda_j$ of its own, over which the curve may bend. The weak ones share one. A latent that does not matter gets a long length.
+#
+# The free curve is a *rational quadratic*: many bells of different widths, added up. A single bell would let the curve bend on one scale only, and stars bend on several.
 
 # %%
 #| export
-_NOISE, _CURVED, _STRAIGHT = 0, 1, 2  # places of the logarithms of s^2, b^2 and a^2
-_LENGTHS = slice(3, None)  # … and of the lengths: of each leading latent, then of all others
-
-
-def _squares(A, B, leading):
-    "Squared distances (G, N, M) of stars along each leading latent, and along all others together."
-    parts = [np.subtract.outer(a, b) ** 2 for a, b in zip(A.T[:leading], B.T[:leading])]
-    if A.shape[1] > leading:
-        parts.append(cdist(A[:, leading:], B[:, leading:], "sqeuclidean"))
-    return np.array(parts)
+_NOISE, _CURVED, _STRAIGHT, _PARABOLA = range(4)  # places of the logarithms of s^2, b^2, a^2, c^2
+_LENGTHS = slice(4, None)  # … and of the lengths: of each leading latent, then of all others
 
 
 def _inverse_squares(parameters, number):
@@ -157,12 +151,23 @@ def _inverse_squares(parameters, number):
     return np.exp(-2 * np.append(lengths, others))
 
 
-def _kernel(parameters, A, B):
-    "How alike the answers of stars A (N, q) and B (M, q) are: the curved and the straight part."
-    scale = np.sqrt(_inverse_squares(parameters, A.shape[1]))
-    distance2 = cdist(A * scale, B * scale, "sqeuclidean")
-    curved = np.exp(parameters[_CURVED] - distance2 / 2)
-    return curved, np.exp(parameters[_STRAIGHT]) * (A @ B.T)
+def _near(distance2):
+    "How near stars are: 1 at the same place, falling to 0 with the square of their distance."
+    return 1 / (1 + distance2 / 2)
+
+
+def _pairs(parameters, A, B):
+    "How near stars A (N, q) and B (M, q) are and how aligned (N, M), in the lengths' units."
+    weights = _inverse_squares(parameters, A.shape[1])
+    aligned = (A * weights) @ B.T
+    squares = np.add.outer(A**2 @ weights, B**2 @ weights)
+    return _near(np.maximum(squares - 2 * aligned, 0)), aligned
+
+
+def _likeness(parameters, A, B, near, aligned):
+    "How alike the answers of stars A (N, q) and B (M, q) are."
+    curved, straight, parabola = np.exp(parameters[[_CURVED, _STRAIGHT, _PARABOLA]])
+    return curved * near + straight * (A @ B.T) + parabola * aligned**2
 
 
 # %% [markdown]
@@ -179,13 +184,16 @@ class _Process:
     latents: np.ndarray  # (N, q) of the training stars
     values: np.ndarray  # (N,) their scaled labels
     extra: np.ndarray  # (N,) variance that each brings beside the noise
-    parameters: np.ndarray  # logarithms: noise, two strengths, lengths
+    parameters: np.ndarray  # logarithms: noise, three strengths, lengths
     share: np.ndarray = 1.0  # (N,) noise of each star, in units of the common one
 
     @cached_property
     def factor(self):
         "Cholesky factor of the training stars' covariance."
-        covariance = sum(_kernel(self.parameters, self.latents, self.latents))
+        stars = self.latents
+        covariance = _likeness(
+            self.parameters, stars, stars, *_pairs(self.parameters, stars, stars)
+        )
         noise = np.exp(self.parameters[_NOISE]) * self.share + self.extra
         return np.linalg.cholesky(covariance + np.diag(noise)), True
 
@@ -195,19 +203,27 @@ class _Process:
 
     def __call__(self, latents):
         "Mean (N,), variance (N,) of the curve, and its slope (N, q) at some stars."
-        curved, straight = _kernel(self.parameters, latents, self.latents)
-        likeness = curved + straight
+        near, aligned = _pairs(self.parameters, latents, self.latents)
+        likeness = _likeness(self.parameters, latents, self.latents, near, aligned)
         seen = solve_triangular(self.factor[0], likeness.T, lower=True)
-        own = np.exp(self.parameters[_CURVED])
-        own = own + np.exp(self.parameters[_STRAIGHT]) * (latents**2).sum(axis=1)
-        variance = np.maximum(own - (seen**2).sum(axis=0), 0)
-        return likeness @ self.weights, variance, self._slope(latents, curved * self.weights)
+        variance = np.maximum(self._of_itself(latents) - (seen**2).sum(axis=0), 0)
+        return likeness @ self.weights, variance, self._slope(latents, near, aligned)
 
-    def _slope(self, latents, pull):
+    def _of_itself(self, latents):
+        "Likeness (N,) of stars with themselves."
+        curved, straight, parabola = np.exp(self.parameters[[_CURVED, _STRAIGHT, _PARABOLA]])
+        squares = latents**2
+        aligned = squares @ _inverse_squares(self.parameters, latents.shape[1])
+        return curved + straight * squares.sum(axis=1) + parabola * aligned**2
+
+    def _slope(self, latents, near, aligned):
         "Derivative of the mean with respect to each latent, (N, q)."
+        curved, straight, parabola = np.exp(self.parameters[[_CURVED, _STRAIGHT, _PARABOLA]])
+        pull = curved * near**2 * self.weights
         bends = pull @ self.latents - pull.sum(axis=1)[:, None] * latents
+        bends += 2 * parabola * (aligned * self.weights) @ self.latents
         bends *= _inverse_squares(self.parameters, latents.shape[1])
-        return bends + np.exp(self.parameters[_STRAIGHT]) * (self.weights @ self.latents)
+        return bends + straight * (self.weights @ self.latents)
 
     def left_out(self):
         "Mean and variance (N,) of each training star without itself, in closed form."
@@ -221,7 +237,7 @@ class _Process:
 
 # %%
 places = np.array([-2.2, -1.7, -1, -0.8, 0.1, 0.3, 1.0, 1.2])[:, None]
-parameters = np.log([0.05**2, 0.5, 0.3, 0.8])
+parameters = np.log([0.05**2, 0.5, 0.3, 0.01, 0.8])
 curve = _Process(places, np.sin(2 * places[:, 0]) + places[:, 0], np.zeros(8), parameters)
 at = np.linspace(-4, 4, 200)[:, None]
 mean, variance, slope = curve(at)
@@ -236,10 +252,12 @@ assert np.allclose(slope[1:-1, 0], np.gradient(mean, at[:, 0])[1:-1], atol=2e-2)
 assert variance[100] < 0.02 < variance[-1]
 
 # %% [markdown]
-# scikit-learn's Gaussian process is our reference implementation: it can do the same for one length, not for ours, and must agree where both can. A star left out in closed form must be as if it had really been left out.
+# scikit-learn's Gaussian process is our reference implementation: it can do the same for one length, not for ours, and must agree where both can. (Its `DotProduct`, squared, is our parabola but for the length.) A star left out in closed form must be as if it had really been left out.
 
 # %%
-kernel = ConstantKernel(0.3) * DotProduct(1e-6, "fixed") + ConstantKernel(0.5) * RBF(0.8)
+kernel = ConstantKernel(0.3) * DotProduct(1e-6, "fixed")
+kernel += ConstantKernel(0.01 / 0.8**4) * DotProduct(1e-6, "fixed") ** 2
+kernel += ConstantKernel(0.5) * RationalQuadratic(0.8, alpha=1)
 theirs = GaussianProcessRegressor(kernel, alpha=0.05**2, optimizer=None).fit(places, curve.values)
 their_mean, their_error = theirs.predict(at, return_std=True)
 assert np.allclose(their_mean, mean) and np.allclose(their_error**2, variance, atol=1e-7)
@@ -253,42 +271,68 @@ assert np.isclose(curve.left_out()[0][0], without(places[:1])[0][0])
 
 # %%
 #| export
-_MOST_TUNING = 500  # training stars that settings are learned from
-_BOUNDS = ((-12, 1), (-12, 8), (-14, 3))  # logarithms of noise, curved and straight part
+_MOST_TUNING = 1_000  # training stars that settings are learned from
+_BOUNDS = ((-12, 1), (-12, 8), (-14, 3), (-14, 8))  # logarithms of noise and of the three parts
 _LENGTH_BOUNDS = (-1, 8)
+_NO_PARABOLA = -30  # its logarithm
 
 
-def _minus_log_likelihood(parameters, squares, products, values, extra, share):
+def _inverse(factor):
+    "Inverse of a matrix from its lower Cholesky factor."
+    lower = np.tril(dpotri(factor, lower=True)[0])
+    return lower + np.tril(lower, -1).T
+
+
+def _minus_log_likelihood(parameters, latents, values, extra, share):
     "-ln of the marginal likelihood, and its slope along each parameter."
     noise = np.exp(parameters[_NOISE]) * share
-    inverse_squares = np.exp(-2 * parameters[_LENGTHS])
-    curved = np.exp(parameters[_CURVED] - np.tensordot(inverse_squares, squares, axes=1) / 2)
-    straight = np.exp(parameters[_STRAIGHT]) * products
+    near, aligned = _pairs(parameters, latents, latents)
+    curved = np.exp(parameters[_CURVED]) * near
+    straight = np.exp(parameters[_STRAIGHT]) * (latents @ latents.T)
+    parabola = np.exp(parameters[_PARABOLA]) * aligned**2
     try:
-        factor = np.linalg.cholesky(curved + straight + np.diag(noise + extra))
+        factor = np.linalg.cholesky(curved + straight + parabola + np.diag(noise + extra))
     except np.linalg.LinAlgError:  # settings under which no star could be told from another
         return 1e10, np.zeros_like(parameters)
-    inverse = cho_solve((factor, True), np.eye(len(values)))
+    inverse = _inverse(factor)
     weights = inverse @ values
     pull = inverse - np.outer(weights, weights)
-    bent = pull * curved
-    slopes = [noise @ np.diag(pull), bent.sum(), np.vdot(pull, straight)]
-    slopes = np.append(slopes, inverse_squares * np.tensordot(squares, bent, axes=2))
+    slopes = [
+        noise @ np.diag(pull),
+        *(np.vdot(pull, part) for part in (curved, straight, parabola)),
+    ]
+    slopes = np.append(slopes, _length_slopes(parameters, latents, pull, curved * near, aligned))
     cost = values @ weights / 2 + np.log(np.diag(factor)).sum()
     return cost, slopes / 2
 
 
+def _length_slopes(parameters, latents, pull, bent, aligned):
+    "Slopes along each length; pull, bent and aligned (N, N)."
+    bent = pull * bent
+    squares = bent.sum(axis=1) @ latents**2 - (latents * (bent @ latents)).sum(axis=0)
+    steep = np.exp(parameters[_PARABOLA]) * pull * aligned
+    products = (latents * (steep @ latents)).sum(axis=0)
+    each = _inverse_squares(parameters, latents.shape[1]) * (2 * squares - 4 * products)
+    leading = len(parameters[_LENGTHS]) - 1
+    if leading == latents.shape[1] - 1:
+        return each  # no latent shares its length
+    return np.append(each[:leading], each[leading:].sum())
+
+
 def _settings(latents, values, extra, leading, start=None, share=None):
-    "Parameters (G + 3,) that make the training stars' labels most probable."
+    "Parameters (G + 4,) that make the training stars' labels most probable."
     rows = np.unique(np.linspace(0, len(values) - 1, _MOST_TUNING).astype(int))
-    squares = _squares(latents[rows], latents[rows], leading)
+    lengths = min(leading + 1, latents.shape[1])
+    bounds = [*_BOUNDS, *[_LENGTH_BOUNDS] * lengths]
     if start is None:
-        number = latents.shape[1]
-        start = np.append(np.log([0.02, 0.05, 1 / number]), np.full(len(squares), np.log(3)))
+        strengths = np.log([0.02, 0.05, 1 / latents.shape[1], 0.01])
+        start = np.append(strengths, np.full(lengths, np.log(3)))
+    if not leading:  # a view by a line: the line's answers are inputs already
+        start[_PARABOLA] = _NO_PARABOLA
+        bounds[_PARABOLA] = (_NO_PARABOLA, _NO_PARABOLA)
     share = np.ones(len(rows)) if share is None else share[rows]
-    fixed = squares, latents[rows] @ latents[rows].T, values[rows], extra[rows], share
-    bounds = [*_BOUNDS, *[_LENGTH_BOUNDS] * len(squares)]
-    options = {"maxiter": 60}
+    fixed = latents[rows], values[rows], extra[rows], share
+    options = {"maxiter": 100}
     found = minimize(
         _minus_log_likelihood, start, fixed, "L-BFGS-B", jac=True, bounds=bounds, options=options
     )
@@ -304,8 +348,8 @@ wave = np.sin(1.5 * places[:, 0]) + places[:, 1]
 values = wave + 0.1 * rng.standard_normal(200)
 nothing = np.zeros(200)
 share = rng.uniform(0.5, 2, 200)
-fixed = _squares(places, places, 3), places @ places.T, values, nothing, share
-start = np.log([0.02, 0.05, 0.3, 3, 3, 3])
+fixed = places, values, nothing, share
+start = np.log([0.02, 0.05, 0.3, 0.01, 3, 3, 3])
 numeric = approx_fprime(start, lambda p: _minus_log_likelihood(p, *fixed)[0], 1e-6)
 assert np.allclose(_minus_log_likelihood(start, *fixed)[1], numeric, rtol=1e-3, atol=1e-2)
 found = _settings(places, values, nothing, leading=3)
@@ -319,7 +363,7 @@ assert abs(np.sqrt(noise) / 0.1 - 1) < 0.2 and first < 0.2 * min(second, third)
 # %% [markdown]
 # ## Two views of the same latents
 # How alike two stars are depends on how we look at them. We look in two ways, and each is good at other stars. The first view takes the latents as they are, the ten strongest each with a length of its own. The second asks a straight
-# line first, ridge regression from latents to labels. It looks at the line's answers, and at each latent times the weight that it has in them, and draws the curve through what the line leaves. It has one length only.
+# line first, ridge regression from latents to labels. It looks at the line's answers, and at each latent times the weight that it has in them, and draws the curve through what the line leaves. It has one length only, and no parabola.
 
 # %%
 #| export
@@ -488,7 +532,7 @@ def _make_again(model):
     by_line = _View.along(model.line_, model.line_constant_)
     model._views = [_View.plain(latents, scaled), by_line]
     model._processes = []
-    kept = zip(model._views, model.settings_, model.latent_noise_, model.process_weights_)
+    kept = zip(model._views, model.process_settings_, model.latent_noise_, model.process_weights_)
     for view, settings, noise, weights in kept:
         left = scaled - latents @ view.line - view.constant
         processes = []
@@ -634,7 +678,7 @@ class _InTwoViews(_Compressed):
         "latent_labels_": Held("number", "MK", holes=True),
         "label_shares_": Held("number", "MK", low=0),
         "latent_noise_": Held("number", "KM", low=0, several=True),
-        "settings_": Held("number", "K*", low=-99, high=99, several=True),
+        "process_settings_": Held("number", "K*", low=-99, high=99, several=True),
         "process_weights_": Held("number", "KM", several=True),
         "line_": Held("number", "qK"),
         "line_constant_": Held("number", "K"),
@@ -669,7 +713,9 @@ class _InTwoViews(_Compressed):
                 of_label = scaled[:, k], self.label_shares_[:, k]
                 learned.append(_learn_process(view, k, latents, covariance, *of_label))
         self._processes = _by_view(learned, scaled.shape[1])
-        self.settings_ = [np.array([one.parameters for one in some]) for some in self._processes]
+        self.process_settings_ = [
+            np.array([one.parameters for one in some]) for some in self._processes
+        ]
         self.latent_noise_ = [_of_all(some, known, "extra") for some in self._processes]
         self.process_weights_ = [_of_all(some, known, "weights") for some in self._processes]
         self.line_ = self._views[1].line
@@ -869,6 +915,9 @@ class LatentLabels(_WithGaps):
     pixels left out (Tipping and Bishop 1999, JRSS B 61, 611). A Gaussian process for each label
     reads the latents; its settings maximize the marginal likelihood (Rasmussen and Williams 2006),
     the latents' errors counted (McHutchon and Rasmussen 2011, NIPS 24, 1341).
+
+    How alike two stars are has three parts: a line, a parabola, and a free curve that bends on
+    several scales (a rational quadratic).
 
     Parameters
     ----------

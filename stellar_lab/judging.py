@@ -19,6 +19,7 @@ from sklearn.base import clone
 from sklearn.utils.validation import has_fit_parameter
 from tqdm import tqdm
 
+from .clean import nan_median
 from .inversion import infer
 from stellar_lab.models import (
     ERROR_MODEL,
@@ -361,7 +362,7 @@ def _stated(model, catalogue_error, stars):
     "Variance (N, K) that a catalogue states; None for none. LabError for another shape."
     if catalogue_error is None:
         return [None] * len(model.label_names_)
-    stated = np.asarray(catalogue_error, dtype=float)
+    stated = number_array(catalogue_error, "the catalogue's errors").astype(float)
     if stated.shape != (stars, len(model.label_names_)):
         raise LabError(
             f"the catalogue's errors have the shape {stated.shape}: one for each of {stars} stars "
@@ -369,7 +370,7 @@ def _stated(model, catalogue_error, stars):
         )
     unknown = ~(np.isfinite(stated) & (stated >= 0))
     if unknown.any():  # such a star counts as a usual one
-        usual = np.nanmedian(np.where(unknown, np.nan, stated), axis=0)
+        usual = nan_median(np.where(unknown, np.nan, stated), axis=0)
         stated = np.where(unknown, np.nan_to_num(usual), stated)
     return stated.T**2
 
@@ -428,8 +429,8 @@ def with_error_model(
     Raises
     ------
     LabError
-        where fewer than ten stars are left, the table's errors are calibrated already, or `truth`
-        has another shape
+        where fewer than ten stars are left, the table's errors are calibrated already, negative or
+        infinite, or `truth` has another shape
 
     Examples
     --------
@@ -450,9 +451,10 @@ def with_error_model(
         )
     residual = _differences(table, truth, model.label_names_)
     formal = label_values(table, [f"{name}_err" for name in model.label_names_])
-    if np.any(formal < 0):
+    impossible = (formal < 0) | np.isinf(formal)
+    if impossible.any():
         raise LabError(
-            f"{np.sum(formal < 0)} errors in the table are negative: give those of infer"
+            f"{impossible.sum()} errors in the table are negative or infinite: give those of infer"
         )
     formal2 = formal**2
     stated2 = _stated(model, catalogue_error, len(residual))

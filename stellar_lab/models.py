@@ -225,7 +225,7 @@ def number_array(values, name: str, kinds: str = "fiu") -> np.ndarray:
     Returns
     -------
     ndarray
-        as it is, where it is one
+        as it is, where it is one; NaN where a masked array hides a number
 
     Raises
     ------
@@ -233,6 +233,8 @@ def number_array(values, name: str, kinds: str = "fiu") -> np.ndarray:
         for text, complex numbers, True and False, and what is no array at all
     """
     try:
+        if np.ma.is_masked(values):
+            values = values.astype(float).filled(np.nan)
         array = np.asarray(values)
     except (TypeError, ValueError) as error:
         raise LabError(f"{name} is no array of numbers: give one, of one length") from error

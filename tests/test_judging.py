@@ -84,6 +84,42 @@ def test_floors_of_labels_that_err_together_are_correlated(tmp_path):
         assert np.array_equal(getattr(again, name), getattr(calibrated, name)), name
 
 
+def test_what_a_mask_hides_is_not_judged_by():
+    spectra = make_spectra()
+    model = Cannon(order=1).fit(spectra[:100])
+    table = infer(model, spectra[100:])
+    truth = spectra[100:].labels(NAMES)
+    hidden = np.zeros(truth.shape, bool)
+    hidden[:3] = True
+    wrong = np.ma.array(np.where(hidden, -9999, truth), mask=hidden)
+    missing = np.where(hidden, np.nan, truth)
+    masked = with_error_model(model, table, wrong)
+    assert np.array_equal(masked.error_floor_, with_error_model(model, table, missing).error_floor_)
+    assert np.sqrt(masked.error_floor_[0]) < 1000  # not the 9,999 that was hidden
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_catalogue_may_state_no_error_of_a_label():
+    spectra = make_spectra()
+    model = Cannon(order=1).fit(spectra[:100])
+    table = infer(model, spectra[100:])
+    truth = spectra[100:].labels(NAMES)
+    stated = np.full(truth.shape, 0.01)
+    stated[:, 1] = np.nan
+    noise = with_error_model(model, table, truth, stated).catalogue_noise_
+    assert noise[1] == 0 and np.isfinite(noise).all()
+
+
+@pytest.mark.parametrize("error", [np.inf, -1.0])
+def test_impossible_errors_are_refused(error):
+    spectra = make_spectra()
+    model = Cannon(order=1).fit(spectra)
+    table = infer(model, spectra)
+    table["teff_err"][3] = error * table["teff_err"].unit
+    with pytest.raises(LabError, match="1 errors in the table are negative or infinite"):
+        with_error_model(model, table, spectra.labels(NAMES))
+
+
 def test_shapes_must_agree():
     spectra = make_spectra()
     truth = spectra.labels(NAMES)

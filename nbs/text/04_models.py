@@ -334,7 +334,7 @@ def number_array(values, name: str, kinds: str = "fiu") -> np.ndarray:
     Returns
     -------
     ndarray
-        as it is, where it is one
+        as it is, where it is one; NaN where a masked array hides a number
 
     Raises
     ------
@@ -342,6 +342,8 @@ def number_array(values, name: str, kinds: str = "fiu") -> np.ndarray:
         for text, complex numbers, True and False, and what is no array at all
     """
     try:
+        if np.ma.is_masked(values):
+            values = values.astype(float).filled(np.nan)
         array = np.asarray(values)
     except (TypeError, ValueError) as error:
         raise LabError(f"{name} is no array of numbers: give one, of one length") from error
@@ -354,7 +356,8 @@ def number_array(values, name: str, kinds: str = "fiu") -> np.ndarray:
 for wrong in (["a", "b"], [1j], [True], [[1], [1, 2]], None):
     with pytest.raises(LabError, match="flux (holds|is no array)"):
         number_array(wrong, "flux")
-print(number_array([1, 2.5], "flux"), said_of(KeyError("one")))
+hidden = np.ma.masked_equal([1, 2, 999], 999)
+print(number_array([1, 2.5], "flux"), number_array(hidden, "flux"), said_of(KeyError("one")))
 
 
 # %%

@@ -80,6 +80,8 @@ for room in ("survey", "clean", "normalize", "models", "cannon", "judging"):
         plot_fit(Cannon(order=1, labels=["TEFF"]).fit(stars), stars, 3)
         print("fitted", flush=True)
         os._exit(0)
+import stellar_lab.readers
+found["networks"] = sorted({{"tensorflow", "keras"}} & set(sys.modules))
 from stellar_lab import normalize
 import stellar_lab.normalize as room
 found["callable"] = callable(normalize) and callable(room.continuum)
@@ -111,6 +113,10 @@ def test_rooms_without_plots_load_no_plotting(first_steps):
     "One process opens them all, one after the other."
     rooms = ("survey", "clean", "normalize", "models", "cannon", "judging")
     assert first_steps["plots"] == {room: [] for room in rooms}
+
+
+def test_readers_need_no_tensorflow(first_steps):
+    assert first_steps["networks"] == []
 
 
 def test_the_front_doors_cannon_can_answer_at_once(first_steps):

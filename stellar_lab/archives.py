@@ -21,6 +21,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from glob import escape
 from importlib import import_module
 from pathlib import Path
@@ -30,7 +31,6 @@ from astropy.io import fits
 from astropy.table import QTable, Table
 from numpy.polynomial.legendre import legval
 from scipy import constants
-from scipy.ndimage import binary_opening
 from tqdm import tqdm
 
 from .normalize import MASKED_LIMIT
@@ -253,13 +253,13 @@ def _cluster_of(fields):
     return [names[str(field).strip()] for field in fields]
 
 # %% ../nbs/A_archives.ipynb #d1e387a8
-def _unpack():
-    "Flux (553, 7214), its error with 0 where the survey gave none, and the stars table."
-    with data_file(_PACKED_STARS) as path, fits.open(path) as hdus:
+@cache
+def _packed(file):
+    "What the package holds, read once: encoded fluxes and errors (553, 7214), the stars table."
+    with data_file(file) as path, fits.open(path) as hdus:
         steps = hdus["FLUX"].data
         levels = hdus["ERROR"].data
         stars = Table(hdus["STARS"].data)
-    error = np.where(levels > _NO_ERROR, np.exp(levels * _LOG_ERROR_STEP), 0)
     stars["TELESCOPE"] = "apo25m"
     stars["CLUSTER"] = _cluster_of(stars["FIELD"])
     for name in LABELS:
@@ -271,12 +271,30 @@ def _unpack():
         "archive": "clusters",
         "normalized": True,
     }
-    return (steps * _FLUX_STEP).astype("f4"), error.astype("f4"), stars
+    return steps, levels, stars
+
+
+def _unpack(rows=slice(None)):
+    "Flux (N, 7214), its error with 0 where the survey gave none, and the stars table."
+    steps, levels, stars = _packed(_PACKED_STARS)
+    levels = levels[rows]
+    error = np.where(levels > _NO_ERROR, np.exp(levels * _LOG_ERROR_STEP), 0)
+    return (steps[rows] * _FLUX_STEP).astype("f4"), error.astype("f4"), Table(stars[rows])
 
 # %% ../nbs/A_archives.ipynb #b776d88e
 _EDGE = 60  # pixels from a chip's edge that count as its rim
 _RUN = 5  # neighbours in a row that make a sky line
 _CHIP_SIZES = [last - first + 1 for first, last in CHIPS.values()]
+
+
+def _in_a_run(bad):
+    "Which pixels (N, P) stand in a row of `_RUN` bad ones or more."
+    last = bad.shape[1] - _RUN + 1
+    begins = np.logical_and.reduce([bad[:, k : last + k] for k in range(_RUN)])
+    found = np.zeros_like(bad)
+    for k in range(_RUN):
+        found[:, k : last + k] |= begins
+    return found
 
 
 def _pixel_bits(flux, error):
@@ -285,7 +303,7 @@ def _pixel_bits(flux, error):
     These mark a pixel as bad only by a flux of zero or an error of 0.3 and more."""
     empty = (flux <= 0) | (error <= 0)
     inflated = ~empty & (error >= _MAX_ERROR)
-    sky = binary_opening(inflated, np.ones((1, _RUN), bool))
+    sky = _in_a_run(inflated)
     to_edge = [np.minimum(np.arange(size), np.arange(size)[::-1]) for size in _CHIP_SIZES]
     rim = np.concatenate(to_edge) < _EDGE
     bits = empty * PIXMASK.BADPIX + inflated * PIXMASK.BADERR + sky * PIXMASK.SIG_SKYLINE
@@ -307,7 +325,12 @@ def real_stars(with_mask: bool = False) -> Spectra:
         553 stars, 7,214 pixels, sorted by the name of the survey's file; their labels and facts
         in `stars`.
     """
-    flux, error, stars = _unpack()
+    return _real_stars(slice(None), with_mask)
+
+
+def _real_stars(rows, with_mask):
+    "Some of the real stars, as `real_stars` gives them all."
+    flux, error, stars = _unpack(rows)
     known = error > 0
     good = known if with_mask else known & (flux > 0) & (error < _MAX_ERROR)
     with np.errstate(divide="ignore"):
@@ -1179,13 +1202,19 @@ def write_clusters(
     LabError
         If there are not so many stars, or something else stands at `root`.
     """
-    spectra = real_stars(with_mask=True)
-    if stars is not None:
-        rows = _spread(len(spectra), stars) if np.ndim(stars) == 0 else np.asarray(stars)
-        spectra = spectra[rows]
+    spectra = _chosen_stars(stars)
     return write_archive(
         root, spectra, "clusters", seed, flaws=flaws, workers=workers, progress=progress
     )
+
+
+def _chosen_stars(stars):
+    "Real stars as the writers take them: so many, those of some rows, or all for None."
+    if stars is None:
+        return real_stars(with_mask=True)
+    everyone = len(_packed(_PACKED_STARS)[2])
+    rows = _spread(everyone, stars) if np.ndim(stars) == 0 else np.asarray(stars)
+    return _real_stars(rows, with_mask=True)
 
 
 def _spread(n, count):
@@ -1362,10 +1391,7 @@ def write_sdssv(
     LabError
         If there are not so many stars, or something else stands at `root`.
     """
-    spectra = real_stars(with_mask=True)
-    if stars is not None:
-        rows = _spread(len(spectra), stars) if np.ndim(stars) == 0 else np.asarray(stars)
-        spectra = spectra[rows]
+    spectra = _chosen_stars(stars)
     root = Path(root)
     content = hashlib.sha256(" ".join(map(str, spectra.stars["APOGEE_ID"])).encode())
     roles = _roles(spectra, seed)

@@ -1422,7 +1422,7 @@ _FASTEST = 600.0  # km/s
 
 
 def _ripples(flux, weight, width):
-    "Flux (…, P) over its running mean, less 1; 0 where the weight is 0."
+    "Flux (…, P) over its running mean, less 1; 0 where the weight, (P,) or (…, P), is 0."
     mean = gaussian_filter1d(np.where(weight > 0, flux, 0), width, axis=-1, mode="nearest")
     share = gaussian_filter1d((weight > 0).astype(float), width, axis=-1, mode="nearest")
     good = (weight > 0) & (mean > 0.02 * np.maximum(share, 1e-9)) & (share > 0.1)
@@ -1449,7 +1449,7 @@ def _templates(model, resolution, step, size, first):
     shown[:, place[known]] = drawn[:, known]
     weight[place[known]] = 1
     width = 1 / (step * model.wavelength_.mean()) * _SMOOTH
-    ripples = _ripples(shown, np.broadcast_to(weight, shown.shape), width)[0]
+    ripples = _ripples(shown, weight, width)[0]
     if resolution is not None and resolution < _RESOLUTION:
         sigma = np.sqrt(resolution**-2.0 - _RESOLUTION**-2.0) / _FWHM / step
         ripples = gaussian_filter1d(ripples, sigma, axis=1) * weight

@@ -3,6 +3,9 @@
 A test module that wants these fixtures says `pytest_plugins = ["forty_stars"]`.
 """
 
+import fcntl
+import os
+
 import numpy as np
 import pytest
 
@@ -15,25 +18,33 @@ QUICK = ["--labels", "teff,m_h", "--scatter"]  # six terms: forty stars are enou
 
 
 @pytest.fixture(scope="session")
-def root(tmp_path_factory):
-    "Forty stars, two of their files damaged."
-    root = tmp_path_factory.mktemp("archives") / "forty"
-    write_clusters(
-        root,
-        stars=40,
-        flaws={"truncated": 1, "html": 1, "no-row": 1, "zero-flux": 1},
-        workers=2,
-        progress=False,
-    )
-    return root
+def made_once(tmp_path_factory):
+    "Archive and model, made by the process of the tests that is first to need them."
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the folder above belongs to all processes
+        folder = folder.parent
+    root = folder / "archives" / "forty"
+    path = folder / "models" / "giants.asdf"
+    with open(folder / "forty.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not path.exists():
+            flaws = {"truncated": 1, "html": 1, "no-row": 1, "zero-flux": 1}
+            write_clusters(root, stars=40, flaws=flaws, workers=2, progress=False)
+            path.parent.mkdir()
+            assert main(["train", str(root), "--model", str(path), *QUICK]) == 0
+    return root, path
 
 
 @pytest.fixture(scope="session")
-def model(root, tmp_path_factory):
+def root(made_once):
+    "Forty stars, two of their files damaged."
+    return made_once[0]
+
+
+@pytest.fixture(scope="session")
+def model(made_once):
     "A model of that archive, in a file with its record."
-    path = tmp_path_factory.mktemp("models") / "giants.asdf"
-    assert main(["train", str(root), "--model", str(path), *QUICK]) == 0
-    return path
+    return made_once[1]
 
 
 @pytest.fixture(scope="session")

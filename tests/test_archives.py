@@ -3,11 +3,10 @@
 import errno
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
-import sys
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -365,7 +364,10 @@ def test_the_writer_leaves_its_input_alone(tmp_path):
     before = [spectra.flux.copy(), spectra.ivar.copy(), spectra.mask.copy(), spectra.stars.copy()]
     for array in (spectra.flux, spectra.ivar, spectra.mask):
         array.flags.writeable = False
-    write_archive(tmp_path / "a", spectra, ARCHIVES["clusters"], workers=1, progress=False)
+    once = dict.fromkeys(FLAWS, 1)
+    write_archive(
+        tmp_path / "a", spectra, ARCHIVES["clusters"], flaws=once, workers=1, progress=False
+    )
     after = (spectra.flux, spectra.ivar, spectra.mask)
     assert all(np.array_equal(a, b) for a, b in zip(before[:3], after, strict=True))
     assert before[3].colnames == spectra.stars.colnames and all(
@@ -505,17 +507,18 @@ def children(process):
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="no /proc here")
 def test_killed_while_it_writes(tmp_path):
     root = tmp_path / "clusters"
-    program = (
-        "import sys\nfrom stellar_lab.archives import write_clusters\n"
-        "write_clusters(sys.argv[1], stars=40, workers=2, progress=False)\n"
+    # from a process that has loaded everything
+    context = multiprocessing.get_context("fork")
+    run = context.Process(
+        target=write_clusters, args=[root], kwargs=dict(stars=40, workers=2, progress=False)
     )
-    run = subprocess.Popen([sys.executable, "-c", program, root], stdout=subprocess.PIPE)
+    run.start()
     end = time.monotonic() + 60
     while len(list(tmp_path.rglob("*.fits"))) < 3 and time.monotonic() < end:
         time.sleep(0.02)
     workers = children(run.pid)
     run.kill()
-    run.communicate(timeout=60)  # ends when the last worker lets go of the pipe
+    run.join(60)
     while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.monotonic() < end:
         time.sleep(0.02)
     assert workers and not any(Path(f"/proc/{worker}").exists() for worker in workers)

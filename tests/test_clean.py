@@ -155,18 +155,19 @@ def star_path(root, star, field="4230", product="apstar"):
     return root / RELEASES["dr14"].path(product, field, star)
 
 
-@pytest.fixture
-def archive(tmp_path):
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
     "A DR14 tree in which everything goes wrong once."
+    root = tmp_path_factory.mktemp("dr14")
     for seed, star in enumerate((A, B, C, SOUTH)):
-        write_apstar(star_path(tmp_path, star), seed, rows=0 if star == B else 5)
-    write_apstar(star_path(tmp_path, A, "4262"), 7)  # the same star in another field
-    write_apstar(star_path(tmp_path, "2M00000005+0000005"), level=0.0)  # no light
-    write_apstar(star_path(tmp_path, "2M00000006+0000006"), 6)  # no row
-    write_apstar(star_path(tmp_path, "2M00000007+0000007"), 7)  # no label
-    write_apstar(star_path(tmp_path, "2M00000008+0000008"), 8)  # noisy
-    star_path(tmp_path, "2M00000009+0000009").write_text("<!DOCTYPE html><title>404</title>")
-    shutil.copy(star_path(tmp_path, A), star_path(tmp_path, A + "-56931"))  # a single visit
+        write_apstar(star_path(root, star), seed, rows=0 if star == B else 5)
+    write_apstar(star_path(root, A, "4262"), 7)  # the same star in another field
+    write_apstar(star_path(root, "2M00000005+0000005"), level=0.0)  # no light
+    write_apstar(star_path(root, "2M00000006+0000006"), 6)  # no row
+    write_apstar(star_path(root, "2M00000007+0000007"), 7)  # no label
+    write_apstar(star_path(root, "2M00000008+0000008"), 8)  # noisy
+    star_path(root, "2M00000009+0000009").write_text("<!DOCTYPE html><title>404</title>")
+    shutil.copy(star_path(root, A), star_path(root, A + "-56931"))  # a single visit
     rows = [
         (4230, A, 90, 4500),
         (4230, A, 200, 4600),
@@ -182,8 +183,14 @@ def archive(tmp_path):
         (4230, "2M00000009+0000009", 80, 4000),
         (9999, B, 999, 9999),
     ]
-    write_allstar(tmp_path / RELEASES["dr14"].allstar, rows)
-    return tmp_path
+    write_allstar(root / RELEASES["dr14"].allstar, rows)
+    return root
+
+
+@pytest.fixture
+def archive(written, tmp_path):
+    "A copy of that tree, which a test may change."
+    return shutil.copytree(written, tmp_path, dirs_exist_ok=True)
 
 
 # Reading files -----------------------------------------------------------------------------------

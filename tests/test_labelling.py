@@ -1,11 +1,12 @@
 """From files to a table of labels: found, treated alike, written in any format."""
 
+import multiprocessing
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -539,7 +540,15 @@ def test_a_run_that_was_stopped_goes_on(run, model, good_files, tmp_path, monkey
     assert sorted(file.name for file in tmp_path.iterdir()) == ["o.ecsv", "once.ecsv"]
 
 
-def test_labels_do_not_depend_on_workers_or_batches(model, good_files, tmp_path):
+@pytest.fixture
+def forks(monkeypatch):
+    """Processes that label are copies of this one, whatever other tests have loaded or started in
+    it: others begin with nothing, and load everything anew."""
+    monkeypatch.setattr(labelling.threading, "enumerate", lambda: [threading.main_thread()])
+    monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
+
+
+def test_labels_do_not_depend_on_workers_or_batches(model, good_files, tmp_path, forks):
     files, _ = good_files
     tables = {}
     for workers, batch in ((1, 5), (2, 5), (3, 5), (1, 64)):
@@ -588,18 +597,27 @@ def test_a_log_gets_a_line_a_minute(model, good_files, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_workers_end_with_their_parent(model, good_files, tmp_path, number):
-    program = (
-        "import os, sys, time; from stellar_lab import labelling; "
-        "say = lambda: os.write(1, b'%d\\n' % os.getpid()); "  # at once: both write here
-        "labelling._label_job = lambda *_: (say(), time.sleep(99)); "
-        f"labelling.label({str(model)!r}, sys.argv[1:], batch=1, workers=2, progress=False)"
+def test_workers_end_with_their_parent(model, good_files, monkeypatch, forks, number):
+    read, write = os.pipe()
+
+    def wait(*_):
+        os.write(write, b"%d\n" % os.getpid())  # at once: both write here
+        time.sleep(99)
+
+    monkeypatch.setattr(labelling, "_label_job", wait)
+    # from a process that has loaded everything
+    process = multiprocessing.get_context("fork").Process(
+        target=label,
+        args=[str(model), good_files[0][:4]],
+        kwargs={"batch": 1, "workers": 2, "progress": False},
     )
-    words = [sys.executable, "-c", program, *good_files[0][:4]]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
-    workers = [int(process.stdout.readline()) for _ in range(2)]
-    process.send_signal(number)
-    process.wait(30)
+    process.start()
+    with open(read) as said:
+        workers = [int(said.readline()) for _ in range(2)]
+    os.close(write)
+    os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode is not None
     for _ in range(100):
         alive = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
         if not alive:

@@ -1,12 +1,14 @@
 """The synthetic survey: its stars, what is done to their light, its files, and its command."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from astropy.io import fits
 from astropy.table import Table
 
+from stellar_lab import archives
 from stellar_lab.archives import MYSTERY_FILE, true_continuum
 from stellar_lab.clean import apply_cuts, find_files, read_archive
 from stellar_lab.cli import main
@@ -36,6 +38,15 @@ from stellar_lab.survey import (
 )
 
 STARS = 60
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_of_each_flaw():
+    "Archives have each of their planted flaws once: these tests are about the stars."
+    with pytest.MonkeyPatch.context() as patch:
+        flaws = archives._FLAWS.items()
+        patch.setattr(archives, "_FLAWS", {name: replace(flaw, count=1) for name, flaw in flaws})
+        yield
 
 
 @pytest.fixture(scope="module")

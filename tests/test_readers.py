@@ -1,8 +1,5 @@
 """Readers without TensorFlow: ridge regression in folds, bad pixels, stars without an answer."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from astropy.table import Table
@@ -31,12 +28,6 @@ def stars(n=200, pixels=40, seed=0, bad=0.1):
         meta={"product": "apstar", "normalized": True},
     )
     return Spectra(np.linspace(15200, 15300, pixels), flux.astype("f4"), ivar, table)
-
-
-def test_the_room_needs_no_tensorflow():
-    code = "import sys, stellar_lab.readers; print({'tensorflow', 'keras'} & set(sys.modules))"
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == "set()"
 
 
 def test_in_folds():

@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import os
-import subprocess
+import runpy
 import sys
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -241,10 +241,12 @@ def test_a_model_that_fails_is_named_and_left_out(tmp_path, monkeypatch):
 # ---- the command
 
 
-def test_the_command_explains_itself():
-    said = subprocess.run(
-        [sys.executable, COMMAND, "--help"], capture_output=True, text=True, check=True
-    ).stdout
+def test_the_command_explains_itself(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(COMMAND), "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(COMMAND), run_name="__main__")
+    assert not end.value.code
+    said = capsys.readouterr().out
     assert all(
         step in said
         for step in ("lines", "atmospheres", "calibrate", "check", "grid", "emulator", "witness")

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ import numpy as np
 from stellar_lab import archives
 from stellar_lab.labelling import label
 from stellar_lab.models import LabelModel
-from stellar_lab.survey import ARCHIVE_FILE
+from stellar_lab.survey import ARCHIVE_FILE, ARCHIVES
 from stellar_lab.training import describe, load_model, train
 
 OUTCOMES = {  # in the order of the table
@@ -134,7 +135,10 @@ class Bench:
     def _train_guarded(self):
         "A model of so many stars that it has a guard, as those of users have."
         many = self.folder / "many"
-        archives.write_clusters(many, stars=GUARDED, flaws={}, workers=2, progress=False)
+        stars = archives.real_stars(with_mask=True)
+        spread = np.linspace(0, len(stars) - 1, GUARDED).round().astype(int)
+        record = replace(ARCHIVES["clusters"], products=("apstar",))
+        archives.write_archive(many, stars[spread], record, flaws={}, workers=2, progress=False)
         options = {"labels": LABELS, "scatter": True, "test_size": 0.2, "progress": False}
         report = train(many, self.models["guarded"], **options)
         if not hasattr(report.model, "refusal_"):

@@ -451,13 +451,13 @@ OTHERS = (
         kind
         for what in ("mwm", "visit", "csv", "table", "npz")
         for kind in (
-            Kind(PARTS[what], f"{what}, cut short", other_bytes(what, cut), 2, 30, UNSEEN[what]),
-            Kind(PARTS[what], f"{what}, a bit", other_bytes(what, flip), 2, 40, UNSEEN[what]),
+            Kind(PARTS[what], f"{what}, cut short", other_bytes(what, cut), 1, 30, UNSEEN[what]),
+            Kind(PARTS[what], f"{what}, a bit", other_bytes(what, flip), 1, 40, UNSEEN[what]),
             Kind(
                 PARTS[what],
                 f"{what}, a block",
                 other_bytes(what, any_of(overwrite, zeros, missing, repeated)),
-                2,
+                1,
                 40,
                 UNSEEN[what],
             ),
@@ -465,7 +465,7 @@ OTHERS = (
                 PARTS[what],
                 f"{what}, something else",
                 other_bytes(what, any_of(nothing, noise, page, ends_of_lines, seventh_bit)),
-                2,
+                1,
                 20,
                 UNSEEN[what],
             ),
@@ -476,7 +476,7 @@ OTHERS = (
             PARTS[what],
             f"{what}, with FITS checksums",
             other_bytes(what, any_of(*SEEN), True),
-            2,
+            1,
             30,
         )
         for what in ("mwm", "visit", "table")
@@ -496,7 +496,7 @@ OTHERS = (
         }.items()
     ),
     *(
-        Kind(PARTS[what], f"{what}, {name}", other_hdus(what, change), 2, 40, VALID)
+        Kind(PARTS[what], f"{what}, {name}", other_hdus(what, change), 1, 40, VALID)
         for what, changes in {
             "mwm": {"numbers": _mwm_values, "facts": _facts, "columns": _columns, "HDUs": _hdus},
             "visit": {"numbers": _visit_values, "facts": _facts, "shapes": _shapes, "HDUs": _hdus},
@@ -510,7 +510,7 @@ OTHERS = (
     Kind("table", "lines in another order", text_lines(_shuffled), 1, 10),
     Kind("table", "no file", no_other, 2, 40),
     Kind("table", "through check and repeats", checked, 2, 40),
-    Kind("output", "of other commands", other_output, 6, 80),
+    Kind("output", "of other commands", other_output, 5, 80),
     Kind("network", "a bit", network_bytes(flip), 0, 40),
     Kind("network", "bytes", network_bytes(any_of(cut, overwrite, zeros, missing, noise)), 0, 40),
     Kind("network", "entries", network_entry, 0, 60),

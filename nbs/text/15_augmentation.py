@@ -242,7 +242,7 @@ by_copy.fit(copies_of(train, 10_000 if full else 2_000, 0), progress=False);
 
 # %%
 learned, held = train_test_rows(len(train), 0.2, 0)
-by_star = Narrow(**quick | {"epochs": 40 if full else 16})
+by_star = Narrow(**quick | {"epochs": 40 if full else 8})
 others = copies_of(train[held], 400, 1)
 by_star.fit(copies_of(train[learned], 1_600, 0), validation=others, progress=False);
 
@@ -1139,8 +1139,8 @@ assert np.std(answers["m_h"].value - signal) < 0.15
 # %%
 paced = {"labels": names}
 if not full:
-    epochs = epochs_within(250, len(train), most=100)
-    paced |= {"epochs": epochs, "learning_rate": 4e-3, "members": 8, "width": 256}
+    epochs = epochs_within(200, len(train), most=100)
+    paced |= {"epochs": epochs, "learning_rate": 5e-3, "members": 8, "width": 256}
 aware = ErrorAwareNetwork(**paced)
 aware.fit(spectra[train], validation=spectra[test], progress=False)
 table = infer(aware, spectra[test])

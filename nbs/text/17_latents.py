@@ -122,9 +122,9 @@ train, test = train_test_rows(len(spectra))
 catalogue = spectra[test].labels(names)
 few = spectra[train[:150]]
 mean = np.average(few.flux, axis=0, weights=few.ivar + 1e-9)
-_, directions, _ = _compress(few.flux, few.ivar, mean, 40)
+_, directions, _ = _compress(few.flux, few.ivar, mean, 25)
 ax = plt.subplots(figsize=(5, 2.4))[1]
-ax.semilogy(1 + np.arange(40), np.sqrt((directions**2).mean(axis=1)), ".-")
+ax.semilogy(1 + np.arange(25), np.sqrt((directions**2).mean(axis=1)), ".-")
 ax.set(xlabel="direction", ylabel="rms change of the flux", title="How giants differ");
 
 # %% [markdown]

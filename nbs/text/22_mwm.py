@@ -845,7 +845,7 @@ def _with_rows(spectra, catalogue, rows):
 
 
 # %%
-chosen = np.arange(0, len(spectra), 13)
+chosen = np.arange(0, len(spectra), 18)
 paths = []
 for row in chosen:
     paths.append(here / f"mwmStar-0.6.0-{1000 + row}.fits")

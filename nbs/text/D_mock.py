@@ -1027,12 +1027,12 @@ def write_mock(
 
 
 # %% [markdown]
-# A hundred stars will do to see that it works: the files, read back by our own reader, hold the observed flux; the catalogue does not know what the truth table knows.
+# Sixty stars will do to see that it works: the files, read back by our own reader, hold the observed flux; the catalogue does not know what the truth table knows.
 
 # %%
 scratch = tempfile.TemporaryDirectory()
 root = Path(scratch.name) / "mock"
-print(write_mock(root, stars=100, workers=1, progress=False))
+print(write_mock(root, stars=60, workers=1, progress=False))
 truth = read_truth(root)
 truth["APOGEE_ID", "FLAW", "KIND", "TEFF", "LOGG", "FE_H", "MG_FE", "SI_FE", "TEFF_TREND"][:5]
 

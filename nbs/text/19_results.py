@@ -92,7 +92,7 @@ from stellar_lab.survey import TRUTH_FILE, archive_root, profile, use_style
 # - [The same network on noisy copies](15_augmentation.ipynb), and the network that takes the errors in.
 #
 # The full profile trains the network of the original lab, and its twin on noisy copies, for 250 epochs, as the original lab did. The quick profile trains all three networks for fewer epochs, and for fewer still where many stars make an epoch longer.
-# So that this chapter runs in a minute, its own quick run saves more: the layers of the two large networks are half as wide, the error-aware network has fewer members and takes larger steps, and ten hidden labels are given instead of looked for.
+# This chapter's own quick run saves more: the error-aware network has fewer members and takes larger steps, and ten hidden labels are given instead of looked for.
 
 # %%
 #| export
@@ -173,19 +173,7 @@ names = list(record.labels)
 spectra = training_set(archive_root(), progress=False)[0].replace(mask=None)
 train, test = train_test_rows(len(spectra))
 models = contestants(names, profile(), len(train))
-
-
-def half_as_wide(network):
-    "The same network with layers of half the width; its class says so."
-    kind = type(network)
-    widths = tuple(width // 2 for width in kind.widths)
-    narrow = type(f"Half{kind.__name__}", (kind,), {"widths": widths})
-    return narrow(**network.get_params())
-
-
 if profile() == "quick":
-    for name in ("lab network", "augmented network"):
-        models[name] = half_as_wide(models[name])
     aware = models["error-aware network"]
     fewer = math.ceil(aware.epochs / 2)
     aware.set_params(epochs=fewer, learning_rate=5e-3, members=8, width=256)

@@ -1571,7 +1571,7 @@ Table(rows=rows, names=["what", "reached", "at most", "met"])
 # %% [markdown]
 # Why the others were missed, and what was tried:
 #
-# - **Hidden labels, by a hair.** Sixty of them in each fold would meet the aim. But their number is chosen inside the training stars, where forty do as well.
+# - **Hidden labels, by a hair.** Sixty of them in each fold would meet the aim. But their number is chosen inside the training stars, and these choose forty.
 # - **Metal-rich giants.** These 174 stars alone can teach only few hidden labels; more of them make the answers worse.
 # - **Synthetic stars.** The error still falls with the number of stars ([learning curves](27_curves.ipynb)): there are too few to learn from, not too few photons. A parabola in the latents, and a curve that bends on several scales, took two thirds of the way that was left. Cubic terms and labels cleaned by the model's own answers made it worse.
 # - **Errors about a truth.** The catalogue's noise is up to three times as large as the model's error. What is left after taking it off is known to some 15 %, from the stars that there are.

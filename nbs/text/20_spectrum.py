@@ -1848,7 +1848,7 @@ window = from_arrays(np.linspace(15_900, 16_400, 600), np.ones(600), 0.01, veloc
 waves = _loose_continuum(window, np.ones((600, 1)), rule)
 fig, ax = plt.subplots(figsize=(6, 2.4))
 ax.plot(window.wavelength, waves.T)
-ax.set(xlabel="wavelength [Å]", ylabel="flux / continuum")
+ax.set(xlabel="wavelength [Å]", ylabel="change of the flux")
 ax.set_title("How the fit may move the continuum of a chip");
 
 

@@ -209,32 +209,34 @@ class _View:
     turn: np.ndarray  # (q, d)
     line: np.ndarray  # (q, K) of each scaled label
     constant: np.ndarray  # (K,)
+    penalty: np.ndarray  # (K,) of the lines' slopes; infinite where there is no line
     leading: int  # columns with a length of their own
 
     @classmethod
     def plain(cls, latents, values):
         number = latents.shape[1]
         nothing = np.zeros((number, values.shape[1]))
-        return cls(np.eye(number), nothing, nothing[0], min(_LEADING, number))
+        no_line = np.full(values.shape[1], np.inf)
+        return cls(np.eye(number), nothing, nothing[0], no_line, min(_LEADING, number))
 
     @classmethod
     def by_line(cls, latents, values):
         with single_threaded():  # the same line with any number of cores
-            lines, constants = zip(*(_line(latents, column) for column in values.T))
-        return cls.along(np.array(lines).T, np.array(constants))
+            lines, constants, penalties = zip(*(_line(latents, column) for column in values.T))
+        return cls.along(np.array(lines).T, np.array(constants), np.array(penalties))
 
     @classmethod
-    def along(cls, line, constant):
+    def along(cls, line, constant, penalty):
         weight = np.sqrt((line**2).sum(axis=1))
         turn = np.hstack([line, np.diag(weight / max(weight.max(), 1e-12))])
-        return cls(turn, line, constant, 0)
+        return cls(turn, line, constant, penalty, 0)
 
 
 def _line(latents, values):
-    "Weights (q,) and constant of the straight line through the stars whose value is known."
+    "Weights (q,), constant and penalty of the line through the stars whose value is known."
     known = np.isfinite(values)
     ridge = RidgeCV(_PENALTIES).fit(latents[known], values[known])
-    return ridge.coef_, ridge.intercept_
+    return ridge.coef_, ridge.intercept_, ridge.alpha_
 
 # %% ../nbs/17_latents.ipynb #e26702b8
 def _passed_on(slopes, covariance):
@@ -310,7 +312,7 @@ def _make_again(model):
     "Views and processes of a model that was read from its file."
     latents = model.latents_
     scaled = model.latent_labels_
-    by_line = _View.along(model.line_, model.line_constant_)
+    by_line = _View.along(model.line_, model.line_constant_, model.line_penalty_)
     model._views = [_View.plain(latents, scaled), by_line]
     model._processes = []
     kept = zip(model._views, model.process_settings_, model.latent_noise_, model.process_weights_)
@@ -421,6 +423,7 @@ class _InTwoViews(_Compressed):
         "process_weights_": Held("number", "KM", several=True),
         "line_": Held("number", "qK"),
         "line_constant_": Held("number", "K"),
+        "line_penalty_": Held("number", "K", low=0),
         "correlation_": Held("number", "KK", low=-1.01, high=1.01),
     }
 
@@ -459,6 +462,7 @@ class _InTwoViews(_Compressed):
         self.process_weights_ = [_of_all(some, known, "weights") for some in self._processes]
         self.line_ = self._views[1].line
         self.line_constant_ = self._views[1].constant
+        self.line_penalty_ = self._views[1].penalty
         self.correlation_ = _error_correlation(self._processes, known)
 
     @property
@@ -503,6 +507,26 @@ def _noise_shares(errors, labels):
 _LEAST_VARIANCE = 1e-6  # of a scaled label
 
 
+def _without_its_line(view, process, k, latents):
+    "How the opinion (M,) of training stars (M, q) changes when each is left out of the line, too."
+    if np.isinf(view.penalty[k]):
+        return 0
+    centred = latents - latents.mean(axis=0)
+    inverse = np.linalg.inv(centred.T @ centred + view.penalty[k] * np.eye(centred.shape[1]))
+    design = np.column_stack([np.ones(len(centred)), centred])
+    pull = np.column_stack([np.full(len(centred), 1 / len(centred)), centred @ inverse])
+    moved = process.values / (1 - (pull * design).sum(axis=1))
+    follows = cho_solve(process.factor, design)
+    return -moved * (follows * pull).sum(axis=1) * process.left_out()[1]
+
+
+def _left_out(view, process, k, latents):
+    "Mean and variance (M,) of scaled labels of training stars (M, q), each from all others."
+    left, variance = process.left_out()
+    left = left + latents @ view.line[:, k] + view.constant[k]
+    return left + _without_its_line(view, process, k, latents), variance
+
+
 def _opinion(model, k, latents):
     "What all other stars say of a scaled label of each training star: mean and variance (N,)."
     rows = _process_rows(len(latents))
@@ -511,8 +535,7 @@ def _opinion(model, k, latents):
     variances = []
     for view, some in model.processes:
         mean, variance, _ = _seen(view, some[k], k, latents)
-        left, left_variance = some[k].left_out()
-        mean[known] = left + latents[known] @ view.line[:, k] + view.constant[k]
+        mean[known], left_variance = _left_out(view, some[k], k, latents[known])
         variance[known] = left_variance - np.exp(some[k].parameters[_NOISE]) * some[k].share
         means.append(mean)
         variances.append(np.maximum(variance, _LEAST_VARIANCE))
@@ -533,7 +556,8 @@ class _WithGaps(_InTwoViews):
         Returns
         -------
         mean : (N, K) array
-            labels, to which the star's own labels in the catalogue contributed nothing
+            labels, to which the star's own labels in the catalogue contributed nothing but their
+            small part in the settings
         error : (N, K) array
             1 sigma, about the true label on the catalogue's scale
         """

@@ -1180,10 +1180,10 @@ outside = (spectra[test].flux - model.predict(spectra[test].labels(names)))[
     (spectra[test].ivar > 0) & model.usable_
 ]
 Markdown(
-    f"**What to see.** The lines are where the model draws them, and as deep. Over all "
+    f"**What to see.** The lines are where the model draws them, and nearly as deep. Over all "
     f"{len(train)} training stars the rms difference is "
     f"{residual.std():.4f}, over the {len(test)} stars that it has never seen "
-    f"{outside.std():.4f}: it learned stars, not noise."
+    f"{outside.std():.4f}: little of what it learned is noise."
 )
 
 # %%
@@ -1305,8 +1305,8 @@ for ax, name, slope in zip(axes, names, slopes):
     ax.label_outer()
 
 # %% [markdown]
-# **What to see.** Look at the scales first: metals change the flux most. More metals, deeper lines: their slope is negative almost everywhere, and strongest in the lines. A hotter star has
-# weaker lines: there the temperature points up, except in the broad lines of hydrogen, which grow with it. Where two panels look alike, two labels are hard to tell apart; the covariance of [the inversion](06_inversion.ipynb) says so.
+# **What to see.** Look at the scales first: metals change the flux most. More metals, deeper lines: their slope is negative in most pixels, and strongest in the lines. A hotter star has
+# weaker lines: there the temperature points up, except in the broad lines of hydrogen (16,114 Å), which grow with it. Where two panels look alike, two labels are hard to tell apart; the covariance of [the inversion](06_inversion.ipynb) says so.
 #
 # Against finite differences, at a star that is not the mean:
 

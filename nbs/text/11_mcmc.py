@@ -1210,12 +1210,12 @@ Markdown(
     "**What to see.** The posterior is nearly a Gaussian, and labels hang together, most of all "
     f"{LABELS[names[i]].symbol} and {LABELS[names[j]].symbol} with a correlation of "
     f"{corr[i, j]:+.2f}. Its errors are {ratio.min():.0f} to {ratio.max():.0f} times smaller than "
-    "the catalogue's, for the model is taken as exact. The original lab noted that, too. We "
-    "come back to it below."
+    "the catalogue's, for what the model lacks counts as independent from pixel to pixel. The "
+    "original lab noted that, too. We come back to it below."
 )
 
 # %% [markdown]
-# Both runs, and the inversion with its covariance, must tell the same star; a wide start, anywhere in the training set's density, too.
+# Both runs, and the inversion with its covariance, must tell the same star. So must a run with another prior, the density of the training stars, that starts anywhere in it.
 
 # %%
 to_physical = np.diag(model.scales_)

@@ -1268,7 +1268,7 @@ Markdown(
     f"**What to see.** {np.sum(every_slope < 0)} of {len(every_slope)} slopes fall: small values "
     "are predicted too large and large ones too small. Any estimate from noisy labels is drawn to "
     "the mean, the more so the harder a label is to read. A line below or above the others "
-    "throughout is a bias. Where all lines bend together, it is the catalogue that bends."
+    "throughout is a bias. Where all lines bend together, the catalogue may bend, too."
 )
 
 
@@ -1278,7 +1278,7 @@ Markdown(
 # ```
 # python tools/scoreboard.py --profile full --products apstar,aspcapstar
 # ```
-# which calls `run_scoreboard`, further down. What it found lies in `data/scoreboard_clusters.ecsv` with date, device and versions. With `--archive` it does the same for another archive, and writes `data/scoreboard_mock.ecsv` for the synthetic stars.
+# which calls `run_scoreboard`, further down. What it found lies in `data/scoreboard_clusters.ecsv` with date, device and versions. With `--archive` it does the same for another archive: the record of the synthetic stars, `data/scoreboard_mock.ecsv`, is of the quick profile (`--profile quick`).
 
 # %% [markdown]
 # The package carries what was recorded. Reading it needs no TensorFlow. Nothing in the following tables was computed by this notebook.
@@ -1577,7 +1577,7 @@ Table(rows=rows, names=["what", "reached", "at most", "met"])
 #
 # - **Hidden labels, by a hair.** Sixty of them in each fold would meet the aim. But their number is chosen inside the training stars, and these choose forty.
 # - **Metal-rich giants.** These 174 stars alone can teach only few hidden labels; more of them make the answers worse.
-# - **Synthetic stars.** The error still falls with the number of stars ([learning curves](27_curves.ipynb)): there are too few to learn from, not too few photons. A parabola in the latents, and a curve that bends on several scales, took two thirds of the way that was left. Cubic terms and labels cleaned by the model's own answers made it worse.
+# - **Synthetic stars, on the catalogue's scale** (the truth as a catalogue without noise would list it). More stars and more light would both still help ([learning curves](27_curves.ipynb)). A parabola in the latents, and a curve that bends on several scales, took two thirds of the way that was left. Cubic terms and labels cleaned by the model's own answers made it worse.
 # - **Errors about a truth.** The catalogue's noise is up to three times as large as the model's error. What is left after taking it off is known to some 15 %, from the stars that there are.
 # - **One new cluster.** Stars of a cluster share what no label says, and err together. Errors that hold for clusters on average are too small for one of them. A term in the distance from the training stars was tried; it made other clusters' errors too large.
 # - **Flags.** The flagged giants are the rarest ones. A limit that spares them lets a spectrum pass that is [off by a pixel](18_refusal.ipynb).

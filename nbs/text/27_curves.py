@@ -440,8 +440,8 @@ above = {
 Markdown(
     f"**What to see.** A plain Cannon has soon learned all that it can, and more stars do not "
     "help it; latents go on learning. For bright stars the best, "
-    f"{best}, is {above[300]:.1f} times above the photon limit: it lacks stars, not light. For "
-    "faint ones it lies below the limit."
+    f"{best}, is {above[300]:.1f} times above the photon limit: more stars would still help it. "
+    "For faint ones it lies below the limit."
 )
 
 # %% [markdown]
@@ -462,4 +462,4 @@ for model in whole:
     assert np.all(np.array(errors[3:]) > np.array(limit[3:]))
 
 # %% [markdown]
-# **Exercise.** A night gives you a certain number of photons. Use the figure to decide: 1,000 training stars at SNR 100, or 250 at SNR 200?
+# **Exercise.** Your stars have SNR 100, and 800 of them have trusted labels. Use the figure to decide for latents: labels for 1,200 more, or exposures four times as long, which double the SNR?

@@ -1027,7 +1027,7 @@ def write_mock(
 
 
 # %% [markdown]
-# Sixty stars will do to see that it works: the files, read back by our own reader, hold the observed flux; the catalogue does not know what the truth table knows.
+# Sixty stars will do to see that it works: our own reader reads the files back, each under its own star's labels; the catalogue does not know what the truth table knows.
 
 # %%
 scratch = tempfile.TemporaryDirectory()

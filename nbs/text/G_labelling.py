@@ -102,7 +102,7 @@ from stellar_lab.training import train
 # %% [markdown]
 # ## Which files?
 # Spectra are named as files or folders. A folder is searched down to the last one for the survey's file names: apStar and aspcapStar, visits on the detector's pixels (apVisit), and the files of SDSS-V (mwmStar, mwmVisit).
-# A visit cut out of an apStar file is not a star and stays out. Of a folder that holds both apStar and aspcapStar files only the model's product is taken. Whatever stays out is counted: a spectrum that somebody renamed should not vanish without a word.
+# A visit cut out of an apStar file is not a star and stays out. Of a folder that holds both apStar and aspcapStar files only the model's product is taken. FITS files that stay out are counted: a spectrum that somebody renamed should not vanish without a word. Spectra as text are taken where they are named themselves.
 
 # %%
 #| export

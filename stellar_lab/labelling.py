@@ -113,6 +113,11 @@ _ELSEWHERE = {  # what is neither apStar nor aspcapStar -> its reader
 }
 
 
+def _spelled(name):
+    "A file's name, in quotes where it could be taken for something else."
+    return name if name.isprintable() and ", " not in name else ascii(name)
+
+
 def _counted(files):
     "Files (path, kind) in words, such as: 2 aspcapStar files, 1 other FITS file (my_star.fits)."
     counts = Counter(kind for _, kind in files)
@@ -121,7 +126,7 @@ def _counted(files):
         if counts[kind]:
             text = text.replace("files", "file", 1) if counts[kind] == 1 else text
             words.append(f"{counts[kind]} {text}")
-    others = [Path(path).name for path, kind in files if kind == "other"]
+    others = [_spelled(Path(path).name) for path, kind in files if kind == "other"]
     if others:  # they may be spectra, and only their user can tell
         more = ", …" if len(others) > _NAMED else ""
         words[-1] += f" ({', '.join(others[:_NAMED])}{more})"

@@ -233,13 +233,13 @@ def number_array(values, name: str, kinds: str = "fiu") -> np.ndarray:
         for text, complex numbers, True and False, and what is no array at all
     """
     try:
-        if np.ma.is_masked(values):
-            values = values.astype(float).filled(np.nan)
         array = np.asarray(values)
     except (TypeError, ValueError) as error:
         raise LabError(f"{name} is no array of numbers: give one, of one length") from error
     if array.dtype.kind not in kinds:
         raise LabError(f"{name} holds {array.dtype}, not real numbers: give an array of numbers")
+    if isinstance(values, np.ma.MaskedArray) and np.ma.is_masked(values):
+        return values.astype(float).filled(np.nan)
     return array
 
 # %% ../nbs/04_models.ipynb #986dee8f
@@ -1591,6 +1591,8 @@ def read_model_file(path) -> dict:
         ) from error
     except MemoryError as error:
         raise LabError(f"{path} does not fit into the memory that is left") from error
+    except PermissionError as error:
+        raise LabError(f"{path} may not be read: {said_of(error)}") from error
     except Exception as error:  # whatever a foreign or damaged file brings about
         raise LabError(
             f"{path} is not a model of stellar_lab ({said_of(error)}): train the model again"

@@ -110,6 +110,15 @@ def test_a_catalogue_may_state_no_error_of_a_label():
     assert noise[1] == 0 and np.isfinite(noise).all()
 
 
+def test_a_catalogue_cannot_err_beyond_all_numbers():
+    spectra = make_spectra()
+    model = Cannon(order=1).fit(spectra[:100])
+    table = infer(model, spectra[100:])
+    truth = spectra[100:].labels(NAMES)
+    with pytest.raises(LabError, match=r"errors go up to 1e\+200: give them in the labels' units"):
+        with_error_model(model, table, truth, np.full(truth.shape, 1e200))
+
+
 @pytest.mark.parametrize("error", [np.inf, -1.0])
 def test_impossible_errors_are_refused(error):
     spectra = make_spectra()

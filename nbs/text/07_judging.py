@@ -538,9 +538,11 @@ steps = 1e-6 * np.eye(5)
 by_differences = [(problem.cost(at + h)[0] - problem.cost(at - h)[0]) / 2e-6 for h in steps]
 assert np.allclose(problem.cost(at)[1], by_differences, atol=1e-7)
 
-
 # %%
 #| export
+_LARGEST_ERROR = 1e30  # of a label, in any unit: its square is still a number
+
+
 def _stated(model, catalogue_error, stars):
     "Variance (N, K) that a catalogue states; None for none. LabError for another shape."
     if catalogue_error is None:
@@ -552,6 +554,11 @@ def _stated(model, catalogue_error, stars):
             f"and {len(model.label_names_)} labels is needed"
         )
     unknown = ~(np.isfinite(stated) & (stated >= 0))
+    if np.any(stated[~unknown] > _LARGEST_ERROR):
+        raise LabError(
+            f"the catalogue's errors go up to {stated[~unknown].max():g}: give them in the labels' "
+            "units, and NaN where there is none"
+        )
     if unknown.any():  # such a star counts as a usual one
         usual = nan_median(np.where(unknown, np.nan, stated), axis=0)
         stated = np.where(unknown, np.nan_to_num(usual), stated)

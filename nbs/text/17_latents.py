@@ -488,6 +488,7 @@ def _both_views(processes, label, latents, uncertain):
 
 
 _LEAST_EIGENVALUE = 1e-6  # of a correlation
+_FEWEST_SHARED = 20  # stars that know both labels
 
 
 def _by_view(processes, labels):
@@ -502,9 +503,19 @@ def _error_correlation(processes, known):
         for label, one in enumerate(some):
             mean, variance = one.left_out()
             pulls[view, known[:, label], label] = (one.values - mean) / np.sqrt(variance)
-    mean = np.ma.masked_invalid(pulls.mean(axis=0))
-    found = np.ma.corrcoef(mean, rowvar=False)
-    return _nearest_correlation(np.atleast_2d(np.ma.filled(found, 0.0)))
+    return _nearest_correlation(_shared_correlation(pulls.mean(axis=0)))
+
+
+def _shared_correlation(pulls):
+    "Correlation (K, K) of columns (M, K), each pair from the stars that know both; 0 where few do."
+    known = np.isfinite(pulls)
+    away = np.where(known, pulls - np.nanmean(pulls, axis=0), 0)
+    spread2 = (away**2).T @ known.astype(float)  # of each label, over the stars of each pair
+    with np.errstate(divide="ignore", invalid="ignore"):  # of labels that no star shares
+        found = away.T @ away / np.sqrt(spread2 * spread2.T)
+    found[known.astype(int).T @ known < _FEWEST_SHARED] = 0
+    np.fill_diagonal(found, 1)
+    return found
 
 
 def _nearest_correlation(found):
@@ -522,6 +533,10 @@ impossible = np.array([[1, 0.9, -0.9], [0.9, 1, 0.9], [-0.9, 0.9, 1]])
 mended = _nearest_correlation(impossible)
 print(mended.round(2))
 assert np.linalg.eigvalsh(mended)[0] > 0 and np.allclose(np.diag(mended), 1)
+pair = rng.multivariate_normal([0, 0], [[1, 0.5], [0.5, 1]], 200)
+assert np.allclose(_shared_correlation(pair), np.corrcoef(pair.T))
+pair[:95, 0] = pair[105:, 1] = np.nan  # ten stars know both
+assert np.array_equal(_shared_correlation(pair), np.eye(2))
 
 
 # %% [markdown]
@@ -764,7 +779,8 @@ def _noise_shares(errors, labels):
             f"label_errors have the shape {errors.shape}, the labels {labels.shape}: "
             "give an error for each label"
         )
-    variance = np.where(np.isfinite(errors) & (errors > 0), errors**2, np.nan)
+    errors = np.where(np.isfinite(errors) & (errors > 0), errors, np.nan)
+    variance = (errors / np.fmax.reduce(errors, axis=0)) ** 2
     known = np.isfinite(variance).any(axis=0)
     usual = np.ones(len(known))
     usual[known] = np.nanmedian(variance[:, known], axis=0)

@@ -31,7 +31,8 @@ def arguments():
     add(
         "--contests",
         nargs="+",
-        help='such as "one split" "five folds"; by default all of the archive',
+        help='such as "one split" "five folds"; by default all of the archive. The table then '
+        "holds these contests alone: give it another name with --out",
     )
     add(
         "--models",

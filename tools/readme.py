@@ -261,8 +261,9 @@ costs. `tools/readme.py` writes this page from what was recorded; change nothing
 - *Within 1, 2 errors*: share of the judged stars whose label lies so near, averaged over the
   labels; right errors have 68 and 95 %. The errors of each fold were calibrated on the others.
 - *Flagged*: share of the judged stars with any flag of [the models' chapter](nbs/04_models.ipynb).
-- The settings of the error-aware network were chosen on two of the five folds. The number of hidden
-  labels is chosen inside the training stars, anew each time.
+- The settings of the error-aware network were chosen on two of the five folds, the form of the
+  latents' curve on these folds and on the synthetic stars. The number of hidden labels and all
+  settings of the latents' curve are found inside the training stars, anew each time.
 
 ## The Cannon as `stellar-lab train --scatter --folds 5` makes it
 

@@ -113,7 +113,7 @@ _ELSEWHERE = {  # what is neither apStar nor aspcapStar -> its reader
 }
 
 
-def _spelled(name):
+def _unmistakable(name):
     "A file's name, in quotes where it could be taken for something else."
     return name if name.isprintable() and ", " not in name else ascii(name)
 
@@ -126,7 +126,7 @@ def _counted(files):
         if counts[kind]:
             text = text.replace("files", "file", 1) if counts[kind] == 1 else text
             words.append(f"{counts[kind]} {text}")
-    others = [_spelled(Path(path).name) for path, kind in files if kind == "other"]
+    others = [_unmistakable(Path(path).name) for path, kind in files if kind == "other"]
     if others:  # they may be spectra, and only their user can tell
         more = ", …" if len(others) > _NAMED else ""
         words[-1] += f" ({', '.join(others[:_NAMED])}{more})"

@@ -1,5 +1,6 @@
 """Data flows downwards only: no import that runs up, no circle, no private name across rooms."""
 
+import ast
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 from check_imports import Import, circles, complaints, imports, is_private, trespasses, upward
 
+ROOT = Path(__file__).resolve().parents[1]
 ORDER = ["survey", "clean", "cannon", "cli"]
 HOUSE = {
     "survey": "import numpy as np",
@@ -96,3 +98,11 @@ def test_a_private_name_that_crosses_rooms_is_found():
     tool = {"bench": "from stellar_lab import cannon\nprint(cannon._plain(1), cannon.Cannon)"}
     assert list(trespasses(tool, ORDER)) == ["bench:2: takes _plain, a private name of cannon"]
     assert list(trespasses({"survey": "from stellar_lab.survey import _Hidden"}, ORDER)) == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "stellar_lab").glob("*.py")), ids=lambda p: p.stem)
+def test_each_room_defines_a_name_once(path):
+    "A second definition, cells away, would take the place of the first for all that call it."
+    kinds = ast.FunctionDef | ast.ClassDef
+    names = [part.name for part in ast.parse(path.read_text()).body if isinstance(part, kinds)]
+    assert sorted(names) == sorted(set(names))

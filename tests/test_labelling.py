@@ -324,6 +324,9 @@ def test_what_was_left_out_is_said(run, root, model, good_files, tmp_path):
         "label", night, night / "my_star.fits", "--model", model, "--out", tmp_path / "o.fits"
     )
     assert "3 of 3 stars" in out and "other FITS" not in out
+    shutil.move(night / "my_star.fits", night / "a\nb, c.fits")
+    code, out, _ = run("label", night, "--model", model, "--out", tmp_path / "o.fits")
+    assert "1 other FITS file ('a\\nb, c.fits')\n" in out
     (tmp_path / "empty").mkdir()
     shutil.copy(files[2], tmp_path / "empty" / "my_star.fits")
     with pytest.raises(LabError, match=r"it has 1 other FITS file \(my_star.fits\): name these"):

@@ -1578,7 +1578,7 @@ Table(rows=rows, names=["what", "reached", "at most", "met"])
 # - **Hidden labels, by a hair.** Sixty of them in each fold would meet the aim. But their number is chosen inside the training stars, and these choose forty.
 # - **Metal-rich giants.** These 174 stars alone can teach only few hidden labels; more of them make the answers worse.
 # - **Synthetic stars, on the catalogue's scale** (the truth as a catalogue without noise would list it). More stars and more light would both still help ([learning curves](27_curves.ipynb)). A parabola in the latents, and a curve that bends on several scales, took two thirds of the way that was left. Cubic terms and labels cleaned by the model's own answers made it worse.
-# - **Errors about a truth.** The catalogue's noise is up to three times as large as the model's error. What is left after taking it off is known to some 15 %, from the stars that there are.
+# - **Errors about a truth.** The catalogue's noise is about twice as large as the model's error. What is left after taking it off is known to some 15 %, from the stars that there are.
 # - **One new cluster.** Stars of a cluster share what no label says, and err together. Errors that hold for clusters on average are too small for one of them. A term in the distance from the training stars was tried; it made other clusters' errors too large.
 # - **Flags.** The flagged giants are the rarest ones. A limit that spares them lets a spectrum pass that is [off by a pixel](18_refusal.ipynb).
 

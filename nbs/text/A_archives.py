@@ -47,6 +47,7 @@ from astropy.io import fits
 from astropy.table import QTable, Table
 from numpy.polynomial.legendre import legval
 from scipy import constants
+from scipy.ndimage import binary_opening
 from tqdm import tqdm
 
 from stellar_lab.normalize import MASKED_LIMIT
@@ -456,23 +457,13 @@ _RUN = 5  # neighbours in a row that make a sky line
 _CHIP_SIZES = [last - first + 1 for first, last in CHIPS.values()]
 
 
-def _in_a_run(bad):
-    "Which pixels (N, P) stand in a row of `_RUN` bad ones or more."
-    last = bad.shape[1] - _RUN + 1
-    begins = np.logical_and.reduce([bad[:, k : last + k] for k in range(_RUN)])
-    found = np.zeros_like(bad)
-    for k in range(_RUN):
-        found[:, k : last + k] |= begins
-    return found
-
-
 def _pixel_bits(flux, error):
     """APOGEE_PIXMASK bits (N, 7214), 0 on good pixels, of pseudo-normalized spectra.
 
     These mark a pixel as bad only by a flux of zero or an error of 0.3 and more."""
     empty = (flux <= 0) | (error <= 0)
     inflated = ~empty & (error >= _MAX_ERROR)
-    sky = _in_a_run(inflated)
+    sky = binary_opening(inflated, np.ones((1, _RUN), bool))
     to_edge = [np.minimum(np.arange(size), np.arange(size)[::-1]) for size in _CHIP_SIZES]
     rim = np.concatenate(to_edge) < _EDGE
     bits = empty * PIXMASK.BADPIX + inflated * PIXMASK.BADERR + sky * PIXMASK.SIG_SKYLINE

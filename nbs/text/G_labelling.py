@@ -142,7 +142,7 @@ _ELSEWHERE = {  # what is neither apStar nor aspcapStar -> its reader
 }
 
 
-def _spelled(name):
+def _unmistakable(name):
     "A file's name, in quotes where it could be taken for something else."
     return name if name.isprintable() and ", " not in name else ascii(name)
 
@@ -155,7 +155,7 @@ def _counted(files):
         if counts[kind]:
             text = text.replace("files", "file", 1) if counts[kind] == 1 else text
             words.append(f"{counts[kind]} {text}")
-    others = [_spelled(Path(path).name) for path, kind in files if kind == "other"]
+    others = [_unmistakable(Path(path).name) for path, kind in files if kind == "other"]
     if others:  # they may be spectra, and only their user can tell
         more = ", …" if len(others) > _NAMED else ""
         words[-1] += f" ({', '.join(others[:_NAMED])}{more})"
@@ -183,7 +183,7 @@ def _search(folder):
 
 
 # %%
-print(_spelled("my_star.fits"), _spelled("my\nlabelled: 12 stars.fits"))
+print(_unmistakable("my_star.fits"), _unmistakable("my\nlabelled: 12 stars.fits"))
 night = [("a/v1.fits", "visit"), ("a/my_star.fits", "other"), ("a/v2.fits", "visit")]
 assert _counted(night) == "2 files of single visits, 1 other FITS file (my_star.fits)"
 for name in ("apStar-r8-2M00085893+5748452.fits", "allStar-l31c.2.fits", "notes.txt"):

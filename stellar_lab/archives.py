@@ -401,6 +401,37 @@ def _split_visits(flux, error, visits, rng):
     return flux + noise - weights @ noise, errors, weights
 
 # %% ../nbs/A_archives.ipynb #c3e8781c
+_BLOCK = 2880  # bytes
+
+
+def _blocks(array):
+    "The bytes of an array, filled up to whole blocks."
+    content = array.tobytes()
+    return content + bytes(-len(content) % _BLOCK)
+
+
+def _text(hdu):
+    "The header of an HDU as it stands in a file."
+    return hdu.header.tostring().encode()
+
+
+@cache
+def _image_header(shape, dtype, cards):
+    "The header of all images of one shape."
+    return _text(fits.ImageHDU(np.zeros(shape, dtype), fits.Header(cards)))
+
+
+@cache
+def _table_header(dtype):
+    "The header of all tables of one row and these columns."
+    return _text(fits.BinTableHDU(np.zeros(1, dtype)))
+
+
+def _table(row):
+    "A table of one row as an HDU, in bytes."
+    return _table_header(row.dtype) + _blocks(row)
+
+# %% ../nbs/A_archives.ipynb #aeff1e8c
 _GRID_CARDS = (
     ("CRVAL1", LOG10_START),
     ("CDELT1", LOG10_STEP),
@@ -413,19 +444,12 @@ _DETECTORS = {"B": (213, 3308), "G": (3553, 6116), "R": (6309, 8369)}
 _UNIT = "(10^-17 erg/s/cm^2/Ang)"
 
 
-def _cards(*cards):
-    "A header with these cards in their order."
-    header = fits.Header()
-    for card in cards:
-        header.append(card, end=True)
-    return header
-
-
 def _image(on_band_values, fill, unit, dtype=">f4"):
-    "An image HDU on the full grid from values on the on-band pixels."
+    "An image on the full grid, from values on the on-band pixels, as an HDU in bytes."
     values = np.full((*on_band_values.shape[:-1], N_PIXELS), fill, dtype)
     values[..., on_band] = on_band_values
-    return fits.ImageHDU(values, _cards(*_GRID_CARDS, ("BUNIT", unit)))
+    header = _image_header(values.shape, dtype, (*_GRID_CARDS, ("BUNIT", unit)))
+    return header + _blocks(values)
 
 
 def _mask_image(bits):
@@ -501,7 +525,7 @@ def _star_header(star, visits):
         cards.append((f"{detector}MIN", first, "Min pixel of this chip, any frame"))
         cards.append((f"{detector}MAX", last, "Max pixel of this chip, any frame"))
     history = [("HISTORY", line) for line in _HISTORY]
-    return _cards(*cards, ("NWAVE", N_PIXELS), *_GRID_CARDS, *history)
+    return fits.Header([*cards, ("NWAVE", N_PIXELS), *_GRID_CARDS, *history])
 
 
 _HISTORY = (
@@ -531,6 +555,7 @@ def _visit_cards(i, visit):
 # A Gauss-Hermite profile as wide as the instrument's, one for all stars:
 _LSF = (1, 4287, 5, 1, 1, 1, 1, 1, 0, 1.715, -7.9e-6, -0.033, 9e-7, -0.227, 5.7e-6, 0.093)
 _LSF += (-8.4e-6, 0.244, -4e-6, -0.046, 1, 2, 0, 0, 0.01, 0.057)
+_LSF_CARDS = (("CTYPE1", "Parameters"), ("BUNIT", "LSF Coefficients"))
 
 _RV_COLUMNS = [
     ("FILE", "S30"),
@@ -556,7 +581,7 @@ def _rv_table(visits):
         table[name] = [visit[name] for visit in visits] if n > 1 else visits[0][name]
     table["CCFLAG"] = np.arange(-200, 201)
     table["CCFDW"] = LOG10_STEP
-    return fits.BinTableHDU(table)
+    return table
 
 
 def _visit_masks(mask, visits, rng):
@@ -567,8 +592,8 @@ def _visit_masks(mask, visits, rng):
     return masks
 
 # %% ../nbs/A_archives.ipynb #9d374142
-def _apstar_hdus(star, flux, error, mask, rng):
-    """An apStar file of DR14: 10 HDUs, 1-D arrays where there was one visit.
+def _apstar_parts(star, flux, error, mask, rng):
+    """Header, images and table of an apStar file of DR14, 1-D arrays where there was one visit.
 
     From a row of the stars table as a dict, (7214,) flux and error in 1e-17 erg/s/cm^2/Angstrom
     (`_NO_VALUE` where there is none) and mask bits. https://data.sdss.org/datamodel"""
@@ -595,10 +620,21 @@ def _apstar_hdus(star, flux, error, mask, rng):
         _image(np.full_like(sky, 0.99), 0, "Telluric"),
         _image(np.full_like(sky, 1e-4), 0, "Telluric Error"),
     ]
-    lsf_header = _cards(("CTYPE1", "Parameters"), ("BUNIT", "LSF Coefficients"))
-    lsf = fits.ImageHDU(np.array(_LSF, ">f8"), lsf_header)
-    primary = fits.PrimaryHDU(header=_star_header(star, visits))
-    return fits.HDUList([primary, *images, lsf, _rv_table(visits)])
+    lsf = np.array(_LSF, ">f8")
+    images.append(_image_header(lsf.shape, lsf.dtype, _LSF_CARDS) + _blocks(lsf))
+    return _star_header(star, visits), images, _rv_table(visits)
+
+
+def _file(header, images, table):
+    "A file's bytes: a header, which says that more follows, then images and a table."
+    primary = fits.PrimaryHDU(header=header)
+    primary.header.set("EXTEND", True, after="NAXIS")
+    return b"".join([_text(primary), *images, _table(table)])
+
+
+def _apstar_file(star, flux, error, mask, rng):
+    "The bytes of an apStar file: ten HDUs."
+    return _file(*_apstar_parts(star, flux, error, mask, rng))
 
 # %% ../nbs/A_archives.ipynb #0c864cc0
 _SECRETS = (
@@ -607,24 +643,23 @@ _SECRETS = (
 ).split()
 
 
-def _mystery_hdus(star, flux, error, mask, rng):
+def _mystery_file(star, flux, error, mask, rng):
     "A star without a name: an apStar file of one row, all that could identify it taken out."
-    hdus = _apstar_hdus(star | {"NVISITS": 1}, flux, error, mask, rng)
+    header, images, table = _apstar_parts(star | {"NVISITS": 1}, flux, error, mask, rng)
     for key in _SECRETS:
-        del hdus[0].header[key]
-    hdus[9] = fits.BinTableHDU(np.zeros_like(np.asarray(hdus[9].data)))
-    return hdus
+        del header[key]
+    return _file(header, images, np.zeros_like(table))
 
 
-def _aspcapstar_hdus(star, flux, error):
+def _aspcapstar_file(star, flux, error):
     "An aspcapStar file: normalized flux and error as they are, an empty best fit, the labels."
     keys = ("FIELD", "RA", "DEC", "J", "H", "K", "SNR", "NVISITS")
-    header = _cards(
+    cards = [
         ("OBJ", star["APOGEE_ID"], "Object ID"),
         ("LOCID", star["LOCATION_ID"]),
         *((key, star[key]) for key in keys),
         ("HISTORY", "HDU1 pseudo-normalized flux, 2 error, 3 best fit (zero: not kept), 4 labels"),
-    )
+    ]
     images = [
         _image(flux, 0, "Flux / pseudo-continuum"),
         _image(error, 0, "Error"),
@@ -634,7 +669,7 @@ def _aspcapstar_hdus(star, flux, error):
     row = np.zeros(1, dtype + [(name, ">f4") for name in star if _is_label(name)])
     for name in row.dtype.names:
         row[name] = _filled(star[name])
-    return fits.HDUList([fits.PrimaryHDU(header=header), *images, fits.BinTableHDU(row)])
+    return _file(fits.Header(cards), images, row)
 
 
 def _is_label(name):
@@ -771,19 +806,19 @@ def _write_star(root, rules, star, flaw, flux, error, mask, seed, products):
     scale = _instrument_continuum([_continuum_teff(star)], [star["H"]], throughput[None])[0]
     raw = (flux * scale, np.where(error > 0, error * scale, _NO_VALUE), mask)
     if flaw == "mystery":
-        _mystery_hdus(star, *raw, rng).writeto(Path(root) / MYSTERY_FILE)
+        (Path(root) / MYSTERY_FILE).write_bytes(_mystery_file(star, *raw, rng))
         return 1
     for product in products:
         if product == "apstar":
-            hdus = _apstar_hdus(star, *raw, rng)
+            content = _apstar_file(star, *raw, rng)
         else:  # this product has no mask: a bad pixel shows by its error
             bad = (mask != 0) & (error > 0)
-            hdus = _aspcapstar_hdus(star, flux, np.where(bad, np.maximum(error, _MAX_ERROR), error))
+            seen = np.where(bad, np.maximum(error, _MAX_ERROR), error)
+            content = _aspcapstar_file(star, flux, seen)
         field = str(star[rules.field_column])
         path = Path(root) / rules.path(product, field, star["APOGEE_ID"], star["TELESCOPE"])
         path.parent.mkdir(parents=True, exist_ok=True)
-        hdus.writeto(path)
-        _damage(path, flaw)
+        path.write_bytes(_damaged(content, flaw))
     return len(products)
 
 
@@ -792,13 +827,11 @@ def _continuum_teff(star):
     return star["TEFF_CONTINUUM" if "TEFF_CONTINUUM" in star.keys() else "TEFF"]
 
 
-def _damage(path, flaw):
-    "Cut a file off, or put an apology in its place, where the flaw wants it."
+def _damaged(content, flaw):
+    "A file cut off, or an apology in its place, where the flaw wants it."
     if flaw == "truncated":
-        end = int(0.4 * path.stat().st_size) + 1  # within a block of 2,880 bytes
-        path.write_bytes(path.read_bytes()[:end])
-    if flaw == "html":
-        path.write_text(_HTML)
+        return content[: int(0.4 * len(content)) + 1]  # within a block of 2,880 bytes
+    return _HTML.encode() if flaw == "html" else content
 
 # %% ../nbs/A_archives.ipynb #4ab62f4f
 _COPIED = "J H K RA DEC GLON GLAT NVISITS SNR STARFLAG ANDFLAG ASPCAPFLAG VSCATTER VERR".split()

@@ -37,6 +37,9 @@ COMMAND = Path(sys.prefix) / "bin" / "stellar-lab"
 CELL_TIMEOUT = {"quick": 900, "full": 7200}
 WORKERS = 2  # notebooks that run at a time
 SHARP = ("--InlineBackend.figure_formats={'retina'}",)  # two pixels for one
+# Inline figures are drawn when they are shown; pyplot's own hook draws each of them once before.
+DRAWN_ONCE = "from matplotlib import pyplot as _plt; _plt.get_backend(); "
+DRAWN_ONCE += "_plt.uninstall_repl_displayhook(); del _plt"
 SETTINGS = {
     # The kernel of this environment, whatever the user has elsewhere.
     "JUPYTER_PATH": str(Path(sys.prefix) / "share" / "jupyter"),
@@ -242,7 +245,11 @@ def run_notebook(notebook, name, timeout, running=None, sharp=False):
         on_cell_start=begun,
         on_cell_executed=done,
         record_timing=False,
-        extra_arguments=["--log-level=ERROR", *(SHARP if sharp else ())],
+        extra_arguments=[
+            "--log-level=ERROR",
+            f"--IPKernelApp.exec_lines={DRAWN_ONCE}",
+            *(SHARP if sharp else ()),
+        ],
     )
     running.begin(name, client)
     try:

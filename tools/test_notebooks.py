@@ -39,6 +39,13 @@ LOADED_ONCE = (
 )
 
 
+def shell(path, make):
+    "A shell that draws a figure once, when it is shown, and no finer than needed."
+    made = make(path, mpl_format="png")  # nbdev draws twice as fine, which nobody sees here
+    import_module("matplotlib.pyplot").uninstall_repl_displayhook()
+    return made
+
+
 class Test:
     "A notebook under test: a process of its own, and a file for what that says."
 
@@ -62,8 +69,7 @@ class Test:
         os.chdir(ROOT)
         sys.path.remove(str(ROOT / "tools"))
         tester = import_module("nbdev.test")
-        # nbdev draws figures twice as fine, which nobody sees here
-        tester.CaptureShell = partial(tester.CaptureShell, mpl_format="png")
+        tester.CaptureShell = partial(shell, make=tester.CaptureShell)
         skipped = tester.get_config().tst_flags.split()
         passed, _ = tester.test_nb(self.path, skip_flags=skipped, basepath=ROOT)
         sys.exit(not passed)

@@ -65,9 +65,7 @@ check: $(STAMP) ## formatted, linted, imports in order, package and twins as the
 	@echo "== checks"
 	@$(BIN)/ruff format --check --quiet . || { echo "not formatted: run 'make format'" >&2; exit 1; }
 	@$(BIN)/ruff check --quiet .
-	@$(BIN)/python tools/check_imports.py
-	@$(BIN)/python tools/check_generated.py
-	@$(BIN)/python tools/check_notebooks.py
+	@$(BIN)/python tools/check.py
 
 format: $(STAMP) ## format code in notebooks, tests and tools, then as 'make sync'
 	@$(BIN)/ruff format .

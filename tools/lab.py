@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import pages
 from durations import longest_first, remember
+from kernels import manager_class
 from notebooks import NBS, ROOMY, ROOT, environment, notebooks, read, thread_share, title
 
 ARCHIVES = ROOT / "data" / "archives"
@@ -241,6 +242,7 @@ def run_notebook(notebook, name, timeout, running=None, sharp=False):
         notebook,
         timeout=timeout,
         kernel_name="python3",
+        kernel_manager_class=manager_class(),
         resources={"metadata": {"path": str(NBS)}},
         on_cell_start=begun,
         on_cell_executed=done,

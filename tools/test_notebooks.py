@@ -15,6 +15,7 @@ from functools import partial
 from importlib import import_module
 
 from durations import longest_first, remember
+from kernels import CAN_FORK, load_libraries
 from notebooks import ROOT, environment, notebooks, thread_share
 
 SETTINGS = {
@@ -23,20 +24,6 @@ SETTINGS = {
     "MPLBACKEND": "Agg",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-# What nearly all notebooks need. Nothing of the project, and nothing that starts threads.
-LOADED_ONCE = (
-    "nbdev.test",
-    "matplotlib.pyplot",
-    "astropy.table",
-    "scipy.stats",
-    "scipy.optimize",
-    "sklearn.base",
-    "sklearn.decomposition",
-    "sklearn.mixture",
-    "asdf",
-    "seaborn",
-    "pytest",
-)
 
 
 def shell(path, make):
@@ -127,10 +114,9 @@ def main():
     options = parser.parse_args()
     paths = notebooks(options.names)
     os.environ.update(environment(**thread_share(options.workers), **SETTINGS))
-    if sys.platform != "darwin":  # where libraries do not survive a fork
-        for name in LOADED_ONCE:
-            import_module(name)
-        _ = import_module("asdf").get_config().extensions  # its plugins take two seconds
+    if CAN_FORK:
+        load_libraries()
+        import_module("nbdev.test")
     failed = []
     times = {}
     for path, seconds, problem in run_all(

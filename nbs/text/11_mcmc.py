@@ -1135,7 +1135,8 @@ posterior = sample(model, star, ensembles=2 if quick else 4, progress=False)
 posterior
 
 # %% [markdown]
-# The second picture is the *corner plot*: each label's distribution with its 16 and 84 %, and each pair against one another.
+# The second picture is the *corner plot*: each label's distribution with its 16 and 84 %, and each pair against one another. The lines of a pair enclose 39 and 86 % of the draws, as
+# one and two standard deviations do in two dimensions.
 
 # %%
 #| export

@@ -670,6 +670,34 @@ ax.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 left = (star.flux - compressor.draw(star))[0, window]
 assert left.std() < 0.4 * star.flux[0, window].std()
 
+
+# %% [markdown]
+# Why twenty? The directions come in order, the strongest first. So we can draw test stars from the first few alone, and look at what is left, in units of the noise.
+
+# %%
+def left_over(first, stars, scatter):
+    "rms of what the first latents leave of stars, over the noise and some scatter."
+    residual = stars.flux - compressor.typical_flux_.astype("f4")
+    asked = compressor.directions_[:first]
+    values, _ = hidden_values(residual, stars.ivar, asked, compressor.scatter_**2)
+    weight = stars.ivar / (1 + stars.ivar * scatter**2)
+    squares = weight * (residual - values @ asked) ** 2
+    return np.sqrt(squares[stars.ivar > 0].mean())
+
+
+numbers = (1, 2, 3, 5, 8, 12, 20)
+scatters = {"the noise": 0, "noise and scatter": np.nan_to_num(compressor.scatter_)}
+ax = plt.subplots(figsize=(5, 2.6))[1]
+for name, scatter in scatters.items():
+    remains = [left_over(number, spectra[test], scatter) for number in numbers]
+    ax.plot(numbers, remains, "o-", label=f"in units of {name}")
+    assert remains[-1] < 0.6 * remains[0]
+ax.set(xlabel="latents", ylabel="rms left", xticks=range(0, 21, 4), ylim=(0, None))
+ax.legend(frameon=False);
+
+# %% [markdown]
+# **What to see.** The first eight numbers do most of the work. Part of what stays is each pixel's own scatter, which is learned beside the latents and counts as noise from then on.
+
 # %% [markdown]
 # The cost of a process grows with the third power of its training stars. So it learns from 4,000 at most, and its settings from 1,000, evenly chosen.
 

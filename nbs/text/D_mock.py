@@ -436,10 +436,10 @@ if folder:
     axes[1].plot(dr17[2], dr17[3], ".", ms=1, color="0.8", zorder=0)
 points = axes[0].scatter(people["TEFF"], people["LOGG"], c=people["FE_H"], s=4, cmap="viridis")
 axes[0].set(xlabel=LABELS["TEFF"].axis, ylabel=LABELS["LOGG"].axis, xlim=(6400, 3400), ylim=(5, 0))
-axes[1].scatter(people["FE_H"], people["ALPHA_FE"], c=people["FE_H"], s=4, cmap="viridis")
+axes[1].plot(people["FE_H"], people["ALPHA_FE"], ".", ms=2, color="C0")
 axes[1].set(xlabel=LABELS["FE_H"].axis, ylabel=r"[$\alpha$/Fe] [dex]")
 axes[1].set(xlim=(-1.3, 0.6), ylim=(-0.15, 0.45))
-fig.colorbar(points, ax=axes, label=LABELS["FE_H"].axis);
+fig.colorbar(points, ax=axes[0], label=LABELS["FE_H"].axis);
 
 # %%
 quantiles = (5, 16, 50, 84, 95)
@@ -816,7 +816,7 @@ for ax, name in zip(axes, _LABEL_ERRORS, strict=True):
 axes[0].set(ylabel="catalogue minus truth");
 
 # %% [markdown]
-# **What to see.** Grey, what the catalogue is off; orange, the trend in it, as a function of the true labels.
+# **What to see.** Grey, what the catalogue is off; orange, the trend in it. The trends of [Fe/H] and [Si/Fe] follow the temperature, so that over the label itself they are a band.
 
 # %%
 for name in _LABEL_ERRORS:

@@ -175,23 +175,41 @@ def pair_index(T: int) -> tuple:
     Returns
     -------
     tuple
-        two (T(T+1)/2,) int arrays, the terms of each pair; and a (T, T) int array, where each
-        entry of a symmetric matrix finds its pair
+        two (T(T+1)/2,) int arrays, the terms of each pair
     """
-    i, j = np.triu_indices(T)
+    return np.triu_indices(T)
+
+
+def whole_matrices(entries: np.ndarray, T: int, diagonal: float = 0) -> np.ndarray:
+    """Symmetric matrices from their distinct entries.
+
+    Parameters
+    ----------
+    entries : (N, T(T+1)/2) array
+        in the order of `pair_index`
+    T : int
+    diagonal : float, default 0
+        added to it
+
+    Returns
+    -------
+    (N, T, T) array of float64
+    """
+    i, j = pair_index(T)
     place = np.empty((T, T), dtype=int)
-    place[i, j] = np.arange(len(i))
-    place[j, i] = place[i, j]
-    return i, j, place
+    place[i, j] = place[j, i] = np.arange(len(i))
+    matrices = np.take(entries, place, axis=1).astype(float, copy=False)
+    matrices[:, np.arange(T), np.arange(T)] += diagonal
+    return matrices
 
 # %% ../nbs/05_cannon.ipynb #4f01fb6e
 _SCATTER_ROUNDS = 40  # fits per pixel at most
 _SCATTER_TOLERANCE = 1e-4  # done when no scatter moves by more than this share
 
 
-def _solve(weight, flux, design, products, place):
+def _solve(weight, flux, design, products):
     "Normal equations of a block of pixels: (B, T) coefficients."
-    A = (weight.T @ products)[:, place]
+    A = whole_matrices(weight.T @ products, design.shape[1])
     b = (design.T @ (weight * flux)).T
     return np.linalg.solve(A, b[..., None])[..., 0]
 
@@ -202,10 +220,10 @@ def _scatter_step(residual2, ivar, variance, scatter2):
     return np.maximum((weight2 * (residual2 - variance)).sum(axis=0) / weight2.sum(axis=0), 0)
 
 
-def _fit_block(flux, ivar, design, products, place, scatter):
+def _fit_block(flux, ivar, design, products, scatter):
     """Coefficients (B, T) and scatter (B,) of pixels that have enough stars; flux, ivar (N, B)
     float64."""
-    theta = _solve(ivar, flux, design, products, place)
+    theta = _solve(ivar, flux, design, products)
     scatter2 = np.zeros(flux.shape[1])
     if not scatter:
         return theta, scatter2
@@ -219,7 +237,7 @@ def _fit_block(flux, ivar, design, products, place, scatter):
         now = before
         for _ in range(3):
             now = _scatter_step(residual2, w, variance[:, moving], now)
-        theta[moving] = _solve(w / (1 + w * now), f, design, products, place)
+        theta[moving] = _solve(w / (1 + w * now), f, design, products)
         scatter2[moving] = now
         change = np.abs(np.sqrt(now) - np.sqrt(before))
         moving = moving[change > _SCATTER_TOLERANCE * np.sqrt(now)]
@@ -231,7 +249,7 @@ def _fit_block(flux, ivar, design, products, place, scatter):
 def _fit_pixels(flux, ivar, design, min_stars, scatter):
     "All pixels at once: coefficients (P, T), scatter (P,), good pixels and chi2 (N,) of each star."
     T = design.shape[1]
-    i, j, place = pair_index(T)
+    i, j = pair_index(T)
     products = design[:, i] * design[:, j]
 
     def work(pixels):
@@ -245,7 +263,7 @@ def _fit_pixels(flux, ivar, design, min_stars, scatter):
         if not usable.all():
             f, w, good = (part[:, usable] for part in (f, w, good))
         theta[usable], scatter2[usable] = _fit_block(
-            f.astype(float), w.astype(float), design, products, place, scatter
+            f.astype(float), w.astype(float), design, products, scatter
         )
         if scatter:
             w = w / (1 + w * scatter2[usable].astype(w.dtype))

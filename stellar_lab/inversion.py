@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .cannon import Cannon, pair_index
+from .cannon import Cannon, pair_index, whole_matrices
 from .models import Answer, answer, finite_flux, in_blocks, infer, label_box
 from .survey import LabError
 
@@ -48,7 +48,7 @@ class Statistics:
 
     def matrix(self) -> np.ndarray:
         "The matrices A written out, (N, T-1, T-1) float64."
-        return self.A.astype(float)[:, pair_index(self.b.shape[1])[2]]
+        return whole_matrices(self.A, self.b.shape[1])
 
     def chi2(self, terms: np.ndarray) -> np.ndarray:
         """chi2 of each star at each of S trials, above its value at the pivots, as two products.
@@ -62,7 +62,7 @@ class Statistics:
         -------
         (N, S) array
         """
-        i, j, _ = pair_index(terms.shape[1])
+        i, j = pair_index(terms.shape[1])
         pairs = terms[:, i] * terms[:, j] * np.where(i == j, 1, 2)
         quadratic = self.A @ pairs.T.astype(self.A.dtype)
         return quadratic - 2 * (self.b @ terms.T.astype(self.b.dtype))
@@ -116,7 +116,7 @@ class _Basis:
         theta = np.vstack([theta[0] - reference, theta[1:]]).astype(dtype)
         hidden = np.asarray(getattr(model, "hidden_", np.empty((0, len(reference)))), dtype)
         rows = np.vstack([theta[1:], hidden])
-        i, j, _ = pair_index(len(rows))
+        i, j = pair_index(len(rows))
         scatter2 = np.where(model.usable_, model.scatter_**2, np.nan).astype(dtype)
         return cls(reference, theta, hidden, rows, rows[i] * rows[j], scatter2)
 
@@ -134,12 +134,12 @@ def _passes(work, size):
 def _without_hidden(A, b, hidden):
     """Hidden labels eliminated: A and b of the terms alone, and what gives the hidden labels
     back."""
-    full = A.astype(float)[:, pair_index(b.shape[1])[2]]
+    full = whole_matrices(A, b.shape[1])
     terms = b.shape[1] - hidden
     inverse = np.linalg.inv(full[:, terms:, terms:] + np.eye(hidden))
     share = inverse @ full[:, terms:, :terms]
     turned = np.swapaxes(share, 1, 2)
-    i, j, _ = pair_index(terms)
+    i, j = pair_index(terms)
     left = full[:, :terms, :terms] - turned @ full[:, terms:, :terms]
     right = b[:, :terms] - (turned @ b[:, terms:, None])[..., 0]
     return left[:, i, j].astype(A.dtype), right.astype(b.dtype), inverse, share

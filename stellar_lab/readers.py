@@ -12,7 +12,7 @@ import numpy as np
 from sklearn.linear_model import RidgeCV
 from sklearn.utils.validation import check_is_fitted
 
-from .cannon import pair_index
+from .cannon import pair_index, whole_matrices
 from stellar_lab.models import (
     Answer,
     Held,
@@ -144,9 +144,9 @@ def photon_covariance(weights: np.ndarray, ivar: np.ndarray) -> np.ndarray:
     -------
     (N, K, K) array
     """
-    i, j, place = pair_index(len(weights))
+    i, j = pair_index(len(weights))
     variance = np.divide(1, ivar, out=np.zeros(ivar.shape), where=ivar > 0)
-    return (variance @ (weights[i] * weights[j]).T)[:, place]
+    return whole_matrices(variance @ (weights[i] * weights[j]).T, len(weights))
 
 # %% ../nbs/13_readers.ipynb #46f1940f
 def _checked_penalties(alphas):

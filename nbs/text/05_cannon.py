@@ -326,7 +326,7 @@ print("largest error of a slope:", np.abs(odd.derivative(at) - slopes).max().rou
 # Pixels are independent, so blocks of them run in threads side by side, each block small enough to stay in the processor's cache.
 
 # %% [markdown]
-# A symmetric matrix holds each number twice. `pair_index` names the entries that differ: the two terms of each pair, and for each entry of the whole matrix its place among the pairs.
+# A symmetric matrix holds each number twice. `pair_index` names the entries that differ, by the two terms of each pair; `whole_matrices` puts such entries into their places.
 
 # %%
 #| exporti
@@ -341,21 +341,40 @@ def pair_index(T: int) -> tuple:
     Returns
     -------
     tuple
-        two (T(T+1)/2,) int arrays, the terms of each pair; and a (T, T) int array, where each
-        entry of a symmetric matrix finds its pair
+        two (T(T+1)/2,) int arrays, the terms of each pair
     """
-    i, j = np.triu_indices(T)
+    return np.triu_indices(T)
+
+
+def whole_matrices(entries: np.ndarray, T: int, diagonal: float = 0) -> np.ndarray:
+    """Symmetric matrices from their distinct entries.
+
+    Parameters
+    ----------
+    entries : (N, T(T+1)/2) array
+        in the order of `pair_index`
+    T : int
+    diagonal : float, default 0
+        added to it
+
+    Returns
+    -------
+    (N, T, T) array of float64
+    """
+    i, j = pair_index(T)
     place = np.empty((T, T), dtype=int)
-    place[i, j] = np.arange(len(i))
-    place[j, i] = place[i, j]
-    return i, j, place
+    place[i, j] = place[j, i] = np.arange(len(i))
+    matrices = np.take(entries, place, axis=1).astype(float, copy=False)
+    matrices[:, np.arange(T), np.arange(T)] += diagonal
+    return matrices
 
 
 # %%
-i, j, place = pair_index(3)
+i, j = pair_index(3)
 terms = np.array([2, 3, 5])
 print("pairs", list(zip(i.tolist(), j.tolist())), "products", terms[i] * terms[j])
-assert np.array_equal((terms[i] * terms[j])[place], np.outer(terms, terms))
+(product,) = whole_matrices((terms[i] * terms[j])[None], 3, diagonal=0.5)
+assert np.array_equal(product, np.outer(terms, terms) + 0.5 * np.eye(3))
 
 # %% [markdown]
 # The scatter of a pixel maximizes its own likelihood $-\frac12\sum_n [\,r_{np}^2 w_{np} - \ln w_{np}]$ with $w = 1/(\sigma^2+s^2)$ and the residuals $r$.
@@ -370,9 +389,9 @@ _SCATTER_ROUNDS = 40  # fits per pixel at most
 _SCATTER_TOLERANCE = 1e-4  # done when no scatter moves by more than this share
 
 
-def _solve(weight, flux, design, products, place):
+def _solve(weight, flux, design, products):
     "Normal equations of a block of pixels: (B, T) coefficients."
-    A = (weight.T @ products)[:, place]
+    A = whole_matrices(weight.T @ products, design.shape[1])
     b = (design.T @ (weight * flux)).T
     return np.linalg.solve(A, b[..., None])[..., 0]
 
@@ -383,10 +402,10 @@ def _scatter_step(residual2, ivar, variance, scatter2):
     return np.maximum((weight2 * (residual2 - variance)).sum(axis=0) / weight2.sum(axis=0), 0)
 
 
-def _fit_block(flux, ivar, design, products, place, scatter):
+def _fit_block(flux, ivar, design, products, scatter):
     """Coefficients (B, T) and scatter (B,) of pixels that have enough stars; flux, ivar (N, B)
     float64."""
-    theta = _solve(ivar, flux, design, products, place)
+    theta = _solve(ivar, flux, design, products)
     scatter2 = np.zeros(flux.shape[1])
     if not scatter:
         return theta, scatter2
@@ -400,7 +419,7 @@ def _fit_block(flux, ivar, design, products, place, scatter):
         now = before
         for _ in range(3):
             now = _scatter_step(residual2, w, variance[:, moving], now)
-        theta[moving] = _solve(w / (1 + w * now), f, design, products, place)
+        theta[moving] = _solve(w / (1 + w * now), f, design, products)
         scatter2[moving] = now
         change = np.abs(np.sqrt(now) - np.sqrt(before))
         moving = moving[change > _SCATTER_TOLERANCE * np.sqrt(now)]
@@ -413,9 +432,9 @@ def _fit_block(flux, ivar, design, products, place, scatter):
 rng = np.random.default_rng(0)
 design = Vectorizer.of_order("a", 1)(rng.normal(size=(500, 1)))
 flux = design @ [[1.0], [0.2]] + rng.normal(scale=np.hypot(0.03, 0.04), size=(500, 1))
-i, j, place = pair_index(2)
+i, j = pair_index(2)
 known_noise = np.full(flux.shape, 0.03**-2)
-theta, scatter2 = _fit_block(flux, known_noise, design, design[:, i] * design[:, j], place, True)
+theta, scatter2 = _fit_block(flux, known_noise, design, design[:, i] * design[:, j], True)
 print(f"coefficients {theta[0].round(3)}, scatter {np.sqrt(scatter2[0]):.4f} where 0.04 was put in")
 assert abs(np.sqrt(scatter2[0]) / 0.04 - 1) < 0.1 and np.allclose(theta[0], [1, 0.2], atol=0.01)
 
@@ -429,7 +448,7 @@ assert abs(np.sqrt(scatter2[0]) / 0.04 - 1) < 0.1 and np.allclose(theta[0], [1, 
 def _fit_pixels(flux, ivar, design, min_stars, scatter):
     "All pixels at once: coefficients (P, T), scatter (P,), good pixels and chi2 (N,) of each star."
     T = design.shape[1]
-    i, j, place = pair_index(T)
+    i, j = pair_index(T)
     products = design[:, i] * design[:, j]
 
     def work(pixels):
@@ -443,7 +462,7 @@ def _fit_pixels(flux, ivar, design, min_stars, scatter):
         if not usable.all():
             f, w, good = (part[:, usable] for part in (f, w, good))
         theta[usable], scatter2[usable] = _fit_block(
-            f.astype(float), w.astype(float), design, products, place, scatter
+            f.astype(float), w.astype(float), design, products, scatter
         )
         if scatter:
             w = w / (1 + w * scatter2[usable].astype(w.dtype))

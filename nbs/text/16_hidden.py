@@ -23,7 +23,7 @@ from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 from tqdm import tqdm
 
-from stellar_lab.cannon import Cannon, pair_index
+from stellar_lab.cannon import Cannon, pair_index, whole_matrices
 from stellar_lab.inversion import infer, pixel_weights
 from stellar_lab.models import (
     Held,
@@ -134,12 +134,12 @@ def hidden_values(residual, ivar, directions, scatter2) -> tuple:
     """
     rows = np.asarray(directions, np.float32)
     scatter2 = np.asarray(scatter2, np.float32)
-    i, j, place = pair_index(len(rows))
+    i, j = pair_index(len(rows))
     products = (rows[i] * rows[j]).T.copy()
 
     def work(stars):
         weight = pixel_weights(np.asarray(ivar[stars], np.float32), scatter2)
-        M = (weight @ products).astype(float)[:, place] + np.eye(len(rows))
+        M = whole_matrices(weight @ products, len(rows), diagonal=1)
         pull = ((weight * residual[stars]) @ rows.T).astype(float)
         covariance = np.linalg.inv(M)
         return (covariance @ pull[..., None])[..., 0], covariance
@@ -200,11 +200,11 @@ class _Moments:
     def of(cls, terms, values, covariance):
         design = np.concatenate([terms, values], axis=1)
         T = terms.shape[1]
-        i, j, _ = pair_index(design.shape[1])
+        i, j = pair_index(design.shape[1])
         products = design[:, i] * design[:, j]
         hidden = i >= T
         products[:, hidden] += covariance[:, i[hidden] - T, j[hidden] - T]
-        a, b, _ = pair_index(values.shape[1])
+        a, b = pair_index(values.shape[1])
         twice = covariance[:, a, b] * np.where(a == b, 1, 2)
         return cls(design.astype("f4"), products.astype("f4"), twice.astype("f4"))
 
@@ -224,11 +224,11 @@ def _regress(moments, flux, ivar, scatter2, hidden):
     "Coefficients and directions (B, T+q) and scatter (B,) of a block of pixels."
     columns = moments.design.shape[1]
     weight = pixel_weights(ivar, scatter2.astype("f4"))
-    A = (weight.T @ moments.products).astype(float)[:, pair_index(columns)[2]]
+    A = whole_matrices(weight.T @ moments.products, columns, diagonal=_RIDGE)
     b = ((weight * flux).T @ moments.design).astype(float)
-    solved = np.linalg.solve(A + _RIDGE * np.eye(columns), b[..., None])[..., 0]
+    solved = np.linalg.solve(A, b[..., None])[..., 0]
     directions = solved[:, -hidden:].astype("f4")
-    i, j, _ = pair_index(hidden)
+    i, j = pair_index(hidden)
     squares = (flux - moments.design @ solved.T.astype("f4")) ** 2
     squares += moments.covariance @ (directions[:, i] * directions[:, j]).T
     for _ in range(_SCATTER_STEPS):

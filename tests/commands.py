@@ -6,6 +6,7 @@ begins with nothing takes three seconds to load what a command needs, and these 
 that: what they are about, streams, folders and exit codes, is a process's own here, too.
 """
 
+import gc
 import io
 import json
 import os
@@ -53,6 +54,7 @@ def _serve():
     import stellar_lab.labelling
     import stellar_lab.training  # noqa: F401
 
+    gc.freeze()  # what is loaded stays: no command looks through it at its end
     # The pipes that tasks and answers go through, where no command looks for its streams.
     tasks = os.fdopen(os.dup(0), buffering=1)
     answers = os.fdopen(os.dup(1), "w", buffering=1)

@@ -15,7 +15,7 @@ from functools import partial
 from importlib import import_module
 
 from durations import longest_first, remember
-from kernels import CAN_FORK, load_libraries
+from kernels import CAN_FORK, leave, load_libraries
 from notebooks import ROOT, environment, notebooks, thread_share
 
 SETTINGS = {
@@ -59,7 +59,7 @@ class Test:
         tester.CaptureShell = partial(shell, make=tester.CaptureShell)
         skipped = tester.get_config().tst_flags.split()
         passed, _ = tester.test_nb(self.path, skip_flags=skipped, basepath=ROOT)
-        sys.exit(not passed)
+        leave(not passed)
 
     def problem(self):
         "None while it runs; then what went wrong, or nothing."

@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 import check_generated
 import check_notebooks
 import durations
+import kernels
 import lab
 import pages
 from notebooks import ROOT, directives, environment, natural, notebooks, read, title
@@ -357,6 +358,35 @@ def test_a_cell_that_hangs_is_stopped():
     with pytest.raises(lab.Failed, match="09_test.ipynb, cell 0: took longer than 1 s"):
         lab.run_notebook(notebook(("import time; time.sleep(60)", [])), "09_test.ipynb", timeout=1)
     assert lab.peak_memory() > 20
+
+
+def test_a_kernel_leaves_nothing_to_the_next_one():
+    leave = """
+import os, tempfile, matplotlib
+os.environ["LEFT"] = "by the first"
+matplotlib.rcParams["lines.linewidth"] = 7
+scratch = tempfile.TemporaryDirectory()
+print(scratch.name)
+"""
+    find = """
+import os, matplotlib
+print(os.environ.get("LEFT"), matplotlib.rcParams["lines.linewidth"])
+"""
+    first, second = notebook((leave, [])), notebook((find, []))
+    for made in (first, second):
+        lab.run_notebook(made, "09_test.ipynb", timeout=60)
+    assert not Path(first.cells[0].outputs[0].text.strip()).exists()  # its exit handlers ran
+    assert second.cells[0].outputs[0].text == "None 1.5\n"
+
+
+def test_after_a_kernel_that_died_the_next_one_runs():
+    with pytest.raises(lab.Failed, match="09_test.ipynb, cell 0: its kernel died"):
+        lab.run_notebook(notebook(("import os; os._exit(3)", [])), "09_test.ipynb", timeout=60)
+    if kernels.CAN_FORK:
+        kernels.SOURCE.process.kill()
+    made = notebook(("print('alive')", []))
+    lab.run_notebook(made, "09_test.ipynb", timeout=60)
+    assert made.cells[0].outputs[0].text == "alive\n"
 
 
 @pytest.fixture

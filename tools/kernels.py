@@ -9,8 +9,10 @@ import atexit
 import gc
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import import_module
 from threading import Lock
 
@@ -70,7 +72,10 @@ def main():
 
 def exit_status(pid):
     "That of a kernel, or nothing while it runs."
-    ended, status = os.waitpid(pid, os.WNOHANG)
+    try:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:  # forked from a process that ended, and ended with it
+        return -signal.SIGKILL
     return os.waitstatus_to_exitcode(status) if ended else None
 
 
@@ -91,25 +96,43 @@ def become(arguments, folder, environment):
 
 
 class Source:
-    "The process that has the libraries, started when the first kernel is asked for."
+    "The process that has the libraries, started when a kernel is asked for and there is none."
 
     def __init__(self):
         self.process = None
         self.lock = Lock()
 
     def ask(self, request):
+        "The answer to a request. Where the process has ended, another takes its place."
         with self.lock:
-            if self.process is None:
-                self.process = subprocess.Popen(
-                    [sys.executable, __file__],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    env=os.environ | {"MPLBACKEND": INLINE},
-                    start_new_session=True,  # Ctrl-C is not for it
-                    text=True,
-                )
+            said = self._said(request)
+            if said:
+                return json.loads(said)
+            if isinstance(request, int):  # a kernel, which has ended with it
+                return -signal.SIGKILL
+            said = self._said(request)
+        if not said:
+            raise ChildProcessError("the process that has the libraries ended (out of memory?)")
+        return json.loads(said)
+
+    def _said(self, request):
+        "The line that answers; nothing where the process has ended."
+        if self.process is None:
+            self.process = subprocess.Popen(
+                [sys.executable, __file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=os.environ | {"MPLBACKEND": INLINE},
+                start_new_session=True,  # Ctrl-C is not for it
+                text=True,
+            )
+        with suppress(BrokenPipeError):
             print(json.dumps(request), file=self.process.stdin, flush=True)
-            return json.loads(self.process.stdout.readline())
+        said = self.process.stdout.readline()
+        if not said:
+            self.process.wait()
+            self.process = None
+        return said
 
 
 SOURCE = Source()

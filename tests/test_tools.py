@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -360,10 +361,13 @@ def test_a_cell_that_hangs_is_stopped():
     assert lab.peak_memory() > 20
 
 
-def test_a_kernel_leaves_nothing_to_the_next_one():
+def test_a_kernel_leaves_nothing_to_the_next_one(monkeypatch, tmp_path):
+    monkeypatch.setenv("LAST_WORDS", str(tmp_path))
     leave = """
-import os, tempfile, matplotlib
+import os, tempfile, threading, time, matplotlib
 os.environ["LEFT"] = "by the first"
+last = os.path.join(os.environ["LAST_WORDS"], "said")
+threading.Thread(target=lambda: (time.sleep(1), open(last, "w").close())).start()
 matplotlib.rcParams["lines.linewidth"] = 7
 scratch = tempfile.TemporaryDirectory()
 print(scratch.name)
@@ -376,14 +380,18 @@ print(os.environ.get("LEFT"), matplotlib.rcParams["lines.linewidth"])
     for made in (first, second):
         lab.run_notebook(made, "09_test.ipynb", timeout=60)
     assert not Path(first.cells[0].outputs[0].text.strip()).exists()  # its exit handlers ran
+    assert (tmp_path / "said").exists()  # its threads ended, too
     assert second.cells[0].outputs[0].text == "None 1.5\n"
 
 
 def test_after_a_kernel_that_died_the_next_one_runs():
     with pytest.raises(lab.Failed, match="09_test.ipynb, cell 0: its kernel died"):
         lab.run_notebook(notebook(("import os; os._exit(3)", [])), "09_test.ipynb", timeout=60)
-    if kernels.CAN_FORK:
-        kernels.SOURCE.process.kill()
+    if kernels.CAN_FORK:  # killed while a cell runs
+        kill = threading.Timer(3, kernels.SOURCE.process.kill)
+        kill.start()
+        with pytest.raises(lab.Failed, match="its kernel died"):
+            lab.run_notebook(notebook(("import time; time.sleep(90)", [])), "09_test.ipynb", 80)
     made = notebook(("print('alive')", []))
     lab.run_notebook(made, "09_test.ipynb", timeout=60)
     assert made.cells[0].outputs[0].text == "alive\n"

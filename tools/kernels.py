@@ -12,9 +12,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import suppress
 from importlib import import_module
-from threading import Lock
 
 # What nearly all notebooks need. Nothing of the project, and nothing that starts threads.
 LIBRARIES = (
@@ -42,8 +42,9 @@ def load_libraries():
 
 
 def leave(status):
-    """End a forked process as Python would, but without taking the libraries apart, which takes a
-    second."""
+    """End a forked process as Python would, threads and exit handlers first, but without taking the
+    libraries apart, which takes a second."""
+    threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -90,6 +91,7 @@ def become(arguments, folder, environment):
     os.environ.update(environment)
     sys.argv[1:] = arguments
     del sys.path[0]  # of the tools
+    import_module("numpy.random").seed()  # no two kernels draw the same, unless they ask for it
 
 
 # ---- in the process that runs notebooks
@@ -100,7 +102,7 @@ class Source:
 
     def __init__(self):
         self.process = None
-        self.lock = Lock()
+        self.lock = threading.Lock()
 
     def ask(self, request):
         "The answer to a request. Where the process has ended, another takes its place."

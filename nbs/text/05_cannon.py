@@ -1198,16 +1198,19 @@ residual = (spectra[train].flux - model.predict(spectra[train].labels(names)))[
 outside = (spectra[test].flux - model.predict(spectra[test].labels(names)))[
     (spectra[test].ivar > 0) & model.usable_
 ]
-left = model.scale(spectra[train].labels(names)) - model.scale(spectra[[rows[2]]].labels(names))
-beyond = np.minimum(np.mean(left > 0, axis=0), np.mean(left < 0, axis=0))
+others = spectra[train].labels(names) - spectra[[rows[2]]].labels(names)
+beyond = np.minimum(np.mean(others > 0, axis=0), np.mean(others < 0, axis=0))
 rare = np.argmin(beyond)
+ripples = (
+    f" The third model ripples: only {100 * beyond[rare]:.1f} % lie beyond that star in "
+    f"{LABELS[names[rare]].symbol}, where parabolas are poorly held."
+)
 Markdown(
     f"**What to see.** The lines are where the model draws them, and nearly as deep. Over all "
     f"{len(train)} training stars the rms difference is "
     f"{residual.std():.4f}, over the {len(test)} stars that it has never seen "
-    f"{outside.std():.4f}: little of what it learned is noise. The third model ripples: only "
-    f"{100 * beyond[rare]:.1f} % lie beyond that star in {LABELS[names[rare]].symbol}, where "
-    "parabolas are poorly held."
+    f"{outside.std():.4f}: little of what it learned is noise."
+    + (ripples if beyond[rare] < 0.02 else "")
 )
 
 # %%
